@@ -1,0 +1,152 @@
+"""Every exception this package raises, and whose fault each one is.
+
+    PetalsEvalError                       exit code
+    ├── CallerError ......................... 2   the caller's mistake: raised at once, never retried
+    │   ├── ConfigError                           a setting, flag or key of the YAML file
+    │   ├── ModelError                            the model folder, its family or its weights
+    │   ├── AdapterError                          the prompt-tuned checkpoint
+    │   ├── DataError                             the data set: file, column, row, label
+    │   ├── TaskError                             the task's own definition
+    │   ├── RunFolderError                        the run folder belongs to another run
+    │   ├── GradientError                         autograd asked of the remote path
+    │   └── RequestTooLargeError                  more tokens than any server takes
+    ├── SwarmError .......................... 3   the swarm cannot, not even by waiting
+    │   ├── SwarmUnreachableError                 no bootstrap peer answered
+    │   ├── MissingBlocksError                    no server holds these blocks
+    │   └── DeadlineError                         the deadline passed first
+    ├── PeerError ........................... 3   one server's fault: the work moves to another server
+    │   ├── PeerUnreachableError                  no connection, or the connection broke
+    │   ├── PeerTimeoutError                      no answer in time
+    │   ├── PeerRefusedError                      it answered with an error
+    │   └── PeerAnswerError                       wrong count, shape or dtype, or not finite
+    ├── MachineError ........................ 4   this machine cannot: disk, memory, permissions
+    └── InterruptedRunError ......... 130 or 143  SIGINT or SIGTERM; what was scored is kept
+
+A message says what was expected, what was found and what to do.
+"""
+
+__all__ = [
+    "AdapterError",
+    "CallerError",
+    "ConfigError",
+    "DataError",
+    "DeadlineError",
+    "GradientError",
+    "InterruptedRunError",
+    "MachineError",
+    "MissingBlocksError",
+    "ModelError",
+    "PeerAnswerError",
+    "PeerError",
+    "PeerRefusedError",
+    "PeerTimeoutError",
+    "PeerUnreachableError",
+    "PetalsEvalError",
+    "RequestTooLargeError",
+    "RunFolderError",
+    "SwarmError",
+    "SwarmUnreachableError",
+    "TaskError",
+]
+
+
+class PetalsEvalError(Exception):
+    """Base of every error of this package. `exit_code` is what the command line ends with."""
+
+    exit_code = 70
+
+
+class CallerError(PetalsEvalError):
+    """The caller's mistake: raised at once and never retried."""
+
+    exit_code = 2
+
+
+class ConfigError(CallerError):
+    """A setting, a flag or a key of the YAML file is wrong."""
+
+
+class ModelError(CallerError):
+    """The model folder, its family or its weights cannot be used."""
+
+
+class AdapterError(CallerError):
+    """The prompt-tuned checkpoint cannot be used with this model."""
+
+
+class DataError(CallerError):
+    """The data set cannot be used: a file, a column, a row or a label."""
+
+
+class TaskError(CallerError):
+    """The task's own definition is wrong."""
+
+
+class RunFolderError(CallerError):
+    """The run folder belongs to another run."""
+
+
+class GradientError(CallerError):
+    """A gradient was asked of the remote path, which computes none."""
+
+
+class RequestTooLargeError(CallerError):
+    """An input holds more tokens than the servers take."""
+
+
+class SwarmError(PetalsEvalError):
+    """The swarm cannot do this, not even by waiting."""
+
+    exit_code = 3
+
+
+class SwarmUnreachableError(SwarmError):
+    """No bootstrap peer answered."""
+
+
+class MissingBlocksError(SwarmError):
+    """No server holds some of the blocks. `missing` lists them as (first, last + 1) spans."""
+
+    def __init__(self, message: str, missing: tuple[tuple[int, int], ...] = ()):
+        super().__init__(message)
+        self.missing = missing
+
+
+class DeadlineError(SwarmError):
+    """The deadline passed before the swarm did the work."""
+
+
+class PeerError(PetalsEvalError):
+    """One server's fault: the work moves to another server and this one backs off."""
+
+    exit_code = 3
+
+
+class PeerUnreachableError(PeerError):
+    """No connection could be made, or it broke."""
+
+
+class PeerTimeoutError(PeerError):
+    """No answer came in time."""
+
+
+class PeerRefusedError(PeerError):
+    """The server answered with an error of its own."""
+
+
+class PeerAnswerError(PeerError):
+    """The answer has a wrong count, shape or dtype, or holds values that are not finite."""
+
+
+class MachineError(PetalsEvalError):
+    """This machine cannot: disk, memory or permissions."""
+
+    exit_code = 4
+
+
+class InterruptedRunError(PetalsEvalError):
+    """SIGINT (130) or SIGTERM (143) ended the run; what was scored is kept."""
+
+    def __init__(self, message: str, exit_code: int = 130):
+        super().__init__(message)
+        self.exit_code = exit_code
