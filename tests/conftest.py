@@ -1,0 +1,19 @@
+"""Shared fixtures. The real data lies beside the project; in CI it must be there."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    """The folder of real weights, data and prompts (its README says what they are)."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "realdata"
+    folder = Path(os.environ.get("PETALS_EVAL_REALDATA", default))
+    if not (folder / "stories260K-hf").is_dir():
+        message = f"the real data is not at {folder}: set PETALS_EVAL_REALDATA"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder
