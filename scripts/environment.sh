@@ -1,0 +1,58 @@
+# The environment of scripts/demo.sh and scripts/test.sh: sourced by them, in the root of the checkout.
+# Everything goes to stderr: stdout belongs to the command that is run.
+
+fail() {
+  printf 'error: %s\n' "$1" >&2
+  shift
+  [ $# -eq 0 ] || printf '  %s\n' "$@" >&2
+  exit 4
+}
+
+# Python 3.11 comes first because the pins in constraints.txt were tested with it.
+find_python() {
+  local candidate
+  # Each one is run, not just looked up: version managers leave names on the PATH that do not work.
+  for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      printf '%s\n' "$candidate"
+      return
+    fi
+  done
+  fail "no Python from 3.11 was found (tried: ${PYTHON:-python3.11 python3.12 python3.13 python3})." \
+    "Install one (Debian, Ubuntu: apt install python3.11 python3.11-venv), or name it: PYTHON=/path/to/python $0"
+}
+
+check_platform() {
+  local system
+  system="$(uname -s) $(uname -m)"
+  if [ "$system" != "Linux x86_64" ] && ! command -v go >/dev/null; then
+    fail "this is $system, and hivemind's wheel carries its p2p daemon only for Linux x86-64." \
+      "Elsewhere pip builds hivemind from source, which needs Go (https://go.dev/dl): install it and run this again," \
+      "or use a Linux x86-64 machine or container."
+  fi
+}
+
+# set_up EXTRAS: make .venv with this checkout in it, with EXTRAS ("" or "[test]"). Does nothing when that is done:
+# a stamp holds what was installed (this folder, pyproject.toml, constraints.txt). "[test]" holds all of "".
+set_up() {
+  local wanted stamp python
+  wanted="$({ pwd && cat pyproject.toml constraints.txt; } | cksum)"
+  for stamp in ".venv/installed$1" ".venv/installed[test]"; do
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && .venv/bin/python -c ''; then
+      return
+    fi
+  done
+
+  check_platform
+  # Not `pip --version` alone: an interrupted set-up, or a Python that is gone, leaves a .venv that cannot be used.
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    python="$(find_python)" || exit
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+      fail "$python has no venv module." "Install it (Debian, Ubuntu: apt install python3-venv) and run this again."
+    "$python" -m venv --clear .venv >&2 || fail "$python could not make the environment $PWD/.venv (see above)."
+  fi
+  printf 'Installing petals-eval%s into .venv (the first time this takes some minutes)\n' "$1" >&2
+  .venv/bin/python -m pip install -c constraints.txt -e ".$1" >&2 ||
+    fail "the packages could not be installed (see pip's message above)." "What was downloaded is kept: run this again."
+  printf '%s\n' "$wanted" >".venv/installed$1"
+}

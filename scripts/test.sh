@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Set up on a fresh machine, then run the linter, the type checker and the tests. Arguments go to pytest.
+# Every step runs; the script fails if one of them does.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/environment.sh
+
+set_up "[test]"
+failed=()
+.venv/bin/python -m ruff check . || failed+=("ruff check")
+.venv/bin/python -m ruff format --check . || failed+=("ruff format --check")
+.venv/bin/python -m mypy || failed+=(mypy)
+
+# The check against real Petals servers and clients (scripts/petals_peer.sh) comes here.
+
+# One process: the tests start swarms and measure deadlines, and would take each other's cores.
+.venv/bin/python -m pytest "$@" || failed+=(pytest)
+
+if [ ${#failed[@]} -gt 0 ]; then
+  printf 'failed: %s\n' "${failed[@]}" >&2
+  exit 1
+fi
