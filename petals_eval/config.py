@@ -1,0 +1,84 @@
+"""Every setting of a connection to a swarm, with its default and its unit, in one place."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from petals_eval.errors import ConfigError
+
+__all__ = ["PUBLIC_SWARM", "Settings", "SwarmSettings", "explain_validation"]
+
+# The bootstrap peers of the public Petals swarm (2023-2025), as the petals package lists them.
+PUBLIC_SWARM: tuple[str, ...] = (
+    "/dns/bootstrap1.petals.dev/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
+    "/dns/bootstrap2.petals.dev/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
+    "/dns6/bootstrap1.petals.dev/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
+    "/dns6/bootstrap2.petals.dev/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
+    "/ip4/159.89.214.152/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
+    "/ip4/159.203.156.48/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
+)
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, unknown keys refused, mistakes raised as ConfigError."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(explain_validation(type(self), error)) from error
+
+
+def explain_validation(model: type[BaseModel], error: ValidationError) -> str:
+    """One line per mistake: the key, what was found and what was expected."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown setting {key!r}; there are: {', '.join(model.model_fields)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{key} is missing")
+        else:
+            lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')} (found {problem['input']!r:.80})")
+    return "\n".join(lines)
+
+
+def _multiaddress(value: object) -> object:
+    """A multiaddress with a peer identity, checked by hivemind's own parser."""
+    from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
+    from hivemind.utils.multiaddr import Multiaddr
+
+    hint = "expected a multiaddress such as /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW..."
+    if not isinstance(value, str):
+        raise ValueError(hint)
+    try:
+        PeerID.from_base58(Multiaddr(value)["p2p"])
+    except (ValueError, KeyError, LookupError) as error:
+        raise ValueError(f"{hint}: {error}") from error
+    return value
+
+
+Multiaddress = Annotated[str, BeforeValidator(_multiaddress)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class SwarmSettings(Settings):
+    """How to reach a swarm and how long to wait for it."""
+
+    initial_peers: tuple[Multiaddress, ...] = Field(min_length=1)  # bootstrap peers; one that answers is enough
+    active_adapter: str | None = None  # LoRA adapter on the servers; only servers that announce it are used
+
+    startup_timeout: Seconds = 30.0  # seconds until the libp2p daemon and the DHT node must be up
+    connect_timeout: Seconds = 10.0  # seconds for a server's first answer (rpc_info) or for opening a stream
+    request_timeout: Seconds = 180.0  # seconds for one call of one hop; Petals servers stop working on it then, too
+    deadline: Seconds = 600.0  # seconds a micro-batch may wait for a server that can take it
+
+    update_period: Seconds = 60.0  # seconds between two looks at the DHT
+    missing_update_period: Seconds = 2.0  # the same, while blocks are missing
+    min_backoff: Seconds = 1.0  # seconds a failed server is left alone; doubles with each failure in a row
+    max_backoff: Seconds = 60.0  # seconds it is left alone at most
+
+    max_tokens_per_call: int | None = Field(default=None, gt=0)  # tokens (rows x positions); None: the server's default
+    window: int = Field(default=8, gt=0)  # micro-batches in flight at once

@@ -1,0 +1,71 @@
+"""The peer book: what each server did in this run. A record is a claim; this is what was seen."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from petals_eval.config import SwarmSettings
+
+__all__ = ["PeerBook", "PeerHistory"]
+
+
+@dataclass(slots=True)
+class PeerHistory:
+    """What was seen of one server. Times are seconds, `blocked_until` on the book's clock."""
+
+    calls: int = 0
+    failures: int = 0
+    failures_in_a_row: int = 0
+    blocked_until: float = 0.0
+    last_error: str = ""
+    tokens: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    in_flight: int = 0  # tokens it is working on for us
+    seconds_per_token_block: float | None = None  # smoothed; includes the network
+    spans: set[tuple[int, int]] = field(default_factory=set)
+
+
+class PeerBook:
+    """Histories by peer id. Used from the connection's event loop only, so it needs no lock."""
+
+    # Weight of the newest call in the smoothed time: a slow spell shows after a few calls, one hiccup does not.
+    SMOOTHING = 0.2
+
+    def __init__(self, settings: SwarmSettings, clock: Callable[[], float] = time.monotonic):
+        self._settings = settings
+        self._clock = clock
+        self.histories: dict[str, PeerHistory] = {}
+        self.retries = 0
+
+    def of(self, peer_id: str) -> PeerHistory:
+        return self.histories.setdefault(peer_id, PeerHistory())
+
+    def is_usable(self, peer_id: str) -> bool:
+        """Whether the server is not being left alone after a failure."""
+        history = self.histories.get(peer_id)
+        return history is None or history.blocked_until <= self._clock()
+
+    def failed(self, peer_id: str, error: Exception) -> None:
+        """Leave the server alone: min_backoff seconds, doubled with each failure in a row, up to max_backoff."""
+        history = self.of(peer_id)
+        now = self._clock()
+        history.failures += 1
+        self.retries += 1
+        history.last_error = f"{type(error).__name__}: {error}"
+        if history.blocked_until > now:
+            return  # calls that were in flight together fail together: that is one failure, not many
+        history.failures_in_a_row += 1
+        delay = self._settings.min_backoff * 2 ** min(history.failures_in_a_row - 1, 30)
+        history.blocked_until = now + min(delay, self._settings.max_backoff)
+
+    def succeeded(self, peer_id: str, *, tokens: int, blocks: int, seconds: float, sent: int, received: int) -> None:
+        history = self.of(peer_id)
+        history.failures_in_a_row = 0
+        history.calls += 1
+        history.tokens += tokens
+        history.bytes_sent += sent
+        history.bytes_received += received
+        measured = seconds / max(1, tokens * blocks)
+        before = history.seconds_per_token_block
+        history.seconds_per_token_block = measured if before is None else before + self.SMOOTHING * (measured - before)

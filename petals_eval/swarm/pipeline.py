@@ -1,0 +1,215 @@
+"""The way of a micro-batch through the swarm: hop by hop, on to another server where one fails, under a deadline."""
+
+import asyncio
+import re
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from petals_eval.config import SwarmSettings
+from petals_eval.errors import (
+    DeadlineError,
+    MissingBlocksError,
+    PeerError,
+    PeerRefusedError,
+    RequestTooLargeError,
+)
+from petals_eval.swarm.calls import Answer, BlockCalls
+from petals_eval.swarm.directory import Directory
+from petals_eval.swarm.peers import PeerBook
+from petals_eval.swarm.records import SpanServer
+from petals_eval.swarm.routing import Hop, next_hop
+
+__all__ = ["Pipeline", "SwarmStatus", "short_peer", "spans_text"]
+
+# What Petals servers of both lines say; the operator's number is in it.
+_BATCH_LIMIT = re.compile(r"Task size greater than max_batch_size \((\d+)\)")
+
+HOP_OVERHEAD = 0.02
+"""Seconds a hop costs before any token is computed, as long as nothing was measured."""
+UNMEASURED = 1e-5
+"""Seconds per token and block of a server not called yet: optimistic, so that every server gets its first call."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmStatus:
+    """What a progress display shows. waiting: why nothing moves, or None."""
+
+    retries: int
+    servers: tuple[str, ...]
+    waiting: str | None
+
+
+class Pipeline:
+    """Sends micro-batches along routes. Used from the connection's event loop only."""
+
+    def __init__(
+        self, calls: BlockCalls, directory: Directory, peers: PeerBook, settings: SwarmSettings, max_tokens: int
+    ):
+        self._calls = calls
+        self._directory = directory
+        self._settings = settings
+        self._max_tokens = max_tokens
+        self._limits: dict[str, int] = {}  # tokens per call, where a server told us its own
+        self._waiting: dict[object, str] = {}
+        self._missing_since: float | None = None
+        self.peers = peers
+
+    async def forward(
+        self, hidden: torch.Tensor, prompts: torch.Tensor | None, first: int, last: int
+    ) -> tuple[torch.Tensor, tuple[str, ...]]:
+        """Run hidden (batch, seq, hidden) through blocks first:last.
+
+        prompts: (last - first, batch or 1, prefix, hidden) or None.
+        Returns the hidden states in the last server's dtype, and the servers that computed them, in order.
+        Raises MissingBlocksError or DeadlineError when a hop finds no server within the deadline, RequestTooLargeError
+        when a single row is longer than a server takes.
+        """
+        route = []
+        position = first
+        give_up = time.monotonic() + self._settings.deadline
+        while position < last:
+            hop = await self._find_hop(position, last, hidden.shape[0] * hidden.shape[1], give_up)
+            span_prompts = None if prompts is None else prompts[hop.first - first : hop.last - first]
+            try:
+                hidden = await self._call(hop, hidden, span_prompts)
+            except PeerError as error:
+                self.peers.failed(hop.server.peer_id, error)
+                continue
+            route.append(hop.server.peer_id)
+            position = hop.last
+            give_up = time.monotonic() + self._settings.deadline
+        return hidden, tuple(route)
+
+    async def _find_hop(self, position: int, last: int, tokens: int, give_up: float) -> Hop:
+        """The next hop of the cheapest route among servers in good standing; waits for one until `give_up`."""
+        token = object()
+        try:
+            while True:
+                servers = [
+                    server
+                    for server in self._directory.snapshot.servers.values()
+                    if self.peers.is_usable(server.peer_id)
+                ]
+                hop = next_hop(servers, position, last, lambda server, blocks: self._cost(server, blocks, tokens))
+                if hop is not None:
+                    self._missing_since = None
+                    return hop
+                left = give_up - time.monotonic()
+                self._missing_since = self._missing_since or time.time()
+                if left <= 0:
+                    raise self._deadline_error(position, last)
+                self._waiting[token] = f"{self._what_is_missing(position, last)}; deadline in {_minutes(left)}"
+                await asyncio.sleep(min(left, self._settings.missing_update_period / 4))
+                await self._directory.refresh(older_than=self._settings.missing_update_period)
+        finally:
+            self._waiting.pop(token, None)
+
+    def _cost(self, server: SpanServer, blocks: int, tokens: int) -> float:
+        history = self.peers.of(server.peer_id)
+        per_token = history.seconds_per_token_block
+        return HOP_OVERHEAD + (UNMEASURED if per_token is None else per_token) * blocks * (tokens + history.in_flight)
+
+    async def _call(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
+        """One hop, in as many calls as the server's token limit asks for, all of them together."""
+        peer_id = hop.server.peer_id
+        history = self.peers.of(peer_id)
+        rows, seq = hidden.shape[:2]
+        while True:
+            limit = min(self._max_tokens, self._limits.get(peer_id, self._max_tokens))
+            step = limit // seq
+            if step == 0:
+                raise RequestTooLargeError(
+                    f"an input holds {seq} tokens (prompt included), but server {short_peer(peer_id)} takes {limit} in "
+                    "one call: set a smaller max_length in the task"
+                )
+            parts = [slice(start, start + step) for start in range(0, rows, step)]
+            history.in_flight += rows * seq
+            try:
+                answers = await _gather([self._call_part(hop, hidden, prompts, part) for part in parts])
+            except PeerRefusedError as error:
+                told = _BATCH_LIMIT.search(str(error))
+                if told is None or int(told[1]) >= limit:
+                    raise
+                self._limits[peer_id] = int(told[1])
+                continue
+            finally:
+                history.in_flight -= rows * seq
+            history.spans.add((hop.server.start, hop.server.end))
+            for part, answer in zip(parts, answers, strict=True):
+                self.peers.succeeded(
+                    peer_id,
+                    tokens=len(range(*part.indices(rows))) * seq,
+                    blocks=hop.last - hop.first,
+                    seconds=answer.seconds,
+                    sent=answer.bytes_sent,
+                    received=answer.bytes_received,
+                )
+            return answers[0].hidden if len(answers) == 1 else torch.cat([answer.hidden for answer in answers])
+
+    async def _call_part(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, part: slice) -> Answer:
+        if prompts is not None and prompts.shape[1] != 1:
+            prompts = prompts[:, part]
+        return await self._calls.forward(hop, hidden[part], prompts)
+
+    def _what_is_missing(self, position: int, last: int) -> str:
+        """One line: which blocks have no server in good standing, since when, and why."""
+        snapshot = self._directory.snapshot
+        unusable = frozenset(peer for peer in snapshot.servers if not self.peers.is_usable(peer))
+        since = time.strftime("%H:%M", time.localtime(self._missing_since))
+        absent = _within(snapshot.missing(), position, last)
+        if absent:
+            others = len(snapshot.servers)
+            hold = f"{others} server{'s hold' if others != 1 else ' holds'} the rest" if others else "no server at all"
+            dropped = f", {snapshot.dropped} malformed records ignored" if snapshot.dropped else ""
+            return f"no server holds blocks {spans_text(absent)} (since {since}, {hold}{dropped})"
+        failing = _within(snapshot.missing(without=unusable), position, last)
+        reasons = [
+            f"{short_peer(peer)}: {self.peers.of(peer).last_error}"
+            for peer in sorted(unusable)
+            if any(snapshot.servers[peer].start < end and start < snapshot.servers[peer].end for start, end in failing)
+        ]
+        return f"every server of blocks {spans_text(failing)} fails (since {since}): {'; '.join(reasons[:3])}"
+
+    def _deadline_error(self, position: int, last: int) -> MissingBlocksError | DeadlineError:
+        reason = self._what_is_missing(position, last)
+        message = f"stopped at the deadline ({_minutes(self._settings.deadline)}): {reason}"
+        absent = _within(self._directory.snapshot.missing(), position, last)
+        return MissingBlocksError(message, absent) if absent else DeadlineError(message)
+
+    def status(self) -> SwarmStatus:
+        """Safe to call from any thread: it only reads."""
+        used = tuple(peer for peer, history in list(self.peers.histories.items()) if history.calls)
+        waiting = next(iter(list(self._waiting.values())), None)
+        return SwarmStatus(self.peers.retries, used, waiting)
+
+
+async def _gather(calls: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+    """All of them, or the first error with the rest cancelled: asyncio.gather would let the rest run on."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call) for call in calls]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def _within(spans: tuple[tuple[int, int], ...], first: int, last: int) -> tuple[tuple[int, int], ...]:
+    return tuple((max(start, first), min(end, last)) for start, end in spans if start < last and end > first)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60:02d}:{int(seconds) % 60:02d}"
+
+
+def short_peer(peer_id: str) -> str:
+    """A peer's identity as people read it: its last letters."""
+    return f"...{peer_id[-6:]}"
+
+
+def spans_text(spans: Sequence[tuple[int, int]]) -> str:
+    """Spans as first:last, the way servers are started with."""
+    return " ".join(f"{start}:{end}" for start, end in spans)

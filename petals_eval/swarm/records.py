@@ -1,0 +1,152 @@
+"""What servers claim in the DHT: records validated, spans derived. No I/O.
+
+Source: the layout of `petals.data_structures.ServerInfo.to_tuple()` in Petals 2.2.0 and 2.3.0.dev2.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+
+__all__ = ["Announcement", "ServerRecord", "ServerState", "Snapshot", "SpanServer", "read_snapshot"]
+
+
+class ServerState(IntEnum):
+    """The state a server claims for itself."""
+
+    OFFLINE = 0
+    JOINING = 1
+    ONLINE = 2
+
+
+_Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Count = Annotated[StrictInt, Field(ge=0)]
+
+
+class ServerRecord(BaseModel):
+    """One server's word about itself. Every field of `extra` is optional and unknown ones are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    state: ServerState
+    throughput: _Rate  # requests per second, as measured or set by the server
+    start_block: _Count | None = None
+    end_block: _Count | None = None
+    public_name: StrictStr | None = None
+    version: StrictStr | None = None  # of the petals package
+    network_rps: _Rate | None = None
+    forward_rps: _Rate | None = None
+    inference_rps: _Rate | None = None
+    adapters: tuple[StrictStr, ...] = ()  # LoRA adapters it can apply
+    torch_dtype: StrictStr | None = None
+    quant_type: StrictStr | None = None
+    using_relay: StrictBool | None = None
+    cache_tokens_left: _Count | None = None
+    next_pings: dict[StrictStr, _Rate] | None = None  # peer id -> seconds
+
+    @classmethod
+    def from_wire(cls, value: object) -> "ServerRecord":
+        """Read `(state, throughput, extra)`; raises ValueError when it is anything else."""
+        if not isinstance(value, (tuple, list)) or len(value) < 2:
+            raise ValueError("expected (state, throughput, extra)")
+        extra = value[2] if len(value) > 2 else {}
+        if not isinstance(extra, dict) or not all(isinstance(key, str) for key in extra):
+            raise ValueError("extra is not a dictionary with text keys")
+        try:
+            return cls(**{**extra, "state": value[0], "throughput": value[1]})
+        except ValidationError as error:
+            raise ValueError(f"{error.error_count()} invalid fields") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """A record as found in the DHT: under which block's key, by whom, valid until when (seconds since the epoch)."""
+
+    block: int
+    peer_id: str
+    value: object
+    expiration: float
+
+
+@dataclass(frozen=True, slots=True)
+class SpanServer:
+    """A server and the blocks start:end it claims to hold."""
+
+    peer_id: str
+    start: int
+    end: int
+    record: ServerRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The directory at one moment.
+
+    servers: those that claim to be ONLINE (with the wanted adapter), by peer id.
+    dropped: malformed records.
+    """
+
+    num_blocks: int
+    servers: Mapping[str, SpanServer]
+    dropped: int = 0
+
+    def missing(self, without: frozenset[str] = frozenset()) -> tuple[tuple[int, int], ...]:
+        """Blocks no server holds, as (first, last + 1) spans; servers in `without` do not count."""
+        held = [False] * self.num_blocks
+        for server in self.servers.values():
+            if server.peer_id not in without:
+                held[server.start : server.end] = [True] * (server.end - server.start)
+        spans: list[tuple[int, int]] = []
+        for block in (index for index, is_held in enumerate(held) if not is_held):
+            if spans and spans[-1][1] == block:
+                spans[-1] = (spans[-1][0], block + 1)
+            else:
+                spans.append((block, block + 1))
+        return tuple(spans)
+
+
+def read_snapshot(
+    announcements: Iterable[Announcement], num_blocks: int, active_adapter: str | None = None
+) -> Snapshot:
+    """Turn announcements into servers with spans.
+
+    A server that moved has left old records under its old blocks, which live on for minutes: only its newest record
+    counts, and the span named there. Records without a span hold the blocks they were found under.
+    """
+    newest: dict[str, tuple[float, ServerRecord]] = {}
+    found_under: dict[str, list[int]] = {}
+    dropped = 0
+    for announcement in announcements:
+        try:
+            record = ServerRecord.from_wire(announcement.value)
+        except ValueError:
+            dropped += 1
+            continue
+        found_under.setdefault(announcement.peer_id, []).append(announcement.block)
+        if announcement.peer_id not in newest or announcement.expiration > newest[announcement.peer_id][0]:
+            newest[announcement.peer_id] = (announcement.expiration, record)
+
+    servers: dict[str, SpanServer] = {}
+    for peer_id, (_, record) in newest.items():
+        if record.state is not ServerState.ONLINE:
+            continue
+        if active_adapter is not None and active_adapter not in record.adapters:
+            continue
+        start, end = _span(record, sorted(set(found_under[peer_id])))
+        end = min(end, num_blocks)
+        if start >= end:
+            dropped += 1
+            continue
+        servers[peer_id] = SpanServer(peer_id, start, end, record)
+    return Snapshot(num_blocks, servers, dropped)
+
+
+def _span(record: ServerRecord, blocks: list[int]) -> tuple[int, int]:
+    if record.start_block is not None and record.end_block is not None:
+        return record.start_block, record.end_block
+    end = blocks[0] + 1
+    while end in blocks:
+        end += 1
+    return blocks[0], end

@@ -1,0 +1,178 @@
+"""The messages of the Petals wire: building and reading them. No I/O.
+
+Facts: tensors travel as `runtime_pb2.Tensor`; a forward call names its blocks by uids joined with spaces and carries
+`[hidden_states, prompts]`; metadata is msgpack with tuples as an extension type. Same in Petals 2.2.0 and 2.3.0.dev2.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hivemind.p2p.p2p_daemon_bindings.control import DEFAULT_MAX_MSG_SIZE, MAX_UNARY_PAYLOAD_SIZE
+from hivemind.proto import runtime_pb2
+from hivemind.utils.serializer import MSGPackSerializer
+from hivemind.utils.tensor_descr import BatchTensorDescriptor
+
+from petals_eval.errors import PeerAnswerError
+
+__all__ = [
+    "MAX_UNARY_BYTES",
+    "ServerInfo",
+    "block_uid",
+    "decode_tensor",
+    "encode_tensor",
+    "forward_metadata",
+    "read_answer",
+    "read_info",
+    "stream_parts",
+    "wire_dtype",
+]
+
+MAX_UNARY_BYTES = MAX_UNARY_PAYLOAD_SIZE // 2
+"""Raw tensor bytes above which both sides switch to the streaming call (1 MiB)."""
+
+_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int64: "int64",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """A server's answer to rpc_info.
+
+    input_dtype, output_dtype: what it computes in and answers with.
+    version: of its petals package, as it says.
+    """
+
+    version: str | None
+    input_dtype: torch.dtype
+    output_dtype: torch.dtype
+    cache_tokens_available: int | None
+
+
+def block_uid(prefix: str, first: int, last: int | None = None) -> str:
+    """The uid of block `first`, or of the chain first:last."""
+    return " ".join(f"{prefix}.{block}" for block in range(first, first + 1 if last is None else last))
+
+
+def wire_dtype(current: torch.dtype, server: torch.dtype) -> torch.dtype:
+    """The dtype to send in: the server casts to its own anyway, so nothing wider than that need travel.
+
+    A tensor already narrower (a bfloat16 answer on its way to a float32 server) goes as it is: widening it first gives
+    the same bits for twice the bytes.
+    """
+    return server if server.itemsize <= current.itemsize else current
+
+
+def encode_tensor(tensor: torch.Tensor) -> runtime_pb2.Tensor:
+    """A tensor as it is (compression NONE). bfloat16 travels as two bytes, as between Petals peers."""
+    tensor = tensor.detach().cpu().contiguous()
+    raw = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+    return runtime_pb2.Tensor(
+        compression=runtime_pb2.CompressionType.NONE,
+        buffer=raw.numpy().tobytes(),
+        size=tensor.shape,
+        dtype=_NAMES[tensor.dtype],
+    )
+
+
+def decode_tensor(message: runtime_pb2.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Read a tensor that must have this shape and dtype; raises PeerAnswerError before any byte is interpreted."""
+    if message.compression != runtime_pb2.CompressionType.NONE:
+        raise PeerAnswerError(f"expected an uncompressed tensor, found compression code {message.compression}")
+    if tuple(message.size) != shape:
+        raise PeerAnswerError(f"expected a tensor of shape {shape}, found {tuple(message.size)}"[:200])
+    if message.dtype != _NAMES[dtype]:
+        raise PeerAnswerError(f"expected {_NAMES[dtype]}, found {message.dtype!r:.40}")
+    elements = math.prod(shape)
+    if len(message.buffer) == elements * dtype.itemsize:
+        stored = dtype
+    elif dtype is torch.bfloat16 and len(message.buffer) == elements * 4:
+        stored = torch.float32  # hivemind's legacy form of bfloat16: widened on the wire
+    else:
+        raise PeerAnswerError(f"expected {elements} {_NAMES[dtype]} values, found {len(message.buffer)} bytes")
+    if elements == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(message.buffer), dtype=stored).to(dtype).reshape(shape)
+
+
+def forward_metadata(active_adapter: str | None) -> bytes:
+    """Metadata of a forward call. The answer is asked for uncompressed, whatever the server's own default is."""
+    return MSGPackSerializer.dumps(
+        {
+            "points": 0,
+            "active_adapter": active_adapter or "",
+            "args_structure": ((b"__T0", b"__T1"), {}),
+            "output_compression": (int(runtime_pb2.CompressionType.NONE),),
+        }
+    )
+
+
+def stream_parts(
+    uid: str, tensors: Sequence[runtime_pb2.Tensor], metadata: bytes
+) -> Iterator[runtime_pb2.ExpertRequest]:
+    """Split a request for rpc_forward_stream: a part's first message carries its tensor's header."""
+    for tensor in tensors:
+        buffer = memoryview(tensor.buffer)
+        limit = DEFAULT_MAX_MSG_SIZE
+        chunks = [buffer[start : start + limit] for start in range(0, len(buffer), limit)] or [buffer]
+        for index, chunk in enumerate(chunks):
+            part = runtime_pb2.Tensor(buffer=bytes(chunk))
+            if index == 0:
+                part.compression, part.dtype, part.chunks = tensor.compression, tensor.dtype, len(chunks)
+                part.size.extend(tensor.size)
+            yield runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=metadata)
+
+
+def read_answer(parts: Iterable[runtime_pb2.Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The one tensor of an answer, joined from its parts and checked: count, dtype, shape, size, finite values."""
+    parts = list(parts)
+    if not parts:
+        raise PeerAnswerError("expected one tensor, found none")
+    if any(part.dtype for part in parts[1:]):
+        raise PeerAnswerError(f"expected one tensor, found {1 + sum(bool(part.dtype) for part in parts[1:])}")
+    message = parts[0]
+    if len(parts) > 1:
+        message = runtime_pb2.Tensor(
+            compression=message.compression,
+            size=message.size,
+            dtype=message.dtype,
+            buffer=b"".join(part.buffer for part in parts),
+        )
+    tensor = decode_tensor(message, shape, dtype)
+    if not torch.isfinite(tensor).all():
+        raise PeerAnswerError(f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are not finite")
+    return tensor
+
+
+def read_info(serialized: bytes) -> ServerInfo:
+    """Read an answer to rpc_info; raises PeerAnswerError when it is not one."""
+    try:
+        info: Any = MSGPackSerializer.loads(serialized)
+        (inputs, _), output = info["forward_schema"], info["outputs_schema"]
+        input_dtype, output_dtype = _descriptor(inputs).dtype, _descriptor(output).dtype
+        version, cache = info.get("version"), info.get("cache_tokens_available")
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        raise PeerAnswerError(f"its rpc_info cannot be read: {type(error).__name__}: {error}"[:200]) from error
+    if input_dtype not in _NAMES or output_dtype not in _NAMES or not input_dtype.is_floating_point:
+        raise PeerAnswerError(f"its rpc_info names dtypes {input_dtype} and {output_dtype}, which no block computes in")
+    return ServerInfo(
+        version=version if isinstance(version, str) else None,
+        input_dtype=input_dtype,
+        output_dtype=output_dtype,
+        cache_tokens_available=cache if isinstance(cache, int) else None,
+    )
+
+
+def _descriptor(schema: Any) -> BatchTensorDescriptor:
+    """The first tensor descriptor of a schema, which is one or a sequence of them."""
+    first = schema[0] if isinstance(schema, (tuple, list)) else schema
+    if not isinstance(first, BatchTensorDescriptor):
+        raise TypeError(f"expected a tensor descriptor, found {type(first).__name__}")
+    return first
