@@ -1,0 +1,68 @@
+"""Accuracy, balanced accuracy and the majority-class baseline."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from petals_eval.metrics.answers import Answers, Metric
+from petals_eval.metrics.intervals import Tallies, percentile_interval, wilson
+
+__all__ = ["accuracy", "balanced_accuracy", "majority_baseline"]
+
+
+def accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
+    """Share of predictions that are right, in [0, 1].
+
+    >>> accuracy([0, 1, 2, 2], [0, 1, 1, 2])
+    0.75
+    """
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(labels, predictions))
+
+
+def balanced_accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
+    """Mean recall over the labels that occur among `labels`, in [0, 1] (not adjusted for chance).
+
+    >>> balanced_accuracy([0, 0, 0, 1], [0, 0, 0, 0])
+    0.5
+    """
+    from sklearn.metrics import recall_score
+
+    # As sklearn's balanced_accuracy_score, which warns where a label is predicted that does not occur.
+    present = np.unique(np.asarray(labels))
+    return float(recall_score(labels, predictions, labels=present, average="macro", zero_division=0))
+
+
+def majority_baseline(labels: ArrayLike) -> float:
+    """Accuracy of always answering the most frequent of these labels: what a model must beat.
+
+    >>> majority_baseline([0, 1, 1, 1])
+    0.75
+    """
+    _, counts = np.unique(np.asarray(labels), return_counts=True)
+    return float(counts.max() / counts.sum())
+
+
+def balanced_accuracies(tallies: Tallies) -> np.ndarray:
+    """(resamples,) the same from tallies."""
+    occurs = tallies.labelled > 0
+    recall = np.divide(tallies.right, tallies.labelled, out=np.zeros_like(tallies.right), where=occurs)
+    return recall.sum(axis=1) / occurs.sum(axis=1)
+
+
+def measure_accuracy(answers: Answers) -> list[Metric]:
+    right = int((answers.labels == answers.predictions).sum())
+    value = accuracy(answers.labels, answers.predictions)
+    return [Metric("accuracy", value, wilson(right, len(answers))), *measure_majority_baseline(answers)]
+
+
+def measure_majority_baseline(answers: Answers) -> list[Metric]:
+    # No interval: it is a property of the examples, not of the model.
+    most = answers.label_names[int(np.bincount(answers.labels).argmax())]
+    return [Metric("majority_baseline", majority_baseline(answers.labels), None, f"always answering {most!r}")]
+
+
+def measure_balanced_accuracy(answers: Answers) -> list[Metric]:
+    value = balanced_accuracy(answers.labels, answers.predictions)
+    interval = percentile_interval(balanced_accuracies(answers.resampled_tallies))
+    return [Metric("balanced_accuracy", value, interval)]

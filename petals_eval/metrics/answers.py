@@ -1,0 +1,113 @@
+"""What metrics are computed from, and what a metric is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from petals_eval.errors import ConfigError, DataError
+from petals_eval.metrics.intervals import Tallies
+
+__all__ = ["Answers", "Metric"]
+
+# Probabilities come from a float32 softmax: their sum is 1 to about 1e-6. Beyond this it is not rounding any more.
+SUM_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One number and how sure it is.
+
+    value: None where the metric is not defined on these examples; `note` says why.
+    ci95: (low, high) 95% interval, None where there is none.
+    note: what a reader must know about this number.
+    """
+
+    name: str
+    value: float | None
+    ci95: tuple[float, float] | None = None
+    note: str | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """`{"value", "ci95"}`, and "note" where there is one."""
+        entry: dict[str, object] = {"value": self.value, "ci95": None if self.ci95 is None else list(self.ci95)}
+        if self.note is not None:
+            entry["note"] = self.note
+        return entry
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Checked arrays, one row an example that was scored.
+
+    labels, predictions: int64 (n,), indices into `label_names`.
+    probabilities: float64 (n, labels), rows sum to 1.
+    seed: of the bootstrap.
+    """
+
+    labels: NDArray[np.int64]
+    predictions: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+    label_names: tuple[str, ...]
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def n_labels(self) -> int:
+        return len(self.label_names)
+
+    @cached_property
+    def resampled_tallies(self) -> Tallies:
+        """Of the bootstrap; drawn once for all metrics of counts."""
+        return Tallies.resampled(self.labels, self.predictions, self.n_labels, self.seed)
+
+    @classmethod
+    def checked(
+        cls, labels: ArrayLike, predictions: ArrayLike, probabilities: ArrayLike, label_names: Sequence[str], seed: int
+    ) -> "Answers":
+        """Check shapes and ranges once, so that no metric has to. Rows are divided by their sum in float64.
+
+        Raises DataError, ConfigError for a negative seed.
+        """
+        if seed < 0:
+            raise ConfigError(f"Expected a seed of 0 or more for the bootstrap; found {seed}.")
+        names = tuple(label_names)
+        if len(names) < 2:
+            raise DataError(f"Metrics need at least two label names; found {len(names)}. Name every label of the task.")
+        truth = _indices("labels", labels, names)
+        predicted = _indices("predictions", predictions, names)
+        shares = np.asarray(probabilities, dtype=np.float64)
+        if len(truth) == 0:
+            shares = shares.reshape(0, len(names))
+        if len(predicted) != len(truth) or shares.shape != (len(truth), len(names)):
+            raise DataError(
+                f"Metrics need one prediction and {len(names)} probabilities for each of the {len(truth)} labels; "
+                f"found predictions of shape {predicted.shape} and probabilities of shape {shares.shape}."
+            )
+        sums = shares.sum(axis=1, keepdims=True)
+        wrong = ~(np.isfinite(shares).all(axis=1) & (shares >= 0).all(axis=1) & (abs(sums[:, 0] - 1) <= SUM_TOLERANCE))
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise DataError(
+                f"Metrics need probabilities of 0 or more that sum to 1; row {row} holds {shares[row].tolist()}."
+            )
+        return cls(truth, predicted, shares / sums, names, seed)
+
+
+def _indices(what: str, values: ArrayLike, names: tuple[str, ...]) -> NDArray[np.int64]:
+    given = np.asarray(values)
+    if given.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer):
+        raise DataError(f"Metrics need {what} as integers of shape (n,); found {given.dtype} of shape {given.shape}.")
+    outside = (given < 0) | (given >= len(names))
+    if outside.any():
+        row = int(np.argmax(outside))
+        raise DataError(
+            f"Metrics need {what} between 0 and {len(names) - 1} ({', '.join(names)}); row {row} holds {given[row]}."
+        )
+    return given.astype(np.int64)

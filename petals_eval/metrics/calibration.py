@@ -1,0 +1,44 @@
+"""Expected calibration error."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from petals_eval.metrics.answers import Answers, Metric
+from petals_eval.metrics.intervals import Floats, percentile_interval, resampled_means
+from petals_eval.metrics.probabilistic import fewer_resamples
+
+__all__ = ["BINS", "ece"]
+
+BINS = 15
+
+
+def ece(labels: ArrayLike, predictions: ArrayLike, probabilities: ArrayLike) -> float:
+    """Expected calibration error in [0, 1]: sum over bins of (share of examples) x |accuracy - mean confidence|.
+
+    Confidence is the probability of the prediction. 15 bins of equal width, each without its left end and with its
+    right. Source: C. Guo and others, "On calibration of modern neural networks", ICML 2017, equation 3.
+
+    >>> round(ece([0, 1, 1], [0, 1, 0], [[0.9, 0.1], [0.1, 0.9], [0.7, 0.3]]), 4)
+    0.3
+    """
+    shares = np.asarray(probabilities, dtype=np.float64)
+    return float(np.abs(gaps(np.asarray(labels), np.asarray(predictions), shares).mean(axis=0)).sum())
+
+
+def gaps(labels: np.ndarray, predictions: np.ndarray, probabilities: Floats) -> Floats:
+    """(n, bins) with [right] - confidence in the example's bin and 0 elsewhere: the error is the sum of the absolute
+    column means."""
+    confidence = probabilities[np.arange(len(labels)), predictions]
+    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    return np.eye(BINS)[bins] * ((labels == predictions) - confidence)[:, None]
+
+
+def measure_ece(answers: Answers) -> list[Metric]:
+    value = ece(answers.labels, answers.predictions, answers.probabilities)
+    columns = gaps(answers.labels, answers.predictions, answers.probabilities)
+    resampled = np.abs(resampled_means(columns, answers.seed)).sum(axis=1)
+    interval = percentile_interval(resampled)
+    # A sum of absolute values: the noise that resampling adds to every bin can only add to it.
+    above = interval is not None and value < interval[0]
+    notes = [fewer_resamples(len(resampled)), "few examples a bin: the interval lies too high" if above else None]
+    return [Metric("ece", value, interval, "; ".join(filter(None, notes)) or None)]

@@ -1,0 +1,20 @@
+"""The confusion matrix."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["confusion_matrix"]
+
+
+def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, n_labels: int) -> NDArray[np.int64]:
+    """(labels, labels) counts: row = label, column = prediction.
+
+    >>> confusion_matrix([0, 1, 1], [0, 0, 1], 2).tolist()
+    [[1, 0], [1, 1]]
+    """
+    from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
+
+    truth, predicted = np.asarray(labels, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
+    if len(truth) == 0:  # scikit-learn refuses to count nothing
+        return np.zeros((n_labels, n_labels), dtype=np.int64)
+    return np.asarray(sklearn_confusion_matrix(truth, predicted, labels=range(n_labels)), dtype=np.int64)

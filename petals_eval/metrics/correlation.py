@@ -1,0 +1,43 @@
+"""Matthews correlation."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from petals_eval.metrics.answers import Answers, Metric
+from petals_eval.metrics.intervals import Tallies, percentile_interval
+
+__all__ = ["mcc"]
+
+
+def mcc(labels: ArrayLike, predictions: ArrayLike) -> float:
+    """Matthews correlation in [-1, 1], for any number of labels; 0 where it is 0/0 (scikit-learn's convention).
+
+    Source: J. Gorodkin, "Comparing two K-category assignments by a K-category correlation coefficient" (2004).
+
+    >>> round(mcc([0, 0, 1, 1], [0, 0, 1, 0]), 4)
+    0.5774
+    """
+    from sklearn.metrics import matthews_corrcoef
+
+    if len(np.union1d(np.asarray(labels), np.asarray(predictions))) < 2:
+        return 0.0  # scikit-learn's value too, but it warns
+    return float(matthews_corrcoef(labels, predictions))
+
+
+def resampled_mcc(tallies: Tallies) -> np.ndarray:
+    """(resamples,) the same from tallies."""
+    total2 = tallies.total**2
+    covariance = tallies.right.sum(axis=1) * tallies.total - (tallies.labelled * tallies.predicted).sum(axis=1)
+    spread = (total2 - (tallies.labelled**2).sum(axis=1)) * (total2 - (tallies.predicted**2).sum(axis=1))
+    return np.divide(covariance, np.sqrt(spread), out=np.zeros_like(covariance), where=spread > 0)
+
+
+def measure_mcc(answers: Answers) -> list[Metric]:
+    constant = [
+        what
+        for what, values in (("labels", answers.labels), ("predictions", answers.predictions))
+        if (values == values[0]).all()
+    ]
+    note = f"0 by convention: all {' and '.join(constant)} are the same" if constant else None
+    interval = percentile_interval(resampled_mcc(answers.resampled_tallies))
+    return [Metric("mcc", mcc(answers.labels, answers.predictions), interval, note)]

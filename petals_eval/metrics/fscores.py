@@ -1,0 +1,99 @@
+"""Precision, recall and F1, averaged over labels or for each label."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from petals_eval.metrics.answers import Answers, Metric
+from petals_eval.metrics.intervals import Tallies, percentile_interval
+
+__all__ = ["AVERAGES", "SCORES", "per_class", "precision_recall_f1", "resampled_average", "resampled_per_class"]
+
+SCORES = ("precision", "recall", "f1")
+AVERAGES = ("macro", "micro", "weighted")
+
+
+def precision_recall_f1(labels: ArrayLike, predictions: ArrayLike, average: str) -> tuple[float, float, float]:
+    """(precision, recall, F1), averaged as scikit-learn does by default.
+
+    average: "macro" (mean over labels), "micro" (over examples: each equals accuracy where every example has one label)
+        or "weighted" (mean over labels by their frequency).
+
+    Averages run over the labels that occur or are predicted; among them 0/0 counts as 0.
+
+    >>> [round(score, 4) for score in precision_recall_f1([0, 1, 2, 2], [0, 1, 1, 2], "macro")]
+    [0.8333, 0.8333, 0.7778]
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    scores = precision_recall_fscore_support(labels, predictions, average=average, zero_division=0)
+    return float(scores[0]), float(scores[1]), float(scores[2])
+
+
+def per_class(labels: ArrayLike, predictions: ArrayLike, n_labels: int) -> tuple[list[float], list[float], list[float]]:
+    """(precision, recall, F1), each a list (labels,) with NaN for 0/0: never predicted, never occurring, or both.
+
+    >>> per_class([0, 0, 1], [0, 0, 0], 2)
+    ([0.6666666666666666, nan], [1.0, 0.0], [0.8, 0.0])
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    scores = precision_recall_fscore_support(
+        labels, predictions, labels=range(n_labels), average=None, zero_division=np.nan
+    )
+    precision, recall, f1 = (np.asarray(score, dtype=np.float64) for score in scores[:3])
+    # F1 = 2 right / (predicted + labelled) is 0/0 only for a label that neither occurs nor is predicted.
+    seen = np.isin(np.arange(n_labels), np.union1d(np.asarray(labels), np.asarray(predictions)))
+    f1 = np.where(seen, np.nan_to_num(f1, nan=0.0), np.nan)
+    return precision.tolist(), recall.tolist(), f1.tolist()
+
+
+def resampled_per_class(score: str, tallies: Tallies) -> np.ndarray:
+    """(resamples, labels) of "precision", "recall" or "f1", NaN for 0/0."""
+    above = 2 * tallies.right if score == "f1" else tallies.right
+    below = {
+        "precision": tallies.predicted,
+        "recall": tallies.labelled,
+        "f1": tallies.predicted + tallies.labelled,
+    }[score]
+    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
+
+
+def resampled_average(score: str, average: str, tallies: Tallies) -> np.ndarray:
+    """(resamples,) of "precision", "recall" or "f1" under an average."""
+    if average == "micro":
+        return tallies.right.sum(axis=1) / tallies.total
+    scores = np.nan_to_num(resampled_per_class(score, tallies), nan=0.0)
+    if average == "weighted":
+        return (scores * tallies.labelled).sum(axis=1) / tallies.total
+    seen = (tallies.predicted + tallies.labelled) > 0
+    return (scores * seen).sum(axis=1) / seen.sum(axis=1)
+
+
+def averaged(score: str, average: str) -> Callable[[Answers], list[Metric]]:
+    """The measurement of `f1_macro` and its like."""
+
+    def measure(answers: Answers) -> list[Metric]:
+        scores = precision_recall_f1(answers.labels, answers.predictions, average)
+        resampled = resampled_average(score, average, answers.resampled_tallies)
+        return [Metric(f"{score}_{average}", scores[SCORES.index(score)], percentile_interval(resampled))]
+
+    return measure
+
+
+def for_each_label(score: str) -> Callable[[Answers], list[Metric]]:
+    """The measurement of `f1_per_class` and its like: one metric a label, named `f1[label]`."""
+    why = {"precision": "never predicted", "recall": "no such example", "f1": "no such example, never predicted"}[score]
+
+    def measure(answers: Answers) -> list[Metric]:
+        scores = per_class(answers.labels, answers.predictions, answers.n_labels)[SCORES.index(score)]
+        resampled = resampled_per_class(score, answers.resampled_tallies)
+        return [
+            Metric(f"{score}[{name}]", None, None, why)
+            if np.isnan(value)
+            else Metric(f"{score}[{name}]", value, percentile_interval(resampled[:, index]))
+            for index, (name, value) in enumerate(zip(answers.label_names, scores, strict=True))
+        ]
+
+    return measure

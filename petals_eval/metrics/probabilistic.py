@@ -1,0 +1,65 @@
+"""Log loss and the Brier score: how good the probabilities are, not only the answers."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from petals_eval.metrics.answers import Answers, Metric
+from petals_eval.metrics.intervals import Floats, affordable, percentile_interval, resampled_means
+
+__all__ = ["brier", "fewer_resamples", "log_loss"]
+
+
+def log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
+    """Mean of -ln p(label), in nats, 0 or more. A probability of 0 counts as 2.2e-16, float64's epsilon, as in
+    scikit-learn.
+
+    >>> round(log_loss([0, 1], [[0.9, 0.1], [0.4, 0.6]]), 4)
+    0.3081
+    """
+    from sklearn.metrics import log_loss as sklearn_log_loss
+
+    shares = np.asarray(probabilities, dtype=np.float64)
+    return float(sklearn_log_loss(labels, shares, labels=range(shares.shape[1])))
+
+
+def brier(labels: ArrayLike, probabilities: ArrayLike) -> float:
+    """Mean over examples of sum over labels of (p(k) - [k is the label])^2, in [0, 2]; 0 is perfect.
+
+    The definition of G. W. Brier, "Verification of forecasts expressed in terms of probability" (1950), for any number
+    of labels. With two labels it is twice the form that looks at one label only.
+
+    >>> round(brier([0, 1], [[0.9, 0.1], [0.4, 0.6]]), 4)
+    0.17
+    """
+    return float(squared_errors(np.asarray(labels), np.asarray(probabilities, dtype=np.float64)).mean())
+
+
+def squared_errors(labels: np.ndarray, probabilities: Floats) -> Floats:
+    """(n,) what the Brier score is the mean of."""
+    return ((probabilities - np.eye(probabilities.shape[1])[labels]) ** 2).sum(axis=1)
+
+
+def losses(labels: np.ndarray, probabilities: Floats) -> Floats:
+    """(n,) what the log loss is the mean of."""
+    tiny = np.finfo(np.float64).eps
+    return -np.log(np.clip(probabilities[np.arange(len(labels)), labels], tiny, 1 - tiny))
+
+
+def fewer_resamples(resamples: int) -> str | None:
+    """The note of an interval from fewer resamples than usual."""
+    return None if resamples == affordable(1) else f"interval from {resamples} resamples"
+
+
+def measure_log_loss(answers: Answers) -> list[Metric]:
+    value = log_loss(answers.labels, answers.probabilities)
+    return [_mean("log_loss", value, losses(answers.labels, answers.probabilities), answers)]
+
+
+def measure_brier(answers: Answers) -> list[Metric]:
+    value = brier(answers.labels, answers.probabilities)
+    return [_mean("brier", value, squared_errors(answers.labels, answers.probabilities), answers)]
+
+
+def _mean(name: str, value: float, terms: Floats, answers: Answers) -> Metric:
+    means = resampled_means(terms[:, None], answers.seed)[:, 0]
+    return Metric(name, value, percentile_interval(means), fewer_resamples(len(means)))

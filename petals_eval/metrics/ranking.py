@@ -1,0 +1,83 @@
+"""The area under the ROC curve."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from petals_eval.metrics.answers import Answers, Metric
+from petals_eval.metrics.intervals import Floats, affordable, percentile_interval, row_weights
+from petals_eval.metrics.probabilistic import fewer_resamples
+
+__all__ = ["roc_auc"]
+
+
+def roc_auc(labels: ArrayLike, probabilities: ArrayLike) -> float | None:
+    """Area under the ROC curve, in [0, 1]; 0.5 is chance.
+
+    Two labels: of the probability of the second. More: the mean over labels of "this one against the rest", over the
+    labels that occur. None where fewer than two labels occur.
+
+    >>> roc_auc([0, 0, 1, 1], [[0.9, 0.1], [0.6, 0.4], [0.65, 0.35], [0.2, 0.8]])
+    0.75
+    >>> roc_auc([1, 1], [[0.5, 0.5], [0.2, 0.8]]) is None
+    True
+    """
+    from sklearn.metrics import roc_auc_score
+
+    truth, shares = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
+    present = np.unique(truth)
+    if len(present) < 2:
+        return None
+    return float(np.mean([roc_auc_score(truth == k, shares[:, k]) for k in _ranked(present, shares.shape[1])]))
+
+
+def _ranked(present: np.ndarray, n_labels: int) -> list[int]:
+    """The labels whose probabilities are ranked against the rest."""
+    return [1] if n_labels == 2 else present.tolist()
+
+
+class _Ranking:
+    """The examples sorted once by one label's probability, so that a resample costs no sort.
+
+    The area is the share of (positive, negative) pairs in the right order, ties counting half (Mann and Whitney 1947).
+    """
+
+    def __init__(self, positive: np.ndarray, scores: Floats):
+        self._order = np.argsort(scores, kind="stable")
+        self._positive = positive[self._order].astype(np.float64)
+        ranked = scores[self._order]
+        self._groups = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])  # where equal scores begin
+
+    def area(self, weights: np.ndarray) -> float:
+        """Of a resample in which example i occurs `weights[i]` times; NaN where only one kind occurs."""
+        drawn = weights[self._order]
+        positive = np.add.reduceat(drawn * self._positive, self._groups)
+        negative = np.add.reduceat(drawn, self._groups) - positive
+        pairs = positive.sum() * negative.sum()
+        if pairs == 0:
+            return float("nan")
+        below = np.cumsum(negative) - 0.5 * negative
+        return float(positive @ below / pairs)
+
+
+def measure_roc_auc(answers: Answers) -> list[Metric]:
+    value = roc_auc(answers.labels, answers.probabilities)
+    present = np.unique(answers.labels)
+    if value is None:
+        only = answers.label_names[present[0]]
+        return [Metric("roc_auc", None, None, f"not defined: every example is {only!r}")]
+    ranked = _ranked(present, answers.n_labels)
+    rankings = [_Ranking(answers.labels == k, answers.probabilities[:, k]) for k in ranked]
+    resamples = affordable(len(answers) * len(rankings))
+    areas = [
+        _mean_of_defined([ranking.area(weights) for ranking in rankings])
+        for weights in row_weights(len(answers), resamples, answers.seed)
+    ]
+    absent = [name for index, name in enumerate(answers.label_names) if index not in present]
+    notes = [f"without {', '.join(map(repr, absent))}: no such example" if absent else None, fewer_resamples(resamples)]
+    return [Metric("roc_auc", value, percentile_interval(areas), "; ".join(filter(None, notes)) or None)]
+
+
+def _mean_of_defined(areas: list[float]) -> float:
+    """As in `roc_auc`: labels that do not occur in the resample are left out."""
+    defined = [area for area in areas if area == area]
+    return sum(defined) / len(defined) if defined else float("nan")
