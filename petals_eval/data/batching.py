@@ -1,10 +1,13 @@
 """Micro-batches: requests of similar length under a token budget, padded on the right."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["HasTokens", "MicroBatch", "micro_batches"]
 
@@ -33,8 +36,10 @@ class MicroBatch(Generic[R]):
     lengths: tuple[int, ...]
 
     @classmethod
-    def of(cls, requests: Iterable[R]) -> "MicroBatch[R]":
-        """Pad `requests` on the right to the longest of them."""
+    def of(cls, requests: Iterable[R]) -> MicroBatch[R]:
+        """Pad `requests` on the right to the longest of them. There must be at least one."""
+        import torch  # here, because it takes seconds to import and listing tasks needs none of it
+
         requests = tuple(requests)
         lengths = tuple(len(request.input_ids) for request in requests)
         input_ids = torch.zeros(len(requests), max(lengths), dtype=torch.int64)

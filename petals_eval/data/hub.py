@@ -1,0 +1,110 @@
+"""Data sets of the Hugging Face hub, and local folders laid out like one, with errors that say what to do."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from petals_eval.data.files import scratch_folder
+from petals_eval.data.quiet import no_progress_bars
+from petals_eval.data.source import DataSource
+from petals_eval.errors import DataError, MachineError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["load_folder", "load_hub"]
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def load_hub(source: DataSource) -> "Dataset":
+    """One split of a data set on the hub, through the cache of `datasets` (HF_DATASETS_CACHE says where that is).
+
+    Raises DataError for a name, subset or split that does not exist, a gated or private data set, and a hub that
+    cannot be reached; the message lists what there is.
+    """
+    if not _HUB_NAME.fullmatch(source.path):
+        raise DataError(
+            f"{source.path!r} is neither a file nor the name of a data set on the hub, which looks like owner/name."
+        )
+    return _load(source, source.path, cache=None)
+
+
+def load_folder(source: DataSource) -> "Dataset":
+    """One split of a local folder of data files, leaving nothing in the cache. Raises DataError as `load_hub` does."""
+    with scratch_folder() as folder:
+        return _load(source, str(Path(source.path).expanduser()), cache=folder)
+
+
+def _load(source: DataSource, path: str, cache: str | None) -> "Dataset":
+    import datasets
+
+    token = source.token.get_secret_value() if source.token is not None else None
+    try:
+        with no_progress_bars():
+            loaded = datasets.load_dataset(
+                path,
+                source.subset,
+                split=source.split,
+                revision=source.revision,
+                token=token,
+                cache_dir=cache,
+            )
+    except PermissionError as error:
+        raise MachineError(
+            f"cannot write the cache of datasets: {error}. Set HF_DATASETS_CACHE to another folder."
+        ) from error
+    # What datasets and huggingface_hub raise for names, subsets, splits, gates and the network differs from version to
+    # version, but all of it is one of these; StopIteration is what datasets 5 makes of a file without rows.
+    except (OSError, ValueError, RuntimeError, datasets.builder.DatasetGenerationError, StopIteration) as error:
+        raise DataError(_explain(source, error)) from error
+    if not isinstance(loaded, datasets.Dataset):
+        splits = ", ".join(sorted(loaded))
+        if len(loaded) != 1:
+            raise DataError(f"{source.path} has several splits: {splits}. Say which one is to be evaluated (split).")
+        loaded = next(iter(loaded.values()))
+    return loaded
+
+
+def _explain(source: DataSource, error: Exception) -> str:
+    """What went wrong and what to do, by what the message of `datasets` says."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    lowered = text.lower()
+    if "split" in lowered and isinstance(error, ValueError):
+        return f"{source.path} has no split {source.split!r}. The splits there are: {_listed(text)}."
+    if "config name is missing" in lowered:
+        return f"{source.path} has several subsets: {_listed(text)}. Say which one is meant (subset)."
+    if "builderconfig" in lowered:
+        return f"{source.path} has no subset {source.subset!r}. The subsets there are: {_listed(text)}."
+    if re.search(r"\bgated\b|\b401\b|\b403\b", lowered) and "doesn't exist" not in lowered:
+        return (
+            f"{source.path} is gated or private on the hub: ask for access on "
+            f"https://huggingface.co/datasets/{source.path}, then run `hf auth login` or give a token. "
+            f"(datasets says: {text})"
+        )
+    if "scripts are no longer supported" in lowered:
+        return (
+            f"{source.path} is a data set with a loading script, which today's datasets does not run. "
+            "Most have a copy without one: set revision: refs/convert/parquet."
+        )
+    if Path(source.path).expanduser().is_dir():
+        return f"the folder {source.path} holds no data that can be loaded: {text} Give the path of a file."
+    if isinstance(error, FileNotFoundError) and not isinstance(error, ConnectionError):
+        revision = f" at revision {source.revision}" if source.revision else ""
+        return (
+            f"there is no file {source.path} here and no data set {source.path} on the hub{revision}. A hub name looks "
+            f"like owner/name; a private data set needs a token. (datasets says: {text})"
+        )
+    if isinstance(error, OSError):
+        return (
+            f"there is no file {source.path} here, and the hub cannot be reached for a data set of that name. "
+            f"Check the network, or give the path of a local file. (datasets says: {text})"
+        )
+    cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ is not None else ""
+    return f"{source.path} cannot be loaded: {text}{cause}"
+
+
+def _listed(text: str) -> str:
+    """The names in the first [...] of a message of `datasets`, or the message itself."""
+    found = re.search(r"\[([^]]*)\]", text)
+    return found.group(1).replace("'", "") if found else text

@@ -1,0 +1,28 @@
+"""A reproducible part of a data set."""
+
+from petals_eval.data.rows import Rows
+from petals_eval.errors import ConfigError
+
+__all__ = ["sample"]
+
+
+def sample(rows: Rows, limit: int | None, seed: int) -> Rows:
+    """`limit` of the rows, drawn without replacement, in the order of the source; all of them for None.
+
+    Each row gets a 64-bit key from PCG64(seed), in order; the rows with the smallest keys stay. NumPy promises that
+    this stream of bits is the same on every platform and in every version, which it does not promise of
+    `Generator.choice`. With one seed a smaller sample is a part of every larger one.
+
+    Raises ConfigError for a limit below 1 or a negative seed.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit should be at least 1, found {limit}. Leave it out to evaluate every row.")
+    if seed < 0:
+        raise ConfigError(f"seed should be 0 or more, found {seed}.")
+    if limit is None or limit >= len(rows):
+        return rows
+    import numpy as np
+
+    keys = np.random.PCG64(seed).random_raw(len(rows))
+    chosen = np.argsort(keys, kind="stable")[:limit]
+    return rows.at(np.sort(chosen).astype(np.int64))
