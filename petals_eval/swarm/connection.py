@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from anyio import fail_after
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from hivemind.dht.node import DHTNode
-from hivemind.dht.validation import ValidationError as ClockError
+from hivemind.dht.protocol import ValidationError as ClockError
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 

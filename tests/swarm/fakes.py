@@ -1,0 +1,69 @@
+"""A swarm without a network: it plugs in at the seam between "which server next" and "send it"."""
+
+import asyncio
+from collections.abc import Callable
+
+import torch
+
+from petals_eval.config import SwarmSettings
+from petals_eval.swarm.calls import Answer
+from petals_eval.swarm.peers import PeerBook
+from petals_eval.swarm.pipeline import Pipeline
+from petals_eval.swarm.records import ServerRecord, ServerState, Snapshot, SpanServer
+from petals_eval.swarm.routing import Hop
+
+PEER = "/ip4/127.0.0.1/tcp/1/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY"
+
+
+def server(name: str, start: int, end: int, **fields: object) -> SpanServer:
+    return SpanServer(name, start, end, ServerRecord(state=ServerState.ONLINE, throughput=1.0, **fields))
+
+
+def settings(**values: object) -> SwarmSettings:
+    quick = {"min_backoff": 0.01, "max_backoff": 0.05, "missing_update_period": 0.02, "deadline": 0.3}
+    return SwarmSettings(initial_peers=(PEER,), **{**quick, **values})
+
+
+class FakeDirectory:
+    def __init__(self, num_blocks: int, *servers: SpanServer):
+        self.snapshot = Snapshot(num_blocks, {one.peer_id: one for one in servers})
+        self.looks = 0
+        self.on_look: Callable[[FakeDirectory], None] | None = None
+
+    async def refresh(self, *, older_than: float = 0.0) -> Snapshot:
+        self.looks += 1
+        if self.on_look is not None:
+            self.on_look(self)
+        return self.snapshot
+
+
+class FakeCalls:
+    """Block b adds 10**b, times one plus the sum of its prompts: an answer shows which blocks ran, and how often."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int, int, tuple[int, ...]]] = []
+        self.on_call: Callable[[Hop, torch.Tensor], None] | None = None
+        self.in_flight = 0
+        self.most_in_flight = 0
+
+    async def forward(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None) -> Answer:
+        self.calls.append((hop.server.peer_id, hop.first, hop.last, tuple(hidden.shape)))
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await asyncio.sleep(0.001)
+            if self.on_call is not None:
+                self.on_call(hop, hidden)
+        finally:
+            self.in_flight -= 1
+        if prompts is not None and prompts.shape[0] != hop.last - hop.first:
+            raise ValueError(f"{prompts.shape[0]} prompts for {hop.last - hop.first} blocks")
+        for index, block in enumerate(range(hop.first, hop.last)):
+            scale = 1.0 if prompts is None else 1.0 + prompts[index].sum(dim=(1, 2))[:, None, None]
+            hidden = hidden + scale * 10.0**block
+        return Answer(hidden, 0.001, 8, 8)
+
+
+def pipeline(directory: FakeDirectory, calls: FakeCalls, max_tokens: int = 2048, **values: object) -> Pipeline:
+    chosen = settings(**values)
+    return Pipeline(calls, directory, PeerBook(chosen), chosen, max_tokens)

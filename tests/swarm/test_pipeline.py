@@ -1,0 +1,166 @@
+"""The way of a micro-batch: hops, failures, waiting, deadlines, splitting. No network."""
+
+import asyncio
+import math
+
+import pytest
+import torch
+
+from petals_eval.errors import (
+    DeadlineError,
+    MissingBlocksError,
+    PeerRefusedError,
+    PeerUnreachableError,
+    RequestTooLargeError,
+)
+from petals_eval.swarm.records import Snapshot
+from petals_eval.swarm.routing import Hop
+from tests.swarm.fakes import FakeCalls, FakeDirectory, pipeline, server
+
+HIDDEN = torch.zeros(2, 3, 4)
+
+
+def run(pipe, hidden=HIDDEN, prompts=None, first=0, last=4):
+    return asyncio.run(pipe.forward(hidden, prompts, first, last))
+
+
+def test_every_block_runs_once_and_in_order():
+    calls = FakeCalls()
+    hidden, servers = run(pipeline(FakeDirectory(4, server("a", 0, 2), server("b", 2, 4)), calls))
+    assert torch.equal(hidden, torch.full_like(HIDDEN, 1111.0))
+    assert servers == ("a", "b")
+    assert [call[:3] for call in calls.calls] == [("a", 0, 2), ("b", 2, 4)]
+
+
+def test_overlapping_spans_run_no_block_twice():
+    hidden, _ = run(pipeline(FakeDirectory(4, server("a", 0, 3), server("b", 1, 4)), FakeCalls()))
+    assert torch.equal(hidden, torch.full_like(HIDDEN, 1111.0))
+
+
+def test_a_slice_runs_its_blocks_alone():
+    hidden, _ = run(pipeline(FakeDirectory(4, server("a", 0, 4)), FakeCalls()), first=1, last=3)
+    assert torch.equal(hidden, torch.full_like(HIDDEN, 110.0))
+
+
+def test_deep_prompts_are_sliced_per_span():
+    prompts = torch.arange(4.0)[:, None, None, None] * torch.ones(4, 1, 1, 1)  # block b: prompt b
+    calls = FakeCalls()
+    hidden, _ = run(pipeline(FakeDirectory(4, server("a", 0, 3), server("b", 3, 4)), calls), prompts=prompts)
+    assert torch.equal(hidden, torch.full_like(HIDDEN, 1 * 1 + 2 * 10 + 3 * 100 + 4 * 1000.0))
+
+
+def test_prompts_per_row_follow_their_rows_when_a_batch_is_split():
+    hidden = torch.zeros(4, 2, 1)
+    prompts = torch.arange(4.0)[None, :, None, None]
+    answer, _ = run(pipeline(FakeDirectory(1, server("a", 0, 1)), FakeCalls(), max_tokens=2), hidden, prompts, 0, 1)
+    assert answer[:, 0, 0].tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_failed_server_is_left_at_once_and_its_work_moves_on():
+    calls = FakeCalls()
+
+    def fail(hop: Hop, hidden: torch.Tensor) -> None:
+        if hop.server.peer_id == "bad":
+            raise PeerUnreachableError("gone")
+
+    calls.on_call = fail
+    pipe = pipeline(FakeDirectory(4, server("bad", 0, 4), server("a", 0, 2), server("b", 2, 4)), calls, min_backoff=30)
+    hidden, servers = run(pipe)
+    assert torch.equal(hidden, torch.full_like(HIDDEN, 1111.0))
+    assert servers == ("a", "b")
+    assert [call[0] for call in calls.calls].count("bad") == 1
+    assert pipe.peers.retries == 1
+
+
+def test_work_goes_on_from_the_hop_that_failed():
+    calls = FakeCalls()
+
+    def fail_once(hop: Hop, hidden: torch.Tensor) -> None:
+        if hop.first == 2 and sum(call[1] == 2 for call in calls.calls) == 1:
+            raise PeerUnreachableError("gone")
+
+    calls.on_call = fail_once
+    directory = FakeDirectory(4, server("a", 0, 2), server("b1", 2, 4), server("b2", 2, 4))
+    hidden, _ = run(pipeline(directory, calls, min_backoff=30))
+    assert torch.equal(hidden, torch.full_like(HIDDEN, 1111.0))
+    assert [call[1] for call in calls.calls] == [0, 2, 2]
+
+
+def test_missing_blocks_end_at_the_deadline_and_are_named():
+    pipe = pipeline(FakeDirectory(8, server("a", 0, 3), server("b", 6, 8)), FakeCalls())
+    with pytest.raises(
+        MissingBlocksError, match=r"deadline \(00:00\): no server holds blocks 3:6 \(since .* 2 servers"
+    ):
+        run(pipe, last=8)
+
+
+def test_a_server_that_comes_back_ends_the_waiting():
+    directory = FakeDirectory(4, server("a", 0, 2))
+
+    def appear(directory: FakeDirectory) -> None:
+        if directory.looks == 3:
+            both = {one.peer_id: one for one in (server("a", 0, 2), server("b", 2, 4))}
+            directory.snapshot = Snapshot(4, both)
+
+    directory.on_look = appear
+    hidden, _ = run(pipeline(directory, FakeCalls(), deadline=5.0))
+    assert torch.equal(hidden, torch.full_like(HIDDEN, 1111.0))
+
+
+def test_servers_that_all_fail_end_at_the_deadline_with_their_reason():
+    calls = FakeCalls()
+
+    def fail(hop: Hop, hidden: torch.Tensor) -> None:
+        raise PeerRefusedError("out of memory")
+
+    calls.on_call = fail
+    pipe = pipeline(FakeDirectory(4, server("a", 0, 4)), calls)
+    with pytest.raises(DeadlineError, match=r"every server of blocks 0:4 fails .*out of memory"):
+        run(pipe)
+    assert 2 <= len(calls.calls) < 40  # tried again, each time after a longer while
+
+
+def test_what_is_waited_for_can_be_seen():
+    pipe = pipeline(FakeDirectory(2, server("a", 0, 1)), FakeCalls(), deadline=0.3)
+
+    async def look() -> str | None:
+        task = asyncio.create_task(pipe.forward(HIDDEN, None, 0, 2))
+        await asyncio.sleep(0.1)
+        waiting = pipe.status().waiting
+        with pytest.raises(MissingBlocksError):
+            await task
+        return waiting
+
+    assert "no server holds blocks 1:2" in (asyncio.run(look()) or "")
+    assert pipe.status().waiting is None
+
+
+def test_batches_are_split_below_the_token_limit_and_travel_together():
+    calls = FakeCalls()
+    hidden = torch.arange(10.0)[:, None, None].expand(10, 3, 4)
+    answer, _ = run(pipeline(FakeDirectory(4, server("a", 0, 4)), calls, max_tokens=9), hidden)
+    assert torch.equal(answer, hidden + 1111.0)
+    assert [call[3][0] for call in calls.calls] == [3, 3, 3, 1]
+    assert calls.most_in_flight == 4
+
+
+def test_a_servers_own_limit_is_learnt_from_its_refusal_and_is_no_failure():
+    calls = FakeCalls()
+
+    def refuse(hop: Hop, hidden: torch.Tensor) -> None:
+        if math.prod(hidden.shape[:2]) > 6:
+            raise PeerRefusedError("ValueError('Task size greater than max_batch_size (6), it can\\'t be processed')")
+
+    calls.on_call = refuse
+    pipe = pipeline(FakeDirectory(4, server("a", 0, 4)), calls)
+    hidden = torch.zeros(5, 3, 4)
+    answer, _ = run(pipe, hidden)
+    assert torch.equal(answer, hidden + 1111.0)
+    assert pipe.peers.retries == 0
+    assert [call[3][0] for call in calls.calls] == [5, 2, 2, 1]
+
+
+def test_one_row_above_the_limit_is_the_callers_mistake():
+    pipe = pipeline(FakeDirectory(4, server("a", 0, 4)), FakeCalls(), max_tokens=2)
+    with pytest.raises(RequestTooLargeError, match=r"holds 3 tokens .* takes 2 in one call"):
+        run(pipe)

@@ -1,0 +1,113 @@
+"""Records are claims of strangers: validated, or dropped and counted."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petals_eval.swarm.records import Announcement, ServerRecord, ServerState, read_snapshot
+
+FULL = {
+    "start_block": 0,
+    "end_block": 3,
+    "public_name": "me",
+    "version": "2.2.0",
+    "network_rps": 10.0,
+    "forward_rps": 10,
+    "inference_rps": 5.0,
+    "adapters": ["some/lora"],
+    "torch_dtype": "float32",
+    "quant_type": "none",
+    "using_relay": False,
+    "cache_tokens_left": 8192,
+    "next_pings": {"Qm": 0.1},
+    "from_a_newer_version": object,
+}
+
+
+def announce(block: int, peer: str, value: object, expiration: float = 1.0) -> Announcement:
+    return Announcement(block, peer, value, expiration)
+
+
+def test_a_full_record_is_read_and_unknown_keys_are_ignored():
+    record = ServerRecord.from_wire((2, 10.5, FULL))
+    assert (record.state, record.throughput, record.end_block) == (ServerState.ONLINE, 10.5, 3)
+    assert record.adapters == ("some/lora",)
+
+
+def test_extra_is_optional():
+    assert ServerRecord.from_wire((1, 0.0)).state is ServerState.JOINING
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "text",
+        (2,),
+        (7, 1.0, {}),
+        (2, -1.0, {}),
+        (2, float("nan"), {}),
+        (2, 1.0, {"start_block": -1}),
+        (2, 1.0, {"start_block": "0"}),
+        (2, 1.0, {"adapters": "text"}),
+        (2, 1.0, {"version": 5}),
+        (2, 1.0, {1: 2}),
+        (2, 1.0, []),
+    ],
+)
+def test_malformed_records_are_refused(value):
+    with pytest.raises(ValueError):
+        ServerRecord.from_wire(value)
+    snapshot = read_snapshot([announce(0, "a", value)], 3)
+    assert (snapshot.servers, snapshot.dropped) == ({}, 1)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=5),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    )
+)
+def test_nothing_a_stranger_stores_raises_anything_else(value):
+    read_snapshot([announce(0, "a", value), announce(0, "b", (2, 1.0, value)), announce(0, "c", [2, value, {}])], 3)
+
+
+def test_only_online_servers_with_the_adapter_count():
+    announcements = [
+        announce(0, "offline", (0, 1.0, FULL)),
+        announce(0, "joining", (1, 1.0, FULL)),
+        announce(0, "online", (2, 1.0, FULL)),
+        announce(0, "plain", (2, 1.0, {**FULL, "adapters": []})),
+    ]
+    assert set(read_snapshot(announcements, 3).servers) == {"online", "plain"}
+    assert set(read_snapshot(announcements, 3, active_adapter="some/lora").servers) == {"online"}
+
+
+def test_a_server_that_moved_counts_where_its_newest_record_says():
+    old = {"start_block": 0, "end_block": 2}
+    new = {"start_block": 4, "end_block": 6}
+    snapshot = read_snapshot(
+        [
+            announce(0, "a", (2, 1.0, old), 10.0),
+            announce(1, "a", (2, 1.0, old), 10.0),
+            announce(4, "a", (2, 1.0, new), 20.0),
+        ],
+        6,
+    )
+    assert (snapshot.servers["a"].start, snapshot.servers["a"].end) == (4, 6)
+    assert snapshot.missing() == ((0, 4),)
+
+
+def test_without_a_span_the_keys_count():
+    snapshot = read_snapshot([announce(block, "a", (2, 1.0)) for block in (1, 2)], 4)
+    assert (snapshot.servers["a"].start, snapshot.servers["a"].end) == (1, 3)
+    assert snapshot.missing() == ((0, 1), (3, 4))
+    assert snapshot.missing(without=frozenset({"a"})) == ((0, 4),)
+
+
+def test_a_span_outside_the_model_is_cut_or_dropped():
+    long = {"start_block": 2, "end_block": 10**18}
+    beyond = {"start_block": 9, "end_block": 12}
+    snapshot = read_snapshot([announce(2, "a", (2, 1.0, long)), announce(2, "b", (2, 1.0, beyond))], 4)
+    assert (snapshot.servers["a"].start, snapshot.servers["a"].end) == (2, 4)
+    assert snapshot.dropped == 1

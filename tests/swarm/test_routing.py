@@ -1,0 +1,51 @@
+"""Routes: cheapest first, complete or none."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petals_eval.swarm.routing import hold_all, next_hop, plan_route
+from tests.swarm.fakes import server
+
+
+def per_block(**seconds: float):
+    return lambda one, blocks: seconds.get(one.peer_id, 1.0) * blocks + 0.1
+
+
+def named(route):
+    return None if route is None else [(hop.server.peer_id, hop.first, hop.last) for hop in route]
+
+
+def test_fewer_hops_win_at_equal_speed():
+    servers = [server("a", 0, 2), server("b", 2, 4), server("c", 0, 4)]
+    assert named(plan_route(servers, 0, 4, per_block())) == [("c", 0, 4)]
+
+
+def test_a_slow_server_is_gone_around():
+    servers = [server("a", 0, 2), server("b", 2, 4), server("slow", 0, 4)]
+    assert named(plan_route(servers, 0, 4, per_block(slow=9.0))) == [("a", 0, 2), ("b", 2, 4)]
+
+
+def test_a_hop_starts_within_a_span():
+    assert named(plan_route([server("a", 0, 3), server("b", 1, 4)], 0, 4, per_block())) == [("a", 0, 3), ("b", 3, 4)]
+
+
+def test_a_hole_gives_no_route():
+    servers = [server("a", 0, 2), server("b", 3, 4)]
+    assert plan_route(servers, 0, 4, per_block()) is None
+    assert next_hop(servers, 0, 4, per_block()) is None
+    assert not hold_all(servers, 0, 4)
+    assert hold_all(servers, 0, 2)
+
+
+spans = st.tuples(st.integers(0, 7), st.integers(1, 8)).filter(lambda span: span[0] < span[1])
+
+
+@given(st.lists(spans, max_size=8))
+def test_a_route_is_contiguous_and_found_exactly_when_every_block_is_held(found):
+    servers = [server(f"s{index}", *span) for index, span in enumerate(found)]
+    route = plan_route(servers, 0, 8, per_block())
+    held = {block for start, end in found for block in range(start, end)}
+    assert (route is not None) == (held == set(range(8)))
+    if route is not None:
+        assert [block for hop in route for block in range(hop.first, hop.last)] == list(range(8))
+        assert all(hop.server.start <= hop.first < hop.last <= hop.server.end for hop in route)
