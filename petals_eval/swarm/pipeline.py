@@ -23,10 +23,13 @@ from petals_eval.swarm.peers import PeerBook
 from petals_eval.swarm.records import SpanServer
 from petals_eval.swarm.routing import Hop, next_hop
 
-__all__ = ["Pipeline", "SwarmStatus", "short_peer", "spans_text"]
+__all__ = ["USUAL_MAX_TOKENS", "Pipeline", "SwarmStatus", "short_peer", "spans_text"]
 
 # What Petals servers of both lines say; the operator's number is in it.
 _BATCH_LIMIT = re.compile(r"Task size greater than max_batch_size \((\d+)\)")
+
+USUAL_MAX_TOKENS = 2048
+"""Tokens (rows x positions) any Petals server takes in one call unless its operator said otherwise."""
 
 HOP_OVERHEAD = 0.02
 """Seconds a hop costs before any token is computed, as long as nothing was measured."""
@@ -46,13 +49,10 @@ class SwarmStatus:
 class Pipeline:
     """Sends micro-batches along routes. Used from the connection's event loop only."""
 
-    def __init__(
-        self, calls: BlockCalls, directory: Directory, peers: PeerBook, settings: SwarmSettings, max_tokens: int
-    ):
+    def __init__(self, calls: BlockCalls, directory: Directory, peers: PeerBook, settings: SwarmSettings):
         self._calls = calls
         self._directory = directory
         self._settings = settings
-        self._max_tokens = max_tokens
         self._limits: dict[str, int] = {}  # tokens per call, where a server told us its own
         self._waiting: dict[object, str] = {}
         self._missing_since: float | None = None
@@ -119,20 +119,23 @@ class Pipeline:
         history = self.peers.of(peer_id)
         rows, seq = hidden.shape[:2]
         while True:
-            limit = min(self._max_tokens, self._limits.get(peer_id, self._max_tokens))
-            step = limit // seq
-            if step == 0:
+            # Only a limit that was set or told is held against a single row: servers of grouped-query models take more
+            # than the usual number, and the refusal of one that does not names its own.
+            known = self._limits.get(peer_id, self._settings.max_tokens_per_call)
+            if known is not None and seq > known:
                 raise RequestTooLargeError(
-                    f"an input holds {seq} tokens (prompt included), but server {short_peer(peer_id)} takes {limit} in "
+                    f"an input holds {seq} tokens (prompt included), but server {short_peer(peer_id)} takes {known} in "
                     "one call: set a smaller max_length in the task"
                 )
+            limit = known or USUAL_MAX_TOKENS
+            step = max(1, limit // seq)
             parts = [slice(start, start + step) for start in range(0, rows, step)]
             history.in_flight += rows * seq
             try:
                 answers = await _gather([self._call_part(hop, hidden, prompts, part) for part in parts])
             except PeerRefusedError as error:
                 told = _BATCH_LIMIT.search(str(error))
-                if told is None or int(told[1]) >= limit:
+                if told is None or int(told[1]) >= step * seq:
                     raise
                 self._limits[peer_id] = int(told[1])
                 continue

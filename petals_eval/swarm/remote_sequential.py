@@ -13,15 +13,12 @@ from petals_eval.swarm.calls import RemoteCalls
 from petals_eval.swarm.connection import SwarmConnection
 from petals_eval.swarm.directory import Directory
 from petals_eval.swarm.peers import PeerBook
-from petals_eval.swarm.pipeline import Pipeline, SwarmStatus
+from petals_eval.swarm.pipeline import USUAL_MAX_TOKENS, Pipeline, SwarmStatus
 from petals_eval.swarm.records import Snapshot
 
 __all__ = ["Computed", "RemoteSequential", "Work"]
 
 T = TypeVar("T")
-
-DEFAULT_MAX_TOKENS = 2048
-"""Tokens (rows x positions) any Petals server takes in one call unless its operator said otherwise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +71,7 @@ class RemoteSequential(nn.Module):
         settings = connection.settings
         directory = Directory(connection.dht, dht_prefix, num_blocks, settings)
         calls = RemoteCalls(connection.p2p, dht_prefix, settings)
-        limit = settings.max_tokens_per_call or DEFAULT_MAX_TOKENS
-        pipeline = Pipeline(calls, directory, PeerBook(settings), settings, limit)
+        pipeline = Pipeline(calls, directory, PeerBook(settings), settings)
         connection.run(directory.refresh)
         connection.start_background(directory.keep_fresh)
         return cls(connection, directory, pipeline, 0, num_blocks)
@@ -175,7 +171,7 @@ class RemoteSequential(nn.Module):
         return self._connection.run(self._directory.refresh)
 
     def _rows_per_part(self, hidden: torch.Tensor) -> int:
-        limit = self._connection.settings.max_tokens_per_call or DEFAULT_MAX_TOKENS
+        limit = self._connection.settings.max_tokens_per_call or USUAL_MAX_TOKENS
         return int(limit // max(1, hidden.shape[1]))
 
     def _refuse_gradients(self, hidden: torch.Tensor, prompts: torch.Tensor | None) -> None:

@@ -64,6 +64,6 @@ class FakeCalls:
         return Answer(hidden, 0.001, 8, 8)
 
 
-def pipeline(directory: FakeDirectory, calls: FakeCalls, max_tokens: int = 2048, **values: object) -> Pipeline:
+def pipeline(directory: FakeDirectory, calls: FakeCalls, **values: object) -> Pipeline:
     chosen = settings(**values)
-    return Pipeline(calls, directory, PeerBook(chosen), chosen, max_tokens)
+    return Pipeline(calls, directory, PeerBook(chosen), chosen)

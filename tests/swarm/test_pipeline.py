@@ -52,7 +52,9 @@ def test_deep_prompts_are_sliced_per_span():
 def test_prompts_per_row_follow_their_rows_when_a_batch_is_split():
     hidden = torch.zeros(4, 2, 1)
     prompts = torch.arange(4.0)[None, :, None, None]
-    answer, _ = run(pipeline(FakeDirectory(1, server("a", 0, 1)), FakeCalls(), max_tokens=2), hidden, prompts, 0, 1)
+    answer, _ = run(
+        pipeline(FakeDirectory(1, server("a", 0, 1)), FakeCalls(), max_tokens_per_call=2), hidden, prompts, 0, 1
+    )
     assert answer[:, 0, 0].tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
@@ -138,7 +140,7 @@ def test_what_is_waited_for_can_be_seen():
 def test_batches_are_split_below_the_token_limit_and_travel_together():
     calls = FakeCalls()
     hidden = torch.arange(10.0)[:, None, None].expand(10, 3, 4)
-    answer, _ = run(pipeline(FakeDirectory(4, server("a", 0, 4)), calls, max_tokens=9), hidden)
+    answer, _ = run(pipeline(FakeDirectory(4, server("a", 0, 4)), calls, max_tokens_per_call=9), hidden)
     assert torch.equal(answer, hidden + 1111.0)
     assert [call[3][0] for call in calls.calls] == [3, 3, 3, 1]
     assert calls.most_in_flight == 4
@@ -161,6 +163,6 @@ def test_a_servers_own_limit_is_learnt_from_its_refusal_and_is_no_failure():
 
 
 def test_one_row_above_the_limit_is_the_callers_mistake():
-    pipe = pipeline(FakeDirectory(4, server("a", 0, 4)), FakeCalls(), max_tokens=2)
+    pipe = pipeline(FakeDirectory(4, server("a", 0, 4)), FakeCalls(), max_tokens_per_call=2)
     with pytest.raises(RequestTooLargeError, match=r"holds 3 tokens .* takes 2 in one call"):
         run(pipe)

@@ -1,0 +1,153 @@
+"""RemoteModel: what stays at home and the blocks that do not, as one model that evaluates and never trains."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from petals_eval.config import SwarmSettings
+from petals_eval.data.batching import MicroBatch, micro_batches
+from petals_eval.errors import ConfigError
+from petals_eval.tasks.requests import Request
+
+if TYPE_CHECKING:
+    import torch
+
+    from petals_eval.model import Adapter, LocalModel
+    from petals_eval.swarm import RemoteSequential, SwarmConnection
+
+__all__ = ["Answered", "RemoteModel"]
+
+TOKENS_PER_MICRO_BATCH = 1024
+"""Positions (rows x longest, prompts included) sent together: below every server's limit."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """A request with its answer: float32 (labels,) or (targets,), and the servers that computed it."""
+
+    request: Request
+    answer: "torch.Tensor"
+    servers: tuple[str, ...]
+
+
+class RemoteModel:
+    """Embeddings, prompts, norm and head at home; the transformer blocks on a swarm.
+
+        with RemoteModel.from_pretrained("bigscience/bloom", adapter="./prompts", initial_peers=peers) as model:
+            result = petals_eval.evaluate(model, task="sst2")
+
+    adapters: the prompt-tuned checkpoints to evaluate; without any, the model is evaluated as it is.
+    """
+
+    def __init__(
+        self,
+        local: "LocalModel",
+        blocks: "RemoteSequential",
+        adapters: Sequence["Adapter"] = (),
+        connection: "SwarmConnection | None" = None,
+    ):
+        self.local = local
+        self.blocks = blocks
+        self.adapters = tuple(adapters)
+        self._connection = connection
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        initial_peers: Sequence[str],
+        adapter: str | Sequence[str] | None = None,
+        dht_prefix: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        dtype: "torch.dtype | None" = None,
+        device: str = "cpu",
+        cache_dir: str | None = None,
+        **swarm_settings: Any,
+    ) -> "RemoteModel":
+        """Load what stays at home and connect to the swarm.
+
+        model: hub name or local folder; only the tensors that stay at home are read.
+        adapter: one or several prompt-tuned checkpoints (file, folder or hub name).
+        dht_prefix: the name the servers announce; by default Petals' own rule for the hub name.
+        dtype: of the computation at home; the checkpoint's own by default.
+        swarm_settings: more fields of petals_eval.config.SwarmSettings, such as active_adapter or deadline.
+
+        Raises ModelError, AdapterError, ConfigError, SwarmUnreachableError.
+        """
+        from petals_eval.model import LocalModel, load_adapter
+        from petals_eval.swarm import SwarmConnection
+
+        settings = SwarmSettings(initial_peers=tuple(initial_peers), **swarm_settings)
+        local = LocalModel.from_pretrained(
+            model, revision=revision, token=token, dtype=dtype, device=device, cache_dir=cache_dir
+        )
+        names = [adapter] if isinstance(adapter, str) else list(adapter or ())
+        adapters = [load_adapter(name, family=local.family, config=local.config, token=token) for name in names]
+        prefix = dht_prefix or default_dht_prefix(model, local)
+        connection = SwarmConnection.connect(settings)
+        try:
+            blocks = connection.remote_sequential(prefix, local.num_blocks)
+        except BaseException:
+            connection.close()
+            raise
+        return cls(local, blocks, adapters, connection)
+
+    def compute(
+        self,
+        requests: Iterable[Request],
+        adapter: "Adapter | None" = None,
+        *,
+        tokens_per_micro_batch: int = TOKENS_PER_MICRO_BATCH,
+        on_tick: Callable[[], object] | None = None,
+    ) -> Iterator[Answered]:
+        """Answer requests as they come back from the swarm, in any order.
+
+        Requests are taken as the swarm asks for them: memory is bounded by the window and the look-ahead of the
+        batches, not by their number. Each local step runs in eval mode under inference mode.
+        """
+        from petals_eval.model import evaluating
+        from petals_eval.swarm import Work
+
+        prefix = adapter.prefix_length if adapter is not None else 0
+        deep_prompts = adapter.deep_prompts if adapter is not None else None
+
+        def outgoing() -> Iterator[Work[MicroBatch[Request]]]:
+            for batch in micro_batches(requests, max_tokens=tokens_per_micro_batch, prefix=prefix):
+                self.local.check_length(batch.input_ids.shape[1], prefix)
+                with evaluating(self.local):
+                    hidden = self.local.embed(batch.input_ids, adapter)
+                yield Work(batch, hidden, deep_prompts)
+
+        for computed in self.blocks.stream(outgoing(), on_tick=on_tick):
+            with evaluating(self.local):
+                answers = self.local.head(computed.hidden, computed.tag, adapter)
+            for request, answer in zip(computed.tag.requests, answers, strict=True):
+                yield Answered(request, answer, computed.servers)
+
+    def close(self) -> None:
+        """End the connection to the swarm. Safe to call twice."""
+        if self._connection is not None:
+            self._connection.close()
+
+    def __enter__(self) -> "RemoteModel":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def default_dht_prefix(model: str, local: "LocalModel") -> str:
+    """The prefix Petals servers announce for a hub repository; a local folder has none on a foreign swarm."""
+    from pathlib import Path
+
+    if Path(model).expanduser().is_dir():
+        raise ConfigError(
+            f"{model} is a local folder, so the name its servers announce is not known: give it with --dht-prefix "
+            "(dht_prefix=... in Python). For a hub model it would follow from the hub name."
+        )
+    return local.family.dht_prefix(model)
