@@ -1,0 +1,64 @@
+"""Tiny models of the families that Petals 2.2.0 serves, in folders that its transformers 4.34.1 reads."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from tests.tiny_models import make_tiny
+
+PETALS_FAMILIES = ("llama", "bloom", "falcon")
+
+
+def make_petals_tiny(family: str, folder: Path, **settings: object) -> Path:
+    """Like `make_tiny`, as Petals expects it: BLOOM with the bare model's keys, and a config in the words of its day.
+
+    Falcon is of the new architecture (40B, 180B): Petals 2.2.0 cannot compute the multi-query attention of Falcon-7B.
+    """
+    if family == "falcon":
+        settings = {"new_decoder_architecture": True, "num_kv_heads": 2} | settings
+    make_tiny(family, folder, bare=family == "bloom", **settings)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    # transformers 5 renamed these.
+    config["torch_dtype"] = config.pop("dtype", "float32")
+    config |= {key: value for key, value in config.pop("rope_parameters", {}).items() if key == "rope_theta"}
+    path.write_text(json.dumps(config, indent=2))
+    return folder
+
+
+def block_states(folder: Path, input_ids: torch.Tensor, prompts: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Hugging Face's own forward here: [what enters block 0, what leaves block 0, what leaves block 1, ...].
+
+    input_ids: (batch, seq), unpadded. prompts: (blocks, 1, prefix, hidden) deep prompts, added to the first `prefix`
+    positions of what enters each block. Every state is (batch, seq, hidden) float32.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    base = model.base_model
+    blocks = base.layers if hasattr(base, "layers") else base.h
+    states: list[torch.Tensor] = []
+
+    def before(index: int):
+        def hook(_module, args, kwargs):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if index == 0:
+                states.append(hidden.clone())
+            if prompts is None:
+                return None
+            hidden = hidden.clone()
+            hidden[:, : prompts.shape[2]] += prompts[index]
+            return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+        return hook
+
+    def after(_module, _args, output):
+        states.append((output[0] if isinstance(output, tuple) else output).clone())
+
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(before(index), with_kwargs=True)
+        block.register_forward_hook(after)
+    with torch.inference_mode():
+        model(input_ids=input_ids, use_cache=False)
+    return states

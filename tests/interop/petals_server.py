@@ -1,0 +1,38 @@
+"""Runs `petals.cli.run_server` for real_petals.py, in the Petals environment.
+
+It loads Petals at once and then waits for a line on stdin, the JSON list of arguments still missing (which swarm to
+join). So several servers load in parallel although the first must be up before the others can join it. When stdin ends
+because whoever started it is gone, the whole process group is killed: no test run leaves a server or a p2pd behind.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+
+import loopback_only  # noqa: F401
+from petals.cli.run_server import main
+
+
+def read_line() -> str:
+    """From the bare descriptor: multiprocessing's children close sys.stdin, and must not find it in use."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            sys.exit("nobody said which swarm to join")
+        line += byte
+    return line.decode()
+
+
+def end_with_parent() -> None:
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.argv += json.loads(read_line())
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    main()

@@ -1,0 +1,314 @@
+"""Real Petals servers for the tests: started for given spans, waited for until they serve, ended without a trace."""
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from hivemind.dht.node import DHTNode
+from hivemind.p2p import P2P, PeerID, ServicerBase
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError
+from hivemind.proto import runtime_pb2
+
+HERE = Path(__file__).resolve().parent
+ONLINE = 2
+
+
+class TransformerConnectionHandler(ServicerBase):
+    """The raw stub of a Petals server: hivemind addresses handlers by this class's name."""
+
+    async def rpc_info(self, request: runtime_pb2.ExpertUID, context: object) -> runtime_pb2.ExpertInfo: ...
+
+    async def rpc_forward(self, request: runtime_pb2.ExpertRequest, context: object) -> runtime_pb2.ExpertResponse: ...
+
+
+def petals_python() -> str:
+    """The Python that has Petals. Where there is none the test is skipped, and fails in CI."""
+    default = HERE.parents[1] / ".venv-petals" / "bin" / "python"
+    python = os.environ.get("PETALS_EVAL_PETALS_PYTHON", str(default))
+    if not os.access(python, os.X_OK):
+        message = f"no Python with Petals at {python}: run scripts/petals_peer.sh or set PETALS_EVAL_PETALS_PYTHON"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return python
+
+
+def petals_environment(folder: Path) -> dict[str, str]:
+    """Variables under which Petals runs: one thread, quiet, nothing fetched from or kept outside `folder`."""
+    own = {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": str(HERE),
+        "PETALS_CACHE": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        # Its version check would ask the internet: let it find a closed door at once.
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+    }
+    return os.environ | own
+
+
+class RealPetalsServer:
+    """One server process with its children (handlers, DHT, p2pd), all in one process group.
+
+    span: (first block, last block + 1). `address` and `peer_id` are known once it runs.
+    """
+
+    def __init__(self, python: str, model_dir: Path, span: tuple[int, int], flags: Sequence[str], folder: Path):
+        self.span = span
+        self.address: str | None = None
+        self.folder = folder
+        self._log = folder / "log"
+        command = [python, str(HERE / "petals_server.py"), str(model_dir)]
+        command += ["--block_indices", f"{span[0]}:{span[1]}", "--identity_path", str(folder / "identity"), *flags]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=petals_environment(folder),
+                cwd=folder,
+                start_new_session=True,
+            )
+
+    @property
+    def peer_id(self) -> str:
+        """Its libp2p identity, base58."""
+        if self.address is None:
+            raise RuntimeError("the server is not running yet")
+        return self.address.rsplit("/", 1)[1]
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def join(self, initial_peers: Sequence[str]) -> None:
+        """Let it go on into the swarm of these peers, or into one of its own."""
+        rest = ["--initial_peers", *initial_peers] if initial_peers else ["--new_swarm"]
+        self._process.stdin.write(json.dumps(rest).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def wait_for(self, pattern: str, deadline: float) -> re.Match:
+        """Wait until its log holds `pattern`."""
+        while True:
+            alive = self._process.poll() is None
+            if found := re.search(pattern, self.log()):
+                return found
+            if not alive or time.monotonic() > deadline:
+                what = "took too long to start" if alive else f"ended with exit code {self._process.returncode}"
+                tail = "\n".join(self.log().splitlines()[-60:])
+                raise RuntimeError(f"the real Petals server for blocks {self.span} {what}. Its log ends:\n{tail}")
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """SIGKILL to the server and all its children, p2pd included, and wait until they are gone."""
+        self.send(signal.SIGKILL)
+        self._process.wait(timeout=30)
+        self._process.stdin.close()
+        deadline = time.monotonic() + 30
+        while self.processes():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"processes of group {self._process.pid} outlive SIGKILL")
+            time.sleep(0.01)
+
+    def freeze(self) -> None:
+        """SIGSTOP: connections stay open and nothing answers. Ended by `kill` or `thaw`."""
+        self.send(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.send(signal.SIGCONT)
+
+    def stop(self) -> None:
+        """Ctrl-C, as an operator would: it announces OFFLINE and leaves."""
+        self._process.sendsend(signal.SIGINT)
+        try:
+            self._process.wait(timeout=30)
+        finally:
+            self.kill()
+
+    def send(self, number: int) -> None:
+        """A signal to every process of the server."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def processes(self) -> list[int]:
+        """Ids of all processes of its group, less the zombies that wait for init."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+                if int(group) == self._process.pid and state not in "ZX":
+                    found.append(int(stat.parent.name))
+        return found
+
+
+class RealPetalsSwarm:
+    """Real Petals servers of `model_dir`, one for each span, as a context manager.
+
+    dtype: what the servers compute in ("float32", "bfloat16").
+    max_batch_size, inference_max_length: the servers' limits in tokens; None: Petals' own defaults.
+    initial_peers: multiaddresses of a running swarm to join; None: the first server starts one.
+    flags: more arguments of petals.cli.run_server.
+    timeout: seconds for all servers together to be ready.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        spans: Sequence[tuple[int, int]],
+        *,
+        dht_prefix: str,
+        dtype: str = "float32",
+        max_batch_size: int | None = None,
+        inference_max_length: int | None = None,
+        initial_peers: Sequence[str] | None = None,
+        flags: Sequence[str] = (),
+        python: str | None = None,
+        timeout: float = 120,
+    ):
+        self.dht_prefix = dht_prefix
+        self.servers: list[RealPetalsServer] = []
+        self._model_dir, self._spans, self._timeout = Path(model_dir), list(spans), timeout
+        self._joined = list(initial_peers or ())
+        self._python = python or petals_python()
+        self._dtype = dtype
+        self._flags = list(flags)
+        for flag, value in (("--max_batch_size", max_batch_size), ("--inference_max_length", inference_max_length)):
+            if value is not None:
+                self._flags += [flag, str(value)]
+
+    def __enter__(self) -> "RealPetalsSwarm":
+        self._folder = Path(tempfile.mkdtemp(prefix="real-petals-"))
+        try:
+            self._start(self._spans, self._dtype)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in self.servers:
+            server.send(signal.SIGKILL)  # to all first: waiting for the processor one by one takes longer
+        for server in self.servers:
+            server.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def initial_peers(self) -> list[str]:
+        """Where to enter the swarm."""
+        return self._joined or [self.servers[0].address]
+
+    def add_server(self, span: tuple[int, int], *, dtype: str | None = None) -> RealPetalsServer:
+        """Start one more server and wait until it serves."""
+        return self._start([span], dtype or self._dtype)[0]
+
+    def _start(self, spans: Sequence[tuple[int, int]], dtype: str) -> list[RealPetalsServer]:
+        deadline = time.monotonic() + self._timeout
+        flags = [
+            *("--dht_prefix", self.dht_prefix, "--torch_dtype", dtype, "--device", "cpu", "--num_handlers", "1"),
+            *("--throughput", "10", "--host_maddrs", "/ip4/127.0.0.1/tcp/0"),
+            *("--no_auto_relay", "--skip_reachability_check", *self._flags),
+        ]
+        new = []
+        for span in spans:
+            folder = self._folder / str(len(self.servers))
+            folder.mkdir()
+            new.append(RealPetalsServer(self._python, self._model_dir, span, flags, folder))
+            self.servers.append(new[-1])
+        for server in new:
+            first = server is self.servers[0]
+            server.join(self._joined if first else self.initial_peers)
+            if first:
+                server.address = server.wait_for(_RUNNING, deadline)[1]
+        for server in new:
+            server.address = server.wait_for(_RUNNING, deadline)[1]
+        for server in new:
+            server.wait_for(r"\[INFO\] Started", deadline)
+        in_own_loop(lambda: self._until_served(new, deadline))
+        return new
+
+    async def _until_served(self, servers: Sequence[RealPetalsServer], deadline: float) -> None:
+        """Until the directory says ONLINE for every block and every handler answers.
+
+        ONLINE alone is not enough: Petals announces it before its handlers are up.
+        """
+        async with RawClient(self.initial_peers) as client:
+            for server in servers:
+                wanted = [f"{self.dht_prefix}.{block}" for block in range(*server.span)]
+                while not await _serves(client, server.peer_id, wanted):
+                    if time.monotonic() > deadline:
+                        raise RuntimeError(f"the real Petals server for blocks {server.span} is not announced in time")
+                    await asyncio.sleep(0.1)
+
+
+_RUNNING = r"Running a server on \['([^']+)'"
+
+
+class RawClient:
+    """hivemind alone, without our client: a DHT node and stubs of servers."""
+
+    def __init__(self, initial_peers: Sequence[str]):
+        self._initial_peers = list(initial_peers)
+
+    async def __aenter__(self) -> "RawClient":
+        self.p2p = await P2P.create(initial_peers=self._initial_peers, nat_port_map=False, auto_nat=False)
+        self.node = await DHTNode.create(p2p=self.p2p, initial_peers=self._initial_peers, client_mode=True)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.node.shutdown()
+        await self.p2p.shutdown()
+
+    async def records(self, uids: Sequence[str]) -> dict[str, dict[str, tuple]]:
+        """{uid: {peer id: (state, throughput, extra)}}, as the servers announced it last, whatever is cached."""
+        found = await self.node.get_many(list(uids), sufficient_expiration_time=math.inf)
+        return {
+            uid: {peer: entry.value for peer, entry in value.value.items()} if value is not None else {}
+            for uid, value in found.items()
+        }
+
+    def stub(self, peer_id: str) -> object:
+        return TransformerConnectionHandler.get_stub(self.p2p, PeerID.from_base58(peer_id))
+
+
+async def _serves(client: RawClient, peer_id: str, uids: Sequence[str]) -> bool:
+    records = await client.records(uids)
+    if any(records[uid].get(peer_id, (0,))[0] != ONLINE for uid in uids):
+        return False
+    try:
+        await client.stub(peer_id).rpc_info(runtime_pb2.ExpertUID(uid=uids[0]))
+    except P2PHandlerError:
+        return False
+    return True
+
+
+def in_own_loop(coroutine: Callable) -> object:
+    """Run a coroutine function to its end in a thread of its own, so that it works under a running loop as well."""
+    outcome: dict[str, object] = {}
+
+    def run() -> None:
+        try:
+            outcome["value"] = asyncio.run(coroutine())
+        except BaseException as error:  # noqa: BLE001 (handed to the caller)
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]
