@@ -1,0 +1,117 @@
+"""A model's config and the few of its tensors that stay at home, from a local folder or from the hub."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from petals_eval.errors import ModelError
+from petals_eval.model.families import Family, family_of
+from petals_eval.model.sources import Source, first_found, open_source
+from petals_eval.model.tensor_files import Tensors, describe, open_index, open_tensors
+
+__all__ = ["Checkpoint"]
+
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+class Checkpoint:
+    """A model as it lies on disk or on the hub.
+
+    config: its Hugging Face config. family: its Family.
+    name: the folder's own name or the hub name, never a path. revision: the hub's commit, None for a folder.
+    """
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._weights: Tensors | None = None
+        self.config = _read_config(source)
+        self.family: Family = family_of(self.config)
+        self.name = source.name
+
+    @classmethod
+    def open(
+        cls, model: str, *, revision: str | None = None, token: str | None = None, cache_dir: str | None = None
+    ) -> "Checkpoint":
+        """Read the config of the folder or hub repository `model`; the weights are not touched yet.
+
+        Raises ModelError if there is no such model, or if its family is not supported.
+        """
+        return cls(open_source(model, revision=revision, token=token, cache_dir=cache_dir, error=ModelError))
+
+    @property
+    def revision(self) -> str | None:
+        return self._source.revision
+
+    def find(self, *names: str) -> torch.Tensor | None:
+        """The tensor under the first of these names that the checkpoint has, or None. Only its shard is opened."""
+        weights = self._tensors()
+        held = set(weights.names())
+        for name in names:
+            if name in held:
+                return weights.take(name)
+        return None
+
+    def read(self, *names: str) -> torch.Tensor:
+        """As `find`, but raises ModelError, naming the keys expected and found, if none of them is there."""
+        tensor = self.find(*names)
+        if tensor is None:
+            raise ModelError(
+                f"the weights of {self._source} lack a tensor that stays at home.\n"
+                f"  expected  {' or '.join(names)}\n"
+                f"  found     {describe(self._tensors())}\n"
+                f"  Is this a whole {self.family.title} checkpoint?"
+            )
+        return tensor
+
+    def load_tokenizer(self) -> Any:
+        """The model's own tokenizer. Raises ModelError if there is none."""
+        from transformers import AutoTokenizer
+
+        place, options = self._source.for_transformers()
+        try:
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"{self._source} has no tokenizer that can be loaded: {reason}") from error
+
+    def _tensors(self) -> Tensors:
+        if self._weights is None:
+            path = first_found(self._source, _WEIGHTS)
+            if path is None:
+                raise ModelError(f"{self._source} holds no weights; expected one of {', '.join(_WEIGHTS)}.")
+            is_index = path.name.endswith(".index.json")
+            self._weights = open_index(self._source, path, ModelError) if is_index else open_tensors(path, ModelError)
+        return self._weights
+
+
+def _read_config(source: Source) -> Any:
+    path = source.find("config.json")
+    if path is None:
+        raise ModelError(f"{source} has no config.json; expected a model in Hugging Face's format.")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        model_type = fields.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path} is not a model's config: {error}") from error
+    family = family_of(SimpleNamespace(model_type=model_type))  # before transformers says it less plainly
+
+    import huggingface_hub
+    import transformers
+
+    # Newer hubs check a config's fields by an error class of their own, which is no ValueError.
+    invalid = getattr(getattr(huggingface_hub, "errors", None), "StrictDataclassError", ValueError)
+    try:
+        return transformers.AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, invalid) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"transformers {transformers.__version__} cannot read {path} ({family.title}): {reason}\n"
+            "  Correct the config, or use a transformers that knows this family."
+        ) from error

@@ -1,0 +1,144 @@
+"""Where files come from: a local folder, or a repository of the hub. Both give one file at a time, when asked."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from petals_eval.errors import CallerError
+
+__all__ = ["Folder", "HubRepository", "Source", "first_found", "open_source"]
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class Folder:
+    """A folder on this machine. `error` is what a missing or unsafe file raises."""
+
+    revision: str | None = None
+
+    def __init__(self, path: Path, error: type[CallerError]):
+        self.path = path
+        self.name = path.resolve().name
+        self.error = error
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def find(self, filename: str) -> Path | None:
+        """The path of a file, or None if the folder has no such file."""
+        path = self.path / _inside(filename, self.error, self)
+        return path if path.is_file() else None
+
+    def filenames(self) -> list[str]:
+        """The names of the files in the folder itself, sorted."""
+        return sorted(path.name for path in self.path.iterdir() if path.is_file())
+
+    def for_transformers(self) -> tuple[str, dict[str, str | None]]:
+        """The name and the options that transformers' `from_pretrained` takes for this source."""
+        return str(self.path), {}
+
+
+class HubRepository:
+    """A repository of the Hugging Face hub. Only files asked for are downloaded, into the hub's cache.
+
+    `revision` is the commit once a first file was found: all files then come from the same commit.
+    """
+
+    def __init__(
+        self, name: str, revision: str | None, token: str | None, cache_dir: str | None, error: type[CallerError]
+    ):
+        self.name = name
+        self.revision = revision
+        self.token = token
+        self.cache_dir = cache_dir
+        self.error = error
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name} at {self.revision}"
+
+    def find(self, filename: str) -> Path | None:
+        """The path of a file in the cache, downloaded if need be, or None if the repository has no such file."""
+        import huggingface_hub
+        from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            found = huggingface_hub.hf_hub_download(
+                self.name,
+                _inside(filename, self.error, self),
+                revision=self.revision,
+                token=self.token,
+                cache_dir=self.cache_dir,
+            )
+        except LocalEntryNotFoundError as error:  # also an EntryNotFoundError: the hub could not be asked
+            raise self._unreachable(filename, error) from error
+        except EntryNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise self._unreachable(filename, error) from error
+        path = Path(found)
+        commit = re.search(r"/snapshots/([0-9a-f]{40})/", path.as_posix())
+        if commit:
+            self.revision = commit.group(1)
+        return path
+
+    def filenames(self) -> list[str]:
+        """The names of the files at the top of the repository, sorted."""
+        import huggingface_hub
+
+        try:
+            files = huggingface_hub.HfApi().list_repo_files(self.name, revision=self.revision, token=self.token)
+        except (OSError, ValueError) as error:
+            raise self._unreachable("its list of files", error) from error
+        return sorted(name for name in files if "/" not in name)
+
+    def for_transformers(self) -> tuple[str, dict[str, str | None]]:
+        """The name and the options that transformers' `from_pretrained` takes for this source."""
+        return self.name, {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
+
+    def _unreachable(self, what: str, error: Exception) -> CallerError:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return self.error(
+            f"cannot get {what} of {self} from the hub: {reason[0]}\n"
+            "  Expected a local folder or the name of a hub repository. Check the name and the revision, the token if "
+            "the repository is gated or private, and the network."
+        )
+
+
+Source = Folder | HubRepository
+
+
+def open_source(
+    place: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    error: type[CallerError],
+) -> Source:
+    """The folder at the path `place`, or the hub repository of that name. Nothing is read yet.
+
+    Raises `error` if it is neither.
+    """
+    path = Path(place).expanduser()
+    if path.is_dir():
+        return Folder(path, error)
+    if not _HUB_NAME.fullmatch(place):
+        raise error(f"no folder {place}, and that is not a hub name (owner/name) either. Check the path.")
+    return HubRepository(place, revision, token, cache_dir, error)
+
+
+def first_found(source: Source, filenames: Iterable[str]) -> Path | None:
+    """The first of these files that the source has."""
+    for filename in filenames:
+        path = source.find(filename)
+        if path is not None:
+            return path
+    return None
+
+
+def _inside(filename: str, error: type[CallerError], source: object) -> str:
+    """`filename` if it lies inside the source. An index file is somebody else's text: it must not lead elsewhere."""
+    path = PurePosixPath(filename)
+    if path.is_absolute() or ".." in path.parts:
+        raise error(f"{source} names a file outside itself: {filename}. Expected names of files beside the index.")
+    return filename

@@ -1,0 +1,228 @@
+"""Named tensors from safetensors and pickled files. Nothing in a file is ever run.
+
+A safetensors file is opened lazily; a pickled one is memory-mapped where its format allows. Pickles are read by torch's
+restricted unpickler with two classes more than plain weights: `nn.Embedding` and `nn.Linear`, because an old recipe
+saves tuned prompts as whole modules. Both are inert; their weights are taken out and the modules dropped.
+"""
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from petals_eval.errors import CallerError
+from petals_eval.model.sources import Source
+
+__all__ = ["Tensors", "describe", "open_index", "open_tensors", "tensor_bytes"]
+
+_ALLOWED: list[Any] = [nn.Embedding, nn.Linear]
+# A file with one of these holds its tensors one level down.
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+# The old recipe writes one module after the other into one file, in this order.
+_BARE_MODULES = ("prompt_embeddings", "intermediate_prompt_embeddings", "score")
+# What a truncated, damaged or hostile file makes the readers raise.
+_PICKLE_PROBLEMS = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class Tensors(Protocol):
+    """Named tensors. Taking one reads it; the others stay on disk."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """None where telling it would mean opening one more file."""
+
+    def take(self, name: str) -> torch.Tensor: ...
+
+
+class _Safetensors:
+    def __init__(self, path: Path, error: type[CallerError]):
+        self._path = path
+        self._error = error
+        with self._reading() as file:
+            self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def take(self, name: str) -> torch.Tensor:
+        with self._reading() as file:
+            return file.get_tensor(name)
+
+    def _reading(self) -> Any:
+        try:
+            return safe_open(self._path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(self._path, error, self._error) from error
+
+
+class _Loaded:
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors = tensors
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def take(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+class _Sharded:
+    """The tensors of several files, by their index. A file is fetched and opened when first a tensor of it is taken."""
+
+    def __init__(self, source: Source, weight_map: Mapping[str, str], error: type[CallerError]):
+        self._source = source
+        self._weight_map = weight_map
+        self._error = error
+        self._open: dict[str, Tensors] = {}
+
+    def names(self) -> list[str]:
+        return list(self._weight_map)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        shard = self._open.get(self._weight_map[name])
+        return None if shard is None else shard.shape(name)
+
+    def take(self, name: str) -> torch.Tensor:
+        filename = self._weight_map[name]
+        if filename not in self._open:
+            path = self._source.find(filename)
+            if path is None:
+                raise self._error(
+                    f"{self._source} lacks {filename}, which its index says holds {name}. Fetch it again."
+                )
+            self._open[filename] = open_tensors(path, self._error)
+        shard = self._open[filename]
+        if name not in shard.names():
+            raise self._error(f"{self._source}: the index says {filename} holds {name}, but it does not.")
+        return shard.take(name)
+
+
+def open_tensors(path: Path, error: type[CallerError]) -> Tensors:
+    """Open one file: `.safetensors`, or else a pickled one. Raises `error` if it cannot be read or would run code."""
+    if path.suffix == ".safetensors":
+        return _Safetensors(path, error)
+    return _Loaded(_flatten(_unpickle(path, error), path, error))
+
+
+def open_index(source: Source, index: Path, error: type[CallerError]) -> Tensors:
+    """Open the shards that an index file (`*.index.json`) names. Raises `error` if it is no such file."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise error(f"{index} is not an index of weight files: expected a `weight_map`.") from problem
+    return _Sharded(source, weight_map, error)
+
+
+def describe(tensors: Tensors, limit: int = 8) -> str:
+    """The names and shapes in a file for an error message, those that matter for prompts first."""
+    names = sorted(tensors.names(), key=lambda name: ("prompt" not in name, "score" not in name))
+    parts = []
+    for name in names[:limit]:
+        shape = tensors.shape(name)
+        parts.append(name if shape is None else f"{name} {shape}")
+    if len(names) > limit:
+        parts.append(f"... and {len(names) - limit} more")
+    return ", ".join(parts) or "no tensors"
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's values as they lie in memory, row by row, for hashing."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _unpickle(path: Path, error: type[CallerError]) -> list[Any]:
+    """Every object in a pickled file: one, or several that were saved one after the other."""
+    try:
+        if not zipfile.is_zipfile(path):  # before torch 1.6
+            return [_load(path, mmap=False)]
+        with zipfile.ZipFile(path) as archive:
+            alone = min(item.header_offset for item in archive.infolist()) == 0
+        if alone:
+            return [_load(path, mmap=True)]
+        return [_load(io.BytesIO(part), mmap=False) for part in _archives(path.read_bytes())]
+    except _PICKLE_PROBLEMS as problem:
+        raise _unreadable(path, problem, error) from problem
+
+
+def _load(file: Path | io.BytesIO, *, mmap: bool) -> Any:
+    with torch.serialization.safe_globals(_ALLOWED):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _archives(data: bytes) -> Iterator[bytes]:
+    """Cut zip archives that were written one after the other (torch reads only a file that is one archive)."""
+    start = end = 0
+    while (mark := data.find(b"PK\x05\x06", end)) >= 0:  # the signature of an archive's last record
+        end = mark + 22 + int.from_bytes(data[mark + 20 : mark + 22], "little")
+        if zipfile.is_zipfile(io.BytesIO(data[start:end])):  # not so for a signature that is part of a tensor
+            yield data[start:end]
+            start = end
+
+
+def _flatten(objects: list[Any], path: Path, error: type[CallerError]) -> dict[str, torch.Tensor]:
+    """The tensors of unpickled objects by name: modules give `name.weight`, wrappers are looked into."""
+    tensors: dict[str, torch.Tensor] = {}
+    for index, value in enumerate(objects):
+        if isinstance(value, nn.Module) and index < len(_BARE_MODULES):
+            value = {_BARE_MODULES[index]: value}
+        for wrapper in _WRAPPERS:
+            if isinstance(value, dict) and isinstance(value.get(wrapper), dict):
+                value = value[wrapper]
+        if not isinstance(value, dict):
+            raise error(f"{path} holds a {type(value).__name__}; expected a state dict (names and tensors).")
+        for name, item in value.items():
+            tensors |= _named(str(name), item)
+    return tensors
+
+
+def _named(name: str, item: Any) -> dict[str, torch.Tensor]:
+    if isinstance(item, nn.Module):
+        # Through vars(): attributes of an unpickled module are whatever the file says they are.
+        parameters = vars(item).get("_parameters")
+        found = parameters if isinstance(parameters, dict) else {}
+        return {f"{name}.{key}": value for key, value in found.items() if _is_plain(value)}
+    return {name: item} if _is_plain(item) else {}
+
+
+def _is_plain(item: Any) -> bool:
+    return isinstance(item, torch.Tensor) and item.layout == torch.strided and item.device.type == "cpu"
+
+
+def _unreadable(path: Path, problem: Exception, error: type[CallerError]) -> CallerError:
+    text = str(problem)
+    if "Unsupported global" in text or "Unsupported class" in text or "Unsupported operand" in text:
+        what = text.partition("WeightsUnpickler error:")[2].strip().splitlines() or [text]
+        return error(
+            f"{path} is refused: it is a pickle that would run code or build other objects than tensors ({what[0]}).\n"
+            "  Expected tensors by name. Save a state dict: torch.save(model.state_dict(), ...) or safetensors."
+        )
+    reason = text.strip().splitlines() or [type(problem).__name__]
+    return error(f"{path} cannot be read as {path.suffix or 'weights'}: {reason[0]}. Is the file complete?")
