@@ -1,0 +1,20 @@
+"""Tasks: rows into examples and requests, answers into predictions."""
+
+from petals_eval.tasks.base import Task
+from petals_eval.tasks.classification import ClassificationTask
+from petals_eval.tasks.library import list_tasks, load_task, resolve_source
+from petals_eval.tasks.preview import describe_example, show_example
+from petals_eval.tasks.requests import Example, Prediction, Request
+
+__all__ = [
+    "ClassificationTask",
+    "Example",
+    "Prediction",
+    "Request",
+    "Task",
+    "describe_example",
+    "list_tasks",
+    "load_task",
+    "resolve_source",
+    "show_example",
+]

@@ -1,0 +1,51 @@
+"""What every task is: rows in, requests out, and predictions from the answers."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from petals_eval.data.rows import Rows
+from petals_eval.tasks.requests import Example, Prediction
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Task"]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Turns rows into requests and answers into predictions. Any object with these members is a task.
+
+    A task may also have `data: DataSource | None`, what it evaluates unless told otherwise, and
+    `formats: Mapping[str, FileReading]`, how it reads a local file of each format.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """In the order of the head's outputs."""
+        ...
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names that `petals_eval.metrics` knows."""
+        ...
+
+    @property
+    def head(self) -> Literal["class", "lm"]:
+        """Whether the requests ask the adapter's trained head (class) or the model's own word head (lm)."""
+        ...
+
+    def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
+        """The examples, in the order of the rows, made as they are asked for. Raises DataError, which names the row."""
+        ...
+
+    def predict(self, example: Example, answers: "Sequence[torch.Tensor]") -> Prediction:
+        """The prediction from one float32 tensor a request of `example`, in the order of `part`."""
+        ...
+
+    def fingerprint(self) -> dict[str, object]:
+        """All of the task's definition that changes an answer, as values that JSON can hold."""
+        ...

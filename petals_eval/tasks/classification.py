@@ -1,0 +1,272 @@
+"""Classification, by a trained head or by label words that the model's own word head scores."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from petals_eval.data.problems import closest, explain
+from petals_eval.data.rows import Row, Rows
+from petals_eval.data.source import DataSource, FileFormat, FileReading
+from petals_eval.errors import AdapterError, DataError, ModelError, PetalsEvalError, TaskError
+from petals_eval.tasks.labels import Labels, plain
+from petals_eval.tasks.requests import Example, Prediction, Request
+from petals_eval.tasks.template import Template
+from petals_eval.tasks.tokens import Continued, continue_texts, cut, tokenize
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+__all__ = ["ClassificationTask"]
+
+_CHUNK_ROWS = 256
+
+
+def _plain_keys(mapping: Any) -> Any:
+    """YAML reads the keys 0 and true as a number and a truth value; a label_map compares text."""
+    return {plain(key): value for key, value in mapping.items()} if isinstance(mapping, Mapping) else mapping
+
+
+class ClassificationTask(BaseModel):
+    """One label out of several. A wrong definition raises TaskError.
+
+    name, description: for people.
+    text: template with a {column} for each value that is read, such as "{premise} </s> {hypothesis}".
+    label_column: the column of the labels. Its values may be label names, positions in `label_names` (also as text),
+        or true and false; where the source names its classes, these names decide and not their numbers.
+    label_names: in the order of the head's outputs.
+    label_map: for other values, which label name each stands for.
+    max_length: tokens of text at most, the tokenizer's special tokens included, tuned prompts not.
+    metrics: names that `petals_eval.metrics` knows.
+    data: what to evaluate when nothing else is said.
+    formats: how to read a local file of each format (csv, tsv, jsonl, parquet, lines).
+    label_words: None for an adapter with a trained head. Otherwise one word a label, and the model's own word head
+        says how likely each is to follow the text. A word follows exactly as written: begin it with a space unless
+        the text ends in one. Score of a label: the sum of the natural-log likelihoods of its word's tokens;
+        normalize="mean" divides by their number, so that a long word is not at a disadvantage.
+
+    A text that is too long keeps its first tokens. With label words the template's fixed end and the word keep their
+    place too, and the text before them is cut.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["classification"] = "classification"
+    name: str = Field(min_length=1)
+    description: str = ""
+    text: str
+    label_column: str = Field(min_length=1)
+    label_names: tuple[str, ...] = Field(min_length=2)
+    label_map: Annotated[dict[str, str], BeforeValidator(_plain_keys)] = Field(default_factory=dict)
+    max_length: int = Field(default=512, ge=1)
+    metrics: tuple[str, ...] = Field(default=("accuracy", "f1_macro"), min_length=1)
+    data: DataSource | None = None
+    formats: dict[FileFormat, FileReading] = Field(default_factory=dict)
+    label_words: tuple[str, ...] | None = None
+    normalize: Literal["sum", "mean"] = "sum"
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _say_what_is_wrong(
+        cls, values: Any, handler: ModelWrapValidatorHandler["ClassificationTask"]
+    ) -> "ClassificationTask":
+        try:
+            return handler(values)
+        except ValidationError as error:
+            raise TaskError(f"this task cannot be used:\n{explain(error, cls)}") from None
+        except DataError as error:
+            raise TaskError(f"this task's data: {error}") from None
+
+    @field_validator("text")
+    @classmethod
+    def _well_formed(cls, text: str) -> str:
+        Template.parse(text)
+        return text
+
+    @field_validator("label_names", "label_words")
+    @classmethod
+    def _distinct(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None and (len(set(names)) < len(names) or not all(name.strip() for name in names)):
+            raise ValueError("should be different from each other, and none of them empty")
+        return names
+
+    @model_validator(mode="after")
+    def _labels_agree(self) -> "ClassificationTask":
+        for value, name in self.label_map.items():
+            if name not in self.label_names:
+                raise ValueError(
+                    f"label_map.{value}: should be one of the label names ({', '.join(self.label_names)}), "
+                    f"found {name!r}"
+                )
+        if self.label_words is not None and len(self.label_words) != len(self.label_names):
+            raise ValueError(
+                f"label_words: should be one word for each of the {len(self.label_names)} labels, "
+                f"found {len(self.label_words)}"
+            )
+        return self
+
+    @property
+    def head(self) -> Literal["class", "lm"]:
+        return "class" if self.label_words is None else "lm"
+
+    def fingerprint(self) -> dict[str, object]:
+        """All that changes an answer: neither the name nor the metrics, and not where the data lies."""
+        changing = {"kind", "text", "label_column", "label_names", "label_map", "max_length"}
+        if self.label_words is not None:
+            changing |= {"label_words", "normalize"}
+        return {"head": self.head, **self.model_dump(mode="json", include=changing)}
+
+    def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
+        """Examples in the order of `rows`, tokenised a few hundred at a time as they are asked for.
+
+        All labels and texts are checked before the first example comes out: a wrong label in the last row should
+        not end a run of hours. Raises DataError, which names the row, what was found there and what was expected.
+        """
+        template = Template.parse(self.text)
+        self._check_columns(rows, template)
+        labels = Labels(self.label_names, self.label_map, rows.class_names.get(self.label_column))
+        for row in rows:
+            self._label(row, labels, rows)
+            template.render(row.columns, where=_where(rows, row))
+        source = iter(rows)
+        while chunk := list(islice(source, _CHUNK_ROWS)):
+            found = [self._label(row, labels, rows) for row in chunk]
+            if self.label_words is None:
+                yield from self._for_trained_head(rows, chunk, found, template, tokenizer)
+            else:
+                yield from self._for_label_words(rows, chunk, found, template, tokenizer, self.label_words)
+
+    def predict(self, example: Example, answers: "Sequence[torch.Tensor]") -> Prediction:
+        """The label with the highest score (the first of equals), and the softmax of the scores in float64.
+
+        answers: one float32 tensor a request: (labels,) logits of the trained head or one log-likelihood a label;
+            or, where a label word has several tokens, one tensor (tokens,) a label.
+        Raises AdapterError when the head has another number of labels, and ModelError for scores that are not finite:
+        servers' answers are checked before they get here, so these come from the local norm or head.
+        """
+        import numpy as np
+
+        scores = self._scores(example, [answer.detach().double().cpu().numpy() for answer in answers])
+        if not np.isfinite(scores).all():
+            raise ModelError(
+                f"example {example.key}: expected finite scores, found {scores.tolist()}. The local norm or head "
+                "overflowed, or its weights are damaged: try --dtype float32, and check the adapter and the model."
+            )
+        powers = np.exp(scores - scores.max())
+        return Prediction(
+            key=example.key,
+            label=example.label,
+            prediction=int(scores.argmax()),
+            scores=tuple(scores.tolist()),
+            probabilities=tuple((powers / powers.sum()).tolist()),
+            n_tokens=example.n_tokens,
+        )
+
+    def _scores(self, example: Example, answers: "list[np.ndarray]") -> "np.ndarray":
+        import numpy as np
+
+        if len(answers) != len(example.requests):
+            raise PetalsEvalError(
+                f"example {example.key}: expected {len(example.requests)} answers, found {len(answers)}."
+            )
+        if len(answers) > 1:
+            reduce = np.sum if self.normalize == "sum" else np.mean
+            return np.array([reduce(answer) for answer in answers])
+        if answers[0].shape != (len(self.label_names),):
+            raise AdapterError(
+                f"the head gives {answers[0].shape} scores, but task {self.name} has {len(self.label_names)} labels "
+                f"({', '.join(self.label_names)}). Use the adapter that was trained for this task."
+            )
+        return answers[0]
+
+    def _check_columns(self, rows: Rows, template: Template) -> None:
+        for column in (*template.columns, self.label_column):
+            if column not in rows.columns:
+                raise DataError(
+                    f"{rows.name} has no column {column}, which task {self.name} reads. "
+                    f"Columns found: {', '.join(rows.columns)}.{closest(column, rows.columns)}"
+                )
+
+    def _label(self, row: Row, labels: Labels, rows: Rows) -> int:
+        return labels.index(row.columns[self.label_column], where=_where(rows, row), column=self.label_column)
+
+    def _for_trained_head(
+        self, rows: Rows, chunk: list[Row], found: list[int], template: Template, tokenizer: Any
+    ) -> Iterator[Example]:
+        texts = [template.render(row.columns, where=_where(rows, row)) for row in chunk]
+        tokenized = tokenize(tokenizer, texts, self.max_length)
+        for row, label, text, (ids, truncated) in zip(chunk, found, texts, tokenized, strict=True):
+            if not ids:
+                raise _no_tokens(rows, row, text)
+            key = str(row.index)
+            yield Example(key, label, (Request(key, 0, ids),), len(ids), truncated, text)
+
+    def _for_label_words(
+        self,
+        rows: Rows,
+        chunk: list[Row],
+        found: list[int],
+        template: Template,
+        tokenizer: Any,
+        words: tuple[str, ...],
+    ) -> Iterator[Example]:
+        texts = [template.render(row.columns, where=_where(rows, row)) for row in chunk]
+        bodies = [template.render(row.columns, where=_where(rows, row), with_tail=False) for row in chunk]
+        for row, label, text, continued in zip(
+            chunk, found, texts, continue_texts(tokenizer, texts, bodies, words), strict=True
+        ):
+            if not continued.context:
+                raise _no_tokens(rows, row, text)
+            self._check_words(continued, words)
+            try:
+                context, truncated = cut(continued, self.max_length)
+            except ValueError:
+                raise TaskError(
+                    f"task {self.name}: max_length {self.max_length} has no room for any text beside the template's "
+                    "end and the label words. Raise it."
+                ) from None
+            requests = _word_requests(str(row.index), context, continued.words)
+            n_tokens = sum(len(request.input_ids) for request in requests)
+            yield Example(str(row.index), label, requests, n_tokens, truncated, text)
+
+    def _check_words(self, continued: Continued, words: tuple[str, ...]) -> None:
+        seen: dict[tuple[int, ...], str] = {}
+        for word, ids in zip(words, continued.words, strict=True):
+            if not ids:
+                raise TaskError(f"task {self.name}: this tokenizer gives no token for the label word {word!r}.")
+            if ids in seen:
+                raise TaskError(
+                    f"task {self.name}: this tokenizer gives the label words {seen[ids]!r} and {word!r} the same "
+                    f"tokens {list(ids)}, so nothing can tell them apart. Choose other words."
+                )
+            seen[ids] = word
+
+
+def _word_requests(key: str, context: tuple[int, ...], words: tuple[tuple[int, ...], ...]) -> tuple[Request, ...]:
+    """One request that asks for every word where each is one token; else one a word, its last token left out."""
+    last = len(context) - 1
+    if all(len(word) == 1 for word in words):
+        return (Request(key, 0, context, tuple((last, word[0]) for word in words)),)
+    return tuple(
+        Request(key, part, context + word[:-1], tuple((last + at, token) for at, token in enumerate(word)))
+        for part, word in enumerate(words)
+    )
+
+
+def _where(rows: Rows, row: Row) -> str:
+    return f"{rows.name}, row {row.index}"
+
+
+def _no_tokens(rows: Rows, row: Row, text: str) -> DataError:
+    return DataError(f"{_where(rows, row)}: this tokenizer makes no token of the text {text!r:.80}. Remove the row.")

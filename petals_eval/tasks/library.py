@@ -1,0 +1,148 @@
+"""Tasks by name, by file or as objects, and the data each of them reads."""
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from petals_eval.data.problems import closest, shorten
+from petals_eval.data.source import DataSource, FileReading, format_of, is_local
+from petals_eval.errors import ConfigError, TaskError
+from petals_eval.tasks.base import Task
+from petals_eval.tasks.classification import ClassificationTask
+
+__all__ = ["list_tasks", "load_task", "resolve_source"]
+
+_KINDS: dict[str, type[ClassificationTask]] = {"classification": ClassificationTask}
+_SUFFIXES = (".yaml", ".yml")
+
+
+def load_task(task: "str | Path | Task") -> Task:
+    """A shipped task by its name, a task of your own by the path of its YAML file, or a task object as it is.
+
+    In a YAML file a relative path of `data` starts at the file's own folder.
+    Raises TaskError, which names the file, the key, what was expected there and what was found.
+    """
+    if not isinstance(task, str | Path):
+        if not isinstance(task, Task):
+            raise TaskError(
+                f"expected the name of a task, the path of a YAML file or a Task object, found {type(task).__name__}. "
+                "A Task has name, label_names, metrics, head, examples, predict and fingerprint."
+            )
+        _check_metrics(task, "the task object")
+        return task
+    shipped = _shipped()
+    if isinstance(task, str) and task in shipped:
+        return _parse(shipped[task], f"the shipped task {task}", name=task, folder=None)
+    path = Path(task).expanduser()
+    if path.is_file():
+        loaded = _parse(_read(path), str(task), name=path.stem, folder=path.parent)
+        _check_metrics(loaded, str(task))
+        return loaded
+    if path.suffix in _SUFFIXES or len(path.parts) > 1:
+        raise TaskError(f"there is no task file {task} (looked for {path.absolute()}).")
+    raise TaskError(
+        f"there is no task {task}.{closest(str(task), shipped)} Shipped tasks: {', '.join(sorted(shipped))}. "
+        "A task of your own is given by the path of its YAML file."
+    )
+
+
+def list_tasks() -> list[Task]:
+    """The tasks that come with the package, by name."""
+    shipped = _shipped()
+    return [_parse(shipped[name], f"the shipped task {name}", name=name, folder=None) for name in sorted(shipped)]
+
+
+def resolve_source(task: Task, path: str | Path | None = None, **overrides: Any) -> DataSource:
+    """What `task` reads: its own default data, or `path` (a local file or a hub name).
+
+    A local file is read as the task's `formats` say for its format. `overrides` are settings of `DataSource` that win
+    over those, such as split="train" or encoding="utf-8"; None among them means "as it is".
+
+    Raises ConfigError when there is no path and the task has no data of its own, and DataError for a wrong setting.
+    """
+    given = {key: value for key, value in overrides.items() if value is not None}
+    default: DataSource | None = getattr(task, "data", None)
+    if path is None:
+        if default is None:
+            raise ConfigError(
+                f"task {task.name} has no data of its own: give --data, a file or the name of a data set on the hub."
+            )
+        return DataSource.model_validate({**_settings(default), **given})
+    wanted = DataSource.model_validate({"path": str(path), **given})
+    if not is_local(wanted):
+        # The same data set under the same name keeps the task's subset and split.
+        base = _settings(default) if default is not None and default.path == wanted.path else {}
+        return DataSource.model_validate({**base, "path": str(path), **given})
+    formats: Mapping[str, FileReading] = getattr(task, "formats", {})
+    reading = formats.get(wanted.format or format_of(wanted.path))
+    if reading is None or Path(wanted.path).expanduser().is_dir():
+        return wanted
+    return DataSource.model_validate({**_settings(reading), **_settings(wanted)})
+
+
+def _settings(model: FileReading) -> dict[str, object]:
+    """The settings that were given, as they are (a secret stays one)."""
+    return {name: getattr(model, name) for name in model.model_fields_set}
+
+
+def _shipped() -> dict[str, str]:
+    """Name -> YAML text."""
+    folder = resources.files("petals_eval.tasks") / "builtin"
+    return {
+        entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    }
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"{path} cannot be read as a task: expected a YAML file in utf-8 ({error}).") from None
+
+
+def _parse(text: str, origin: str, *, name: str, folder: Path | None) -> ClassificationTask:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        where = f", line {place.line + 1}" if place is not None else ""
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise TaskError(f"{origin}{where}: not valid YAML: {problem}.") from None
+    if not isinstance(values, dict):
+        raise TaskError(
+            f"{origin}: expected keys and values (name, text, label_column, label_names, ...), found {shorten(values)}."
+        )
+    kind = values.get("kind", "classification")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise TaskError(f"{origin}: kind should be one of {', '.join(_KINDS)}, found {shorten(kind)}.")
+    unknown = [key for key in values if not isinstance(key, str)]
+    if unknown:
+        raise TaskError(f"{origin}: every key should be text, found {shorten(unknown[0])}.")
+    try:
+        return _KINDS[kind].model_validate({"name": name, **_with_own_folder(values, folder)})
+    except TaskError as error:
+        raise TaskError(f"{origin}: {error}") from None
+
+
+def _with_own_folder(values: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """`values` with a relative path of `data` that exists beside the task's file made to start there."""
+    data = values.get("data")
+    if folder is None or not isinstance(data, dict) or not isinstance(data.get("path"), str):
+        return values
+    beside = folder / Path(data["path"]).expanduser()
+    return {**values, "data": {**data, "path": str(beside)}} if beside.exists() else values
+
+
+def _check_metrics(task: Task, origin: str) -> None:
+    """Unknown metrics are named before anything is computed, not after. Shipped tasks are checked by their test."""
+    from petals_eval.metrics import check_metric_names  # here, because scikit-learn takes a second to import
+
+    try:
+        check_metric_names(task.metrics)
+    except ConfigError as error:
+        raise TaskError(f"{origin}: metrics: {error}") from None

@@ -1,0 +1,114 @@
+"""Texts into tokens, the same way with every tokenizer: no padding, cut on the right, and label words after a text."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Continued", "continue_texts", "cut", "tokenize"]
+
+
+@dataclass(frozen=True)
+class Continued:
+    """A text and the ways it may go on.
+
+    context: tokens of the text, the tokenizer's opening tokens (BOS) included, its closing ones (EOS) not.
+    words: tokens of each continuation.
+    tail: how many of the last tokens of `context` belong to the fixed text at the end of the template.
+    """
+
+    context: tuple[int, ...]
+    words: tuple[tuple[int, ...], ...]
+    tail: int
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[tuple[tuple[int, ...], bool]]:
+    """For each text its tokens, at most `max_length` with the tokenizer's special tokens, and whether it was cut.
+
+    These are the tokens of `tokenizer(text, truncation=True, max_length=max_length)`, always cut on the right.
+    """
+    if not texts:
+        return []
+    # verbose=False: a text longer than the model's context is no reason for a warning, for it is about to be cut.
+    whole = tokenizer(list(texts), verbose=False)["input_ids"]
+    long = [row for row, ids in enumerate(whole) if len(ids) > max_length]
+    kept = [tuple(ids) for ids in whole]
+    if long:
+        with _cutting_right(tokenizer):
+            shorter = tokenizer([texts[row] for row in long], truncation=True, max_length=max_length)["input_ids"]
+        for row, ids in zip(long, shorter, strict=True):
+            kept[row] = tuple(ids)
+    return [(ids, len(before) > len(ids)) for ids, before in zip(kept, whole, strict=True)]
+
+
+def continue_texts(
+    tokenizer: Any, texts: Sequence[str], without_tail: Sequence[str], words: Sequence[str]
+) -> list[Continued]:
+    """For each text its tokens and those of each of `words` after it.
+
+    A word's tokens are what tokens(text + word) has beyond tokens(text). Where the two do not share that beginning,
+    because the tokenizer merges across the boundary, the word is tokenised by itself, without special tokens: the
+    text must be the same for every label. `without_tail` are the texts without the template's fixed end.
+    """
+    if not texts:
+        return []
+    opening = _opening_tokens(tokenizer)
+    plain = _plain(tokenizer, texts)
+    shorter = _plain(tokenizer, without_tail)
+    joined = _plain(tokenizer, [text + word for text in texts for word in words])
+    alone = _plain(tokenizer, words)
+    found = []
+    for row, ids in enumerate(plain):
+        following = []
+        for column, own in enumerate(alone):
+            both = joined[row * len(words) + column]
+            shared = len(both) > len(ids) and both[: len(ids)] == ids
+            following.append(both[len(ids) :] if shared else own)
+        tail = len(ids) - _shared_beginning(ids, shorter[row])
+        found.append(Continued(opening + ids, tuple(following), tail))
+    return found
+
+
+def cut(continued: Continued, max_length: int) -> tuple[tuple[int, ...], bool]:
+    """The context that leaves room for the longest word under `max_length`, and whether it was cut.
+
+    What goes are the last tokens before the template's fixed end: the cue that asks for the label stays.
+    Raises ValueError when the cue and the words alone do not fit.
+    """
+    room = max_length - max(len(word) for word in continued.words)
+    context = continued.context
+    if len(context) <= room:
+        return context, False
+    kept = room - continued.tail
+    if kept < 1:
+        raise ValueError("no room")
+    return context[:kept] + context[len(context) - continued.tail :], True
+
+
+def _plain(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    return [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def _opening_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer puts before every text (BOS, for most; nothing for some)."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    starts = [at for at in range(len(full) - len(bare) + 1) if full[at : at + len(bare)] == bare]
+    return tuple(full[: starts[0]]) if starts else ()
+
+
+def _shared_beginning(first: Sequence[int], second: Sequence[int]) -> int:
+    for count, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return count
+    return min(len(first), len(second))
+
+
+@contextmanager
+def _cutting_right(tokenizer: Any) -> Iterator[None]:
+    side = tokenizer.truncation_side
+    tokenizer.truncation_side = "right"
+    try:
+        yield
+    finally:
+        tokenizer.truncation_side = side
