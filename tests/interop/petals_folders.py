@@ -1,6 +1,7 @@
 """Tiny models of the families that Petals 2.2.0 serves, in folders that its transformers 4.34.1 reads."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -11,19 +12,40 @@ PETALS_FAMILIES = ("llama", "bloom", "falcon")
 
 
 def make_petals_tiny(family: str, folder: Path, **settings: object) -> Path:
-    """Like `make_tiny`, as Petals expects it: BLOOM with the bare model's keys, and a config in the words of its day.
+    """Like `make_tiny`, as Petals expects it; BLOOM with the bare model's keys.
 
     Falcon is of the new architecture (40B, 180B): Petals 2.2.0 cannot compute the multi-query attention of Falcon-7B.
     """
     if family == "falcon":
         settings = {"new_decoder_architecture": True, "num_kv_heads": 2} | settings
     make_tiny(family, folder, bare=family == "bloom", **settings)
+    return _in_old_words(folder)
+
+
+def petals_copy(source: Path, folder: Path) -> Path:
+    """A copy of a model folder that was written by today's transformers and tokenizers."""
+    shutil.copytree(source, folder, copy_function=shutil.copyfile)
+    return _in_old_words(folder)
+
+
+def _in_old_words(folder: Path) -> Path:
+    """Rewrite what transformers 5 and tokenizers 0.20 say in words that 4.34.1 and 0.14.1 do not know."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    # transformers 5 renamed these.
     config["torch_dtype"] = config.pop("dtype", "float32")
     config |= {key: value for key, value in config.pop("rope_parameters", {}).items() if key == "rope_theta"}
     path.write_text(json.dumps(config, indent=2))
+
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"].pop("ignore_merges", None)
+    merges = tokenizer["model"]["merges"]
+    tokenizer["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}))
     return folder
 
 

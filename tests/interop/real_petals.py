@@ -255,6 +255,28 @@ class RealPetalsSwarm:
                     await asyncio.sleep(0.1)
 
 
+def run_petals_loop(settings: dict, folder: Path, timeout: float = 240) -> dict:
+    """What petals_loop.py answers to `settings`; `folder` is for its cache."""
+    process = subprocess.Popen(
+        [petals_python(), str(HERE / "petals_loop.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=petals_environment(folder),
+        start_new_session=True,
+        text=True,
+    )
+    try:
+        answer, log = process.communicate(json.dumps(settings), timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
+    if process.returncode:
+        raise RuntimeError(f"Petals' own loop ended with exit code {process.returncode}. Its log ends:\n{log[-4000:]}")
+    return json.loads(answer)
+
+
 _RUNNING = r"Running a server on \['([^']+)'"
 
 

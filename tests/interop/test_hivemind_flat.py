@@ -1,4 +1,4 @@
-"""hivemind's old flat namespace comes back, whoever imports what first, and in every process of the Petals environment."""
+"""hivemind's old flat namespace comes back, whoever imports what first, and in every process of that environment."""
 
 import subprocess
 import sys

@@ -1,0 +1,106 @@
+"""Petals' own client and its users' evaluation loop, run in the Petals environment for comparison.
+
+Reads JSON settings from stdin and writes JSON to stdout:
+
+    model           folder
+    initial_peers   multiaddresses
+    dht_prefix      prefix of the blocks' uids
+    dtype           what the client computes in (default "float32")
+    adapter         a Petals state dict with prompts and head, or null
+    tuning_mode     "ptune" or "deep_ptune", with an adapter
+    texts           classify these ...      -> {"logits": [[...]], "predictions": [...], "seconds": ...}
+    max_length      ... cut to this many tokens (default 96), `batch_size` (default 32) of them at a time
+    padding         "longest" or "max_length" (the default: as in Petals' SST-2 example)
+    generate        or go on greedily from these token ids ...      -> {"tokens": [...]}
+    max_new_tokens  ... by this many
+"""
+
+import json
+import os
+import sys
+import time
+
+import loopback_only  # noqa: F401
+import torch
+from petals import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
+from transformers import PreTrainedTokenizerFast
+
+
+def load(kind, settings: dict, **options):
+    return kind.from_pretrained(
+        settings["model"],
+        initial_peers=settings["initial_peers"],
+        dht_prefix=settings["dht_prefix"],
+        torch_dtype=getattr(torch, settings.get("dtype", "float32")),
+        max_retries=5,
+        show_route=False,
+        **options,
+    )
+
+
+def load_classifier(settings: dict):
+    """The model with its prompts and head. The adapter's shapes say how many prefix tokens and labels there are."""
+    state = torch.load(settings["adapter"])
+    base = "model" if "model.prompt_embeddings.weight" in state else "transformer"
+    model = load(
+        AutoDistributedModelForSequenceClassification,
+        settings,
+        tuning_mode=settings["tuning_mode"],
+        pre_seq_len=state[f"{base}.prompt_embeddings.weight"].shape[0],
+        num_labels=state["score.weight"].shape[0],
+    )
+    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
+    if unexpected:
+        sys.exit(f"the adapter does not fit the model: {unexpected}")
+    return model
+
+
+def classify(model, settings: dict) -> dict:
+    """The evaluation loop of Petals' SST-2 example: padded on the right, the attention mask dropped."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(settings["model"])
+    tokenizer.padding_side = "right"
+    tokenizer.pad_token = tokenizer.unk_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    size = settings.get("batch_size", 32)
+    logits = []
+    started = time.perf_counter()
+    model.eval()
+    for first in range(0, len(settings["texts"]), size):
+        batch = tokenizer(
+            settings["texts"][first : first + size],
+            padding=settings.get("padding", "max_length"),
+            truncation=True,
+            max_length=settings.get("max_length", 96),
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            logits.append(model(input_ids=batch["input_ids"]).logits)
+    seconds = time.perf_counter() - started
+    logits = torch.cat(logits)
+    return {"logits": logits.tolist(), "predictions": logits.argmax(-1).tolist(), "seconds": seconds}
+
+
+def generate(model, settings: dict) -> dict:
+    tokens = model.generate(
+        torch.tensor([settings["generate"]]), max_new_tokens=settings["max_new_tokens"], do_sample=False
+    )
+    return {"tokens": tokens[0].tolist()}
+
+
+def main() -> None:
+    settings = json.load(sys.stdin)
+    if "generate" in settings:
+        model = load(AutoDistributedModelForCausalLM, settings)
+        answer = generate(model, settings)
+    else:
+        model = load_classifier(settings)
+        answer = classify(model, settings)
+    model.transformer.h.sequence_manager.shutdown()
+    model.transformer.h.sequence_manager.dht.shutdown()
+    json.dump(answer, sys.stdout)
+    sys.stdout.flush()
+    os._exit(0)  # hivemind's P2P objects print tracebacks when the garbage collector ends them after their loop
+
+
+if __name__ == "__main__":
+    main()
