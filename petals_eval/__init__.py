@@ -1,0 +1,68 @@
+"""petals-eval: evaluate prompt-tuned language models whose transformer blocks run on a Petals swarm.
+
+    import petals_eval
+
+    with petals_eval.RemoteModel.from_pretrained("bigscience/bloom", adapter="./prompts", initial_peers=peers) as model:
+        result = petals_eval.evaluate(model, task="sst2")
+    result.metrics["accuracy"].value, result.metrics["accuracy"].ci95
+
+Names are imported when first used: `petals-eval --help` need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from petals_eval import errors
+    from petals_eval.config import PUBLIC_SWARM, SwarmSettings
+    from petals_eval.data import DataSource
+    from petals_eval.local_swarm import LocalSwarm
+    from petals_eval.remote_model import RemoteModel
+    from petals_eval.runs.evaluator import evaluate
+    from petals_eval.runs.results import AdapterResult, RunResult
+    from petals_eval.swarm import RemoteSequential, SwarmConnection
+    from petals_eval.tasks import ClassificationTask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PUBLIC_SWARM",
+    "AdapterResult",
+    "ClassificationTask",
+    "DataSource",
+    "LocalSwarm",
+    "RemoteModel",
+    "RemoteSequential",
+    "RunResult",
+    "SwarmConnection",
+    "SwarmSettings",
+    "__version__",
+    "errors",
+    "evaluate",
+]
+
+_HOMES = {
+    "PUBLIC_SWARM": "petals_eval.config",
+    "SwarmSettings": "petals_eval.config",
+    "DataSource": "petals_eval.data",
+    "LocalSwarm": "petals_eval.local_swarm",
+    "RemoteModel": "petals_eval.remote_model",
+    "AdapterResult": "petals_eval.runs.results",
+    "RunResult": "petals_eval.runs.results",
+    "evaluate": "petals_eval.runs.evaluator",
+    "RemoteSequential": "petals_eval.swarm",
+    "SwarmConnection": "petals_eval.swarm",
+    "ClassificationTask": "petals_eval.tasks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("petals_eval.errors")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'petals_eval' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

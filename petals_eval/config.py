@@ -1,12 +1,12 @@
-"""Every setting of a connection to a swarm, with its default and its unit, in one place."""
+"""Every setting of a swarm connection and of a run, with its default and its unit, in one place."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from petals_eval.errors import ConfigError
 
-__all__ = ["PUBLIC_SWARM", "Settings", "SwarmSettings", "explain_validation"]
+__all__ = ["PUBLIC_SWARM", "RunSettings", "Settings", "SwarmSettings", "explain_validation"]
 
 # The bootstrap peers of the public Petals swarm (2023-2025), as the petals package lists them.
 PUBLIC_SWARM: tuple[str, ...] = (
@@ -82,3 +82,61 @@ class SwarmSettings(Settings):
 
     max_tokens_per_call: int | None = Field(default=None, gt=0)  # tokens (rows x positions); None: the server's default
     window: int = Field(default=8, gt=0)  # micro-batches in flight at once
+
+
+def _listed(value: object) -> object:
+    """One name is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+
+
+class RunSettings(Settings):
+    """One run, as the command line and its YAML file give it: every flag of `petals-eval run` is a field here."""
+
+    # what is evaluated
+    model: str  # hub name or local folder
+    revision: str | None = None  # of the model on the hub
+    token: SecretStr | None = None  # for gated repositories; the hub's own HF_TOKEN works too
+    adapter: Names = ()  # prompt-tuned checkpoints: files, folders or hub names
+    active_adapter: str | None = None  # LoRA adapter on the servers
+    without_prompts: bool = False  # evaluate each adapter's head without its prompts, too
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # at home; None: the checkpoint's
+    device: str = "cpu"  # at home
+
+    # on what
+    task: str  # a shipped task or a YAML file
+    data: str | None = None  # file or hub name; None: the task's own
+    subset: str | None = None  # of a hub data set
+    split: str | None = None  # of a hub data set
+    data_revision: str | None = None  # of a hub data set
+    limit: int | None = Field(default=None, gt=0)  # examples, drawn by the seed; None: all
+    seed: int = 0  # of the sample and of the bootstrap intervals
+    max_length: int | None = Field(default=None, gt=0)  # tokens of text; None: the task's
+
+    # where
+    initial_peers: Names = ()  # bootstrap multiaddresses
+    public_swarm: bool = False  # the public Petals swarm
+    local_swarm: int | None = Field(default=None, gt=0)  # servers of an embedded swarm on this machine
+    dht_prefix: str | None = None  # the name servers announce; None: Petals' rule for the hub name
+    deadline: Seconds = SwarmSettings.model_fields["deadline"].default  # seconds to wait for a server, per hop
+    request_timeout: Seconds = SwarmSettings.model_fields["request_timeout"].default  # seconds for one call
+    window: int = Field(default=SwarmSettings.model_fields["window"].default, gt=0)  # micro-batches in flight
+    max_tokens_per_call: int | None = Field(default=None, gt=0)  # tokens a server takes; None: found out
+    tokens_per_micro_batch: int = Field(default=1024, gt=0)  # positions sent together
+
+    # what comes of it
+    out: str | None = None  # run folder; None: runs/<task>-<time>
+    dry_run: bool = False  # show what would be sent, and send nothing
+    json_output: bool = Field(default=False, alias="json")  # print metrics.json alone on stdout
+
+    @model_validator(mode="after")
+    def _one_swarm(self) -> "RunSettings":
+        chosen = [bool(self.initial_peers), self.public_swarm, self.local_swarm is not None]
+        if sum(chosen) != 1:
+            raise ValueError(
+                "name exactly one swarm: --initial-peers MADDR (once per address), --public-swarm, or --local-swarm N "
+                "for an embedded one"
+            )
+        return self

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from petals_eval.model import Adapter, LocalModel
-    from petals_eval.swarm import RemoteSequential, SwarmConnection
+    from petals_eval.swarm import RemoteSequential, ServedHop, SwarmConnection
 
 __all__ = ["Answered", "RemoteModel"]
 
@@ -24,11 +24,11 @@ TOKENS_PER_MICRO_BATCH = 1024
 
 @dataclass(frozen=True, eq=False)
 class Answered:
-    """A request with its answer: float32 (labels,) or (targets,), and the servers that computed it."""
+    """A request with its answer: float32 (labels,) or (targets,), and who computed it, hop by hop."""
 
     request: Request
     answer: "torch.Tensor"
-    servers: tuple[str, ...]
+    hops: "tuple[ServedHop, ...]"
 
 
 class RemoteModel:
@@ -125,7 +125,7 @@ class RemoteModel:
             with evaluating(self.local):
                 answers = self.local.head(computed.hidden, computed.tag, adapter)
             for request, answer in zip(computed.tag.requests, answers, strict=True):
-                yield Answered(request, answer, computed.servers)
+                yield Answered(request, answer, computed.hops)
 
     def close(self) -> None:
         """End the connection to the swarm. Safe to call twice."""

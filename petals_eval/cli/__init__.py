@@ -1,0 +1,5 @@
+"""The command `petals-eval`."""
+
+from petals_eval.cli.app import main
+
+__all__ = ["main"]

@@ -1,7 +1,7 @@
 """What is remote: the wire, the directory, routes, calls, and RemoteSequential, the module face of it all."""
 
 from petals_eval.swarm.connection import SwarmConnection
-from petals_eval.swarm.pipeline import SwarmStatus
+from petals_eval.swarm.pipeline import ServedHop, SwarmStatus
 from petals_eval.swarm.remote_sequential import Computed, RemoteSequential, Work
 
-__all__ = ["Computed", "RemoteSequential", "SwarmConnection", "SwarmStatus", "Work"]
+__all__ = ["Computed", "RemoteSequential", "ServedHop", "SwarmConnection", "SwarmStatus", "Work"]

@@ -23,7 +23,7 @@ from petals_eval.swarm.peers import PeerBook
 from petals_eval.swarm.records import SpanServer
 from petals_eval.swarm.routing import Hop, next_hop
 
-__all__ = ["USUAL_MAX_TOKENS", "Pipeline", "SwarmStatus", "short_peer", "spans_text"]
+__all__ = ["USUAL_MAX_TOKENS", "Pipeline", "ServedHop", "SwarmStatus", "short_peer", "spans_text"]
 
 # What Petals servers of both lines say; the operator's number is in it.
 _BATCH_LIMIT = re.compile(r"Task size greater than max_batch_size \((\d+)\)")
@@ -35,6 +35,19 @@ HOP_OVERHEAD = 0.02
 """Seconds a hop costs before any token is computed, as long as nothing was measured."""
 UNMEASURED = 1e-5
 """Seconds per token and block of a server not called yet: optimistic, so that every server gets its first call."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedHop:
+    """Who computed blocks first:last of a micro-batch, and in what: the server's own words on version and quantisation,
+    the dtype of its answer."""
+
+    peer_id: str
+    first: int
+    last: int
+    version: str | None
+    dtype: str
+    quant: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +73,15 @@ class Pipeline:
 
     async def forward(
         self, hidden: torch.Tensor, prompts: torch.Tensor | None, first: int, last: int
-    ) -> tuple[torch.Tensor, tuple[str, ...]]:
+    ) -> tuple[torch.Tensor, tuple[ServedHop, ...]]:
         """Run hidden (batch, seq, hidden) through blocks first:last.
 
         prompts: (last - first, batch or 1, prefix, hidden) or None.
-        Returns the hidden states in the last server's dtype, and the servers that computed them, in order.
+        Returns the hidden states in the last server's dtype, and who computed them, hop by hop.
         Raises MissingBlocksError or DeadlineError when a hop finds no server within the deadline, RequestTooLargeError
         when a single row is longer than a server takes.
         """
-        route = []
+        route: list[ServedHop] = []
         position = first
         give_up = time.monotonic() + self._settings.deadline
         while position < last:
@@ -79,7 +92,7 @@ class Pipeline:
             except PeerError as error:
                 self.peers.failed(hop.server.peer_id, error)
                 continue
-            route.append(hop.server.peer_id)
+            route.append(_served(hop, hidden))
             position = hop.last
             give_up = time.monotonic() + self._settings.deadline
         return hidden, tuple(route)
@@ -188,6 +201,12 @@ class Pipeline:
         used = tuple(peer for peer, history in list(self.peers.histories.items()) if history.calls)
         waiting = next(iter(list(self._waiting.values())), None)
         return SwarmStatus(self.peers.retries, used, waiting)
+
+
+def _served(hop: Hop, answer: torch.Tensor) -> ServedHop:
+    record = hop.server.record
+    dtype = str(answer.dtype).removeprefix("torch.")
+    return ServedHop(hop.server.peer_id, hop.first, hop.last, record.version, dtype, record.quant_type)
 
 
 async def _gather(calls: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:

@@ -8,12 +8,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from petals_eval.config import SwarmSettings
 from petals_eval.errors import CallerError, GradientError
 from petals_eval.swarm.calls import RemoteCalls
 from petals_eval.swarm.connection import SwarmConnection
 from petals_eval.swarm.directory import Directory
 from petals_eval.swarm.peers import PeerBook
-from petals_eval.swarm.pipeline import USUAL_MAX_TOKENS, Pipeline, SwarmStatus
+from petals_eval.swarm.pipeline import USUAL_MAX_TOKENS, Pipeline, ServedHop, SwarmStatus
 from petals_eval.swarm.records import Snapshot
 
 __all__ = ["Computed", "RemoteSequential", "Work"]
@@ -37,12 +38,12 @@ class Work(Generic[T]):
 class Computed(Generic[T]):
     """A micro-batch on its way back.
 
-    hidden: (batch, seq, hidden) in the last server's dtype; servers: peer ids in the order of their hops.
+    hidden: (batch, seq, hidden) in the last server's dtype; hops: who computed it, in order.
     """
 
     tag: T
     hidden: torch.Tensor
-    servers: tuple[str, ...]
+    hops: tuple[ServedHop, ...]
 
 
 class RemoteSequential(nn.Module):
@@ -126,8 +127,8 @@ class RemoteSequential(nn.Module):
         come back, so memory is bounded by the window. `on_tick` is called about every `tick` seconds, and whenever one
         comes back. The first error cancels the rest and is raised.
         """
-        window = window or self._connection.settings.window
-        pending: dict[Future[tuple[torch.Tensor, tuple[str, ...]]], T] = {}
+        window = window or self.settings.window
+        pending: dict[Future[tuple[torch.Tensor, tuple[ServedHop, ...]]], T] = {}
         source = iter(work)
         exhausted = False
         try:
@@ -151,8 +152,8 @@ class RemoteSequential(nn.Module):
                     on_tick()
                 for future in done:
                     tag = pending.pop(future)
-                    hidden, servers = future.result()
-                    yield Computed(tag, hidden, servers)
+                    hidden, hops = future.result()
+                    yield Computed(tag, hidden, hops)
         finally:
             for future in pending:
                 future.cancel()
@@ -170,8 +171,18 @@ class RemoteSequential(nn.Module):
         """Look at the directory now."""
         return self._connection.run(self._directory.refresh)
 
+    @property
+    def settings(self) -> SwarmSettings:
+        """The connection's."""
+        return self._connection.settings
+
+    @property
+    def dht_prefix(self) -> str:
+        """The name under which the servers announce these blocks."""
+        return self._directory.dht_prefix
+
     def _rows_per_part(self, hidden: torch.Tensor) -> int:
-        limit = self._connection.settings.max_tokens_per_call or USUAL_MAX_TOKENS
+        limit = self.settings.max_tokens_per_call or USUAL_MAX_TOKENS
         return int(limit // max(1, hidden.shape[1]))
 
     def _refuse_gradients(self, hidden: torch.Tensor, prompts: torch.Tensor | None) -> None:
@@ -204,7 +215,7 @@ class RemoteSequential(nn.Module):
         return self  # a live connection cannot be copied; copies of a model share it
 
     def extra_repr(self) -> str:
-        return f"blocks {self.first}:{self.last} of {self._directory.dht_prefix!r}"
+        return f"blocks {self.first}:{self.last} of {self.dht_prefix!r}"
 
 
 def _rows_of(prompts: torch.Tensor | None, rows: slice) -> torch.Tensor | None:

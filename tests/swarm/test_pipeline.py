@@ -13,6 +13,7 @@ from petals_eval.errors import (
     PeerUnreachableError,
     RequestTooLargeError,
 )
+from petals_eval.swarm.pipeline import ServedHop
 from petals_eval.swarm.records import Snapshot
 from petals_eval.swarm.routing import Hop
 from tests.swarm.fakes import FakeCalls, FakeDirectory, pipeline, server
@@ -26,9 +27,10 @@ def run(pipe, hidden=HIDDEN, prompts=None, first=0, last=4):
 
 def test_every_block_runs_once_and_in_order():
     calls = FakeCalls()
-    hidden, servers = run(pipeline(FakeDirectory(4, server("a", 0, 2), server("b", 2, 4)), calls))
+    servers = server("a", 0, 2, version="2.2.0"), server("b", 2, 4, quant_type="nf4")
+    hidden, hops = run(pipeline(FakeDirectory(4, *servers), calls))
     assert torch.equal(hidden, torch.full_like(HIDDEN, 1111.0))
-    assert servers == ("a", "b")
+    assert hops == (ServedHop("a", 0, 2, "2.2.0", "float32", None), ServedHop("b", 2, 4, None, "float32", "nf4"))
     assert [call[:3] for call in calls.calls] == [("a", 0, 2), ("b", 2, 4)]
 
 
@@ -67,9 +69,9 @@ def test_a_failed_server_is_left_at_once_and_its_work_moves_on():
 
     calls.on_call = fail
     pipe = pipeline(FakeDirectory(4, server("bad", 0, 4), server("a", 0, 2), server("b", 2, 4)), calls, min_backoff=30)
-    hidden, servers = run(pipe)
+    hidden, hops = run(pipe)
     assert torch.equal(hidden, torch.full_like(HIDDEN, 1111.0))
-    assert servers == ("a", "b")
+    assert [hop.peer_id for hop in hops] == ["a", "b"]
     assert [call[0] for call in calls.calls].count("bad") == 1
     assert pipe.peers.retries == 1
 

@@ -1,0 +1,225 @@
+"""The evaluator: the one way through the house, from rows to a result, tied together."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from petals_eval.data import DataSource, Rows, load_rows, sample
+from petals_eval.errors import InterruptedRunError, MachineError, PetalsEvalError
+from petals_eval.runs.folder import RunFolder
+from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, ServerUsed
+from petals_eval.runs.results import WITHOUT_PROMPTS, RunResult, summarise
+from petals_eval.tasks import Task, load_task, resolve_source
+from petals_eval.tasks.requests import Example, Request
+
+if TYPE_CHECKING:
+    import torch
+
+    from petals_eval.model import Adapter
+    from petals_eval.remote_model import RemoteModel
+
+__all__ = ["NO_ADAPTER", "Progress", "evaluate"]
+
+NO_ADAPTER = "no prompts"
+"""The journal's name for a model evaluated as it is."""
+
+
+class Progress(Protocol):
+    """Who wants to know how far an evaluation is."""
+
+    def update(self, done: int, retries: int = 0, servers: int = 0, message: str | None = None) -> None: ...
+
+    def waiting(self, message: str) -> None: ...
+
+
+@dataclass(slots=True)
+class _Open:
+    """An example some of whose answers are still on their way."""
+
+    example: Example
+    answers: "dict[int, torch.Tensor]" = field(default_factory=dict)
+    servers: set[ServerUsed] = field(default_factory=set)
+
+
+def evaluate(
+    model: "RemoteModel",
+    *,
+    task: str | Path | Task,
+    data: str | Path | DataSource | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    without_prompts: bool = False,
+    out: str | Path | None = None,
+    tokens_per_micro_batch: int | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Evaluate a model, with each of its adapters, on a task.
+
+    task: a shipped task's name, a YAML file, or a Task object.
+    data: a file, a hub name or a DataSource; None: the task's own.
+    limit, seed: evaluate this many examples, drawn by the seed; the seed also draws the bootstrap of the intervals.
+    without_prompts: evaluate the first adapter's head without its prompts, too.
+    out: the run folder; an unfinished run of the same settings in it goes on. None: nothing is kept.
+
+    The model is in the mode it was in before when this returns or raises; nothing here computes a gradient.
+    Raises CallerError for what cannot work, SwarmError when the swarm cannot do it, MachineError for the disk,
+    InterruptedRunError on Ctrl-C; what was scored by then is in the run folder.
+    """
+    task = load_task(task)
+    source = data if isinstance(data, DataSource) else resolve_source(task, data)
+    rows = sample(load_rows(source), limit, seed)
+    variants = _variants(model.adapters, without_prompts)
+    manifest = _manifest(model, task, rows, limit, seed, variants, tokens_per_micro_batch)
+    with contextlib.ExitStack() as stack:
+        where = out if out is not None else stack.enter_context(tempfile.TemporaryDirectory(prefix="petals-eval-"))
+        folder = stack.enter_context(RunFolder.create(where, manifest, task=task.name))
+        run = _Run(model, task, rows, folder, progress, tokens_per_micro_batch, len(rows) * len(variants))
+        with _told_what_is_kept(run, kept=out is not None):
+            for name, adapter in variants:
+                run.score(name, adapter)
+        status = model.blocks.status()
+        results = {
+            name: summarise(folder.journal, name, task.metrics, task.label_names, seed=seed) for name, _ in variants
+        }
+        result = RunResult(
+            task=task.name,
+            without_prompts=results.pop(WITHOUT_PROMPTS, None),
+            adapters=results,
+            retries=status.retries,
+            servers=len(status.servers),
+        )
+        folder.finish(result)
+    return result
+
+
+class _Run:
+    """The state of one evaluation under way."""
+
+    def __init__(
+        self,
+        model: "RemoteModel",
+        task: Task,
+        rows: Rows,
+        folder: RunFolder,
+        progress: Progress | None,
+        tokens_per_micro_batch: int | None,
+        total: int,
+    ):
+        self.model = model
+        self.task = task
+        self.rows = rows
+        self.folder = folder
+        self.progress = progress
+        self.options = {} if tokens_per_micro_batch is None else {"tokens_per_micro_batch": tokens_per_micro_batch}
+        self.total = total
+        self.done = 0
+
+    def score(self, name: str, adapter: "Adapter | None") -> None:
+        """Score every example that the journal does not hold yet, as answers come back."""
+        journal = self.folder.journal
+        done_before = journal.done_keys(name)
+        self.done += len(done_before)
+        open_examples: dict[str, _Open] = {}
+
+        def requests() -> Iterator[Request]:
+            for example in self.task.examples(self.rows, self.model.local.tokenizer):
+                if example.key not in done_before:
+                    open_examples[example.key] = _Open(example)
+                    yield from example.requests
+
+        with journal.session(name):
+            for answered in self.model.compute(requests(), adapter, on_tick=self.tick, **self.options):
+                waiting = open_examples[answered.request.key]
+                waiting.answers[answered.request.part] = answered.answer
+                waiting.servers.update(
+                    ServerUsed(hop.peer_id, hop.first, hop.last, hop.version, hop.dtype, hop.quant)
+                    for hop in answered.hops
+                )
+                if len(waiting.answers) < len(waiting.example.requests):
+                    continue
+                del open_examples[answered.request.key]
+                example = waiting.example
+                answers = [waiting.answers[part] for part in range(len(example.requests))]
+                prediction = self.task.predict(example, answers)
+                journal.add(name, prediction, truncated=example.truncated, servers=tuple(waiting.servers))
+                self.done += 1
+        self.tick()
+
+    def tick(self) -> None:
+        """Called a few times a second, also while nothing comes back."""
+        self.folder.journal.flush_if_due()
+        if self.progress is None:
+            return
+        status = self.model.blocks.status()
+        if status.waiting is not None:
+            self.progress.waiting(status.waiting)
+        else:
+            self.progress.update(self.done, status.retries, len(status.servers))
+
+
+@contextlib.contextmanager
+def _told_what_is_kept(run: _Run, *, kept: bool) -> Iterator[None]:
+    """Whatever ends a run early, say how much of it is scored and how to go on."""
+    try:
+        yield
+    except (PetalsEvalError, KeyboardInterrupt) as error:
+        told = InterruptedRunError("interrupted") if isinstance(error, KeyboardInterrupt) else error
+        if kept and not isinstance(error, MachineError):
+            run.folder.journal.flush()
+            told.add_note(
+                f"  {run.done} of {run.total} examples are scored and kept in {run.folder.path}. "
+                "Run the same command again to go on."
+            )
+        raise told from error.__cause__
+
+
+def _variants(adapters: Sequence["Adapter"], without_prompts: bool) -> "list[tuple[str, Adapter | None]]":
+    """What is evaluated in turn, under the name the journal gives it."""
+    variants: list[tuple[str, Adapter | None]] = [(adapter.name, adapter) for adapter in adapters]
+    if not variants:
+        return [(NO_ADAPTER, None)]
+    if without_prompts:
+        variants.append((WITHOUT_PROMPTS, adapters[0].without_prompts()))
+    return variants
+
+
+def _manifest(
+    model: "RemoteModel",
+    task: Task,
+    rows: Rows,
+    limit: int | None,
+    seed: int,
+    variants: "list[tuple[str, Adapter | None]]",
+    tokens_per_micro_batch: int | None,
+) -> Manifest:
+    local = model.local.fingerprint
+    records = [
+        AdapterRecord(
+            name=name,
+            kind="none" if adapter is None else adapter.kind,
+            sha256="" if adapter is None else adapter.sha256,
+        )
+        for name, adapter in variants
+    ]
+    return Manifest.new(
+        model=ModelRecord(name=str(local["model"]), revision=local["revision"], sha256=str(local["sha256"])),
+        adapters=records,
+        data=DataRecord(name=rows.name, fingerprint=rows.fingerprint, limit=limit, seed=seed),
+        task={"name": task.name, "metrics": list(task.metrics), **task.fingerprint()},  # type: ignore[dict-item]
+        answer_settings={
+            "dtype": local["dtype"],
+            "lm_head_sha256": local["lm_head_sha256"],
+            "active_adapter": model.blocks.settings.active_adapter,
+            "dht_prefix": model.blocks.dht_prefix,
+        },
+        run_settings={
+            "window": model.blocks.settings.window,
+            "deadline": model.blocks.settings.deadline,
+            "request_timeout": model.blocks.settings.request_timeout,
+            "tokens_per_micro_batch": tokens_per_micro_batch,
+        },
+        seeds={"sample": seed, "bootstrap": seed},
+    )
