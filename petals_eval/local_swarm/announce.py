@@ -1,0 +1,63 @@
+"""What a server tells the DHT about itself, again and again while it lives."""
+
+import asyncio
+from pathlib import Path
+
+from hivemind.dht.node import DHTNode
+from hivemind.utils.timed_storage import get_dht_time
+
+from petals_eval.local_swarm.settings import ServerSettings
+from petals_eval.swarm.records import ServerState
+
+__all__ = ["announce"]
+
+# Peers whose clocks differ by more than 3 s refuse each other (hivemind's limit): nothing should live shorter.
+_MIN_LIFETIME = 3.0
+
+
+async def announce(
+    node: DHTNode,
+    settings: ServerSettings,
+    state: ServerState,
+    *,
+    num_blocks: int | None = None,
+    torch_dtype: str | None = None,
+    cache_tokens_left: int | None = None,
+) -> None:
+    """Store one record under each block's key, and the model under `_petals.models`.
+
+    num_blocks: of the whole model; None while it is not known yet: the model is not named then.
+    torch_dtype: what the server computes in, such as "bfloat16".
+    """
+    extra = {
+        "start_block": settings.first,
+        "end_block": settings.last,
+        "public_name": settings.public_name,
+        "version": settings.version,
+        "network_rps": None,
+        "forward_rps": None,
+        "inference_rps": None,
+        "adapters": settings.adapters,
+        "torch_dtype": torch_dtype,
+        "quant_type": "none",
+        "using_relay": False,
+        "cache_tokens_left": cache_tokens_left,
+        "next_pings": None,
+    }
+    uids = [f"{settings.dht_prefix}.{block}" for block in range(settings.first, settings.last)]
+    expiration = get_dht_time() + max(2 * settings.update_period, _MIN_LIFETIME)
+    stores = [
+        node.store_many(
+            keys=uids,
+            values=[(int(state), settings.throughput, extra)] * len(uids),
+            expiration_time=expiration,
+            subkeys=[node.peer_id.to_base58()] * len(uids),
+            num_workers=len(uids),
+        )
+    ]
+    # A prefix with an underscore in front is a private model: its blocks are announced, its name is not.
+    if num_blocks is not None and state is not ServerState.OFFLINE and not settings.dht_prefix.startswith("_"):
+        repository = None if Path(settings.model).is_dir() else f"https://huggingface.co/{settings.model}"
+        model = {"num_blocks": num_blocks, "repository": repository}
+        stores.append(node.store("_petals.models", model, expiration, subkey=settings.dht_prefix))
+    await asyncio.gather(*stores)

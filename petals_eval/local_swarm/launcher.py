@@ -1,0 +1,196 @@
+"""A whole swarm on this machine, for tests, demos and benchmarks."""
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationError
+
+from petals_eval.errors import ConfigError, ModelError
+from petals_eval.local_swarm.loop_thread import LoopThread
+from petals_eval.local_swarm.servers import LocalServer, Nursery, ProcessServer, ThreadServer
+from petals_eval.local_swarm.settings import ServerSettings
+from petals_eval.model.families import Family, family_of
+from petals_eval.model.sources import Folder, Source, open_source
+
+if TYPE_CHECKING:
+    from petals_eval.local_swarm.peer import Peer
+
+__all__ = ["LocalSwarm", "split_evenly"]
+
+_BOOTSTRAP_TIMEOUT = 30.0  # seconds
+_POLL = 0.2  # seconds
+
+
+class LocalSwarm:
+    """Block servers over a model, on loopback, with a DHT node of the launcher's own as the swarm's address.
+
+    A context manager; `start` and `stop` do the same by hand.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        servers: int = 3,
+        spans: Sequence[tuple[int, int]] | None = None,
+        dht_prefix: str | None = None,
+        mode: Literal["process", "thread"] = "process",
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | None = None,
+        startup_timeout: float = 120.0,
+        **options: Any,
+    ):
+        """
+        model: a local folder, or the name of a repository of the hub with its revision, token and cache.
+        servers: how many, the blocks split evenly among them; or else
+        spans: the blocks first:last of each server. They may overlap, and the same span may come twice.
+        dht_prefix: what the blocks are announced under; by default the folder's name, or Petals' rule for a repository.
+        mode: "process": killable, and each with a processor of its own; "thread": quicker to start.
+        startup_timeout: seconds until all servers must serve.
+        options: any other field of `ServerSettings`, for all servers: dtype, throughput, max_batch_size, adapters, ...
+
+        Raises ModelError when the folder holds no model the stub knows, ConfigError for impossible settings.
+        """
+        self.model = str(model)
+        source = open_source(self.model, revision=revision, token=token, cache_dir=cache_dir, error=ModelError)
+        family, self.num_blocks = _read_config(source)
+        self._model_type = family.model_type
+        self.dht_prefix = dht_prefix or _default_prefix(source, family)
+        self.mode = mode
+        self._startup_timeout = startup_timeout
+        self._options = {**options, "revision": source.revision or revision, "token": token, "cache_dir": cache_dir}
+        self._spans = tuple(spans) if spans is not None else split_evenly(self.num_blocks, servers)
+        self._planned = [self._settings(span, {}) for span in self._spans]  # a wrong setting shows now
+        self.servers: list[LocalServer] = []
+        self.initial_peers: list[str] = []
+        self._bootstrap: Peer | None = None
+        self._loop: LoopThread | None = None
+        self._nursery: Nursery | None = None
+
+    def start(self) -> "LocalSwarm":
+        """Start all servers and wait until they serve; raises ModelError or MachineError when one cannot."""
+        from petals_eval.local_swarm.peer import Peer
+
+        if self._loop is not None:
+            raise ConfigError("expected a local swarm that has not been started, found one that has: make another")
+        deadline = time.monotonic() + self._startup_timeout
+        with ExitStack() as undo:
+            undo.callback(self.stop)
+            if self.mode == "process":
+                self._nursery = Nursery(self._model_type)  # first: its imports take longest
+            self._loop = LoopThread("local swarm")
+            self._bootstrap = self._loop.run(Peer.open(), _BOOTSTRAP_TIMEOUT)
+            self.initial_peers = list(self._bootstrap.maddrs)
+            for settings in self._planned:
+                self.servers.append(self._launch(settings, self._loop, deadline))
+            for server in self.servers:
+                server.wait_ready(deadline)
+            undo.pop_all()
+        return self
+
+    def add_server(self, span: tuple[int, int], **options: Any) -> LocalServer:
+        """Start one more server for blocks first:last and wait until it serves; `options` go before the swarm's own."""
+        if self._loop is None:
+            raise ConfigError("expected a local swarm that runs, found one that does not: start it first")
+        deadline = time.monotonic() + self._startup_timeout
+        server = self._launch(self._settings(span, options), self._loop, deadline)
+        self.servers.append(server)
+        server.wait_ready(deadline)
+        return server
+
+    def wait(self) -> LocalServer:
+        """Block until a server has ended, and return it; Ctrl-C interrupts."""
+        while True:
+            for server in self.servers:
+                if not server.is_alive():
+                    return server
+            time.sleep(_POLL)
+
+    def stop(self) -> None:
+        """End everything, in order; does nothing the second time."""
+        for server in self.servers:
+            server.request_stop()  # all at once, then wait for each
+        with ExitStack() as ending:  # whatever fails, the rest ends too
+            if (loop := self._loop) is not None:
+                ending.callback(loop.stop)
+                if (bootstrap := self._bootstrap) is not None:
+                    ending.callback(lambda: loop.run(bootstrap.close(), _BOOTSTRAP_TIMEOUT))
+            if self._nursery is not None:
+                ending.callback(self._nursery.close)
+            for server in self.servers:
+                ending.callback(server.stop)
+        self._bootstrap = self._nursery = None
+
+    def __enter__(self) -> "LocalSwarm":
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _launch(self, settings: ServerSettings, loop: LoopThread, deadline: float) -> LocalServer:
+        settings = settings.model_copy(update={"initial_peers": tuple(self.initial_peers)})
+        if self._nursery is not None:
+            return ProcessServer(settings, self._nursery, deadline)
+        return ThreadServer(settings, loop)
+
+    def _settings(self, span: tuple[int, int], options: dict[str, Any]) -> ServerSettings:
+        first, last = span
+        if not 0 <= first < last <= self.num_blocks:
+            raise ConfigError(f"expected spans within 0:{self.num_blocks}, the model's blocks, found {first}:{last}")
+        fields = {"model": self.model, "dht_prefix": self.dht_prefix, "first": first, "last": last}
+        try:
+            return ServerSettings(**{**self._options, **options, **fields})
+        except ValidationError as error:
+            first_error = error.errors()[0]
+            where = ".".join(map(str, first_error["loc"])) or "settings"
+            raise ConfigError(f"local swarm: {where}: {first_error['msg']}, found {first_error['input']!r}") from error
+
+
+def split_evenly(num_blocks: int, servers: int) -> tuple[tuple[int, int], ...]:
+    """Spans of consecutive blocks, the longer ones first.
+
+    >>> split_evenly(5, 3)
+    ((0, 2), (2, 4), (4, 5))
+    """
+    if not 1 <= servers <= num_blocks:
+        raise ConfigError(
+            f"expected 1 to {num_blocks} servers for {num_blocks} blocks, found {servers}: replicas are given as spans"
+        )
+    each, longer = divmod(num_blocks, servers)
+    spans, first = [], 0
+    for server in range(servers):
+        last = first + each + (server < longer)
+        spans.append((first, last))
+        first = last
+    return tuple(spans)
+
+
+def _default_prefix(source: Source, family: Family) -> str:
+    """By Petals' rule for a repository; a folder has only its own name."""
+    if isinstance(source, Folder):
+        return source.name.replace(".", "-").replace(" ", "-")
+    return family.dht_prefix(source.name)
+
+
+def _read_config(source: Source) -> tuple[Family, int]:
+    """The family and the number of blocks, read without the seconds that importing transformers takes."""
+    path = source.find("config.json")
+    if path is None:
+        raise ModelError(f"{source} has no config.json; expected a model in Hugging Face's format.")
+    try:
+        config = SimpleNamespace(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path} is not a model's config: {error}") from error
+    family = family_of(config)
+    num_blocks = getattr(config, family.blocks_field, None) or getattr(config, "n_layer", None)  # BLOOM's own name
+    if not isinstance(num_blocks, int):
+        raise ModelError(f"{path}: expected {family.blocks_field}, a number of blocks, found {num_blocks!r}")
+    return family, num_blocks

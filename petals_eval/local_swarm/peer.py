@@ -1,0 +1,62 @@
+"""A libp2p peer with a DHT node, opened and closed in one event loop."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from hivemind.dht.node import DHTNode
+from hivemind.p2p.p2p_daemon import P2P
+
+__all__ = ["Peer"]
+
+
+class Peer:
+    """A P2P daemon and the DHT node on it. Close it in the loop that opened it: the garbage collector cannot."""
+
+    def __init__(self, p2p: P2P, node: DHTNode, maddrs: tuple[str, ...]):
+        self.p2p = p2p
+        self.node = node
+        self.maddrs = maddrs  # addresses others connect to, with the peer id
+
+    @classmethod
+    async def open(
+        cls,
+        initial_peers: Sequence[str] = (),
+        *,
+        host_maddrs: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",),
+        identity_path: str | None = None,
+    ) -> "Peer":
+        """Start a daemon, on loopback unless told otherwise, and join the DHT of `initial_peers`."""
+        p2p = await P2P.create(
+            initial_peers=list(initial_peers),
+            host_maddrs=list(host_maddrs),
+            identity_path=identity_path,
+            check_if_identity_free=False,
+            # It is a local swarm: ask no router for anything.
+            nat_port_map=False,
+            auto_nat=False,
+            use_relay=False,
+        )
+        try:
+            node = await DHTNode.create(p2p=p2p, initial_peers=list(initial_peers) or None)
+            maddrs = tuple(str(maddr) for maddr in await p2p.get_visible_maddrs())
+        except BaseException:
+            await p2p.shutdown()
+            raise
+        return cls(p2p, node, maddrs)
+
+    @property
+    def peer_id(self) -> str:
+        return self.p2p.peer_id.to_base58()
+
+    async def close(self) -> None:
+        await self.node.shutdown()
+        await self.p2p.shutdown()
+
+    async def abort(self) -> None:
+        """End as a crashed peer does: the daemon is killed in mid-sentence."""
+        daemon = self.p2p._child
+        if daemon is not None and daemon.returncode is None:
+            with suppress(ProcessLookupError):
+                daemon.kill()
+        self.node.is_alive = False
+        await self.p2p.shutdown()  # not node.shutdown(): it would ask the daemon, and wait for ever

@@ -1,0 +1,108 @@
+"""One block server: a libp2p peer, a span of blocks and the RPCs over them, in one event loop."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+
+from petals_eval.local_swarm.announce import announce
+from petals_eval.local_swarm.blocks import DTYPES, BlockSpan
+from petals_eval.local_swarm.cache import CacheBudget
+from petals_eval.local_swarm.compute import Middleware, SpanThread, wrapped
+from petals_eval.local_swarm.handler import TransformerConnectionHandler
+from petals_eval.local_swarm.peer import Peer
+from petals_eval.local_swarm.settings import ServerSettings
+from petals_eval.swarm.records import ServerState
+
+__all__ = ["BlockServer"]
+
+# Announcing OFFLINE to a swarm that goes down as well must not hold up the end.
+_GOODBYE_TIMEOUT = 5.0  # seconds
+
+
+class BlockServer:
+    """A server of blocks first:last. `open` it, and `close` or `abort` it in the same event loop."""
+
+    def __init__(self, settings: ServerSettings, peer: Peer, span: BlockSpan, middleware: Sequence[Middleware]):
+        self.settings = settings
+        self.peer = peer
+        self.span = span
+        self.budget = CacheBudget(settings.cache_tokens * span.cache_bytes_per_token * (span.last - span.first))
+        self._thread = SpanThread(span, settings.max_batch_size)
+        self.handler = TransformerConnectionHandler(settings, span, wrapped(self._thread, middleware), self.budget)
+        self._announcing: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def open(cls, settings: ServerSettings, middleware: Sequence[Middleware] = ()) -> "BlockServer":
+        """Join the swarm, load the blocks, and return once they are served and announced.
+
+        middleware: what stands between the RPCs and the arithmetic (faults, measurements).
+        Raises ModelError for what the folder does not hold, and hivemind's errors when no initial peer answers.
+        """
+        dtype = None if settings.dtype is None else DTYPES[settings.dtype]
+        load = partial(
+            BlockSpan.load,
+            settings.model,
+            settings.first,
+            settings.last,
+            dtype,
+            revision=settings.revision,
+            token=settings.token,
+            cache_dir=settings.cache_dir,
+        )
+        loading = asyncio.create_task(asyncio.to_thread(load))
+        try:
+            peer = await Peer.open(
+                settings.initial_peers, host_maddrs=settings.host_maddrs, identity_path=settings.identity_path
+            )
+        except BaseException:
+            loading.cancel()
+            raise
+        try:
+            await announce(peer.node, settings, ServerState.JOINING)
+            server = cls(settings, peer, await loading, middleware)
+            await server.handler.add_p2p_handlers(peer.p2p)
+            await server.announce(ServerState.ONLINE)
+        except BaseException:
+            await peer.close()
+            raise
+        server._announcing = asyncio.create_task(server._keep_announcing())
+        return server
+
+    async def announce(self, state: ServerState) -> None:
+        """Tell the DHT about this server now."""
+        # Petals divides the cache of all blocks by half of what a token takes in one block; so does its client.
+        bytes_per_token = self.span.cache_bytes_per_token // 2
+        await announce(
+            self.peer.node,
+            self.settings,
+            state,
+            num_blocks=self.span.num_blocks,
+            torch_dtype=str(self.span.dtype).removeprefix("torch."),
+            cache_tokens_left=self.budget.bytes_left // bytes_per_token,
+        )
+
+    async def _keep_announcing(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.update_period)
+            await self.announce(ServerState.ONLINE)
+
+    async def close(self) -> None:
+        """Say OFFLINE, then leave."""
+        await self._stop_announcing()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.announce(ServerState.OFFLINE), _GOODBYE_TIMEOUT)
+        await self.peer.close()
+        await asyncio.to_thread(self._thread.close)
+
+    async def abort(self) -> None:
+        """Vanish as a crashed server does: nothing is announced, connections break."""
+        await self._stop_announcing()
+        await self.peer.abort()
+        await asyncio.to_thread(self._thread.close)
+
+    async def _stop_announcing(self) -> None:
+        if self._announcing is not None:
+            self._announcing.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._announcing
