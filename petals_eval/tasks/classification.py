@@ -82,11 +82,14 @@ class ClassificationTask(BaseModel):
         cls, values: Any, handler: ModelWrapValidatorHandler["ClassificationTask"]
     ) -> "ClassificationTask":
         try:
-            return handler(values)
+            task = handler(values)
         except ValidationError as error:
             raise TaskError(f"this task cannot be used:\n{explain(error, cls)}") from None
         except DataError as error:
             raise TaskError(f"this task's data: {error}") from None
+        if problem := task._disagreement():
+            raise TaskError(f"this task cannot be used:\n  {problem}")
+        return task
 
     @field_validator("text")
     @classmethod
@@ -101,20 +104,18 @@ class ClassificationTask(BaseModel):
             raise ValueError("should be different from each other, and none of them empty")
         return names
 
-    @model_validator(mode="after")
-    def _labels_agree(self) -> "ClassificationTask":
+    def _disagreement(self) -> str | None:
+        """What of the definition does not fit the label names, or None."""
         for value, name in self.label_map.items():
             if name not in self.label_names:
-                raise ValueError(
-                    f"label_map.{value}: should be one of the label names ({', '.join(self.label_names)}), "
-                    f"found {name!r}"
-                )
+                labels = ", ".join(self.label_names)
+                return f"label_map.{value}: should be one of the label names ({labels}), found {name!r}"
         if self.label_words is not None and len(self.label_words) != len(self.label_names):
-            raise ValueError(
+            return (
                 f"label_words: should be one word for each of the {len(self.label_names)} labels, "
                 f"found {len(self.label_words)}"
             )
-        return self
+        return None
 
     @property
     def head(self) -> Literal["class", "lm"]:

@@ -1,0 +1,237 @@
+"""Local files: every row survives, memory and disk stay clean, and errors name the row."""
+
+from pathlib import Path
+
+import pytest
+
+from petals_eval.data import DataSource, load_rows
+from petals_eval.errors import DataError, MachineError
+
+TREC = r"(?P<label>\S+) (?P<text>.*)"
+
+
+def write(folder: Path, name: str, content: str | bytes) -> str:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def values(rows) -> list[dict]:
+    return [dict(row.columns) for row in rows]
+
+
+def load(path: str, **settings):
+    return load_rows(DataSource(path=path, **settings))
+
+
+def fails(path: str, **settings) -> str:
+    with pytest.raises(DataError) as caught:
+        load(path, **settings)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_every_sst2_row_survives(realdata):
+    for name, count in (("dev.tsv", 872), ("train.tsv", 6920)):
+        rows = load(str(realdata / "sst2" / name), column_names=["sentence", "label"])
+        assert len(rows) == count == len(values(rows))
+        assert {row["label"] for row in values(rows)} == {"0", "1"}
+    expected = (realdata / "sst2" / "dev.tsv").read_text(encoding="utf-8").split("\n")[0].split("\t")
+    first = next(iter(load(str(realdata / "sst2" / "dev.tsv"), column_names=["sentence", "label"])))
+    assert [first.columns["sentence"], first.columns["label"]] == expected
+
+
+def test_trec_lines_are_latin_1(realdata):
+    rows = load(str(realdata / "trec" / "TREC.test.all"), pattern=TREC, encoding="latin-1")
+    assert (len(rows), rows.name) == (500, "TREC.test.all")
+    assert values(rows)[0] == {"label": "5", "text": "How far is it from Denver to Aspen ?"}
+    train = load(str(realdata / "trec" / "TREC.train.all"), pattern=TREC, encoding="latin-1")
+    assert len(train) == 5452
+    assert "sister\xf0city" in values(train)[65]["text"]
+
+
+def test_only_newline_ends_a_line(tmp_path):
+    path = write(tmp_path, "odd", b"1 one\x85two\x0bthree\x1cfour\r\n2 five\rsix\r\n3 seven")
+    rows = values(load(path, pattern=TREC.replace(".*", r"(?s:.*)"), encoding="latin-1"))
+    assert [row["text"] for row in rows] == ["one\x85two\x0bthree\x1cfour", "five\rsix", "seven"]
+
+
+def test_quotation_marks_are_characters_in_tsv(tmp_path):
+    path = write(tmp_path, "a.tsv", 'he said "no\t0\n"\t1\nNA\t0\nnull\t1\n\t0\n')
+    rows = values(load(path, column_names=["sentence", "label"]))
+    assert [row["sentence"] for row in rows] == ['he said "no', '"', "NA", "null", ""]
+
+
+def test_a_header_that_repeats_the_column_names_is_no_row(tmp_path):
+    path = write(tmp_path, "a.tsv", "sentence\tlabel\ngood\t1\n")
+    assert values(load(path, column_names=["sentence", "label"])) == [{"sentence": "good", "label": "1"}]
+    assert values(load(path)) == [{"sentence": "good", "label": "1"}]
+
+
+def test_csv_is_quoted_and_may_hold_line_ends(tmp_path):
+    path = write(tmp_path, "a.csv", 'text,label\n"one, ""two""\nthree",1\n\nfour,0\n')
+    assert [row["text"] for row in values(load(path))] == ['one, "two"\nthree', "four"]
+
+
+def test_csv_with_another_delimiter_and_a_byte_order_mark(tmp_path):
+    path = write(tmp_path, "a.csv", b"\xef\xbb\xbftext;label\na,b;1\n")
+    assert values(load(path, delimiter=";")) == [{"text": "a,b", "label": "1"}]
+
+
+def test_an_open_quotation_mark_swallows_nothing(tmp_path):
+    path = write(tmp_path, "a.csv", 'text,label\n"open,1\nb,0\n')
+    message = fails(path)
+    assert "not well-formed csv" in message and "set quoting: false" in message
+    assert [row["text"] for row in values(load(path, quoting=False))] == ['"open', "b"]
+
+
+def test_jsonl_and_json_keep_their_types(tmp_path):
+    content = '{"text": "a", "label": 1}\n\n{"text": "b", "label": 0}\n'
+    assert values(load(write(tmp_path, "a[1].jsonl", content))) == [
+        {"text": "a", "label": 1},
+        {"text": "b", "label": 0},
+    ]
+    assert len(load(write(tmp_path, "a.json", '[{"text": "a"}, {"text": "b"}]'))) == 2
+
+
+def test_real_jsonl(realdata):
+    rows = load(str(realdata / "copa" / "dev.jsonl"))
+    assert "premise" in rows.columns and len(rows) == len(values(rows)) == 50
+
+
+def test_parquet(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [True, False]}), tmp_path / "a.parquet")
+    assert values(load(str(tmp_path / "a.parquet"))) == [{"text": "a", "label": True}, {"text": "b", "label": False}]
+
+
+def test_lines_without_a_pattern_are_one_column(tmp_path):
+    assert values(load(write(tmp_path, "a.txt", "one\n\n two\n"))) == [{"text": "one"}, {"text": " two"}]
+
+
+def test_many_rows_come_in_order(tmp_path):
+    path = write(tmp_path, "a.tsv", "".join(f"text {number}\t{number % 2}\n" for number in range(7001)))
+    rows = load(path, column_names=["text", "label"])
+    assert [(row.index, row.columns["text"]) for row in rows] == [(n, f"text {n}") for n in range(7001)]
+
+
+def test_a_local_file_leaves_nothing_behind(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
+    for name, content in (("a.jsonl", '{"text": "a"}\n'), ("a.csv", "text\na\n"), ("a.txt", "a\n")):
+        rows = load(write(tmp_path, name, content))
+        assert list(cache.iterdir()) == []
+        assert values(rows) == [{"text": "a"}]
+
+
+def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: pytest.fail("the hub was asked"))
+    for path in ("./nothing", "nothing.csv", str(tmp_path / "nothing"), "../nothing", "~/nothing-here"):
+        message = fails(path)
+        assert f"there is no file {path}" in message and "owner/name" in message
+    assert "there is no file plain" in fails("plain", format="lines")
+
+
+def test_a_line_beside_the_pattern_is_named(tmp_path):
+    message = fails(write(tmp_path, "q", "1 good\nbad\n" + "x" * 300), pattern=TREC)
+    assert "row 1 (line 2) does not match the pattern" in message and "'bad'" in message
+    long = fails(write(tmp_path, "q", "x" * 300), pattern=TREC)
+    assert "row 0 (line 1)" in long and len(long) < 300
+
+
+def test_a_row_with_other_columns_is_named(tmp_path):
+    message = fails(write(tmp_path, "a.tsv", "a\t1\nb\t0\textra\n"), column_names=["sentence", "label"])
+    assert "row 1 (line 2): expected 2 columns (sentence, label), found 3" in message
+
+
+def test_a_wrong_encoding_says_so(tmp_path):
+    message = fails(write(tmp_path, "q", b"1 caf\xe9 ?\n"), pattern=TREC)
+    assert "q is not utf-8" in message and "encoding: latin-1" in message
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet", "a.txt"])
+def test_an_empty_file(tmp_path, name):
+    assert "is empty: expected at least one row" in fails(write(tmp_path, name, ""))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.txt", "a.jsonl"])
+def test_a_file_of_blank_lines(tmp_path, name):
+    message = fails(write(tmp_path, name, "\n\n"))
+    assert "no rows" in message or "is empty" in message
+
+
+def test_a_header_alone_is_empty(tmp_path):
+    assert "is empty" in fails(write(tmp_path, "a.csv", "text,label\n"))
+
+
+def test_a_header_must_name_each_column_once(tmp_path):
+    assert "give column_names" in fails(write(tmp_path, "a.csv", "x,x\n1,2\n"))
+
+
+def test_a_broken_json_line_is_named(tmp_path):
+    message = fails(write(tmp_path, "a.jsonl", '{"text": "a"}\nnot json\n'))
+    assert "line 2 is not JSON" in message and "'not json'" in message
+
+
+def test_a_file_that_is_no_parquet(tmp_path):
+    assert "expected a parquet file" in fails(write(tmp_path, "a.parquet", "no parquet at all, but long enough"))
+
+
+def test_a_file_has_no_split(tmp_path):
+    message = fails(write(tmp_path, "a.csv", "text\na\n"), split="test", subset="x")
+    assert "a file has no subset and no split" in message
+
+
+def test_a_folder_that_cannot_be_written_is_the_machines_fault(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(blocked / "cache"))
+    with pytest.raises(MachineError, match=r"cannot read .* into a table") as caught:
+        load(write(tmp_path, "a.csv", "text\na\n"))
+    assert caught.value.exit_code == 4
+
+
+def test_the_fingerprint_is_that_of_the_content(tmp_path):
+    first = load(write(tmp_path, "a.tsv", "x\t1\n"), column_names=["s", "l"])
+    (tmp_path / "other").mkdir()
+    same = load(write(tmp_path / "other", "b.tsv", "x\t1\n"), column_names=["s", "l"])
+    changed = load(write(tmp_path, "c.tsv", "x\t0\n"), column_names=["s", "l"])
+    read_otherwise = load(write(tmp_path, "d.tsv", "x\t1\n"), column_names=["s", "m"])
+    assert first.fingerprint == same.fingerprint
+    assert len({first.fingerprint, changed.fingerprint, read_otherwise.fingerprint}) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"pathh": "x"}, "pathh: unknown key. Did you mean path? Known here: column_names,"),
+        ({"pattern": "("}, "pattern: should be a regular expression"),
+        ({"pattern": "abc"}, "should have named groups"),
+        (
+            {"encoding": "latin-99"},
+            "encoding: should be an encoding that Python knows, such as utf-8 or latin-1, found",
+        ),
+        ({"format": "xml"}, "format: should be 'csv', 'tsv', 'jsonl', 'parquet' or 'lines', found 'xml'"),
+        ({"delimiter": "::"}, "delimiter: "),
+        ({"column_names": ["a", "a"]}, "column_names: should be at least one name, each only once"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings, expected):
+    with pytest.raises(DataError) as caught:
+        DataSource(**{"path": "x", **settings})
+    assert expected in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_a_source_without_a_path():
+    with pytest.raises(DataError, match="path: missing"):
+        DataSource()
+
+
+def test_a_token_is_never_shown():
+    source = DataSource(path="a/b", token="hf_secret")
+    assert "hf_secret" not in repr(source) + str(source) + source.model_dump_json()
