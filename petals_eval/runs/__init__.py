@@ -1,0 +1,24 @@
+"""The run folder: what a run was, every example it scored, and what came of it."""
+
+from petals_eval.runs.folder import RunFolder
+from petals_eval.runs.journal import Counts, Failure, Journal, ScoredArrays
+from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, ServerUsed, difference
+from petals_eval.runs.results import WITHOUT_PROMPTS, AdapterResult, RunResult, summarise
+
+__all__ = [
+    "WITHOUT_PROMPTS",
+    "AdapterRecord",
+    "AdapterResult",
+    "Counts",
+    "DataRecord",
+    "Failure",
+    "Journal",
+    "Manifest",
+    "ModelRecord",
+    "RunFolder",
+    "RunResult",
+    "ScoredArrays",
+    "ServerUsed",
+    "difference",
+    "summarise",
+]

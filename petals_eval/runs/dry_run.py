@@ -1,0 +1,117 @@
+"""A dry run: what an evaluation would send, and to whom. Nothing is sent."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from petals_eval.data import Rows, micro_batches
+from petals_eval.remote_model import TOKENS_PER_MICRO_BATCH
+from petals_eval.tasks import Task, show_example
+from petals_eval.tasks.requests import Example
+
+if TYPE_CHECKING:
+    from petals_eval.model import Adapter, LocalModel
+    from petals_eval.swarm.records import Snapshot
+
+__all__ = ["DryRun", "dry_run", "route_lines"]
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What one adapter's evaluation would send.
+
+    shown: the first examples as text and as tokens, with prompt and pooling positions.
+    n_text_tokens: without prompts and padding; n_positions: with them.
+    hidden_bytes: of the hidden states, in the dtype at home; they travel to each hop and back.
+    prompt_bytes: of the deep prompts, which travel once, split among the hops.
+    Servers of a narrower dtype than the one at home are sent less.
+    """
+
+    shown: tuple[str, ...]
+    n_examples: int
+    n_requests: int
+    n_micro_batches: int
+    n_truncated: int
+    n_text_tokens: int
+    n_positions: int
+    hidden_bytes: int
+    prompt_bytes: int
+
+    def bytes_sent(self, hops: int) -> int:
+        return self.hidden_bytes * hops + self.prompt_bytes
+
+    def bytes_received(self, hops: int) -> int:
+        return self.hidden_bytes * hops
+
+
+def dry_run(
+    local: "LocalModel",
+    adapter: "Adapter | None",
+    task: Task,
+    rows: Rows,
+    *,
+    show: int = 2,
+    tokens_per_micro_batch: int = TOKENS_PER_MICRO_BATCH,
+) -> DryRun:
+    """Prepare every example as a run would, and count. Raises what a run would raise before it sends anything."""
+    prefix = 0 if adapter is None else adapter.prefix_length
+    tokenizer = local.tokenizer
+    examples = task.examples(rows, tokenizer)
+    first = list(itertools.islice(examples, show))
+    shown = tuple(show_example(example, tokenizer, prefix, task.label_names) for example in first)
+    counted = _Counted()
+    requests = (request for example in counted.over(itertools.chain(first, examples)) for request in example.requests)
+    batches = positions = n_requests = 0
+    for batch in micro_batches(requests, max_tokens=tokens_per_micro_batch, prefix=prefix):
+        local.check_length(batch.input_ids.shape[1], prefix)
+        batches += 1
+        n_requests += len(batch.requests)
+        positions += len(batch.requests) * (prefix + batch.input_ids.shape[1])
+    deep_prompts = None if adapter is None else adapter.deep_prompts
+    return DryRun(
+        shown=shown,
+        n_examples=counted.examples,
+        n_requests=n_requests,
+        n_micro_batches=batches,
+        n_truncated=counted.truncated,
+        n_text_tokens=counted.tokens,
+        n_positions=positions,
+        hidden_bytes=positions * local.hidden_size * local.dtype.itemsize,
+        prompt_bytes=0 if deep_prompts is None else batches * deep_prompts.numel() * local.dtype.itemsize,
+    )
+
+
+@dataclass(slots=True)
+class _Counted:
+    examples: int = 0
+    tokens: int = 0
+    truncated: int = 0
+
+    def over(self, examples: Iterable[Example]) -> Iterator[Example]:
+        for example in examples:
+            self.examples += 1
+            self.tokens += example.n_tokens
+            self.truncated += example.truncated
+            yield example
+
+
+def route_lines(snapshot: "Snapshot") -> list[str]:
+    """The servers a run would use first, hop by hop, or the blocks nobody holds."""
+    from petals_eval.swarm.pipeline import short_peer, spans_text
+    from petals_eval.swarm.routing import plan_route
+
+    servers = list(snapshot.servers.values())
+    route = plan_route(servers, 0, snapshot.num_blocks, lambda server, blocks: 1.0)
+    if route is None:
+        return [f"no server holds blocks {spans_text(snapshot.missing())} of {snapshot.num_blocks}"]
+    return [
+        f"blocks {hop.first}:{hop.last}  {short_peer(hop.server.peer_id)}"
+        f"  petals {_plain(hop.server.record.version)}  {_plain(hop.server.record.torch_dtype)}"
+        for hop in route
+    ] + [f"{len(servers)} servers hold these {snapshot.num_blocks} blocks"]
+
+
+def _plain(text: str | None) -> str:
+    """A peer's words, safe on a terminal."""
+    return "?" if text is None else "".join(character for character in text if character.isprintable())[:40]

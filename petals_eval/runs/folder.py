@@ -1,0 +1,229 @@
+"""The run folder: manifest.json, journal.sqlite, and at the end predictions.jsonl, metrics.json and report.md.
+
+Predictions of a run with one adapter are in `predictions.jsonl`; with several each has its own
+`predictions.<adapter>.jsonl`, and so has the run without the prompts. Examples that could not be computed are in
+`failures.jsonl`, which is there only if there are any. Everything but the journal is made from the journal.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from petals_eval.errors import RunFolderError
+from petals_eval.runs.disk import TEMPORARY_SUFFIX, blame_the_machine, write_atomically
+from petals_eval.runs.journal import Journal
+from petals_eval.runs.manifest import Manifest, difference
+from petals_eval.runs.results import RunResult
+
+__all__ = ["RunFolder"]
+
+PREDICTIONS_SCHEMA = 1
+
+
+class RunFolder:
+    """One run's folder, open. Use it as a context manager, or close it.
+
+    path: the folder. manifest: as on disk. journal: open with it.
+    resumed: it held an unfinished run of the same manifest, and this goes on with it.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, journal: Journal, *, resumed: bool, lock: int | None):
+        self.path = path
+        self.manifest = manifest
+        self.journal = journal
+        self.resumed = resumed
+        self._lock = lock
+
+    @classmethod
+    def create(cls, path: str | Path | None, manifest: Manifest, *, task: str) -> "RunFolder":
+        """Begin a run, or go on with the unfinished one that lies there.
+
+        path: None makes `runs/<task>-<year-month-day-hour-minute>` below the current folder.
+
+        Raises RunFolderError where the folder holds a finished run, another run (the message shows the difference),
+        something else, or is in use by another process; MachineError where it cannot be written.
+        """
+        folder = _new_default(task) if path is None else Path(path)
+        with blame_the_machine(folder):
+            if folder.exists() and not folder.is_dir():
+                raise RunFolderError(f"Expected a folder at {folder}; found a file. Name another with --out.")
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder)
+        try:
+            found = _unfinished(folder, manifest)
+            if found is None:
+                manifest.write(folder / "manifest.json")
+            journal = Journal(folder / "journal.sqlite", create=True)
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(folder, found or manifest, journal, resumed=found is not None, lock=lock)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """Open a run to read it: finished, interrupted or still under way. Raises RunFolderError, MachineError."""
+        folder = Path(path)
+        with blame_the_machine(folder):
+            if not (folder / "manifest.json").is_file():
+                raise RunFolderError(f"Expected the folder of a run at {folder}; found no manifest.json there.")
+        manifest = Manifest.read(folder / "manifest.json")
+        return cls(folder, manifest, Journal(folder / "journal.sqlite", read_only=True), resumed=False, lock=None)
+
+    def finish(self, result: RunResult, *, report: str | None = None) -> None:
+        """Write predictions, metrics and report, and mark the run as finished. The last step is the mark, so a run that
+        dies here is finished by running it again.
+
+        report: Markdown.
+        """
+        self.write_results(result, report=report)
+        self.manifest = self.manifest.finish(server for server, _ in self.journal.servers())
+        self.manifest.write(self.path / "manifest.json")
+
+    def write_results(self, result: RunResult, *, report: str | None = None) -> None:
+        """Write what there is so far; the run stays unfinished. Raises MachineError."""
+        for adapter, name in self.prediction_files(result).items():
+            write_atomically(self.path / name, self._prediction_lines(adapter))
+        failures = list(self._failure_lines(result))
+        if failures:
+            write_atomically(self.path / "failures.jsonl", failures)
+        else:
+            with blame_the_machine(self.path / "failures.jsonl"):
+                (self.path / "failures.jsonl").unlink(missing_ok=True)
+        if report is not None:
+            write_atomically(self.path / "report.md", [report])
+        text = json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+        write_atomically(self.path / "metrics.json", [text, "\n"])
+
+    @staticmethod
+    def prediction_files(result: RunResult) -> dict[str, str]:
+        """The file name of each adapter's predictions."""
+        names = list(result.adapters)
+        alone = len(names) == 1
+        files = {names[0]: "predictions.jsonl"} if alone else {}
+        for name in names[len(files) :] + ([result.without_prompts.adapter] if result.without_prompts else []):
+            stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "adapter"
+            taken, count = stem, 2
+            while f"predictions.{taken}.jsonl" in files.values():
+                taken, count = f"{stem}-{count}", count + 1
+            files[name] = f"predictions.{taken}.jsonl"
+        return files
+
+    def _prediction_lines(self, adapter: str) -> Iterator[str]:
+        for each in self.journal.predictions(adapter):
+            line = {
+                "schema_version": PREDICTIONS_SCHEMA,
+                "key": each.key,
+                "label": each.label,
+                "prediction": each.prediction,
+                "probabilities": each.probabilities,
+                "n_tokens": each.n_tokens,
+            }
+            yield json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def _failure_lines(self, result: RunResult) -> Iterator[str]:
+        for adapter in self.prediction_files(result):
+            for failure in self.journal.failures(adapter):
+                line = {
+                    "schema_version": PREDICTIONS_SCHEMA,
+                    "adapter": adapter,
+                    "key": failure.key,
+                    "label": failure.label,
+                    "reason": failure.reason,
+                }
+                yield json.dumps(line, ensure_ascii=False) + "\n"
+
+    def close(self) -> None:
+        """Commit what waits, close the journal and let go of the folder."""
+        try:
+            self.journal.close()
+        finally:
+            self._unlock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.journal.__exit__(kind, error, trace)
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _unfinished(folder: Path, manifest: Manifest) -> Manifest | None:
+    """The manifest of the unfinished run that may go on here; None for an empty folder."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        with blame_the_machine(folder):
+            others = sorted(each.name for each in folder.iterdir() if not _left_by_a_crash(each.name))
+        if others:
+            shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+            raise RunFolderError(
+                f"Expected {folder} to be empty or to hold an unfinished run; found {shown}. Name another with --out."
+            )
+        return None
+    found = Manifest.read(path)
+    if found.finished is not None:
+        raise RunFolderError(
+            f"Expected {folder} to be empty or to hold an unfinished run; found a run that was finished at "
+            f"{found.finished}. Name another folder with --out."
+        )
+    different = difference(found, manifest)
+    if different:
+        lines = "\n".join(f"  {line}" for line in different)
+        raise RunFolderError(
+            f"Expected the unfinished run in {folder} to be this one; found another:\n{lines}\n"
+            "Run it with the settings it was begun with, or name another folder with --out."
+        )
+    return found
+
+
+def _left_by_a_crash(name: str) -> bool:
+    return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
+
+
+def _new_default(task: str) -> Path:
+    """A folder that did not exist, made."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", task).strip(".-") or "run"
+    stem = f"{stem}-{datetime.now():%Y-%m-%d-%H%M}"
+    count = 1
+    while True:
+        folder = Path("runs") / (stem if count == 1 else f"{stem}-{count}")
+        with blame_the_machine(folder):
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                count += 1
+                continue
+        return folder
+
+
+def _lock(folder: Path) -> int:
+    """Hold the folder for this process; the system lets go of it when the process dies."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            return handle  # a network file system without locks: SQLite's own still keep the journal whole
+        os.close(handle)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise RunFolderError(
+                f"Expected {folder} to be free; found another process that writes a run there. "
+                "Wait until it ends, or name another folder with --out."
+            ) from error
+        raise
+    return handle

@@ -1,0 +1,386 @@
+"""The journal: every scored example is a row under its own key, in a transaction. Metrics come from it alone."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from petals_eval.errors import MachineError, RunFolderError
+from petals_eval.runs.manifest import ServerUsed
+from petals_eval.runs.schema import blame_sqlite, connect
+from petals_eval.tasks.requests import Prediction
+
+__all__ = ["Counts", "Failure", "Journal", "ScoredArrays"]
+
+# A commit costs a few milliseconds of waiting for the disk, so rows are committed together: at most this many, and
+# none waits for longer than this while others arrive. What is not committed when the process dies is computed again.
+COMMIT_ROWS = 256
+COMMIT_SECONDS = 0.5
+READ_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Of one adapter's valid rows. truncated and n_tokens (text tokens) are those of the scored examples."""
+
+    scored: int
+    failed: int
+    truncated: int
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An example that could not be computed. It is never counted as a wrong answer."""
+
+    key: str
+    label: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredArrays:
+    """One adapter's scored examples in source order.
+
+    labels, predictions: int64 (n,). probabilities: float64 (n, labels).
+    """
+
+    labels: NDArray[np.int64]
+    predictions: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+
+
+class _Row(NamedTuple):
+    """A row as it waits for its commit. Floats are little-endian float64: what comes back is what went in."""
+
+    adapter: str
+    key: str
+    status: str
+    label: int
+    prediction: int | None
+    scores: bytes | None
+    probabilities: bytes | None
+    n_tokens: int
+    truncated: bool
+    servers: tuple[ServerUsed, ...]
+    reason: str | None
+    time: float
+
+
+class Journal:
+    """The SQLite file of a run.
+
+    Safe to use from several threads. Close it, or use it as a context manager: closing commits what waits.
+    Every method raises MachineError when the disk is full, read-only or failing; what was committed before stays.
+    """
+
+    def __init__(self, path: Path, *, create: bool = False, read_only: bool = False):
+        """Raises RunFolderError where there is no journal (and `create` is False), or one of a newer release."""
+        self.path = path
+        self._lock = threading.RLock()
+        self._pending: list[_Row] = []
+        self._ids: dict[tuple[str, object], int] = {}
+        self._session: tuple[int, float] | None = None  # row, monotonic start
+        self._last_commit = float("-inf")
+        self._closed = False
+        self._connection = connect(path, create=create, read_only=read_only)
+
+    # -- writing
+
+    def add(
+        self, adapter: str, prediction: Prediction, *, truncated: bool = False, servers: Sequence[ServerUsed] = ()
+    ) -> None:
+        """Record a scored example. A valid row of the same key is superseded; it stays for the record."""
+        self._append(
+            _Row(
+                adapter,
+                prediction.key,
+                "ok",
+                prediction.label,
+                prediction.prediction,
+                _packed(prediction.scores),
+                _packed(prediction.probabilities),
+                prediction.n_tokens,
+                truncated,
+                tuple(servers),
+                None,
+                time.time(),
+            )
+        )
+
+    def add_failure(
+        self,
+        adapter: str,
+        key: str,
+        label: int,
+        reason: str,
+        *,
+        n_tokens: int = 0,
+        truncated: bool = False,
+        servers: Sequence[ServerUsed] = (),
+    ) -> None:
+        """Record an example that could not be computed, and why."""
+        self._append(
+            _Row(
+                adapter,
+                key,
+                "failed",
+                label,
+                None,
+                None,
+                None,
+                n_tokens,
+                truncated,
+                tuple(servers),
+                reason,
+                time.time(),
+            )
+        )
+
+    def _append(self, row: _Row) -> None:
+        with self._lock:
+            self._pending.append(row)
+            if len(self._pending) >= COMMIT_ROWS:
+                self.flush()
+            else:
+                self.flush_if_due()
+
+    def flush_if_due(self) -> None:
+        """Commit if rows have waited long enough. For whoever waits for the swarm: call it now and then."""
+        with self._lock:
+            if self._pending and time.monotonic() - self._last_commit >= COMMIT_SECONDS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Commit what waits, in one transaction."""
+        with self._lock:
+            if not self._pending and self._session is None:
+                return
+            with self._transaction():
+                for row in self._pending:
+                    self._insert(row)
+                if self._session is not None:
+                    session, started = self._session
+                    seconds = time.monotonic() - started
+                    self._connection.execute("UPDATE sessions SET seconds = ? WHERE id = ?", (seconds, session))
+            self._pending.clear()
+            self._last_commit = time.monotonic()
+
+    @contextlib.contextmanager
+    def session(self, adapter: str) -> Iterator[None]:
+        """Measure the time of an evaluation. `seconds` adds up all sessions, also those of an interrupted run."""
+        with self._lock:
+            with self._transaction():
+                cursor = self._connection.execute(
+                    "INSERT INTO sessions (adapter, started, seconds) VALUES (?, ?, 0)",
+                    (self._adapter_id(adapter), time.time()),
+                )
+            self._session = (int(cursor.lastrowid or 0), time.monotonic())
+        try:
+            yield
+        finally:
+            with self._lock:
+                try:
+                    self.flush()
+                finally:
+                    self._session = None
+
+    def close(self) -> None:
+        """Commit what waits and close the file."""
+        with self._lock:
+            if self._closed:
+                return
+            try:
+                self.flush()
+            finally:
+                self._close()
+
+    def _close(self) -> None:
+        self._closed = True
+        with blame_sqlite(self.path):
+            self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A second "the disk is full" would hide the first.
+        with contextlib.suppress(MachineError) if isinstance(error, MachineError) else contextlib.nullcontext():
+            self.close()
+
+    # -- reading; all of it commits first, so that what was added is seen
+
+    def adapters(self) -> list[str]:
+        """Names, in the order of their first row."""
+        return [name for (name,) in self._select("SELECT name FROM adapters ORDER BY id")]
+
+    def done_keys(self, adapter: str) -> set[str]:
+        """Keys that need no computing. Failed examples are not among them: a resumed run tries them again."""
+        sql = f"SELECT key {_VALID} AND status = 'ok'"
+        return {key for (key,) in self._select(sql, (adapter,))}
+
+    def counts(self, adapter: str) -> Counts:
+        sql = (
+            "SELECT count(*), coalesce(sum(status = 'ok'), 0), coalesce(sum(status = 'ok' AND truncated), 0),"
+            f" coalesce(sum(CASE status WHEN 'ok' THEN n_tokens END), 0) {_VALID}"
+        )
+        total, scored, truncated, n_tokens = next(self._select(sql, (adapter,)))
+        return Counts(scored, total - scored, truncated, n_tokens)
+
+    def seconds(self, adapter: str) -> float:
+        """Time spent evaluating, over all sessions."""
+        sql = (
+            "SELECT coalesce(sum(seconds), 0.0) FROM sessions WHERE adapter = (SELECT id FROM adapters WHERE name = ?)"
+        )
+        return float(next(self._select(sql, (adapter,)))[0])
+
+    def predictions(self, adapter: str) -> Iterator[Prediction]:
+        """Scored examples in source order, a few in memory at a time."""
+        sql = f"SELECT key, label, prediction, scores, probabilities, n_tokens {_VALID} AND status = 'ok' {_IN_ORDER}"
+        for key, label, prediction, scores, probabilities, n_tokens in self._select(sql, (adapter,)):
+            yield Prediction(key, label, prediction, _unpacked(scores), _unpacked(probabilities), n_tokens)
+
+    def failures(self, adapter: str) -> Iterator[Failure]:
+        """In source order."""
+        sql = f"SELECT key, label, reason {_VALID} AND status = 'failed' {_IN_ORDER}"
+        return (Failure(*row) for row in self._select(sql, (adapter,)))
+
+    def arrays(self, adapter: str, n_labels: int) -> ScoredArrays:
+        """What metrics are computed from. Source order: the order of computing changes no digit of an interval.
+
+        Raises RunFolderError where rows hold another number of labels.
+        """
+        n = self.counts(adapter).scored
+        found = ScoredArrays(np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros((n, n_labels)))
+        sql = f"SELECT key, label, prediction, probabilities {_VALID} AND status = 'ok' {_IN_ORDER}"
+        for index, (key, label, prediction, blob) in enumerate(self._select(sql, (adapter,))):
+            probabilities = np.frombuffer(blob, dtype="<f8")
+            if len(probabilities) != n_labels:
+                raise RunFolderError(
+                    f"Expected {n_labels} probabilities for example {key!r} in {self.path}; found {len(probabilities)}."
+                )
+            found.labels[index], found.predictions[index], found.probabilities[index] = label, prediction, probabilities
+        return found
+
+    def servers(self) -> list[tuple[ServerUsed, int]]:
+        """Servers that computed valid rows, each with how many, most first."""
+        sql = (
+            'SELECT s.peer_id, s.first, s."end", s.version, s.dtype, s.quant, count(*) AS n FROM scored'
+            " JOIN server_set_members USING (server_set) JOIN servers AS s ON s.id = server WHERE valid = 1"
+            " GROUP BY s.id ORDER BY n DESC, s.first, s.peer_id"
+        )
+        return [(ServerUsed(*row[:-1]), row[-1]) for row in self._select(sql)]
+
+    # -- inside
+
+    def _select(self, sql: str, parameters: Sequence[object] = ()) -> Iterator[tuple]:
+        with self._lock, blame_sqlite(self.path):
+            self.flush()
+            cursor = self._connection.execute(sql, tuple(parameters))
+        while True:
+            with self._lock, blame_sqlite(self.path):
+                rows = cursor.fetchmany(READ_ROWS)
+            if not rows:
+                return
+            yield from rows
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with blame_sqlite(self.path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                self._ids.clear()  # ids given out in this transaction are gone with it
+                if self._connection.in_transaction:  # SQLite rolls back by itself when the disk is full
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def _insert(self, row: _Row) -> None:
+        execute = self._connection.execute
+        adapter = self._adapter_id(row.adapter)
+        old = execute(
+            "SELECT id FROM scored WHERE adapter = ? AND key = ? AND valid = 1", (adapter, row.key)
+        ).fetchone()
+        if old is not None:
+            execute("UPDATE scored SET valid = 0 WHERE id = ?", old)
+        cursor = execute(
+            "INSERT INTO scored (adapter, key, status, label, prediction, scores, probabilities, n_tokens, truncated,"
+            " server_set, reason, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                adapter,
+                row.key,
+                row.status,
+                row.label,
+                row.prediction,
+                row.scores,
+                row.probabilities,
+                row.n_tokens,
+                row.truncated,
+                self._server_set_id(row.servers),
+                row.reason,
+                row.time,
+            ),
+        )
+        if old is not None:
+            execute("UPDATE scored SET superseded_by = ? WHERE id = ?", (cursor.lastrowid, *old))
+
+    def _adapter_id(self, name: str) -> int:
+        return self._id(("adapter", name), "adapters", "name = ?", ("name",), (name,))
+
+    def _server_set_id(self, servers: Iterable[ServerUsed]) -> int | None:
+        used = frozenset(servers)
+        if not used:
+            return None
+        known = self._ids.get(("set", used))
+        if known is not None:
+            return known
+        members = sorted(self._server_id(server) for server in used)
+        text = ",".join(map(str, members))
+        identity = self._id(("set", used), "server_sets", "members = ?", ("members",), (text,))
+        self._connection.executemany(
+            "INSERT OR IGNORE INTO server_set_members VALUES (?, ?)", [(identity, member) for member in members]
+        )
+        return identity
+
+    def _server_id(self, server: ServerUsed) -> int:
+        columns = ("peer_id", "first", '"end"', "version", "dtype", "quant")
+        values = (server.peer_id, server.first, server.end, server.version, server.dtype, server.quant)
+        same = " AND ".join(f"{column} IS ?" for column in columns)  # IS: unknown equals unknown
+        return self._id(("server", server), "servers", same, columns, values)
+
+    def _id(
+        self, cached: tuple[str, object], table: str, same: str, columns: Sequence[str], values: tuple[object, ...]
+    ) -> int:
+        """The row's id in one of the small tables; made where there is none."""
+        if cached not in self._ids:
+            found = self._connection.execute(f"SELECT id FROM {table} WHERE {same}", values).fetchone()
+            if found is None:
+                marks = ", ".join("?" * len(columns))
+                sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})"
+                found = (self._connection.execute(sql, values).lastrowid,)
+            self._ids[cached] = int(found[0] or 0)
+        return self._ids[cached]
+
+
+_VALID = "FROM scored WHERE adapter = (SELECT id FROM adapters WHERE name = ?) AND valid = 1"
+# Keys are positions in the source, as text. Others sort after their number, or by their letters.
+_IN_ORDER = "ORDER BY CAST(key AS INTEGER), key"
+
+
+def _packed(values: Sequence[float]) -> bytes:
+    return np.asarray(values, dtype="<f8").tobytes()
+
+
+def _unpacked(blob: bytes) -> tuple[float, ...]:
+    return tuple(np.frombuffer(blob, dtype="<f8").tolist())

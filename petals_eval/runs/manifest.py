@@ -1,0 +1,235 @@
+"""What a run was: enough to check it and to go on with it, and nothing that may not be shared."""
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, ValidationError
+
+from petals_eval.errors import ConfigError, RunFolderError
+from petals_eval.runs.disk import blame_the_machine, write_atomically
+from petals_eval.runs.privacy import shareable_name, shareable_settings
+
+__all__ = [
+    "AdapterRecord",
+    "DataRecord",
+    "Manifest",
+    "ModelRecord",
+    "ServerUsed",
+    "difference",
+    "package_versions",
+]
+
+SCHEMA_VERSION = 1
+PACKAGES = (
+    "petals_eval",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "hivemind",
+    "numpy",
+    "scikit-learn",
+    "datasets",
+    "peft",
+    "petals",
+)
+# Another version of these can change an answer, so a run does not go on under it.
+ANSWERING_PACKAGES = ("petals_eval", "torch", "transformers", "tokenizers")
+
+_Name = Annotated[str, AfterValidator(shareable_name)]
+_Settings = Annotated[dict[str, JsonValue], AfterValidator(shareable_settings)]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerUsed:
+    """A server that computed something, as it described itself then.
+
+    peer_id: base58. first, end: its blocks [first, end). version, dtype, quant: its words; None where it said nothing.
+    """
+
+    peer_id: str
+    first: int
+    end: int
+    version: str | None = None
+    dtype: str | None = None
+    quant: str | None = None
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelRecord(_Record):
+    """sha256: over the tensors that stay at home. revision: the hub's commit, None for a local folder."""
+
+    name: _Name
+    revision: str | None = None
+    sha256: str
+
+
+class AdapterRecord(_Record):
+    """sha256: over the tensors that were used, whatever file they came from."""
+
+    name: _Name
+    kind: str
+    sha256: str
+
+
+class DataRecord(_Record):
+    """fingerprint: of the content, the same on every machine. limit, seed: of the sample; limit None is everything."""
+
+    name: _Name
+    fingerprint: str
+    limit: int | None = None
+    seed: int = 0
+
+
+class Manifest(_Record):
+    """One run.
+
+    answer_settings: whatever else changes an answer (dtype, lossy compression, ...); a resume needs the same.
+    run_settings: what changes only how the run goes (batch sizes, deadlines, ...).
+    task: the task's own fingerprint. seeds: by what they seed.
+    created, finished: UTC, ISO 8601; finished is None while the run is under way.
+    servers: filled at the end.
+
+    Names that are paths are cut to their last part, secrets are dropped (`petals_eval.runs.privacy`).
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    created: str
+    finished: str | None = None
+    model: ModelRecord
+    adapters: tuple[AdapterRecord, ...]
+    data: DataRecord
+    task: _Settings
+    answer_settings: _Settings = {}
+    run_settings: _Settings = {}
+    seeds: dict[str, int] = {}
+    packages: dict[str, str]
+    servers: tuple[ServerUsed, ...] = ()
+
+    @classmethod
+    def new(
+        cls,
+        *,
+        model: ModelRecord,
+        adapters: Sequence[AdapterRecord],
+        data: DataRecord,
+        task: dict[str, JsonValue],
+        answer_settings: dict[str, JsonValue] | None = None,
+        run_settings: dict[str, JsonValue] | None = None,
+        seeds: dict[str, int] | None = None,
+    ) -> "Manifest":
+        """The manifest of a run that begins now, with the versions installed here.
+
+        Raises ConfigError where two adapters share a name: the journal and the report could not tell them apart.
+        """
+        names = [adapter.name for adapter in adapters]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(
+                    f"Expected adapters of different names; found {name!r} {names.count(name)} times. "
+                    "Names are the last part of the path: rename one of the folders."
+                )
+        return cls(
+            created=_now(),
+            model=model,
+            adapters=tuple(adapters),
+            data=data,
+            task=task,
+            answer_settings=answer_settings or {},
+            run_settings=run_settings or {},
+            seeds=seeds or {},
+            packages=package_versions(),
+        )
+
+    def finish(self, servers: Iterable[ServerUsed]) -> "Manifest":
+        """The same run, done, with the servers that computed it."""
+        return self.model_copy(update={"finished": _now(), "servers": tuple(servers)})
+
+    def write(self, path: Path) -> None:
+        """Raises MachineError."""
+        write_atomically(path, [self.model_dump_json(indent=2), "\n"])
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Raises RunFolderError for a file that is no manifest, or one of a newer release; MachineError."""
+        with blame_the_machine(path):
+            text = path.read_bytes()
+        try:
+            found = _SchemaVersion.model_validate_json(text).schema_version
+            if found > SCHEMA_VERSION:
+                raise RunFolderError(
+                    f"Expected {path} with schema version {SCHEMA_VERSION} or older; found {found}. "
+                    "A newer petals-eval wrote it: update this one, or choose another folder with --out."
+                )
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "the file"
+            raise RunFolderError(
+                f"Expected the manifest of a run in {path}; found: {where}: {problem['msg']}. "
+                "Choose another folder with --out."
+            ) from error
+
+
+class _SchemaVersion(BaseModel):
+    schema_version: int
+
+
+def package_versions() -> dict[str, str]:
+    """The versions installed here, by package, without importing them; and Python's."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def difference(before: Manifest, now: Manifest) -> list[str]:
+    """What differs in what changes answers, one line each for a person; empty where the run may go on."""
+    old, new = _answering(before), _answering(now)
+    return [
+        f"{key}: was {_shown(old.get(key))}, now {_shown(new.get(key))}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _answering(manifest: Manifest) -> dict[str, JsonValue]:
+    data = manifest.data.model_dump()
+    if data["limit"] is None:
+        del data["seed"]  # it draws the sample, and there is none
+    flat: dict[str, JsonValue] = {}
+    _flatten("model", manifest.model.model_dump(), flat)
+    for adapter in manifest.adapters:
+        _flatten(f"adapter {adapter.name}", adapter.model_dump(exclude={"name"}), flat)
+    _flatten("data", data, flat)
+    _flatten("task", manifest.task, flat)
+    _flatten("setting", manifest.answer_settings, flat)
+    _flatten("package", {name: manifest.packages.get(name) for name in ANSWERING_PACKAGES}, flat)
+    return flat
+
+
+def _flatten(prefix: str, value: JsonValue, into: dict[str, JsonValue]) -> None:
+    if isinstance(value, dict) and value:
+        for key, each in value.items():
+            _flatten(f"{prefix}.{key}", each, into)
+    else:
+        into[prefix] = value
+
+
+def _shown(value: JsonValue) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,144 @@
+"""The result of a run, computed from its journal alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from petals_eval.metrics import METRICS, Metric, compute_metrics, confusion_matrix
+from petals_eval.runs.journal import Journal
+
+__all__ = ["WITHOUT_PROMPTS", "AdapterResult", "RunResult", "summarise"]
+
+SCHEMA_VERSION = 1
+WITHOUT_PROMPTS = "without the prompts"  # the journal's adapter name of the run that shows what the prompts are worth
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterResult:
+    """What one adapter reached.
+
+    n_examples: scored and failed together; metrics are over the scored ones only.
+    n_truncated: scored examples whose text was cut. n_tokens: text tokens of the scored examples.
+    seconds: of the evaluation itself, over all sessions of a run that was interrupted.
+    confusion: counts, row = label, column = prediction.
+    """
+
+    adapter: str
+    n_examples: int
+    n_failed: int
+    n_truncated: int
+    n_tokens: int
+    seconds: float
+    metrics: Mapping[str, Metric]
+    label_names: tuple[str, ...]
+    confusion: tuple[tuple[int, ...], ...]
+
+    @property
+    def n_scored(self) -> int:
+        return self.n_examples - self.n_failed
+
+    @property
+    def examples_per_second(self) -> float | None:
+        return self.n_scored / self.seconds if self.seconds > 0 else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.n_tokens / self.seconds if self.seconds > 0 else None
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "adapter": self.adapter,
+            "n_examples": self.n_examples,
+            "n_scored": self.n_scored,
+            "n_failed": self.n_failed,
+            "n_truncated": self.n_truncated,
+            "n_tokens": self.n_tokens,
+            "seconds": _rounded(self.seconds),
+            "examples_per_second": _rounded(self.examples_per_second),
+            "tokens_per_second": _rounded(self.tokens_per_second),
+            "metrics": {name: metric.to_json() for name, metric in self.metrics.items()},
+            "label_names": list(self.label_names),
+            "confusion_matrix": [list(row) for row in self.confusion],
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """What `evaluate` returns.
+
+    adapters: by name, in the order they were given; at least one.
+    without_prompts: the same examples without tuned prompts, where that was asked for.
+    retries: micro-batches that were sent again. servers: how many computed something.
+    """
+
+    task: str
+    adapters: Mapping[str, AdapterResult]
+    without_prompts: AdapterResult | None = None
+    retries: int = 0
+    servers: int = 0
+
+    @property
+    def first(self) -> AdapterResult:
+        return next(iter(self.adapters.values()))
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """The first adapter's."""
+        return self.first.metrics
+
+    def to_json(self) -> dict[str, object]:
+        """`metrics.json`: the first adapter's numbers on top; with several, all of them again under "adapters"."""
+        found: dict[str, object] = {"schema_version": SCHEMA_VERSION, "task": self.task, **self.first.to_json()}
+        found |= {"retries": self.retries, "servers": self.servers}
+        if len(self.adapters) > 1:
+            found["adapters"] = {name: result.to_json() for name, result in self.adapters.items()}
+        if self.without_prompts is not None:
+            found["without_prompts"] = self.without_prompts.to_json()
+        return found
+
+    def __str__(self) -> str:
+        """One line an adapter: what a training loop prints."""
+        lines = [_line(result) for result in self.adapters.values()]
+        if len(lines) > 1:
+            lines = [f"{name}: {line}" for name, line in zip(self.adapters, lines, strict=True)]
+        return "\n".join(lines)
+
+
+def summarise(
+    journal: Journal, adapter: str, metrics: Sequence[str], label_names: Sequence[str], *, seed: int = 0
+) -> AdapterResult:
+    """Read one adapter's rows and compute its metrics. seed: of the bootstrap.
+
+    Raises ConfigError for an unknown metric, DataError and RunFolderError where rows do not fit the labels.
+    """
+    counts = journal.counts(adapter)
+    arrays = journal.arrays(adapter, len(label_names))
+    found = compute_metrics(
+        metrics, arrays.labels, arrays.predictions, arrays.probabilities, label_names=label_names, seed=seed
+    )
+    confusion = confusion_matrix(arrays.labels, arrays.predictions, len(label_names))
+    return AdapterResult(
+        adapter=adapter,
+        n_examples=counts.scored + counts.failed,
+        n_failed=counts.failed,
+        n_truncated=counts.truncated,
+        n_tokens=counts.n_tokens,
+        seconds=journal.seconds(adapter),
+        metrics=found,
+        label_names=tuple(label_names),
+        confusion=tuple(tuple(row) for row in confusion.tolist()),
+    )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def _line(result: AdapterResult) -> str:
+    parts = []
+    for name, metric in result.metrics.items():
+        if "[" in name or metric.value is None:
+            continue
+        interval = f" ({metric.ci95[0]:.3f} - {metric.ci95[1]:.3f})" if metric.ci95 else ""
+        parts.append(f"{METRICS[name].title} {metric.value:.4f}{interval}")
+    counts = f"n {result.n_scored}" + (f", failed {result.n_failed}" if result.n_failed else "")
+    return ", ".join([*parts, counts])
