@@ -22,14 +22,18 @@ find_python() {
     "Install one (Debian, Ubuntu: apt install python3.11 python3.11-venv), or name it: PYTHON=/path/to/python $0"
 }
 
+# hivemind's wheel is for one platform. Its source wants an old setuptools while it is built, and then a p2p daemon: it
+# downloads one for Linux and macOS (x86-64, arm64) or builds one with Go. Not tested here, so left to the user.
 check_platform() {
   local system
   system="$(uname -s) $(uname -m)"
-  if [ "$system" != "Linux x86_64" ] && ! command -v go >/dev/null; then
+  [ "$system" = "Linux x86_64" ] ||
     fail "this is $system, and hivemind's wheel carries its p2p daemon only for Linux x86-64." \
-      "Elsewhere pip builds hivemind from source, which needs Go (https://go.dev/dl): install it and run this again," \
-      "or use a Linux x86-64 machine or container."
-  fi
+      "Elsewhere hivemind has to be built from source first (not tested; for Windows use WSL), with Go (https://go.dev)," \
+      "or without HIVEMIND_BUILDGO where hivemind publishes a daemon (Linux and macOS on arm64, macOS on x86-64):" \
+      "  python3.11 -m venv .venv && echo 'setuptools<81' >.venv/build.txt" \
+      "  HIVEMIND_BUILDGO=1 PIP_CONSTRAINT=.venv/build.txt .venv/bin/pip install $(grep '^hivemind==' constraints.txt)" \
+      "Then run this again: it goes on from there."
 }
 
 # set_up EXTRAS: make .venv with this checkout in it, with EXTRAS ("" or "[test]"). Does nothing when that is done:
@@ -43,7 +47,7 @@ set_up() {
     fi
   done
 
-  check_platform
+  .venv/bin/python -c 'import hivemind.p2p' 2>/dev/null || check_platform
   # Not `pip --version` alone: an interrupted set-up, or a Python that is gone, leaves a .venv that cannot be used.
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     python="$(find_python)" || exit
