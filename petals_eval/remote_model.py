@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from petals_eval.model import Adapter, LocalModel
     from petals_eval.swarm import RemoteSequential, ServedHop, SwarmConnection
 
-__all__ = ["Answered", "RemoteModel"]
+__all__ = ["TOKENS_PER_MICRO_BATCH", "Answered", "RemoteModel", "default_dht_prefix", "load_local"]
 
 TOKENS_PER_MICRO_BATCH = 1024
 """Positions (rows x longest, prompts included) sent together: below every server's limit."""
@@ -77,15 +77,12 @@ class RemoteModel:
 
         Raises ModelError, AdapterError, ConfigError, SwarmUnreachableError.
         """
-        from petals_eval.model import LocalModel, load_adapter
         from petals_eval.swarm import SwarmConnection
 
         settings = SwarmSettings(initial_peers=tuple(initial_peers), **swarm_settings)
-        local = LocalModel.from_pretrained(
-            model, revision=revision, token=token, dtype=dtype, device=device, cache_dir=cache_dir
+        local, adapters = load_local(
+            model, adapter, revision=revision, token=token, dtype=dtype, device=device, cache_dir=cache_dir
         )
-        names = [adapter] if isinstance(adapter, str) else list(adapter or ())
-        adapters = [load_adapter(name, family=local.family, config=local.config, token=token) for name in names]
         prefix = dht_prefix or default_dht_prefix(model, local)
         connection = SwarmConnection.connect(settings)
         try:
@@ -139,6 +136,26 @@ class RemoteModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def load_local(
+    model: str,
+    adapter: str | Sequence[str] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: "torch.dtype | None" = None,
+    device: str = "cpu",
+    cache_dir: str | None = None,
+) -> "tuple[LocalModel, tuple[Adapter, ...]]":
+    """What stays at home, and the prompts tuned for it. Raises ModelError, AdapterError."""
+    from petals_eval.model import LocalModel, load_adapter
+
+    local = LocalModel.from_pretrained(
+        model, revision=revision, token=token, dtype=dtype, device=device, cache_dir=cache_dir
+    )
+    names = [adapter] if isinstance(adapter, str) else list(adapter or ())
+    return local, tuple(load_adapter(name, family=local.family, config=local.config, token=token) for name in names)
 
 
 def default_dht_prefix(model: str, local: "LocalModel") -> str:

@@ -179,9 +179,13 @@ class Pipeline:
         absent = _within(snapshot.missing(), position, last)
         if absent:
             others = len(snapshot.servers)
-            hold = f"{others} server{'s hold' if others != 1 else ' holds'} the rest" if others else "no server at all"
+            hold = f"{others} server{'s hold' if others != 1 else ' holds'} the rest"
+            if not others:
+                hold = f"nobody announces {self._directory.dht_prefix!r}: is that the name the servers use?"
             dropped = f", {snapshot.dropped} malformed records ignored" if snapshot.dropped else ""
-            return f"no server holds blocks {spans_text(absent)} (since {since}, {hold}{dropped})"
+            adapter = self._settings.active_adapter
+            having = f" with adapter {adapter}" if adapter else ""
+            return f"no server{having} holds blocks {spans_text(absent)} (since {since}, {hold}{dropped})"
         failing = _within(snapshot.missing(without=unusable), position, last)
         reasons = [
             f"{short_peer(peer)}: {self.peers.of(peer).last_error}"
@@ -192,7 +196,7 @@ class Pipeline:
 
     def _deadline_error(self, position: int, last: int) -> MissingBlocksError | DeadlineError:
         reason = self._what_is_missing(position, last)
-        message = f"stopped at the deadline ({_minutes(self._settings.deadline)}): {reason}"
+        message = f"stopped at the deadline ({_span_of_time(self._settings.deadline)}): {reason}"
         absent = _within(self._directory.snapshot.missing(), position, last)
         return MissingBlocksError(message, absent) if absent else DeadlineError(message)
 
@@ -225,6 +229,10 @@ def _within(spans: tuple[tuple[int, int], ...], first: int, last: int) -> tuple[
 
 def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60:02d}:{int(seconds) % 60:02d}"
+
+
+def _span_of_time(seconds: float) -> str:
+    return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"
 
 
 def short_peer(peer_id: str) -> str:

@@ -27,6 +27,7 @@ def settings(**values: object) -> SwarmSettings:
 class FakeDirectory:
     def __init__(self, num_blocks: int, *servers: SpanServer):
         self.snapshot = Snapshot(num_blocks, {one.peer_id: one for one in servers})
+        self.dht_prefix = "tiny"
         self.looks = 0
         self.on_look: Callable[[FakeDirectory], None] | None = None
 

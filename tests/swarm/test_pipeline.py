@@ -93,7 +93,7 @@ def test_work_goes_on_from_the_hop_that_failed():
 def test_missing_blocks_end_at_the_deadline_and_are_named():
     pipe = pipeline(FakeDirectory(8, server("a", 0, 3), server("b", 6, 8)), FakeCalls())
     with pytest.raises(
-        MissingBlocksError, match=r"deadline \(00:00\): no server holds blocks 3:6 \(since .* 2 servers"
+        MissingBlocksError, match=r"deadline \(0.3 s\): no server holds blocks 3:6 \(since .* 2 servers"
     ):
         run(pipe, last=8)
 
