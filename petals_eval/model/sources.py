@@ -128,11 +128,22 @@ def open_source(
 
 
 def first_found(source: Source, filenames: Iterable[str]) -> Path | None:
-    """The first of these files that the source has."""
+    """The first of these files that the source has.
+
+    Without a network the hub's cache cannot tell a file that is missing from one not fetched yet: the others are tried
+    before that becomes an error.
+    """
+    problem: CallerError | None = None
     for filename in filenames:
-        path = source.find(filename)
+        try:
+            path = source.find(filename)
+        except source.error as error:
+            problem = problem or error
+            continue
         if path is not None:
             return path
+    if problem is not None:
+        raise problem
     return None
 
 

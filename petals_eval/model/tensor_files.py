@@ -8,6 +8,7 @@ saves tuned prompts as whole modules. Both are inert; their weights are taken ou
 import io
 import json
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -163,9 +164,7 @@ def _unpickle(path: Path, error: type[CallerError]) -> list[Any]:
     try:
         if not zipfile.is_zipfile(path):  # before torch 1.6
             return [_load(path, mmap=False)]
-        with zipfile.ZipFile(path) as archive:
-            alone = min(item.header_offset for item in archive.infolist()) == 0
-        if alone:
+        if _is_one_archive(path):
             return [_load(path, mmap=True)]
         return [_load(io.BytesIO(part), mmap=False) for part in _archives(path.read_bytes())]
     except _PICKLE_PROBLEMS as problem:
@@ -179,12 +178,21 @@ def _load(file: Path | io.BytesIO, *, mmap: bool) -> Any:
 
 def _archives(data: bytes) -> Iterator[bytes]:
     """Cut zip archives that were written one after the other (torch reads only a file that is one archive)."""
-    start = end = 0
-    while (mark := data.find(b"PK\x05\x06", end)) >= 0:  # the signature of an archive's last record
-        end = mark + 22 + int.from_bytes(data[mark + 20 : mark + 22], "little")
-        if zipfile.is_zipfile(io.BytesIO(data[start:end])):  # not so for a signature that is part of a tensor
-            yield data[start:end]
-            start = end
+    start = mark = 0
+    while (mark := data.find(b"PK\x05\x06", mark) + 1) > 0:  # the signature of an archive's last record, 22 bytes
+        part = data[start : mark + 21]
+        if _is_one_archive(io.BytesIO(part)):  # not so where the signature is part of a tensor
+            yield part
+            start += len(part)
+
+
+def _is_one_archive(file: Path | io.BytesIO) -> bool:
+    """Whether this is one whole zip archive with nothing in front of it."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return min((item.header_offset for item in archive.infolist()), default=-1) == 0
+    except (zipfile.BadZipFile, struct.error, ValueError):
+        return False
 
 
 def _flatten(objects: list[Any], path: Path, error: type[CallerError]) -> dict[str, torch.Tensor]:
@@ -218,11 +226,17 @@ def _is_plain(item: Any) -> bool:
 
 def _unreadable(path: Path, problem: Exception, error: type[CallerError]) -> CallerError:
     text = str(problem)
-    if "Unsupported global" in text or "Unsupported class" in text or "Unsupported operand" in text:
-        what = text.partition("WeightsUnpickler error:")[2].strip().splitlines() or [text]
+    asked_for = re.search(r"GLOBAL (\S+)", text)  # what torch's restricted unpickler was asked to find and call
+    if asked_for or "Only persistent_load of storage" in text:
+        what = asked_for.group(1) if asked_for else "a module in the format of torch before 1.6"
         return error(
-            f"{path} is refused: it is a pickle that would run code or build other objects than tensors ({what[0]}).\n"
-            "  Expected tensors by name. Save a state dict: torch.save(model.state_dict(), ...) or safetensors."
+            f"{path} is refused: opening it would run code or build other objects than tensors ({what}); "
+            "nothing of it was run.\n"
+            "  Expected tensors by name. Save a state dict: torch.save(model.state_dict(), ...), or safetensors."
         )
-    reason = text.strip().splitlines() or [type(problem).__name__]
-    return error(f"{path} cannot be read as {path.suffix or 'weights'}: {reason[0]}. Is the file complete?")
+    lines = (text.partition("WeightsUnpickler error:")[2] or text).strip().splitlines()
+    reason = (lines[0] if lines else "no more said").partition(". ")[0]
+    return error(
+        f"{path} cannot be read as {path.suffix or 'weights'} ({type(problem).__name__}: {reason}). "
+        "Expected tensors by name; is the file complete?"
+    )

@@ -1,0 +1,56 @@
+from types import SimpleNamespace
+
+import pytest
+
+from petals_eval.errors import ModelError
+from petals_eval.model import FAMILIES, family_of
+from tests import tiny_models
+
+
+def test_the_table_has_every_family():
+    assert set(FAMILIES) == set(tiny_models.FAMILIES)
+
+
+def test_an_unknown_family_is_refused_by_name():
+    with pytest.raises(ModelError, match=r"'gpt2'.*bloom, falcon, llama, mistral, mixtral, qwen2, qwen3"):
+        family_of(SimpleNamespace(model_type="gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("family", "repository", "prefix"),
+    (
+        ("llama", "meta-llama/Llama-2-70b-hf", "Llama-2-70b-hf"),
+        ("llama", "meta-llama/Meta-Llama-3.1-405B-Instruct", "Meta-Llama-3-1-405B-Instruct-hf"),
+        ("falcon", "tiiuae/falcon-180B", "falcon-180B"),
+        ("bloom", "bigscience/bloomz-7b1", "bigscience/bloomz-7b1-petals"),
+        ("bloom", "bigscience/bloom-petals", "bigscience/bloom-petals"),
+        ("mixtral", "mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-v0-1"),
+        ("mistral", "mistralai/Mistral-7B-v0.1", "Mistral-7B-v0-1"),
+        ("qwen3", "Qwen/Qwen3-8B", "Qwen3-8B"),
+    ),
+)
+def test_the_default_dht_prefix_is_petals_own(family, repository, prefix):
+    assert FAMILIES[family].dht_prefix(repository) == prefix
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "limit"),
+    (
+        ("llama", {"max_position_embeddings": 512}, 512),
+        ("llama", {"max_position_embeddings": 512, "rope_scaling": {"type": "linear", "factor": 4.0}}, 2048),
+        ("llama", {"max_position_embeddings": 8192, "rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, 8192),
+        (
+            "qwen2",
+            {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+        ),
+        ("bloom", {"max_position_embeddings": 512}, None),
+        ("falcon", {"max_position_embeddings": 512, "alibi": False}, 512),
+        ("falcon", {"max_position_embeddings": 512, "alibi": True}, None),
+    ),
+)
+def test_the_context_limit(family, fields, limit):
+    assert FAMILIES[family].context_limit(SimpleNamespace(**fields)) == limit
