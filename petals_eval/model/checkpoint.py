@@ -72,11 +72,17 @@ class Checkpoint:
 
     def load_tokenizer(self) -> Any:
         """The model's own tokenizer. Raises ModelError if there is none."""
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         place, options = self._source.for_transformers()
         try:
-            return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+            try:
+                return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+            except ValueError:
+                # transformers 5 names classes that older ones lack, yet tokenizer.json says all of the same tokenizer.
+                if self._source.find("tokenizer.json") is None:
+                    raise
+                return PreTrainedTokenizerFast.from_pretrained(place, **options)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(f"{self._source} has no tokenizer that can be loaded: {reason}") from error

@@ -190,3 +190,16 @@ def test_the_hubs_own_cache_serves_without_a_network(tmp_path, monkeypatch):
     assert local.tokenizer(" good").input_ids[0] == 1
     with pytest.raises(ModelError, match=r"(?s)config\.json of owner/other from the hub.*the network"):
         LocalModel.from_pretrained("owner/other", cache_dir=str(tmp_path))
+
+
+def test_a_tokenizer_class_of_a_newer_transformers_is_read_by_its_file(tmp_path, monkeypatch):
+    local = LocalModel.from_pretrained(str(make_tiny("llama", tmp_path)))
+
+    def unknown_class(*args, **options):
+        raise ValueError("Tokenizer class TokenizersBackend does not exist or is not currently imported.")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", unknown_class)
+    assert local.tokenizer(" good it").input_ids == [1, 262, 280]
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="no tokenizer that can be loaded: Tokenizer class"):
+        _ = LocalModel.from_pretrained(str(tmp_path)).tokenizer
