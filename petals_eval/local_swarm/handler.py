@@ -24,7 +24,7 @@ from petals_eval.local_swarm.compute import Compute, Work
 from petals_eval.local_swarm.settings import ServerSettings
 from petals_eval.swarm.wire import encode_tensor
 
-__all__ = ["TransformerConnectionHandler", "unpacked"]
+__all__ = ["TransformerConnectionHandler", "given", "read_metadata", "unpacked"]
 
 
 class TransformerConnectionHandler(ServicerBase):
@@ -95,13 +95,12 @@ class TransformerConnectionHandler(ServicerBase):
     ) -> torch.Tensor:
         first, last = self.requested_blocks(uid)
         active_adapter = self.active_adapter(metadata)
-        hidden, prompts, *_ = unpacked(tensors, metadata, 2)
-        if hidden is None or hidden.ndim != 3:
-            found = "none" if hidden is None else tuple(hidden.shape)
-            raise ValueError(f"expected hidden states (batch, seq, hidden), found {found}")
+        hidden, prompts = unpacked(tensors, metadata, 2)
+        if hidden.ndim != 3:
+            raise ValueError(f"expected hidden states (batch, seq, hidden), found {tuple(hidden.shape)}")
         if hidden.shape[0] == 0:
             raise RuntimeError("Batch should contain more than 0 samples")
-        work = Work(method, first, last, hidden, prompts, active_adapter, str(context.remote_id))
+        work = Work(method, first, last, hidden, given(prompts), active_adapter, str(context.remote_id))
         return await self.compute(work)
 
     def encoded(self, output: torch.Tensor, metadata: dict[str, Any]) -> runtime_pb2.Tensor:
@@ -149,8 +148,8 @@ def read_metadata(request: runtime_pb2.ExpertRequest) -> dict[str, Any]:
     return metadata
 
 
-def unpacked(tensors: Sequence[torch.Tensor], metadata: dict[str, Any], count: int) -> list[torch.Tensor | None]:
-    """The call's first `count` arguments: `args_structure` says which tensor is which; an empty tensor means None."""
+def unpacked(tensors: Sequence[torch.Tensor], metadata: dict[str, Any], count: int) -> Sequence[torch.Tensor]:
+    """The call's first `count` arguments: `args_structure` says which tensor is which."""
     structure = metadata.get("args_structure")
     if structure is not None:
         marks = structure[0]
@@ -159,4 +158,9 @@ def unpacked(tensors: Sequence[torch.Tensor], metadata: dict[str, Any], count: i
         tensors = [tensors[int(mark[3:])] for mark in marks]
     if len(tensors) < count:
         raise ValueError(f"expected {count} tensors, found {len(tensors)}")
-    return [tensor if tensor.numel() else None for tensor in tensors[:count]]
+    return tensors[:count]
+
+
+def given(tensor: torch.Tensor) -> torch.Tensor | None:
+    """An argument that may be left out: an empty tensor stands for None."""
+    return tensor if tensor.numel() else None

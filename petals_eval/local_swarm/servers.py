@@ -82,6 +82,7 @@ class Nursery:
     """The process that server processes are forked from; see `petals_eval.local_swarm.nursery`."""
 
     def __init__(self, model_type: str):
+        self._has_forked = False
         self._line, theirs = socket.socketpair()
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the nursery
         root = str(Path(petals_eval.__file__).resolve().parents[1])
@@ -110,11 +111,14 @@ class Nursery:
             raise MachineError(f"server processes cannot be started ({error!r}){last_words(self.log)}") from error
         if not answer:
             raise MachineError(f"the process that starts servers ended{last_words(self.log)}")
+        self._has_forked = True
         return int(answer)
 
     def close(self) -> None:
         """End it; returns when all its servers are gone, which must have been told to end."""
         self._line.close()
+        if not self._has_forked:
+            self._process.kill()  # it may still be importing
         try:
             self._process.wait(_STOP_TIMEOUT)
         except subprocess.TimeoutExpired:

@@ -1,0 +1,92 @@
+"""A bare client of the Petals wire: hivemind's own stub and serialization, nothing of the project's client."""
+
+import contextlib
+import math
+
+import torch
+from hivemind.compression.serialization import (
+    deserialize_tensor_stream,
+    deserialize_torch_tensor,
+    serialize_torch_tensor,
+)
+from hivemind.p2p.p2p_daemon_bindings.control import DEFAULT_MAX_MSG_SIZE
+from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
+from hivemind.proto import runtime_pb2
+from hivemind.utils.asyncio import as_aiter
+from hivemind.utils.serializer import MSGPackSerializer
+from hivemind.utils.streaming import split_for_streaming
+
+from petals_eval.local_swarm.handler import TransformerConnectionHandler
+from petals_eval.local_swarm.loop_thread import LoopThread
+from petals_eval.local_swarm.peer import Peer
+
+TIMEOUT = 60
+
+
+class WireClient(contextlib.AbstractContextManager):
+    """A peer in a swarm that calls its servers one RPC at a time."""
+
+    def __init__(self, initial_peers):
+        self.loop = LoopThread("client")
+        self.peer = self.loop.run(Peer.open(initial_peers), TIMEOUT)
+
+    def __exit__(self, *exc_details):
+        self.loop.run(self.peer.close(), TIMEOUT)
+        self.loop.stop()
+
+    def stub(self, peer_id):
+        return TransformerConnectionHandler.get_stub(self.peer.p2p, PeerID.from_base58(peer_id))
+
+    def info(self, peer_id, uid=""):
+        answer = self.loop.run(self.stub(peer_id).rpc_info(runtime_pb2.ExpertUID(uid=uid)), TIMEOUT)
+        return MSGPackSerializer.loads(answer.serialized_info)
+
+    def forward(self, peer_id, uid, hidden, prompts=None, **metadata):
+        call = self.stub(peer_id).rpc_forward(request(uid, hidden, prompts, **metadata))
+        return [deserialize_torch_tensor(tensor) for tensor in self.loop.run(call, TIMEOUT).tensors]
+
+    def forward_stream(self, peer_id, uid, hidden, prompts=None, **metadata):
+        whole = request(uid, hidden, prompts, **metadata)
+
+        async def call():
+            parts = [
+                runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=whole.metadata)
+                for tensor in whole.tensors
+                for part in split_for_streaming(tensor, DEFAULT_MAX_MSG_SIZE)
+            ]
+            answers = await self.stub(peer_id).rpc_forward_stream(as_aiter(*parts))
+            return await deserialize_tensor_stream(answer.tensors async for answer in answers)
+
+        return self.loop.run(call(), TIMEOUT)
+
+    def record(self, key):
+        """Subkeys and values found under `key`, freshest first."""
+        found = self.loop.run(self.peer.node.get(key, latest=True), TIMEOUT)
+        return {} if found is None else {subkey: entry.value for subkey, entry in found.value.items()}
+
+    def lifetimes(self, key):
+        """Seconds each subkey of `key` still has."""
+        from hivemind.utils.timed_storage import get_dht_time
+
+        found = self.loop.run(self.peer.node.get(key, latest=True), TIMEOUT)
+        now = get_dht_time()
+        return {subkey: entry.expiration_time - now for subkey, entry in found.value.items()}
+
+
+def request(uid, hidden, prompts=None, **metadata):
+    prompts = torch.empty(0) if prompts is None else prompts
+    metadata = {"points": 0, "active_adapter": "", "args_structure": ((b"__T0", b"__T1"), {}), **metadata}
+    return runtime_pb2.ExpertRequest(
+        uid=uid,
+        tensors=[serialize_torch_tensor(hidden), serialize_torch_tensor(prompts)],
+        metadata=MSGPackSerializer.dumps(metadata),
+    )
+
+
+def chain(prefix, first, last):
+    return " ".join(f"{prefix}.{block}" for block in range(first, last))
+
+
+def distance(found, expected):
+    assert found.shape == expected.shape and math.isfinite(float(found.float().sum()))
+    return float((found - expected).abs().max() / expected.abs().max())
