@@ -1,0 +1,8 @@
+"""What a person reads: the terminal, the Markdown report, the progress of a run."""
+
+from petals_eval.report.markdown import markdown_report
+from petals_eval.report.progress import ProgressDisplay
+from petals_eval.report.terminal import print_result
+from petals_eval.report.text import console_for, printable
+
+__all__ = ["ProgressDisplay", "console_for", "markdown_report", "print_result", "printable"]

@@ -1,0 +1,100 @@
+"""The report as Markdown: the numbers, and how they came about."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from petals_eval.report.numbers import (
+    counts_line,
+    interval_text,
+    metric_names,
+    metric_title,
+    notes,
+    swarm_line,
+    value_text,
+)
+from petals_eval.report.text import printable
+from petals_eval.runs import AdapterResult, Manifest, RunResult, ServerUsed
+
+__all__ = ["markdown_report"]
+
+MOST_LABELS = 20  # a wider confusion matrix cannot be read in Markdown; it is in metrics.json
+
+
+def markdown_report(result: RunResult, manifest: Manifest, servers: Sequence[tuple[ServerUsed, int]] = ()) -> str:
+    """The whole report. servers: each with the number of examples it took part in (`Journal.servers`)."""
+    adapters = [*result.adapters.values(), *([result.without_prompts] if result.without_prompts else [])]
+    sections = [
+        f"# {_safe(result.task)} with {_safe(manifest.model.name)}",
+        _metrics(adapters),
+        "\n".join(f"- {_safe(note)}" for note in notes(adapters)),
+        "\n".join([*(f"- {_safe(each.adapter)}: {counts_line(each)}" for each in adapters), f"- {swarm_line(result)}"]),
+        *(_confusion(each) for each in adapters),
+        _origin(manifest),
+        _servers(servers),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _metrics(adapters: Sequence[AdapterResult]) -> str:
+    rows = [[metric_title(name), *(_cell(each, name) for each in adapters)] for name in metric_names(adapters)]
+    intervals = "95% intervals in brackets: Wilson's for accuracy, a seeded percentile bootstrap for the rest."
+    return f"{_table(['', *(each.adapter for each in adapters)], rows)}\n\n{intervals}"
+
+
+def _cell(result: AdapterResult, name: str) -> str:
+    metric = result.metrics.get(name)
+    interval = interval_text(metric)
+    return value_text(metric) + (f" ({interval})" if interval else "")
+
+
+def _confusion(result: AdapterResult) -> str:
+    title = f"## Confusion matrix: {_safe(result.adapter)}"
+    if len(result.label_names) > MOST_LABELS:
+        return f"{title}\n\n{len(result.label_names)} labels: see `confusion_matrix` in metrics.json."
+    rows = [[name, *map(str, row)] for name, row in zip(result.label_names, result.confusion, strict=True)]
+    return f"{title}\n\nRows: labels. Columns: predictions.\n\n{_table(['', *result.label_names], rows)}"
+
+
+def _origin(manifest: Manifest) -> str:
+    model, data = manifest.model, manifest.data
+    sample = "all examples" if data.limit is None else f"{data.limit:,} examples, seed {data.seed}"
+    revision = f" at {model.revision}" if model.revision else ""
+    rows = [
+        ["begun", manifest.created],
+        ["model", f"{model.name}{revision}, sha256 {model.sha256[:16]}…"],
+        *(["adapter", f"{each.name} ({each.kind}), sha256 {each.sha256[:16]}…"] for each in manifest.adapters),
+        ["data", f"{data.name}, {sample}, fingerprint {data.fingerprint[:16]}…"],
+        *([f"setting {key}", str(value)] for key, value in manifest.answer_settings.items()),
+        ["packages", ", ".join(f"{name} {version}" for name, version in manifest.packages.items())],
+    ]
+    return f"## How it came about\n\n{_table(['', ''], rows)}"
+
+
+def _servers(servers: Sequence[tuple[ServerUsed, int]]) -> str:
+    if not servers:
+        return ""
+    rows = [
+        [
+            each.peer_id,
+            f"{each.first}:{each.end}",
+            each.version or "not said",
+            each.dtype or "not said",
+            each.quant or "none said",
+            f"{count:,}",
+        ]
+        for each, count in servers
+    ]
+    heads = ["server", "blocks", "version", "dtype", "quantisation", "examples"]
+    return f"## Servers\n\nWhat servers say about themselves is their own word.\n\n{_table(heads, rows)}"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(
+        "| " + " | ".join(_safe(cell) if line is not lines[1] else cell for cell in line) + " |" for line in lines
+    )
+
+
+def _safe(text: str) -> str:
+    """Text that is nothing but text in Markdown: no markup, no HTML, no end of the table's cell."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!~&])", r"\\\1", printable(text))

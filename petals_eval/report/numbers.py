@@ -1,0 +1,95 @@
+"""Numbers as reports write them."""
+
+from collections.abc import Iterable, Sequence
+
+from petals_eval.metrics import METRICS, Metric
+from petals_eval.report.text import printable
+from petals_eval.runs import AdapterResult, RunResult
+
+__all__ = [
+    "counts_line",
+    "counts_of",
+    "interval_text",
+    "metric_names",
+    "metric_title",
+    "notes",
+    "plural",
+    "rate_text",
+    "swarm_line",
+    "value_text",
+]
+
+
+def value_text(metric: Metric | None) -> str:
+    """Four decimals; "-" where there is no value."""
+    return "-" if metric is None or metric.value is None else f"{metric.value:.4f}"
+
+
+def interval_text(metric: Metric | None) -> str:
+    """Three decimals; empty where there is none."""
+    return "" if metric is None or metric.ci95 is None else f"{metric.ci95[0]:.3f} - {metric.ci95[1]:.3f}"
+
+
+def metric_title(name: str) -> str:
+    """ "F1 (macro)" of "f1_macro", "recall [human]" of "recall[human]"."""
+    if name in METRICS:
+        return METRICS[name].title
+    score, bracket, label = name.partition("[")
+    title = METRICS[f"{score}_per_class"].title if f"{score}_per_class" in METRICS else score
+    return printable(f"{title} {bracket}{label}", longest=60)
+
+
+def metric_names(results: Iterable[AdapterResult]) -> list[str]:
+    """Every name that occurs, in order."""
+    return list(dict.fromkeys(name for result in results for name in result.metrics))
+
+
+def notes(results: Sequence[AdapterResult]) -> list[str]:
+    """What a reader must know about single numbers, a line each."""
+    found = []
+    for name in metric_names(results):
+        by_note: dict[str, list[str]] = {}
+        for result in results:
+            metric = result.metrics.get(name)
+            if metric is not None and metric.note is not None:
+                by_note.setdefault(metric.note, []).append(result.adapter)
+        for note, adapters in by_note.items():
+            whose = "" if len(adapters) == len(results) else f" ({', '.join(adapters)})"
+            found.append(printable(f"{metric_title(name)}{whose}: {note}"))
+    return found
+
+
+def counts_of(result: AdapterResult) -> dict[str, str]:
+    """Examples, failures, cut texts and speed. What is nought goes without saying, but failures are always said."""
+    found = {"examples": f"{result.n_examples:,}", "failed": f"{result.n_failed:,}"}
+    if result.n_truncated:
+        found["truncated"] = f"{result.n_truncated:,}"
+    if result.examples_per_second is not None and result.tokens_per_second is not None:
+        found |= {"ex/s": rate_text(result.examples_per_second), "tok/s": rate_text(result.tokens_per_second)}
+    return found
+
+
+def counts_line(result: AdapterResult) -> str:
+    """The same in one line."""
+    return " · ".join(f"{count} {what}" for what, count in counts_of(result).items())
+
+
+def rate_text(rate: float) -> str:
+    """
+    >>> rate_text(2175.3), rate_text(9.87), rate_text(0.0312)
+    ('2,175', '9.9', '0.031')
+    """
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def swarm_line(result: RunResult) -> str:
+    """Retries and servers."""
+    return f"{plural(result.retries, 'retry', 'retries')} · {plural(result.servers, 'server')}"
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """
+    >>> plural(1, "server"), plural(2, "server"), plural(0, "retry", "retries")
+    ('1 server', '2 servers', '0 retries')
+    """
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
