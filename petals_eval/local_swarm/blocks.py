@@ -153,7 +153,7 @@ def _base_model(checkpoint: Checkpoint, first: int, last: int, dtype: torch.dtyp
     # No memory and no time for weights that are about to be replaced. float32 whatever comes: any other would be the
     # default dtype of every thread while this line runs.
     with torch.device("meta"):
-        model = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        model = AutoModel.from_config(config, dtype=torch.float32)
     for module in (family.embeddings, family.embedding_norm, family.final_norm):
         if module is not None:  # it stays on the client
             setattr(model, module, nn.Identity())
