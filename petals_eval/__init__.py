@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from petals_eval import errors
     from petals_eval.config import PUBLIC_SWARM, SwarmSettings
     from petals_eval.data import DataSource
+    from petals_eval.evaluator import evaluate
     from petals_eval.local_swarm import LocalSwarm
     from petals_eval.remote_model import RemoteModel
-    from petals_eval.runs.evaluator import evaluate
     from petals_eval.runs.results import AdapterResult, RunResult
     from petals_eval.swarm import RemoteSequential, SwarmConnection
     from petals_eval.tasks import ClassificationTask
@@ -49,7 +49,7 @@ _HOMES = {
     "RemoteModel": "petals_eval.remote_model",
     "AdapterResult": "petals_eval.runs.results",
     "RunResult": "petals_eval.runs.results",
-    "evaluate": "petals_eval.runs.evaluator",
+    "evaluate": "petals_eval.evaluator",
     "RemoteSequential": "petals_eval.swarm",
     "SwarmConnection": "petals_eval.swarm",
     "ClassificationTask": "petals_eval.tasks",

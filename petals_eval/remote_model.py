@@ -155,7 +155,9 @@ def load_local(
         model, revision=revision, token=token, dtype=dtype, device=device, cache_dir=cache_dir
     )
     names = [adapter] if isinstance(adapter, str) else list(adapter or ())
-    return local, tuple(load_adapter(name, family=local.family, config=local.config, token=token) for name in names)
+    return local, tuple(
+        load_adapter(name, family=local.family, config=local.config, token=token, cache_dir=cache_dir) for name in names
+    )
 
 
 def default_dht_prefix(model: str, local: "LocalModel") -> str:

@@ -27,7 +27,7 @@ def run_command(command: Callable[[], int]) -> int:
         with _termination_as_exception():
             return command()
     except PetalsEvalError as error:
-        _say(f"error: {error}")
+        _say("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
         return error.exit_code
     except KeyboardInterrupt:
         _say("interrupted")

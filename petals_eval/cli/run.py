@@ -85,7 +85,7 @@ def run(
     }
     settings = read_settings(config, flags)
 
-    from petals_eval.runs.command import execute
+    from petals_eval.cli.evaluation import execute
 
     return execute(settings)
 

@@ -11,11 +11,14 @@ def tasks() -> int:
     from petals_eval.tasks import list_tasks
 
     for task in list_tasks():
-        source = "" if task.data is None else f"{task.data.path}{f'/{task.data.subset}' if task.data.subset else ''}"
         typer.echo(f"{task.name:<10} {task.description}")
-        typer.echo(f"{'':<10} labels   {', '.join(task.label_names)}")
-        typer.echo(f"{'':<10} text     {task.text!r}, at most {task.max_length} tokens")
-        typer.echo(f"{'':<10} data     {source} ({task.data.split if task.data else ''})")
-        typer.echo(f"{'':<10} metrics  {', '.join(task.metrics)}")
+        rows = {
+            "labels": ", ".join(task.label_names),
+            "text": f"{task.text!r}, at most {task.max_length} tokens",
+            "data": " ".join(filter(None, (task.data.path, task.data.subset, task.data.split))) if task.data else "",
+            "metrics": ", ".join(task.metrics),
+        }
+        for name, value in rows.items():
+            typer.echo(f"{'':<10} {name:<8} {value}")
     typer.echo("\nA task of your own is a YAML file with these keys: petals-eval run --task my-task.yaml ...")
     return 0

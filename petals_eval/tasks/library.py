@@ -49,7 +49,7 @@ def load_task(task: "str | Path | Task") -> Task:
     )
 
 
-def list_tasks() -> list[Task]:
+def list_tasks() -> list[ClassificationTask]:
     """The tasks that come with the package, by name."""
     shipped = _shipped()
     return [_parse(shipped[name], f"the shipped task {name}", name=name, folder=None) for name in sorted(shipped)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from petals_eval.data import DataSource, Rows, load_rows, sample
 from petals_eval.errors import InterruptedRunError, MachineError, PetalsEvalError
+from petals_eval.report import markdown_report
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, ServerUsed
 from petals_eval.runs.results import WITHOUT_PROMPTS, RunResult, summarise
@@ -91,7 +92,7 @@ def evaluate(
             retries=status.retries,
             servers=len(status.servers),
         )
-        folder.finish(result)
+        folder.finish(result, report=markdown_report(result, folder.manifest, folder.journal.servers()))
     return result
 
 
@@ -208,7 +209,7 @@ def _manifest(
         model=ModelRecord(name=str(local["model"]), revision=local["revision"], sha256=str(local["sha256"])),
         adapters=records,
         data=DataRecord(name=rows.name, fingerprint=rows.fingerprint, limit=limit, seed=seed),
-        task={"name": task.name, "metrics": list(task.metrics), **task.fingerprint()},  # type: ignore[dict-item]
+        task={"name": task.name, **task.fingerprint()},  # type: ignore[dict-item]
         answer_settings={
             "dtype": local["dtype"],
             "lm_head_sha256": local["lm_head_sha256"],
@@ -216,6 +217,7 @@ def _manifest(
             "dht_prefix": model.blocks.dht_prefix,
         },
         run_settings={
+            "metrics": list(task.metrics),
             "window": model.blocks.settings.window,
             "deadline": model.blocks.settings.deadline,
             "request_timeout": model.blocks.settings.request_timeout,
