@@ -64,11 +64,26 @@ Multiaddress = Annotated[str, BeforeValidator(_multiaddress)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
+def _listed(value: object) -> object:
+    """One name is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
 class SwarmSettings(Settings):
     """How to reach a swarm and how long to wait for it."""
 
     initial_peers: tuple[Multiaddress, ...] = Field(min_length=1)  # bootstrap peers; one that answers is enough
+
+    # whom to use; servers that do not say what is asked for are left out, too
     active_adapter: str | None = None  # LoRA adapter on the servers; only servers that announce it are used
+    require_dtype: Dtype | None = None  # what servers must compute in
+    require_quant: str | None = None  # how servers must quantise: "none", "int8" or "nf4"
+    allow_servers: Names = ()  # identities, whole or their last letters; empty: everybody
+    deny_servers: Names = ()  # the same, left out
 
     startup_timeout: Seconds = 30.0  # seconds until the libp2p daemon and the DHT node must be up
     connect_timeout: Seconds = 10.0  # seconds for a server's first answer (rpc_info) or for opening a stream
@@ -84,14 +99,6 @@ class SwarmSettings(Settings):
     window: int = Field(default=8, gt=0)  # micro-batches in flight at once
 
 
-def _listed(value: object) -> object:
-    """One name is a list of one."""
-    return [value] if isinstance(value, str) else value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-
-
 class RunSettings(Settings):
     """One run, as the command line and its YAML file give it: every flag of `petals-eval run` is a field here."""
 
@@ -102,7 +109,7 @@ class RunSettings(Settings):
     adapter: Names = ()  # prompt-tuned checkpoints: files, folders or hub names
     active_adapter: str | None = None  # LoRA adapter on the servers
     without_prompts: bool = False  # evaluate each adapter's head without its prompts, too
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # at home; None: the checkpoint's
+    dtype: Dtype | None = None  # at home; None: the checkpoint's
     device: str = "cpu"  # at home
 
     # on what
@@ -120,6 +127,10 @@ class RunSettings(Settings):
     public_swarm: bool = False  # the public Petals swarm
     local_swarm: int | None = Field(default=None, gt=0)  # servers of an embedded swarm on this machine
     dht_prefix: str | None = None  # the name servers announce; None: Petals' rule for the hub name
+    require_dtype: Dtype | None = None  # what servers must compute in
+    require_quant: str | None = None  # how servers must quantise: "none", "int8" or "nf4"
+    allow_server: Names = ()  # use only these servers: identities, whole or their last letters
+    deny_server: Names = ()  # leave these out
     deadline: Seconds = SwarmSettings.model_fields["deadline"].default  # seconds to wait for a server, per hop
     request_timeout: Seconds = SwarmSettings.model_fields["request_timeout"].default  # seconds for one call
     window: int = Field(default=SwarmSettings.model_fields["window"].default, gt=0)  # micro-batches in flight

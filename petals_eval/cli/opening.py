@@ -9,7 +9,7 @@ import typer
 from petals_eval.config import PUBLIC_SWARM, RunSettings
 from petals_eval.remote_model import RemoteModel
 
-__all__ = ["chosen_swarm", "local_options", "open_model"]
+__all__ = ["chosen_swarm", "local_options", "open_model", "whom_to_use"]
 
 STRANGERS = "note: on the public swarm, strangers' machines see the activations of these examples."
 
@@ -49,7 +49,7 @@ def open_model(settings: RunSettings) -> Iterator[RemoteModel]:
             adapter=settings.adapter,
             initial_peers=initial_peers,
             dht_prefix=dht_prefix,
-            active_adapter=settings.active_adapter,
+            **whom_to_use(settings),
             deadline=settings.deadline,
             request_timeout=settings.request_timeout,
             window=settings.window,
@@ -58,6 +58,17 @@ def open_model(settings: RunSettings) -> Iterator[RemoteModel]:
         ) as model,
     ):
         yield model
+
+
+def whom_to_use(settings: RunSettings) -> dict[str, Any]:
+    """The choice of servers, as SwarmSettings names it."""
+    return {
+        "active_adapter": settings.active_adapter,
+        "require_dtype": settings.require_dtype,
+        "require_quant": settings.require_quant,
+        "allow_servers": settings.allow_server,
+        "deny_servers": settings.deny_server,
+    }
 
 
 def local_options(settings: RunSettings) -> dict[str, Any]:

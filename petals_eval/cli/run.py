@@ -62,6 +62,14 @@ def run(
     dht_prefix: Annotated[
         str | None, typer.Option(help="Name the servers announce. Default: by Petals' rule for the hub name.")
     ] = None,
+    require_dtype: Annotated[str | None, typer.Option(help="Use only servers that compute in this dtype.")] = None,
+    require_quant: Annotated[
+        str | None, typer.Option(help="Use only servers of this quantisation; none leaves quantised ones out.")
+    ] = None,
+    allow_server: Annotated[
+        list[str] | None, typer.Option(help="Use only this server (identity or its last letters); once per server.")
+    ] = None,
+    deny_server: Annotated[list[str] | None, typer.Option(help="Leave this server out; once per server.")] = None,
     deadline: Annotated[
         float | None, typer.Option(help="Seconds to wait for a server that can take the work. Default: 600.")
     ] = None,

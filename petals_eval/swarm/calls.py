@@ -15,7 +15,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, DispatchFailu
 from hivemind.proto import runtime_pb2
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import PeerError, PeerRefusedError, PeerTimeoutError, PeerUnreachableError
+from petals_eval.errors import PeerAnswerError, PeerError, PeerRefusedError, PeerTimeoutError, PeerUnreachableError
 from petals_eval.swarm import wire
 from petals_eval.swarm.routing import Hop
 
@@ -102,6 +102,9 @@ class RemoteCalls:
     async def forward(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None) -> Answer:
         """One rpc_forward, or rpc_forward_stream above 1 MiB of tensor bytes. Raises PeerError."""
         info = await self.info(hop)
+        wanted = self._settings.require_dtype
+        if wanted is not None and wire.dtype_name(info.output_dtype) != wanted:
+            raise PeerAnswerError(f"it announces {wanted}, but computes in {wire.dtype_name(info.output_dtype)}")
         started = time.monotonic()
         tensors = [wire.encode_tensor(hidden.to(wire.wire_dtype(hidden.dtype, info.input_dtype)))]
         if prompts is None:

@@ -3,13 +3,14 @@
 import asyncio
 import math
 import time
+from dataclasses import replace
 
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import PeerID
 
 from petals_eval.config import SwarmSettings
 from petals_eval.swarm import wire
-from petals_eval.swarm.records import Announcement, Snapshot, read_snapshot
+from petals_eval.swarm.records import Announcement, Choice, Snapshot, read_snapshot
 
 __all__ = ["Directory"]
 
@@ -22,6 +23,13 @@ class Directory:
         self._uids = {wire.block_uid(dht_prefix, block): block for block in range(num_blocks)}
         self._num_blocks = num_blocks
         self._settings = settings
+        self._choice = Choice(
+            active_adapter=settings.active_adapter,
+            dtype=settings.require_dtype,
+            quant=settings.require_quant,
+            allow=settings.allow_servers,
+            deny=settings.deny_servers,
+        )
         self._refreshing: asyncio.Task[None] | None = None
         self._refreshed_at = -math.inf
         self.dht_prefix = dht_prefix
@@ -57,8 +65,8 @@ class Directory:
                     malformed += 1
                     continue
                 announcements.append(Announcement(self._uids[uid], peer_id, value.value, float(value.expiration_time)))
-        snapshot = read_snapshot(announcements, self._num_blocks, self._settings.active_adapter)
-        self.snapshot = Snapshot(snapshot.num_blocks, snapshot.servers, snapshot.dropped + malformed)
+        snapshot = read_snapshot(announcements, self._num_blocks, self._choice)
+        self.snapshot = replace(snapshot, dropped=snapshot.dropped + malformed)
         self._refreshed_at = time.monotonic()
 
 

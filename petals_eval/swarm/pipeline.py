@@ -180,12 +180,16 @@ class Pipeline:
         if absent:
             others = len(snapshot.servers)
             hold = f"{others} server{'s hold' if others != 1 else ' holds'} the rest"
-            if not others:
+            if not others and not snapshot.left_out:
                 hold = f"nobody announces {self._directory.dht_prefix!r}: is that the name the servers use?"
             dropped = f", {snapshot.dropped} malformed records ignored" if snapshot.dropped else ""
-            adapter = self._settings.active_adapter
-            having = f" with adapter {adapter}" if adapter else ""
-            return f"no server{having} holds blocks {spans_text(absent)} (since {since}, {hold}{dropped})"
+            left_out = [
+                f"{short_peer(peer)} {reason}"
+                for peer, (server, reason) in sorted(snapshot.left_out.items())
+                if any(server.start < end and start < server.end for start, end in absent)
+            ]
+            refused = f"; left out: {', '.join(left_out[:3])}{' ...' if left_out[3:] else ''}" if left_out else ""
+            return f"no server holds blocks {spans_text(absent)} (since {since}, {hold}{dropped}{refused})"
         failing = _within(snapshot.missing(without=unusable), position, last)
         reasons = [
             f"{short_peer(peer)}: {self.peers.of(peer).last_error}"

@@ -4,13 +4,13 @@ Source: the layout of `petals.data_structures.ServerInfo.to_tuple()` in Petals 2
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
-__all__ = ["Announcement", "ServerRecord", "ServerState", "Snapshot", "SpanServer", "read_snapshot"]
+__all__ = ["Announcement", "Choice", "ServerRecord", "ServerState", "Snapshot", "SpanServer", "read_snapshot"]
 
 
 class ServerState(IntEnum):
@@ -81,16 +81,52 @@ class SpanServer:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """Whom to use. Servers that do not say what is asked for are left out, too.
+
+    active_adapter: a LoRA adapter they must announce. dtype, quant: what they must compute in ("none": unquantised).
+    allow, deny: identities, whole or their last letters; an empty `allow` allows everybody.
+    """
+
+    active_adapter: str | None = None
+    dtype: str | None = None
+    quant: str | None = None
+    allow: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+
+    def refusal(self, peer_id: str, record: ServerRecord) -> str | None:
+        """Why a server is left out; None where it may be used."""
+        if self.active_adapter is not None and self.active_adapter not in record.adapters:
+            return f"does not announce adapter {self.active_adapter}"
+        dtype = (record.torch_dtype or "unknown").removeprefix("torch.")
+        if self.dtype is not None and dtype != self.dtype:
+            return f"computes in {dtype:.20}, not {self.dtype}"
+        if self.quant is not None and record.quant_type != self.quant:
+            return f"quantises with {record.quant_type or 'unknown':.20}, not {self.quant}"
+        if self.allow and not _named(peer_id, self.allow):
+            return "is not among the allowed servers"
+        if _named(peer_id, self.deny):
+            return "is denied"
+        return None
+
+
+def _named(peer_id: str, names: tuple[str, ...]) -> bool:
+    return any(peer_id.endswith(name.lstrip(".")) for name in names)
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The directory at one moment.
 
-    servers: those that claim to be ONLINE (with the wanted adapter), by peer id.
+    servers: those that claim to be ONLINE and are chosen, by peer id.
+    left_out: ONLINE servers that are not chosen, each with the reason.
     dropped: malformed records.
     """
 
     num_blocks: int
     servers: Mapping[str, SpanServer]
     dropped: int = 0
+    left_out: Mapping[str, tuple[SpanServer, str]] = field(default_factory=dict)
 
     def missing(self, without: frozenset[str] = frozenset()) -> tuple[tuple[int, int], ...]:
         """Blocks no server holds, as (first, last + 1) spans; servers in `without` do not count."""
@@ -107,9 +143,7 @@ class Snapshot:
         return tuple(spans)
 
 
-def read_snapshot(
-    announcements: Iterable[Announcement], num_blocks: int, active_adapter: str | None = None
-) -> Snapshot:
+def read_snapshot(announcements: Iterable[Announcement], num_blocks: int, choice: Choice | None = None) -> Snapshot:
     """Turn announcements into servers with spans.
 
     A server that moved has left old records under its old blocks, which live on for minutes: only its newest record
@@ -128,19 +162,24 @@ def read_snapshot(
         if announcement.peer_id not in newest or announcement.expiration > newest[announcement.peer_id][0]:
             newest[announcement.peer_id] = (announcement.expiration, record)
 
+    choice = choice or Choice()
     servers: dict[str, SpanServer] = {}
+    left_out: dict[str, tuple[SpanServer, str]] = {}
     for peer_id, (_, record) in newest.items():
         if record.state is not ServerState.ONLINE:
-            continue
-        if active_adapter is not None and active_adapter not in record.adapters:
             continue
         start, end = _span(record, sorted(set(found_under[peer_id])))
         end = min(end, num_blocks)
         if start >= end:
             dropped += 1
             continue
-        servers[peer_id] = SpanServer(peer_id, start, end, record)
-    return Snapshot(num_blocks, servers, dropped)
+        server = SpanServer(peer_id, start, end, record)
+        reason = choice.refusal(peer_id, record)
+        if reason is None:
+            servers[peer_id] = server
+        else:
+            left_out[peer_id] = (server, reason)
+    return Snapshot(num_blocks, servers, dropped, left_out)
 
 
 def _span(record: ServerRecord, blocks: list[int]) -> tuple[int, int]:

@@ -22,6 +22,7 @@ __all__ = [
     "ServerInfo",
     "block_uid",
     "decode_tensor",
+    "dtype_name",
     "encode_tensor",
     "forward_metadata",
     "read_answer",
@@ -54,6 +55,11 @@ class ServerInfo:
     input_dtype: torch.dtype
     output_dtype: torch.dtype
     cache_tokens_available: int | None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the wire spells it: "float32"."""
+    return _NAMES[dtype]
 
 
 def block_uid(prefix: str, first: int, last: int | None = None) -> str:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals_eval.swarm.records import Announcement, ServerRecord, ServerState, read_snapshot
+from petals_eval.swarm.records import Announcement, Choice, ServerRecord, ServerState, read_snapshot
 
 FULL = {
     "start_block": 0,
@@ -72,7 +72,7 @@ def test_nothing_a_stranger_stores_raises_anything_else(value):
     read_snapshot([announce(0, "a", value), announce(0, "b", (2, 1.0, value)), announce(0, "c", [2, value, {}])], 3)
 
 
-def test_only_online_servers_with_the_adapter_count():
+def test_only_online_servers_that_are_chosen_count():
     announcements = [
         announce(0, "offline", (0, 1.0, FULL)),
         announce(0, "joining", (1, 1.0, FULL)),
@@ -80,7 +80,32 @@ def test_only_online_servers_with_the_adapter_count():
         announce(0, "plain", (2, 1.0, {**FULL, "adapters": []})),
     ]
     assert set(read_snapshot(announcements, 3).servers) == {"online", "plain"}
-    assert set(read_snapshot(announcements, 3, active_adapter="some/lora").servers) == {"online"}
+    chosen = read_snapshot(announcements, 3, Choice(active_adapter="some/lora"))
+    assert set(chosen.servers) == {"online"}
+    assert chosen.left_out["plain"][1] == "does not announce adapter some/lora"
+
+
+@pytest.mark.parametrize(
+    ("choice", "used", "reason"),
+    [
+        (Choice(dtype="float32"), {"a", "b"}, "computes in bfloat16, not float32"),
+        (Choice(quant="none"), {"a"}, "quantises with nf4, not none"),
+        (Choice(allow=("a", "...c")), {"a", "c"}, "is not among the allowed servers"),
+        (Choice(deny=("b",)), {"a", "c", "silent"}, "is denied"),
+        (Choice(dtype="bfloat16", quant="none"), set(), "computes in unknown, not bfloat16"),
+    ],
+)
+def test_whom_to_use(choice, used, reason):
+    announcements = [
+        announce(0, "a", (2, 1.0, FULL)),
+        announce(0, "b", (2, 1.0, {**FULL, "quant_type": "nf4"})),
+        announce(0, "c", (2, 1.0, {**FULL, "torch_dtype": "bfloat16", "quant_type": "int8"})),
+        announce(0, "silent", (2, 1.0, {"start_block": 0, "end_block": 3})),
+    ]
+    snapshot = read_snapshot(announcements, 3, choice)
+    assert set(snapshot.servers) == used
+    assert set(snapshot.left_out) == {"a", "b", "c", "silent"} - used
+    assert reason in {each for _, each in snapshot.left_out.values()}
 
 
 def test_a_server_that_moved_counts_where_its_newest_record_says():
