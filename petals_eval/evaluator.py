@@ -12,7 +12,7 @@ from petals_eval.errors import InterruptedRunError, MachineError, PetalsEvalErro
 from petals_eval.report import markdown_report
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, ServerUsed
-from petals_eval.runs.results import WITHOUT_PROMPTS, RunResult, summarise
+from petals_eval.runs.results import WITHOUT_PROMPTS, RunResult, computed_in, summarise
 from petals_eval.tasks import Task, load_task, resolve_source
 from petals_eval.tasks.requests import Example, Request
 
@@ -81,7 +81,7 @@ def evaluate(
         with _told_what_is_kept(run, kept=out is not None):
             for name, adapter in variants:
                 run.score(name, adapter)
-        status = model.blocks.status()
+        used = folder.journal.servers()
         results = {
             name: summarise(folder.journal, name, task.metrics, task.label_names, seed=seed) for name, _ in variants
         }
@@ -89,10 +89,11 @@ def evaluate(
             task=task.name,
             without_prompts=results.pop(WITHOUT_PROMPTS, None),
             adapters=results,
-            retries=status.retries,
-            servers=len(status.servers),
+            retries=model.blocks.status().retries,
+            servers=len({server.peer_id for server, _ in used}),
+            computed_in=computed_in(used),
         )
-        folder.finish(result, report=markdown_report(result, folder.manifest, folder.journal.servers()))
+        folder.finish(result, report=markdown_report(result, folder.manifest, used))
     return result
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from petals_eval.metrics import METRICS, Metric
 from petals_eval.report.text import printable
-from petals_eval.runs import AdapterResult, RunResult
+from petals_eval.runs import AdapterResult, ComputedIn, RunResult
 
 __all__ = [
     "counts_line",
@@ -83,8 +83,16 @@ def rate_text(rate: float) -> str:
 
 
 def swarm_line(result: RunResult) -> str:
-    """Retries and servers."""
-    return f"{plural(result.retries, 'retry', 'retries')} · {plural(result.servers, 'server')}"
+    """Retries, servers, and what these computed in: that changes numbers."""
+    line = f"{plural(result.retries, 'retry', 'retries')} · {plural(result.servers, 'server')}"
+    kinds = [_kind(each, alone=len(result.computed_in) == 1) for each in result.computed_in]
+    return f"{line} ({'; '.join(kinds)})" if kinds else line
+
+
+def _kind(kind: ComputedIn, *, alone: bool) -> str:
+    count = "" if alone else f"{kind.servers} x "
+    quant = "" if kind.quant in (None, "none") else f" quantised to {kind.quant}"
+    return printable(f"{count}{kind.dtype or 'unknown dtype'}{quant}, petals {kind.version or 'of unknown version'}")
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:

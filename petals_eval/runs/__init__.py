@@ -3,12 +3,13 @@
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.journal import Counts, Failure, Journal, ScoredArrays
 from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, ServerUsed, difference
-from petals_eval.runs.results import WITHOUT_PROMPTS, AdapterResult, RunResult, summarise
+from petals_eval.runs.results import WITHOUT_PROMPTS, AdapterResult, ComputedIn, RunResult, computed_in, summarise
 
 __all__ = [
     "WITHOUT_PROMPTS",
     "AdapterRecord",
     "AdapterResult",
+    "ComputedIn",
     "Counts",
     "DataRecord",
     "Failure",
@@ -19,6 +20,7 @@ __all__ = [
     "RunResult",
     "ScoredArrays",
     "ServerUsed",
+    "computed_in",
     "difference",
     "summarise",
 ]

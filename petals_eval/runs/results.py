@@ -1,12 +1,13 @@
 """The result of a run, computed from its journal alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from petals_eval.metrics import METRICS, Metric, compute_metrics, confusion_matrix
 from petals_eval.runs.journal import Journal
+from petals_eval.runs.manifest import ServerUsed
 
-__all__ = ["WITHOUT_PROMPTS", "AdapterResult", "RunResult", "summarise"]
+__all__ = ["WITHOUT_PROMPTS", "AdapterResult", "ComputedIn", "RunResult", "computed_in", "summarise"]
 
 SCHEMA_VERSION = 1
 WITHOUT_PROMPTS = "without the prompts"  # the journal's adapter name of the run that shows what the prompts are worth
@@ -61,6 +62,16 @@ class AdapterResult:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class ComputedIn:
+    """What servers of one kind computed with: dtype of their answers, quantisation and version by their own word."""
+
+    dtype: str | None
+    quant: str | None
+    version: str | None
+    servers: int
+
+
 @dataclass(frozen=True, eq=False)
 class RunResult:
     """What `evaluate` returns.
@@ -68,6 +79,7 @@ class RunResult:
     adapters: by name, in the order they were given; at least one.
     without_prompts: the same examples without tuned prompts, where that was asked for.
     retries: micro-batches that were sent again. servers: how many computed something.
+    computed_in: in which dtypes, quantisations and versions, the most common first.
     """
 
     task: str
@@ -75,6 +87,7 @@ class RunResult:
     without_prompts: AdapterResult | None = None
     retries: int = 0
     servers: int = 0
+    computed_in: tuple[ComputedIn, ...] = ()
 
     @property
     def first(self) -> AdapterResult:
@@ -89,6 +102,7 @@ class RunResult:
         """`metrics.json`: the first adapter's numbers on top; with several, all of them again under "adapters"."""
         found: dict[str, object] = {"schema_version": SCHEMA_VERSION, "task": self.task, **self.first.to_json()}
         found |= {"retries": self.retries, "servers": self.servers}
+        found["computed_in"] = [asdict(each) for each in self.computed_in]
         if len(self.adapters) > 1:
             found["adapters"] = {name: result.to_json() for name, result in self.adapters.items()}
         if self.without_prompts is not None:
@@ -101,6 +115,15 @@ class RunResult:
         if len(lines) > 1:
             lines = [f"{name}: {line}" for name, line in zip(self.adapters, lines, strict=True)]
         return "\n".join(lines)
+
+
+def computed_in(servers: Sequence[tuple[ServerUsed, int]]) -> tuple[ComputedIn, ...]:
+    """Group the servers of a journal (`Journal.servers`) by what they computed with."""
+    peers: dict[tuple[str | None, str | None, str | None], set[str]] = {}
+    for server, _ in servers:
+        peers.setdefault((server.dtype, server.quant, server.version), set()).add(server.peer_id)
+    kinds = [ComputedIn(*kind, servers=len(found)) for kind, found in peers.items()]
+    return tuple(sorted(kinds, key=lambda kind: (-kind.servers, str(kind))))
 
 
 def summarise(

@@ -22,6 +22,7 @@ from petals_eval.runs import (
     ModelRecord,
     RunResult,
     ServerUsed,
+    computed_in,
 )
 
 FORGERY = "\x1b[2J\x1b[31mevil [bold]x[/bold]\r\n| <b> `rm`\u202e"
@@ -269,3 +270,23 @@ def test_examples_in_docstrings_hold(module) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_what_servers_computed_in_is_said_for_it_changes_numbers():
+    used = [
+        (ServerUsed("a", 0, 2, "2.2.0", "bfloat16", "nf4"), 100),
+        (ServerUsed("b", 2, 4, "2.2.0", "float32", "none"), 60),
+        (ServerUsed("c", 2, 3, "2.2.0", "float32", "none"), 40),
+        (ServerUsed("c", 3, 4, "2.2.0", "float32", "none"), 40),
+        (ServerUsed("d", 2, 4, None, FORGERY, None), 40),
+    ]
+    kinds = computed_in(used)
+    assert [(kind.dtype, kind.quant, kind.servers) for kind in kinds[:1]] == [("float32", "none", 2)]
+    text = printed(run_result(retries=0, servers=4, computed_in=kinds))
+    assert "2 x float32, petals 2.2.0; " in text
+    assert "1 x bfloat16 quantised to nf4, petals 2.2.0" in text
+    assert "petals of unknown version" in text
+    assert "\x1b" not in text
+    alone = run_result(servers=1, computed_in=computed_in(used[:1]))
+    assert "1 server (bfloat16 quantised to nf4, petals 2.2.0)" in printed(alone)
+    assert alone.to_json()["computed_in"] == [{"dtype": "bfloat16", "quant": "nf4", "version": "2.2.0", "servers": 1}]
