@@ -92,7 +92,9 @@ def swarm_line(result: RunResult) -> str:
 def _kind(kind: ComputedIn, *, alone: bool) -> str:
     count = "" if alone else f"{kind.servers} x "
     quant = "" if kind.quant in (None, "none") else f" quantised to {kind.quant}"
-    return printable(f"{count}{kind.dtype or 'unknown dtype'}{quant}, petals {kind.version or 'of unknown version'}")
+    version = kind.version or "of unknown version"
+    untested = "" if kind.is_tested else ", not tested: relied on for the forward path alone"
+    return printable(f"{count}{kind.dtype or 'unknown dtype'}{quant}, petals {version}{untested}")
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:

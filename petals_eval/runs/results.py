@@ -10,6 +10,7 @@ from petals_eval.runs.manifest import ServerUsed
 __all__ = ["WITHOUT_PROMPTS", "AdapterResult", "ComputedIn", "RunResult", "computed_in", "summarise"]
 
 SCHEMA_VERSION = 1
+TESTED_PETALS = ("2.2.", "2.3.")  # lines of Petals whose wire was tested; of others only the forward path is relied on
 WITHOUT_PROMPTS = "without the prompts"  # the journal's adapter name of the run that shows what the prompts are worth
 
 
@@ -70,6 +71,11 @@ class ComputedIn:
     quant: str | None
     version: str | None
     servers: int
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether servers of this version were tested. Of any other only the forward path is relied on."""
+        return self.version is not None and self.version.startswith(TESTED_PETALS)
 
 
 @dataclass(frozen=True, eq=False)
