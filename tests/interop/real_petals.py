@@ -182,7 +182,8 @@ class RealPetalsSwarm:
     ):
         self.dht_prefix = dht_prefix
         self.servers: list[RealPetalsServer] = []
-        self._model_dir, self._spans, self._timeout = Path(model_dir), list(spans), timeout
+        self.model_dir = Path(model_dir)
+        self._spans, self._timeout = list(spans), timeout
         self._joined = list(initial_peers or ())
         self._python = python or petals_python()
         self._dtype = dtype
@@ -227,7 +228,7 @@ class RealPetalsSwarm:
         for span in spans:
             folder = self._folder / str(len(self.servers))
             folder.mkdir()
-            new.append(RealPetalsServer(self._python, self._model_dir, span, flags, folder))
+            new.append(RealPetalsServer(self._python, self.model_dir, span, flags, folder))
             self.servers.append(new[-1])
         for server in new:
             first = server is self.servers[0]

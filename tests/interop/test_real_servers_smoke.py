@@ -6,6 +6,7 @@ from hivemind.compression.serialization import deserialize_torch_tensor, seriali
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 
+from tests.interop.conftest import STORIES
 from tests.interop.petals_folders import PETALS_FAMILIES, block_states, make_petals_tiny
 from tests.interop.real_petals import ONLINE, RawClient, RealPetalsSwarm, in_own_loop
 
@@ -24,22 +25,15 @@ async def forward(client: RawClient, server, prefix: str, hidden, prompts=None) 
     return deserialize_torch_tensor(response.tensors[0])
 
 
-@pytest.fixture(scope="module")
-def stories(realdata):
-    spans = [(0, 2), (2, 4), (4, 5)]
-    with RealPetalsSwarm(realdata / "stories260K-hf", spans, dht_prefix="stories260K-hf") as swarm:
-        yield swarm
-
-
 def test_every_block_is_announced_by_its_server(stories):
     async def look():
         async with RawClient(stories.initial_peers) as client:
-            return await client.records([f"stories260K-hf.{block}" for block in range(5)])
+            return await client.records([f"{STORIES}.{block}" for block in range(5)])
 
     records = in_own_loop(look)
     for server in stories.servers:
         for block in range(*server.span):
-            state, throughput, extra = records[f"stories260K-hf.{block}"][server.peer_id]
+            state, throughput, extra = records[f"{STORIES}.{block}"][server.peer_id]
             assert (state, throughput, extra["torch_dtype"]) == (ONLINE, 10.0, "float32")
             assert (extra["start_block"], extra["end_block"], extra["version"]) == (*server.span, "2.2.0.post1")
 
@@ -47,9 +41,7 @@ def test_every_block_is_announced_by_its_server(stories):
 def test_a_server_describes_itself(stories):
     async def ask():
         async with RawClient(stories.initial_peers) as client:
-            answer = await client.stub(stories.servers[1].peer_id).rpc_info(
-                runtime_pb2.ExpertUID(uid="stories260K-hf.2")
-            )
+            answer = await client.stub(stories.servers[1].peer_id).rpc_info(runtime_pb2.ExpertUID(uid=f"{STORIES}.2"))
             return MSGPackSerializer.loads(answer.serialized_info)
 
     info = in_own_loop(ask)
@@ -57,14 +49,14 @@ def test_a_server_describes_itself(stories):
     assert info["outputs_schema"][0].dtype is torch.float32
 
 
-def test_three_servers_compute_what_hugging_face_computes(stories, realdata):
-    expected = block_states(realdata / "stories260K-hf", INPUT_IDS)
+def test_three_servers_compute_what_hugging_face_computes(stories, stories_dir):
+    expected = block_states(stories_dir, INPUT_IDS)
 
     async def pass_through():
         async with RawClient(stories.initial_peers) as client:
             states = expected[:1]
             for server in stories.servers:
-                states.append(await forward(client, server, "stories260K-hf", states[-1]))
+                states.append(await forward(client, server, STORIES, states[-1]))
             return states[1:]
 
     for server, state in zip(stories.servers, in_own_loop(pass_through), strict=True):
@@ -89,8 +81,8 @@ def test_deep_prompts_reach_every_block_of_a_tiny_model(family, tmp_path):
     torch.testing.assert_close(prompted, expected[-1], rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_outlives_the_swarm(realdata):
-    with RealPetalsSwarm(realdata / "stories260K-hf", [(4, 5)], dht_prefix="stories260K-hf") as swarm:
+def test_nothing_outlives_the_swarm(stories_dir):
+    with RealPetalsSwarm(stories_dir, [(4, 5)], dht_prefix=STORIES) as swarm:
         (server,) = swarm.servers
         folder = server.folder
         assert len(server.processes()) >= 4  # the server, its DHT, a handler, p2pd

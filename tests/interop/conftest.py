@@ -1,0 +1,31 @@
+"""Swarms of real Petals servers that several tests share: each takes seconds to start."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.interop.petals_folders import make_petals_tiny
+from tests.interop.real_petals import RealPetalsSwarm
+
+STORIES = "stories260K-hf"
+
+
+@pytest.fixture(scope="session")
+def stories_dir(realdata: Path) -> Path:
+    return realdata / "stories260K-hf"
+
+
+@pytest.fixture(scope="session")
+def stories(stories_dir: Path) -> Iterator[RealPetalsSwarm]:
+    """The real model on three real servers, float32."""
+    with RealPetalsSwarm(stories_dir, [(0, 2), (2, 4), (4, 5)], dht_prefix=STORIES) as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="session", params=["bloom", "falcon"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealPetalsSwarm]:
+    """A random model of the family on two real servers whose spans overlap. Wide, so that 1 MiB is 1,024 tokens."""
+    folder = make_petals_tiny(request.param, tmp_path_factory.mktemp("tiny") / request.param, hidden=256)
+    with RealPetalsSwarm(folder, [(0, 2), (1, 3)], dht_prefix=f"tiny-{request.param}") as swarm:
+        yield swarm
