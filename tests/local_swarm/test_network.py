@@ -1,0 +1,120 @@
+"""The emulated network: late by its delay, no faster than its rate, shared where it says so, byte for byte."""
+
+import asyncio
+import doctest
+import os
+import time
+
+import psutil
+import pytest
+
+import petals_eval.local_swarm.network
+from petals_eval.errors import MachineError
+from petals_eval.local_swarm.network import EmulatedNetwork, Link, LinkProfile
+
+MEGABIT = 1e6 / 8  # bytes
+
+
+def test_doctests():
+    assert doctest.testmod(petals_eval.local_swarm.network).failed == 0
+
+
+def test_a_link_is_a_serial_line():
+    link = Link(rate=1000.0)
+    ends = [link.send(100, now=0.0) for _ in range(10)]
+    assert ends == pytest.approx([0.1 * count for count in range(1, 11)])
+    assert (link.bytes, link.busy) == (1000, pytest.approx(1.0))
+    free = Link(rate=None)
+    assert (free.send(10**9, now=3.0), free.busy) == (3.0, 0.0)
+
+
+def echo_through(network: EmulatedNetwork, *profiles: LinkProfile, size: int = 0) -> tuple[list[float], float]:
+    """Round trips of a byte, and the seconds to send `size` bytes to and fro over each relay at once."""
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+    async def one(relay, start: asyncio.Barrier, trips: list[float]) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
+        for _ in range(5):
+            began = time.perf_counter()
+            writer.write(b"x")
+            await reader.readexactly(1)
+            trips.append(time.perf_counter() - began)
+        await start.wait()
+        sent = os.urandom(size)
+        writer.write(sent)
+        assert await reader.readexactly(size) == sent
+        writer.close()
+
+    async def all_of_them() -> tuple[list[float], float]:
+        async with await asyncio.start_server(echo, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            relays = [network.open_relay(profile) for profile in profiles]
+            for relay in relays:
+                network.connect(relay, port)
+            trips: list[float] = []
+            barrier = asyncio.Barrier(len(relays) + 1)
+            async with asyncio.TaskGroup() as group:
+                for relay in relays:
+                    group.create_task(one(relay, barrier, trips))
+                await barrier.wait()
+                began = time.perf_counter()
+            return trips, time.perf_counter() - began
+
+    return asyncio.run(all_of_them())
+
+
+def test_delay_and_jitter_are_added_each_way():
+    with EmulatedNetwork() as network:
+        trips, _ = echo_through(network, LinkProfile(delay=0.03))
+        assert min(trips) >= 0.06
+        jittered, _ = echo_through(network, LinkProfile(delay=0.03, jitter=0.03))
+        assert min(jittered) >= 0.06
+        assert max(jittered) > min(jittered) + 0.002
+
+
+def test_no_more_passes_than_the_link_carries():
+    with EmulatedNetwork() as network:
+        profile = LinkProfile(up=16, down=32)
+        _, seconds = echo_through(network, profile, size=int(8 * MEGABIT))
+        assert seconds >= 0.5  # 8 megabits at 16 per second
+        relays, client = network.use()
+        assert relays[0].bytes_up == relays[0].bytes_down == int(8 * MEGABIT) + 5
+        assert relays[0].busy_up == pytest.approx(0.5, rel=0.01)
+        assert relays[0].busy_down == pytest.approx(0.25, rel=0.01)
+        assert (client.bytes_up, client.busy_up) == (relays[0].bytes_up, 0.0)
+        assert network.processor_seconds() > 0
+
+
+def test_the_clients_own_link_is_shared_by_all_relays():
+    with EmulatedNetwork(client_up=16) as network:
+        free = LinkProfile()
+        _, seconds = echo_through(network, free, free, size=int(4 * MEGABIT))
+        assert seconds >= 0.5  # twice 4 megabits at 16 per second
+
+
+def test_a_server_that_is_not_there_closes_the_connection():
+    async def read_all(port: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        found = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+        return found
+
+    with EmulatedNetwork() as network:
+        relay = network.open_relay(LinkProfile())
+        network.connect(relay, 1)
+        assert asyncio.run(read_all(relay.port)) == b""
+
+
+def test_it_ends_with_its_owner():
+    before = set(psutil.Process().children(recursive=True))
+    with EmulatedNetwork() as network:
+        network.open_relay(LinkProfile())
+        assert set(psutil.Process().children(recursive=True)) - before
+    assert not set(psutil.Process().children(recursive=True)) - before
+    with pytest.raises(MachineError, match="not running"):
+        network.use()
