@@ -14,7 +14,6 @@ from tests.interop.petals_folders import block_states, petals_copy
 from tests.interop.real_petals import RealPetalsSwarm, run_petals_loop
 from tests.model.reference import causal_lm, close, local_answers
 
-
 # Seconds after which a test fails rather than waits on.
 BOUNDED = {"request_timeout": 30, "deadline": 60}
 
