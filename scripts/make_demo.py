@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Make the demo's model, prompts and data again: petals_eval/demo/. Seeded; takes some minutes on one core.
 
 Run it in the environment of scripts/test.sh:
