@@ -11,7 +11,8 @@ failed=()
 .venv/bin/python -m ruff format --check . || failed+=("ruff format --check")
 .venv/bin/python -m mypy || failed+=(mypy)
 
-# The check against real Petals servers and clients (scripts/petals_peer.sh) comes here.
+# Real Petals servers and clients, in an environment of their own, for tests/interop.
+scripts/petals_peer.sh || failed+=(scripts/petals_peer.sh)
 
 # One process: the tests start swarms and measure deadlines, and would take each other's cores.
 .venv/bin/python -m pytest "$@" || failed+=(pytest)
