@@ -6,6 +6,8 @@ from contextlib import suppress
 from hivemind.dht.node import DHTNode
 from hivemind.p2p.p2p_daemon import P2P
 
+from petals_eval.swarm.daemon import keep_reading
+
 __all__ = ["Peer"]
 
 
@@ -36,6 +38,7 @@ class Peer:
             auto_nat=False,
             use_relay=False,
         )
+        keep_reading(p2p)
         try:
             node = await DHTNode.create(p2p=p2p, initial_peers=list(initial_peers) or None)
             maddrs = tuple(str(maddr) for maddr in await p2p.get_visible_maddrs())

@@ -1,5 +1,6 @@
 """The connection to a swarm: one background event loop that owns the libp2p daemon and the DHT node."""
 
+import asyncio
 import atexit
 import threading
 from collections.abc import Awaitable, Callable
@@ -16,6 +17,7 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import SwarmError, SwarmUnreachableError
+from petals_eval.swarm.daemon import end_daemon, keep_reading, wait_until_lost
 
 if TYPE_CHECKING:
     from petals_eval.swarm.remote_sequential import RemoteSequential
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
 __all__ = ["SwarmConnection"]
 
 T = TypeVar("T")
+
+_SHUTDOWN_TIMEOUT = 5.0  # seconds the daemon gets to end by itself
+_DAEMON_ENDED = (
+    "the local libp2p daemon (p2pd), through which this process talks to the swarm, has ended: was it killed, or is "
+    "this machine out of memory? Connect again to go on."
+)
 
 
 class SwarmConnection:
@@ -41,6 +49,8 @@ class SwarmConnection:
         self._p2p: P2P | None = None
         self._dht: DHTNode | None = None
         self._background: list[Future[Any]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_lost = False
         self._lock = threading.Lock()
 
     @classmethod
@@ -54,6 +64,7 @@ class SwarmConnection:
         atexit.register(connection.close)
         try:
             connection.run(connection._start)
+            connection._background.append(connection._portal.start_task_soon(connection._watch_daemon))
         except BaseException:
             connection.close()
             raise
@@ -73,6 +84,7 @@ class SwarmConnection:
                     host_maddrs=None,
                     startup_timeout=self.settings.startup_timeout,
                 )
+                keep_reading(self._p2p)
                 self._dht = await DHTNode.create(p2p=self._p2p, initial_peers=peers, client_mode=True, num_workers=32)
         except ClockError as error:
             raise SwarmUnreachableError(
@@ -84,6 +96,29 @@ class SwarmConnection:
                 "\n  ".join([f"no initial peer answered within {self.settings.startup_timeout:g} s:", *peers])
                 + f"\nCheck the addresses and that one of them is up. ({type(error).__name__}: {error})"
             ) from error
+
+    async def _watch_daemon(self) -> None:
+        """Without the daemon no answer comes and nothing says so: end whatever waits for one."""
+        await wait_until_lost(self.p2p)
+        self._is_lost = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def _while_daemon_lives(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Raises SwarmError when the daemon ends first."""
+        task = asyncio.current_task()
+        if task is None or self._is_lost:
+            raise SwarmError(_DAEMON_ENDED)
+        self._tasks.add(task)
+        try:
+            return await function(*args)
+        except asyncio.CancelledError:
+            if not self._is_lost:
+                raise
+            task.uncancel()
+            raise SwarmError(_DAEMON_ENDED) from None
+        finally:
+            self._tasks.discard(task)
 
     def run(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run a coroutine function in the connection's loop and wait; an interrupt here cancels it there."""
@@ -97,11 +132,11 @@ class SwarmConnection:
     def start(self, function: Callable[..., Awaitable[T]], *args: Any) -> "Future[T]":
         """Start a coroutine function in the connection's loop. Cancelling the future cancels it.
 
-        Raises SwarmError after close(), RuntimeError from within the loop itself (waiting there would never end).
+        Raises SwarmError after close(), and in the future when the daemon has ended; RuntimeError from within the loop itself (waiting there would never end).
         """
         if self._portal is None:
             raise SwarmError("the connection to the swarm is closed: connect again")
-        return self._portal.start_task_soon(function, *args)
+        return self._portal.start_task_soon(self._while_daemon_lives, function, *args)
 
     def start_background(self, function: Callable[..., Awaitable[None]], *args: Any) -> None:
         """Start a coroutine function that runs until the connection is closed."""
@@ -144,7 +179,7 @@ class SwarmConnection:
         if self._dht is not None:
             await self._dht.shutdown()
         if self._p2p is not None:
-            await self._p2p.shutdown()
+            await end_daemon(self._p2p, _SHUTDOWN_TIMEOUT)
         self._dht = self._p2p = None
 
     def __enter__(self) -> "SwarmConnection":
