@@ -32,16 +32,28 @@ class Settings(BaseModel):
 
 
 def explain_validation(model: type[BaseModel], error: ValidationError) -> str:
-    """One line per mistake: the key, what was found and what was expected."""
+    """One line per mistake: the key, what was expected and what was found; never a secret."""
+    from petals_eval.data.problems import closest  # here, because the rest of that room takes seconds to import
+
+    names = [field.alias or name for name, field in model.model_fields.items()]
+    problems = error.errors(include_url=False)
+    wrong_items = {problem["loc"][0] for problem in problems if len(problem["loc"]) > 1}
     lines = []
-    for problem in error.errors(include_url=False):
+    for problem in problems:
         key = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown setting {key!r}; there are: {', '.join(model.model_fields)}")
+            lines.append(f"unknown setting {key!r}.{closest(key, names)} There are: {', '.join(names)}")
         elif problem["type"] == "missing":
-            lines.append(f"{key} is missing")
+            lines.append(f"{key} is missing, and it must be given")
+        elif not key:
+            lines.append(message)  # about the settings together
+        elif key in wrong_items and problem["type"] == "too_short":
+            continue  # pydantic does not count the wrong items it has just named
+        elif key == "token":
+            lines.append(f"{key}: {message}")
         else:
-            lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')} (found {problem['input']!r:.80})")
+            lines.append(f"{key}: {message} (found {problem['input']!r:.80})")
     return "\n".join(lines)
 
 
@@ -55,8 +67,8 @@ def _multiaddress(value: object) -> object:
         raise ValueError(hint)
     try:
         PeerID.from_base58(Multiaddr(value)["p2p"])
-    except (ValueError, KeyError, LookupError) as error:
-        raise ValueError(f"{hint}: {error}") from error
+    except (ValueError, LookupError) as error:
+        raise ValueError(hint) from error
     return value
 
 
@@ -67,6 +79,14 @@ Seconds = Annotated[float, Field(gt=0)]
 def _listed(value: object) -> object:
     """One name is a list of one."""
     return [value] if isinstance(value, str) else value
+
+
+def _split(value: object) -> object:
+    """Addresses in one text, apart by blanks, as people keep them in a variable of the shell."""
+    texts = _listed(value)
+    if not isinstance(texts, list | tuple):
+        return value
+    return [part for text in texts for part in (text.split() if isinstance(text, str) else [text])]
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
@@ -123,7 +143,7 @@ class RunSettings(Settings):
     max_length: int | None = Field(default=None, gt=0)  # tokens of text; None: the task's
 
     # where
-    initial_peers: Names = ()  # bootstrap multiaddresses
+    initial_peers: Annotated[tuple[Multiaddress, ...], BeforeValidator(_split)] = ()  # bootstrap peers
     public_swarm: bool = False  # the public Petals swarm
     local_swarm: int | None = Field(default=None, gt=0)  # servers of an embedded swarm on this machine
     dht_prefix: str | None = None  # the name servers announce; None: Petals' rule for the hub name
@@ -144,10 +164,22 @@ class RunSettings(Settings):
 
     @model_validator(mode="after")
     def _one_swarm(self) -> "RunSettings":
-        chosen = [bool(self.initial_peers), self.public_swarm, self.local_swarm is not None]
-        if sum(chosen) != 1:
+        chosen = {
+            "--initial-peers": bool(self.initial_peers),
+            "--public-swarm": self.public_swarm,
+            "--local-swarm": self.local_swarm is not None,
+        }
+        named = [flag for flag, given in chosen.items() if given]
+        if len(named) != 1:
+            found = " and ".join(named) if named else "none"
             raise ValueError(
-                "name exactly one swarm: --initial-peers MADDR (once per address), --public-swarm, or --local-swarm N "
-                "for an embedded one"
+                "expected exactly one swarm: --initial-peers MADDR, --public-swarm, or --local-swarm N for one that is "
+                f"embedded; found {found}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_print(self) -> "RunSettings":
+        if self.dry_run and self.json_output:
+            raise ValueError("--dry-run computes no metrics, so there is nothing for --json to print: leave one out")
         return self

@@ -6,23 +6,28 @@ from collections.abc import Sequence
 import typer
 
 from petals_eval.cli import demo, run, swarm, tasks
+from petals_eval.cli.command import GroupedCommand
 from petals_eval.cli.exits import run_command
 
 __all__ = ["app", "main"]
 
+# What typer raises for a wrong flag. Its name is in click or, since typer keeps a copy of click, in typer itself.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
 app = typer.Typer(
     name="petals-eval",
     help="Evaluate prompt-tuned language models whose transformer blocks run on a Petals swarm.",
+    epilog="petals-eval COMMAND --help shows a command's options and examples.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-app.command(name="run", help=run.HELP)(run.run)
-app.command(name="demo", help=demo.HELP)(demo.demo)
-app.command(name="swarm", help=swarm.HELP)(swarm.swarm)
-app.command(name="tasks", help=tasks.HELP)(tasks.tasks)
+app.command(name="run", help=run.HELP, short_help=run.SHORT, cls=GroupedCommand)(run.run)
+app.command(name="demo", help=demo.HELP, short_help=demo.SHORT, cls=GroupedCommand)(demo.demo)
+app.command(name="swarm", help=swarm.HELP, short_help=swarm.SHORT, cls=GroupedCommand)(swarm.swarm)
+app.command(name="tasks", help=tasks.HELP, short_help=tasks.SHORT, cls=GroupedCommand)(tasks.tasks)
 
 
 @app.callback(invoke_without_command=True)
@@ -37,18 +42,21 @@ def _version(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `petals-eval`. Exit codes: see petals_eval.cli.exits.run_command."""
-    import click
+    """Entry point of `petals-eval`: runs `arguments` (default: those of the process) and exits.
+
+    Exit codes: see petals_eval.cli.exits.run_command.
+    """
 
     def command() -> int:
         try:
-            return int(app(args=arguments, standalone_mode=False) or 0)
-        except click.exceptions.Exit as stop:
-            return stop.exit_code
-        except click.exceptions.Abort:
-            return 130
-        except click.ClickException as error:
-            error.show()
-            return error.exit_code
+            code = int(app(args=arguments, prog_name="petals-eval", standalone_mode=False) or 0)
+        except UsageError as error:
+            error.show()  # type: ignore[attr-defined]
+            return 2
+        except typer.Abort:  # what older versions of typer make of Ctrl-C
+            raise KeyboardInterrupt from None
+        if code == 130:  # what newer ones make of it
+            raise KeyboardInterrupt
+        return code
 
     sys.exit(run_command(command))

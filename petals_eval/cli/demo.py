@@ -4,8 +4,9 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["HELP", "demo"]
+__all__ = ["HELP", "SHORT", "demo"]
 
+SHORT = "Evaluate what ships with petals-eval over an embedded swarm."
 HELP = """Evaluate the model, prompts and data that ship with petals-eval over an embedded swarm of three servers.
 
 It shows what a run looks like, and what the prompts are worth: the same head without them is near chance.
@@ -13,11 +14,11 @@ It shows what a run looks like, and what the prompts are worth: the same head wi
 
 
 def demo(
-    servers: Annotated[int, typer.Option(help="Servers of the embedded swarm.", min=1, max=6)] = 3,
-    out: Annotated[str | None, typer.Option(help="Run folder. Default: runs/demo-<time>.")] = None,
+    servers: Annotated[int, typer.Option(metavar="N", help="Servers of the embedded swarm, 1 to 6.", min=1, max=6)] = 3,
+    out: Annotated[str | None, typer.Option(metavar="FOLDER", help="Run folder. Default: runs/demo-<time>.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print metrics.json alone on stdout.")] = False,
 ) -> int:
-    from petals_eval.cli.evaluation import default_folder, execute
+    from petals_eval.cli.evaluation import execute
     from petals_eval.config import RunSettings
     from petals_eval.demo import demo_paths
 
@@ -30,7 +31,7 @@ def demo(
             data=str(paths.data),
             local_swarm=servers,
             without_prompts=True,
-            out=out or str(default_folder("demo")),
+            out=out,
             json=json_output,
         )
     )

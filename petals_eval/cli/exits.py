@@ -1,6 +1,7 @@
 """How a command ends: one place that turns what was raised into a message and an exit code."""
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -15,56 +16,91 @@ from petals_eval.errors import InterruptedRunError, MachineError, PetalsEvalErro
 
 __all__ = ["run_command"]
 
+# Errors of the operating system that are this machine's and not ours.
+_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.EIO}
+
 
 def run_command(command: Callable[[], int]) -> int:
     """Run a command and return its exit code. What goes wrong is said on stderr, without a traceback.
 
     Codes: 0 done, 1 below a bar that was set, 2 the caller's mistake, 3 the swarm cannot, 4 this machine cannot, 70 a
-    bug of ours, 130 and 143 interrupted.
+    bug of ours, 130 interrupted (Ctrl-C), 143 terminated, 129 the terminal was closed, 141 nobody reads our output.
     """
     _quiet_libraries()
-    try:
-        with _termination_as_exception():
-            return command()
-    except PetalsEvalError as error:
-        _say("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
-        return error.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return 130
-    except BrokenPipeError:
-        # Whoever read our output has left; say nothing more, not even while the interpreter shuts down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (MemoryError, PermissionError) as error:
-        _say(f"error: {MachineError(f'this machine cannot: {type(error).__name__}: {error}')}")
-        return MachineError.exit_code
-    except Exception as error:  # noqa: BLE001  # the last resort: a bug of ours must not end as a traceback
-        _say(f"error: a bug in petals-eval ({type(error).__name__}: {error})\n  traceback kept in {_keep_traceback()}")
-        return PetalsEvalError.exit_code
+    with _ending_signals() as received:
+        try:
+            code = command()
+            sys.stdout.flush()
+            return code
+        except InterruptedRunError as error:
+            _say("\n".join([_how_it_ended(received), *getattr(error, "__notes__", ())]))
+            return _interrupted_code(received)
+        except KeyboardInterrupt:
+            _say(_how_it_ended(received))
+            return _interrupted_code(received)
+        except PetalsEvalError as error:
+            _say("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
+            return error.exit_code
+        except BrokenPipeError:
+            # Whoever read our output has left; say nothing more, not even while the interpreter shuts down.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        except Exception as error:  # noqa: BLE001  # the last resort: a bug of ours must not end as a traceback
+            if _is_the_machines(error):
+                _say(f"error: this machine cannot: {type(error).__name__}: {error}")
+                return MachineError.exit_code
+            _say(
+                f"error: a bug in petals-eval ({type(error).__name__}: {error})\n"
+                f"  traceback kept in {_keep_traceback()}: please report it"
+            )
+            return PetalsEvalError.exit_code
 
 
 @contextlib.contextmanager
-def _termination_as_exception() -> Iterator[None]:
-    """SIGTERM, as batch schedulers send it, ends a run the way Ctrl-C does: everything scored is kept."""
+def _ending_signals() -> Iterator[list[int]]:
+    """SIGTERM, as batch schedulers send it, and SIGHUP, of a closed terminal, end a run the way Ctrl-C does.
 
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise InterruptedRunError("terminated; everything scored is kept", exit_code=128 + number)
+    Yields the signals that came. KeyboardInterrupt, because libraries do not catch that on the way.
+    """
+    received: list[int] = []
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    def end(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    # A signal that is ignored stays so: that is how nohup lets a run outlive its terminal.
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _how_it_ended(received: list[int]) -> str:
+    return "interrupted" if not received else f"ended by {signal.Signals(received[0]).name}"
+
+
+def _interrupted_code(received: list[int]) -> int:
+    return 128 + (received[0] if received else signal.SIGINT)
+
+
+def _is_the_machines(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _MACHINE
+    # torch.OutOfMemoryError by its name: this must not import torch.
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)  # noqa: T201  # plain stderr: this must work when nothing else does
+    with contextlib.suppress(OSError):  # a closed terminal takes no message
+        print(message, file=sys.stderr, flush=True)  # noqa: T201  # plain stderr: this must work when nothing else does
 
 
 def _keep_traceback() -> Path:
     handle, name = tempfile.mkstemp(prefix="petals-eval-bug-", suffix=".txt")
-    with os.fdopen(handle, "w") as file:
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(traceback.format_exc())
     return Path(name)
 

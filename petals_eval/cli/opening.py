@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from petals_eval.config import PUBLIC_SWARM, RunSettings
+from petals_eval.errors import ConfigError
 from petals_eval.remote_model import RemoteModel
 
 __all__ = ["chosen_swarm", "local_options", "open_model", "whom_to_use"]
@@ -72,9 +73,16 @@ def whom_to_use(settings: RunSettings) -> dict[str, Any]:
 
 
 def local_options(settings: RunSettings) -> dict[str, Any]:
-    """How the local part is loaded."""
+    """How the local part is loaded. Raises ConfigError for a device that this machine or this torch does not have."""
     import torch
 
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device: expected one that torch can use here, found {settings.device!r}: {reason}"
+        ) from error
     return {
         "revision": settings.revision,
         "token": settings.token.get_secret_value() if settings.token else None,

@@ -8,84 +8,104 @@ import typer
 from petals_eval.config import RunSettings
 from petals_eval.errors import ConfigError
 
-__all__ = ["HELP", "read_settings", "run"]
+__all__ = ["HELP", "SHORT", "read_settings", "run"]
 
+SHORT = "Evaluate a model on a task over a swarm."
+# \b: the lines after it are shown as they are.
 HELP = """Evaluate a model on a task over a swarm and print its metrics; a run folder shows how they came about.
 
+\b
 On the public swarm:
-  petals-eval run --model bigscience/bloom --adapter ./sst2-prompts --task sst2 --public-swarm --out runs/sst2
+  petals-eval run --model bigscience/bloom --adapter ./sst2-prompts \\
+    --task sst2 --public-swarm --out runs/sst2
 On your own swarm:
-  petals-eval run --model ./my-llama --dht-prefix my-llama --initial-peers /ip4/... --adapter ./prompts --task trec
+  petals-eval run --model ./my-llama --adapter ./prompts --task trec \\
+    --initial-peers /ip4/... --dht-prefix my-llama
 Without any swarm, on servers embedded on this machine:
-  petals-eval run --model ./my-llama --local-swarm 3 --adapter ./prompts --task ./my-task.yaml --data test.csv
+  petals-eval run --model ./my-llama --adapter ./prompts \\
+    --task ./my-task.yaml --data test.csv --local-swarm 3
 
 Every flag is also a key of the YAML file given with --config; a flag wins over the file.
 """
 
-MODEL, TASK, SWARM, OUTPUT = "Model", "Task and data", "Swarm", "Output"
+
+def _option(group: str, metavar: str | None, help: str, *names: str) -> Any:
+    return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=group, show_default=False)
+
+
+MODEL, TASK, SWARM, SERVERS, OUTPUT = "Model", "Task and data", "Swarm", "Servers and calls", "Output"
 
 
 def run(
-    config: Annotated[Path | None, typer.Option(help="YAML file with any of these flags as keys.")] = None,
-    model: Annotated[str | None, typer.Option(help="Hub name or local folder.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of the model on the hub.")] = None,
-    token: Annotated[str | None, typer.Option(help="Hub token for gated repositories (or HF_TOKEN).")] = None,
+    model: Annotated[str | None, _option(MODEL, "NAME", "Hub name or local folder.")] = None,
+    revision: Annotated[str | None, _option(MODEL, "REV", "Revision of the model on the hub.")] = None,
+    token: Annotated[str | None, _option(MODEL, "TOKEN", "Hub token for gated repositories (or set HF_TOKEN).")] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(help="Prompt-tuned checkpoint: file, folder or hub name. Several are shown side by side."),
+        _option(MODEL, "NAME...", "Prompt-tuned checkpoints: file, folder or hub name; shown side by side."),
     ] = None,
     active_adapter: Annotated[
-        str | None, typer.Option(help="LoRA adapter on the servers; only servers that announce it are used.")
+        str | None, _option(MODEL, "NAME", "LoRA adapter on the servers; only servers that announce it are used.")
     ] = None,
     without_prompts: Annotated[
-        bool | None, typer.Option("--without-prompts", help="Also evaluate without the prompts, with the same head.")
+        bool | None,
+        _option(MODEL, None, "Also evaluate the first adapter's head without its prompts.", "--without-prompts"),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the computation at home. Default: the checkpoint's.")] = None,
-    device: Annotated[str | None, typer.Option(help="Of the computation at home. Default: cpu.")] = None,
-    task: Annotated[str | None, typer.Option(help="Shipped task (see petals-eval tasks) or YAML file.")] = None,
+    dtype: Annotated[
+        str | None, _option(MODEL, "DTYPE", "Of the computation at home. Default: the checkpoint's.")
+    ] = None,
+    device: Annotated[str | None, _option(MODEL, "DEVICE", "Of the computation at home. Default: cpu.")] = None,
+    task: Annotated[str | None, _option(TASK, "TASK", "Shipped task (see petals-eval tasks) or YAML file.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="csv, tsv, jsonl, parquet or text file, or hub name. Default: the task's.")
+        str | None, _option(TASK, "DATA", "csv, tsv, jsonl, parquet or text file, or hub name. Default: the task's.")
     ] = None,
-    subset: Annotated[str | None, typer.Option(help="Subset of a hub data set.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of a hub data set.")] = None,
-    data_revision: Annotated[str | None, typer.Option(help="Revision of a hub data set.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Evaluate this many examples, drawn by --seed.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the sample and the intervals. Default: 0.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of text. Default: the task's.")] = None,
+    subset: Annotated[str | None, _option(TASK, "NAME", "Subset of a hub data set.")] = None,
+    split: Annotated[str | None, _option(TASK, "NAME", "Split of a hub data set.")] = None,
+    data_revision: Annotated[str | None, _option(TASK, "REV", "Revision of a hub data set.")] = None,
+    limit: Annotated[int | None, _option(TASK, "N", "Evaluate this many examples, drawn by --seed.")] = None,
+    seed: Annotated[int | None, _option(TASK, "S", "Of the sample and the intervals. Default: 0.")] = None,
+    max_length: Annotated[int | None, _option(TASK, "N", "Tokens of text at most. Default: the task's.")] = None,
     initial_peers: Annotated[
-        list[str] | None, typer.Option(help="Multiaddress of a bootstrap peer; once per address.")
+        list[str] | None, _option(SWARM, "MADDR...", "Multiaddresses of bootstrap peers; one that answers is enough.")
     ] = None,
     public_swarm: Annotated[
-        bool | None, typer.Option("--public-swarm", help="The public Petals swarm: strangers' machines.")
+        bool | None, _option(SWARM, None, "The public Petals swarm: strangers' machines.", "--public-swarm")
     ] = None,
-    local_swarm: Annotated[int | None, typer.Option(help="Servers of an embedded swarm on this machine.")] = None,
+    local_swarm: Annotated[int | None, _option(SWARM, "N", "N servers embedded on this machine.")] = None,
     dht_prefix: Annotated[
-        str | None, typer.Option(help="Name the servers announce. Default: by Petals' rule for the hub name.")
+        str | None, _option(SWARM, "NAME", "Name the servers announce. Default: by Petals' rule for the hub name.")
     ] = None,
-    require_dtype: Annotated[str | None, typer.Option(help="Use only servers that compute in this dtype.")] = None,
+    require_dtype: Annotated[
+        str | None, _option(SERVERS, "DTYPE", "Use only servers that compute in this dtype.")
+    ] = None,
     require_quant: Annotated[
-        str | None, typer.Option(help="Use only servers of this quantisation; none leaves quantised ones out.")
+        str | None,
+        _option(SERVERS, "QUANT", "Use only servers of this quantisation; none leaves quantised ones out."),
     ] = None,
     allow_server: Annotated[
-        list[str] | None, typer.Option(help="Use only this server (identity or its last letters); once per server.")
+        list[str] | None, _option(SERVERS, "ID...", "Use only these servers (identities or their last letters).")
     ] = None,
-    deny_server: Annotated[list[str] | None, typer.Option(help="Leave this server out; once per server.")] = None,
+    deny_server: Annotated[list[str] | None, _option(SERVERS, "ID...", "Leave these servers out.")] = None,
     deadline: Annotated[
-        float | None, typer.Option(help="Seconds to wait for a server that can take the work. Default: 600.")
+        float | None, _option(SERVERS, "SECONDS", "Wait this long for a server that can take the work. Default: 600.")
     ] = None,
-    request_timeout: Annotated[float | None, typer.Option(help="Seconds for one call. Default: 180.")] = None,
-    window: Annotated[int | None, typer.Option(help="Micro-batches in flight at once. Default: 8.")] = None,
+    request_timeout: Annotated[float | None, _option(SERVERS, "SECONDS", "For one call. Default: 180.")] = None,
+    window: Annotated[int | None, _option(SERVERS, "N", "Micro-batches in flight at once. Default: 8.")] = None,
     max_tokens_per_call: Annotated[
-        int | None, typer.Option(help="Tokens a server takes in one call. Default: found out.")
+        int | None, _option(SERVERS, "N", "Tokens a server takes in one call. Default: found out.")
     ] = None,
     tokens_per_micro_batch: Annotated[
-        int | None, typer.Option(help="Positions sent together, prompts included. Default: 1024.")
+        int | None, _option(SERVERS, "N", "Positions sent together, prompts included. Default: 1024.")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="Run folder. Default: runs/<task>-<time>.")] = None,
-    dry_run: Annotated[bool | None, typer.Option("--dry-run", help="Show what would be sent; send nothing.")] = None,
-    json_output: Annotated[bool | None, typer.Option("--json", help="Print metrics.json alone on stdout.")] = None,
+    out: Annotated[
+        str | None, _option(OUTPUT, "FOLDER", "Run folder; an unfinished run goes on. Default: runs/<task>-<time>.")
+    ] = None,
+    dry_run: Annotated[
+        bool | None, _option(OUTPUT, None, "Show what would be sent; send nothing.", "--dry-run")
+    ] = None,
+    json_output: Annotated[bool | None, _option(OUTPUT, None, "Print metrics.json alone on stdout.", "--json")] = None,
+    config: Annotated[Path | None, _option("Options", "FILE", "YAML file with any of these flags as keys.")] = None,
 ) -> int:
-    """Parse; the work is in petals_eval.runs."""
     flags = {
         name.removesuffix("_output"): value
         for name, value in locals().items()
@@ -99,8 +119,14 @@ def run(
 
 
 def read_settings(config: Path | None, flags: dict[str, Any]) -> RunSettings:
-    """The settings of a run: the file's, overridden by the flags. Raises ConfigError."""
+    """The settings of a run: the file's, overridden by the flags. Raises ConfigError.
+
+    A flag that names a swarm overrides the file's choice of a swarm, whichever way the file names it.
+    """
     values = {} if config is None else _read_yaml(config)
+    swarms = ("initial_peers", "public_swarm", "local_swarm")
+    if any(name in flags for name in swarms):
+        values = {key: value for key, value in values.items() if key not in swarms}
     return RunSettings(**{**values, **flags})
 
 
@@ -110,11 +136,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"--config {path}: {error.strerror}. Expected a YAML file.") from error
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        where = f", line {place.line + 1}" if place is not None else ""
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise ConfigError(f"--config {path}{where}: not valid YAML: {problem}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path}: expected YAML in utf-8 ({error}).") from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"--config {path}: expected `flag: value` lines, found {type(values).__name__}")
-    return {key.replace("-", "_"): value for key, value in values.items()}
+        raise ConfigError(f"--config {path}: expected lines of `flag: value`, found {type(values).__name__}.")
+    return {key.removeprefix("--").replace("-", "_"): value for key, value in values.items()}

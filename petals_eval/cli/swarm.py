@@ -1,47 +1,81 @@
 """`petals-eval swarm MODEL`: a local swarm in the foreground."""
 
+import shlex
 from typing import Annotated
 
 import typer
 
-__all__ = ["HELP", "swarm"]
+__all__ = ["HELP", "SHORT", "swarm"]
 
+SHORT = "Serve a model's blocks on this machine, for tests and trials."
 HELP = """Serve a model's blocks on this machine until Ctrl-C, and print the peers to connect to.
 
-Example: petals-eval swarm ./my-llama --servers 3
+It listens on the loopback address only: the servers are for this machine.
+
+\b
+Three servers, the blocks split evenly among them:
+  petals-eval swarm ./my-llama --servers 3
+Two servers that both hold block 3:
+  petals-eval swarm ./my-llama --span 0:4 --span 3:6
 """
 
 
 def swarm(
-    model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
-    servers: Annotated[int, typer.Option(help="Servers; the blocks are split evenly among them.", min=1)] = 3,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub name.")],
+    servers: Annotated[
+        int, typer.Option(metavar="N", help="Servers; the blocks are split evenly among them.", min=1)
+    ] = 3,
     span: Annotated[
-        list[str] | None, typer.Option(help="FIRST:LAST blocks of one server, once per server, instead of --servers.")
+        list[str] | None,
+        typer.Option(metavar="FIRST:LAST", help="Blocks of one server, once per server, instead of --servers."),
     ] = None,
-    dht_prefix: Annotated[str | None, typer.Option(help="Name to announce. Default: by the model's name.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's.")] = None,
+    dht_prefix: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name to announce. Default: by the model's name.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16. Default: the checkpoint's.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="Revision of the model on the hub.")] = None,
+    token: Annotated[
+        str | None, typer.Option(metavar="TOKEN", help="Hub token for gated repositories (or set HF_TOKEN).")
+    ] = None,
 ) -> int:
-    from petals_eval.errors import ConfigError
+    from petals_eval.errors import MachineError
     from petals_eval.local_swarm import LocalSwarm
 
-    spans = None
-    if span:
-        try:
-            spans = [(int(first), int(last)) for first, last in (text.split(":") for text in span)]
-        except ValueError:
-            raise ConfigError(f"--span: expected FIRST:LAST such as 0:4, found {' '.join(span)}") from None
-    with LocalSwarm(model, servers=servers, spans=spans, dht_prefix=dht_prefix, dtype=dtype) as running:
-        typer.echo(f"serving {running.num_blocks} blocks as {running.dht_prefix!r}:")
+    with LocalSwarm(
+        model,
+        servers=servers,
+        spans=_spans(span) if span else None,
+        dht_prefix=dht_prefix,
+        dtype=dtype,
+        revision=revision,
+        token=token,
+    ) as running:
+        typer.echo(f"serving {running.num_blocks} blocks as {running.dht_prefix}:")
         for server in running.servers:
             typer.echo(f"  blocks {server.span[0]}:{server.span[1]}  {server.peer_id}")
         typer.echo("connect with:")
         typer.echo(
-            f"  petals-eval run --model {model} --dht-prefix {running.dht_prefix} "
-            f"--initial-peers {running.initial_peers[0]} --adapter ... --task ..."
+            f"  petals-eval run --model {shlex.quote(model)} --dht-prefix {running.dht_prefix} "
+            f"--initial-peers {running.initial_peers[0]} --task TASK --adapter PROMPTS"
         )
         typer.echo("Ctrl-C ends it.")
         try:
-            running.wait()
+            ended = running.wait()
         except KeyboardInterrupt:
-            typer.echo("\nstopping")
-    return 0
+            typer.echo("stopping")
+            return 0
+    first, last = ended.span
+    raise MachineError(
+        f"the server of blocks {first}:{last} ({ended.peer_id}) ended by itself, so the swarm was stopped."
+    )
+
+
+def _spans(texts: list[str]) -> list[tuple[int, int]]:
+    from petals_eval.errors import ConfigError
+
+    try:
+        return [(int(first), int(last)) for first, last in (text.split(":") for text in texts)]
+    except ValueError:
+        raise ConfigError(f"--span: expected FIRST:LAST such as 0:4, found {' '.join(texts)}") from None

@@ -2,8 +2,9 @@
 
 import typer
 
-__all__ = ["HELP", "tasks"]
+__all__ = ["HELP", "SHORT", "tasks"]
 
+SHORT = "List the tasks that ship."
 HELP = "List the tasks that ship, with their labels, data and text template."
 
 
@@ -11,14 +12,15 @@ def tasks() -> int:
     from petals_eval.tasks import list_tasks
 
     for task in list_tasks():
-        typer.echo(f"{task.name:<10} {task.description}")
+        source = task.data
         rows = {
             "labels": ", ".join(task.label_names),
             "text": f"{task.text!r}, at most {task.max_length} tokens",
-            "data": " ".join(filter(None, (task.data.path, task.data.subset, task.data.split))) if task.data else "",
+            "data": " ".join(filter(None, (source.path, source.subset, source.split))) if source else "none",
             "metrics": ", ".join(task.metrics),
         }
+        typer.echo(f"{task.name:<10} {task.description}")
         for name, value in rows.items():
             typer.echo(f"{'':<10} {name:<8} {value}")
-    typer.echo("\nA task of your own is a YAML file with these keys: petals-eval run --task my-task.yaml ...")
+    typer.echo("\nA task of your own is a YAML file: petals-eval run --task my-task.yaml (README.md shows one).")
     return 0

@@ -120,7 +120,8 @@ class ProgressDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is None:
-            self._say(self.status())
+            if error is None or self._done:  # what failed before it began has no progress to show
+                self._say(self.status())
         else:
             self._live.stop()
             self._live = None

@@ -5,6 +5,7 @@ Predictions of a run with one adapter are in `predictions.jsonl`; with several e
 `failures.jsonl`, which is there only if there are any. Everything but the journal is made from the journal.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from petals_eval.errors import RunFolderError
+from petals_eval.errors import MachineError, RunFolderError
 from petals_eval.runs.disk import TEMPORARY_SUFFIX, blame_the_machine, write_atomically
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import Manifest, difference
@@ -152,10 +153,27 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # A run that failed before it scored anything leaves nothing: corrected, it may use the same folder.
+        abandoned = isinstance(error, Exception) and not self.resumed and self._holds_nothing()
         try:
             self.journal.__exit__(kind, error, trace)
+            if abandoned:
+                self._remove()
         finally:
             self._unlock()
+
+    def _holds_nothing(self) -> bool:
+        with contextlib.suppress(MachineError):
+            counts = [self.journal.counts(adapter) for adapter in self.journal.adapters()]
+            return not any(each.scored or each.failed for each in counts)
+        return False
+
+    def _remove(self) -> None:
+        """Remove what `create` made; a folder that holds anything else stays."""
+        with contextlib.suppress(OSError):
+            for name in ("journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm", "manifest.json"):
+                (self.path / name).unlink(missing_ok=True)
+            self.path.rmdir()
 
     def _unlock(self) -> None:
         if self._lock is not None:

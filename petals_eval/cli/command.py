@@ -1,0 +1,53 @@
+"""How a command of ours reads its flags and shows its help."""
+
+from itertools import pairwise
+from typing import Any
+
+from typer.core import TyperCommand
+
+__all__ = ["GroupedCommand", "repeat_flag"]
+
+SEVERAL_VALUES = ("--initial-peers", "--adapter", "--allow-server", "--deny-server")
+
+
+class GroupedCommand(TyperCommand):
+    """A command with its options under headings and its repeatable flags read as users of Petals write them.
+
+    The headings are those of `rich_help_panel`, without rich's boxes; `--initial-peers A B` is two addresses.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, repeat_flag(args, SEVERAL_VALUES if self._takes_no_arguments() else ()))
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                default = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                groups.setdefault(getattr(parameter, "rich_help_panel", None) or default, []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def _takes_no_arguments(self) -> bool:
+        return not any(parameter.param_type_name == "argument" for parameter in self.params)
+
+
+def repeat_flag(arguments: list[str], flags: tuple[str, ...]) -> list[str]:
+    """`arguments` with one of these flags put before each of its values but the first.
+
+    >>> repeat_flag(["--initial-peers", "/a", "/b", "--limit", "3"], ("--initial-peers",))
+    ['--initial-peers', '/a', '--initial-peers', '/b', '--limit', '3']
+    """
+    found = arguments[:1]
+    flag = None
+    for before, argument in pairwise(arguments):
+        if before in flags:
+            flag = before
+        elif argument.startswith("-"):
+            flag = None
+        elif flag is not None:
+            found.append(flag)
+        found.append(argument)
+    return found
