@@ -2,52 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from typing import Protocol
 
 import torch
-from hivemind.p2p import P2P, PeerID, ServicerBase
-from hivemind.p2p.p2p_daemon import P2PContext
-from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError, P2PHandlerError
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, DispatchFailure
+from hivemind.p2p import P2P, PeerID
 from hivemind.proto import runtime_pb2
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import PeerAnswerError, PeerError, PeerRefusedError, PeerTimeoutError, PeerUnreachableError
+from petals_eval.errors import PeerAnswerError, PeerRefusedError
 from petals_eval.swarm import wire
+from petals_eval.swarm.hop_session import PROOF_TOKENS, HopSession, proves_rolling_back
 from petals_eval.swarm.routing import Hop
+from petals_eval.swarm.rpc import Answer, TransformerConnectionHandler, as_peer_errors
 
-__all__ = ["Answer", "BlockCalls", "RemoteCalls", "TransformerConnectionHandler"]
-
-
-class TransformerConnectionHandler(ServicerBase):
-    """The calls of a Petals server, for hivemind to make a stub of.
-
-    Servers register their handlers under this very class name: under another one they answer "protocol not supported".
-    """
-
-    async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
-        raise TypeError("this class only describes the calls; servers implement them")
-
-    async def rpc_forward(self, request: runtime_pb2.ExpertRequest, context: P2PContext) -> runtime_pb2.ExpertResponse:
-        raise TypeError("this class only describes the calls; servers implement them")
-
-    def rpc_forward_stream(
-        self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
-    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
-        raise TypeError("this class only describes the calls; servers implement them")
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Hidden states (batch, seq, hidden) in the server's dtype, and what it took to get them."""
-
-    hidden: torch.Tensor
-    seconds: float
-    bytes_sent: int
-    bytes_received: int
+__all__ = ["Answer", "BlockCalls", "RemoteCalls"]
 
 
 class BlockCalls(Protocol):
@@ -60,6 +29,22 @@ class BlockCalls(Protocol):
         """
         ...
 
+    async def forward_in_steps(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, step: int) -> Answer:
+        """What `forward` answers, through a session and `step` positions at a time. Raises PeerError."""
+        ...
+
+    async def session(self, hop: Hop, batch: int, max_length: int) -> HopSession:
+        """A session on the hop's blocks; nothing is sent for it before its first step. Raises PeerError."""
+        ...
+
+    async def rolls_back(self, hop: Hop, hidden_size: int) -> bool:
+        """Whether the server's sessions go back to a position when told to. Raises PeerError."""
+        ...
+
+    def forget(self, peer_id: str) -> None:
+        """Ask the server anew what it is before the next call: it may have come back as another."""
+        ...
+
 
 class RemoteCalls:
     """Calls over libp2p."""
@@ -70,6 +55,7 @@ class RemoteCalls:
         self._settings = settings
         self._metadata = wire.forward_metadata(settings.active_adapter)
         self._infos: dict[str, asyncio.Task[wire.ServerInfo]] = {}
+        self._rolls_back: dict[str, bool] = {}
 
     async def info(self, hop: Hop) -> wire.ServerInfo:
         """What the server says of itself, asked once and kept; concurrent callers share the question."""
@@ -88,35 +74,32 @@ class RemoteCalls:
         return task.result()
 
     def forget(self, peer_id: str) -> None:
-        """Ask the server again before the next call: it may have come back as another."""
+        self._rolls_back.pop(peer_id, None)
         task = self._infos.get(peer_id)
         if task is not None and task.done():
             del self._infos[peer_id]
 
     async def _ask_info(self, peer_id: str, block: int) -> wire.ServerInfo:
         request = runtime_pb2.ExpertUID(uid=wire.block_uid(self._prefix, block))
-        with _as_peer_errors(self._settings.connect_timeout):
+        with as_peer_errors(self._settings.connect_timeout):
             answer = await self._stub(peer_id).rpc_info(request, timeout=self._settings.connect_timeout)
-        return wire.read_info(answer.serialized_info)
+        info = wire.read_info(answer.serialized_info)
+        wanted = self._settings.require_dtype
+        if wanted is not None and wire.dtype_name(info.output_dtype) != wanted:
+            raise PeerAnswerError(f"it announces {wanted}, but computes in {wire.dtype_name(info.output_dtype)}")
+        return info
 
     async def forward(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None) -> Answer:
         """One rpc_forward, or rpc_forward_stream above 1 MiB of tensor bytes. Raises PeerError."""
         info = await self.info(hop)
-        wanted = self._settings.require_dtype
-        if wanted is not None and wire.dtype_name(info.output_dtype) != wanted:
-            raise PeerAnswerError(f"it announces {wanted}, but computes in {wire.dtype_name(info.output_dtype)}")
         started = time.monotonic()
-        tensors = [wire.encode_tensor(hidden.to(wire.wire_dtype(hidden.dtype, info.input_dtype)))]
-        if prompts is None:
-            tensors.append(wire.encode_tensor(torch.empty(0)))
-        else:
-            tensors.append(wire.encode_tensor(prompts.to(wire.wire_dtype(prompts.dtype, info.input_dtype))))
+        tensors = [wire.encode_for(info, hidden), wire.encode_for(info, prompts)]
         sent = sum(len(tensor.buffer) for tensor in tensors)
 
         uid = wire.block_uid(self._prefix, hop.first, hop.last)
         stub = self._stub(hop.server.peer_id)
         timeout = self._settings.request_timeout
-        with _as_peer_errors(timeout):
+        with as_peer_errors(timeout):
             if sent <= wire.MAX_UNARY_BYTES:
                 request = runtime_pb2.ExpertRequest(uid=uid, tensors=tensors, metadata=self._metadata)
                 response = await stub.rpc_forward(request, timeout=timeout)
@@ -129,32 +112,56 @@ class RemoteCalls:
         received = sum(len(part.buffer) for part in parts)
         return Answer(answer, time.monotonic() - started, sent, received)
 
+    async def forward_in_steps(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, step: int) -> Answer:
+        """A session of its own for these hidden states; causal blocks give the same numbers as in one call."""
+        batch, seq = hidden.shape[:2]
+        session = await self.session(hop, batch, seq)
+        try:
+            answers = []
+            for start in range(0, seq, step):
+                part = slice(start, start + step)
+                answers.append(await session.step(hidden[:, part], None if prompts is None else prompts[:, :, part]))
+        finally:
+            await session.close()
+        return Answer(
+            torch.cat([answer.hidden for answer in answers], dim=1),
+            sum(answer.seconds for answer in answers),
+            sum(answer.bytes_sent for answer in answers),
+            sum(answer.bytes_received for answer in answers),
+        )
+
+    async def session(self, hop: Hop, batch: int, max_length: int) -> HopSession:
+        return await self._session(hop, batch, max_length, alloc_timeout=self._settings.connect_timeout)
+
+    async def _session(self, hop: Hop, batch: int, max_length: int, alloc_timeout: float) -> HopSession:
+        opening = wire.session_metadata(max_length, alloc_timeout, self._settings.active_adapter)
+        return HopSession(
+            self._stub(hop.server.peer_id),
+            wire.block_uid(self._prefix, hop.first, hop.last),
+            await self.info(hop),
+            batch=batch,
+            opening=opening,
+            timeout=self._settings.request_timeout,
+        )
+
+    async def rolls_back(self, hop: Hop, hidden_size: int) -> bool:
+        """Asked once per server: by its version first, and where that may, by trying it out."""
+        peer_id = hop.server.peer_id
+        if peer_id not in self._rolls_back:
+            answer = False
+            if wire.may_roll_back((await self.info(hop)).version):
+                # No waiting for room in its cache: what holds it may be the very session that wants to roll back.
+                session = await self._session(hop, 1, PROOF_TOKENS, alloc_timeout=0.0)
+                try:
+                    answer = await proves_rolling_back(session, hidden_size)
+                except PeerRefusedError:
+                    return False  # no room in its cache now; asked again another time
+            self._rolls_back[peer_id] = answer
+        return self._rolls_back[peer_id]
+
     async def _send(self, uid: str, tensors: list[runtime_pb2.Tensor]) -> AsyncIterator[runtime_pb2.ExpertRequest]:
         for part in wire.stream_parts(uid, tensors, self._metadata):
             yield part
 
     def _stub(self, peer_id: str):  # type: ignore[no-untyped-def]  # hivemind makes the stub's class at run time
         return TransformerConnectionHandler.get_stub(self._p2p, PeerID.from_base58(peer_id))
-
-
-@contextmanager
-def _as_peer_errors(timeout: float) -> Iterator[None]:
-    """Turn what hivemind and asyncio raise during a call into whose fault it is."""
-    try:
-        yield
-    except PeerError:
-        raise
-    except TimeoutError as error:
-        raise PeerTimeoutError(f"no answer within {timeout:g} s") from error
-    except P2PHandlerError as error:
-        raise PeerRefusedError(_one_line(error)) from error
-    except (P2PDaemonError, ControlFailure, DispatchFailure, OSError, EOFError) as error:
-        raise PeerUnreachableError(_one_line(error)) from error
-    except (ValueError, TypeError) as error:  # protobuf's DecodeError is a ValueError; hivemind raises TypeError
-        raise PeerRefusedError(f"its answer is no message: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    """A peer's words, made safe to print: one line, printable, short."""
-    text = str(error) or type(error).__name__
-    return "".join(character if character.isprintable() else " " for character in text)[:300]

@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 
 from petals_eval.config import SwarmSettings
 
-__all__ = ["PeerBook", "PeerHistory"]
+__all__ = ["PeerBook", "PeerHistory", "short_peer"]
+
+
+def short_peer(peer_id: str) -> str:
+    """A peer's identity as people read it: its last letters."""
+    return f"...{peer_id[-6:]}"
 
 
 @dataclass(slots=True)

@@ -1,9 +1,8 @@
 """The way of a micro-batch through the swarm: hop by hop, on to another server where one fails, under a deadline."""
 
 import asyncio
-import re
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +14,18 @@ from petals_eval.errors import (
     MissingBlocksError,
     PeerError,
     PeerRefusedError,
+    PeerUnreachableError,
     RequestTooLargeError,
 )
 from petals_eval.swarm.calls import Answer, BlockCalls
 from petals_eval.swarm.directory import Directory
-from petals_eval.swarm.peers import PeerBook
+from petals_eval.swarm.limits import USUAL_MAX_TOKENS, TokenLimits
+from petals_eval.swarm.peers import PeerBook, short_peer
 from petals_eval.swarm.records import SpanServer
-from petals_eval.swarm.routing import Hop, next_hop
+from petals_eval.swarm.routing import Hop, hold_all, next_hop
+from petals_eval.swarm.sessions import RouteSession
 
 __all__ = ["USUAL_MAX_TOKENS", "Pipeline", "ServedHop", "SwarmStatus", "short_peer", "spans_text"]
-
-# What Petals servers of both lines say; the operator's number is in it.
-_BATCH_LIMIT = re.compile(r"Task size greater than max_batch_size \((\d+)\)")
-
-USUAL_MAX_TOKENS = 2048
-"""Tokens (rows x positions) any Petals server takes in one call unless its operator said otherwise."""
 
 HOP_OVERHEAD = 0.02
 """Seconds a hop costs before any token is computed, as long as nothing was measured."""
@@ -66,7 +62,8 @@ class Pipeline:
         self._calls = calls
         self._directory = directory
         self._settings = settings
-        self._limits: dict[str, int] = {}  # tokens per call, where a server told us its own
+        self._limits = TokenLimits(settings.max_tokens_per_call)
+        self._stepping: dict[str, asyncio.Lock] = {}  # by server
         self._waiting: dict[object, str] = {}
         self._missing_since: float | None = None
         self.peers = peers
@@ -79,34 +76,83 @@ class Pipeline:
         prompts: (last - first, batch or 1, prefix, hidden) or None.
         Returns the hidden states in the last server's dtype, and who computed them, hop by hop.
         Raises MissingBlocksError or DeadlineError when a hop finds no server within the deadline, RequestTooLargeError
-        when a single row is longer than a server takes.
+        when a single row is longer than the servers take, even in steps.
         """
+        seq = hidden.shape[1]
         route: list[ServedHop] = []
         position = first
         give_up = time.monotonic() + self._settings.deadline
         while position < last:
-            hop = await self._find_hop(position, last, hidden.shape[0] * hidden.shape[1], give_up)
+            hop = await self._find_hop(
+                position, last, hidden.shape[0] * seq, give_up, lambda peer: self._limits.row_too_large(peer, seq)
+            )
             span_prompts = None if prompts is None else prompts[hop.first - first : hop.last - first]
             try:
                 hidden = await self._call(hop, hidden, span_prompts)
             except PeerError as error:
-                self.peers.failed(hop.server.peer_id, error)
+                if not self._is_too_small(hop, error, 1, seq):
+                    self.peers.failed(hop.server.peer_id, error)
                 continue
             route.append(_served(hop, hidden))
             position = hop.last
             give_up = time.monotonic() + self._settings.deadline
         return hidden, tuple(route)
 
-    async def _find_hop(self, position: int, last: int, tokens: int, give_up: float) -> Hop:
-        """The next hop of the cheapest route among servers in good standing; waits for one until `give_up`."""
+    def session(self, first: int, last: int, batch: int, max_length: int) -> RouteSession:
+        """An inference session on blocks first:last, for `batch` rows of up to `max_length` positions."""
+
+        async def find_hop(position: int, last: int, tokens: int, give_up: float) -> Hop:
+            return await self._find_hop(
+                position,
+                last,
+                tokens,
+                give_up,
+                lambda peer: self._limits.session_too_large(peer, batch, max_length),
+            )
+
+        def failed(hop: Hop, error: PeerError) -> None:
+            if not self._is_too_small(hop, error, batch, max_length):
+                self.peers.failed(hop.server.peer_id, error)
+
+        return RouteSession(
+            self._calls,
+            find_hop,
+            failed,
+            self.peers,
+            self._limits,
+            first=first,
+            last=last,
+            batch=batch,
+            max_length=max_length,
+            deadline=self._settings.deadline,
+        )
+
+    def _is_too_small(self, hop: Hop, error: PeerError, batch: int, positions: int) -> bool:
+        """Whether it refused because of its size: no fault, but `_find_hop` leaves it aside from now on."""
+        peer_id = hop.server.peer_id
+        return isinstance(error, PeerRefusedError) and self._limits.learn_per_session(peer_id, error, batch, positions)
+
+    async def _find_hop(
+        self,
+        position: int,
+        last: int,
+        tokens: int,
+        give_up: float,
+        too_large: Callable[[str], RequestTooLargeError | None],
+    ) -> Hop:
+        """The next hop of the cheapest route among servers in good standing; waits for one until `give_up`.
+
+        too_large: why a server does not take what is to be computed, or None; raised where it leaves no route.
+        """
         token = object()
         try:
             while True:
-                servers = [
-                    server
-                    for server in self._directory.snapshot.servers.values()
-                    if self.peers.is_usable(server.peer_id)
-                ]
+                every = list(self._directory.snapshot.servers.values())
+                refusals = {server.peer_id: error for server in every if (error := too_large(server.peer_id))}
+                fitting = [server for server in every if server.peer_id not in refusals]
+                if refusals and hold_all(every, position, last) and not hold_all(fitting, position, last):
+                    raise next(iter(refusals.values()))
+                servers = [server for server in fitting if self.peers.is_usable(server.peer_id)]
                 hop = next_hop(servers, position, last, lambda server, blocks: self._cost(server, blocks, tokens))
                 if hop is not None:
                     self._missing_since = None
@@ -127,30 +173,30 @@ class Pipeline:
         return HOP_OVERHEAD + (UNMEASURED if per_token is None else per_token) * blocks * (tokens + history.in_flight)
 
     async def _call(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
-        """One hop, in as many calls as the server's token limit asks for, all of them together."""
+        """One hop, in as many calls as the server's token limit asks for, all of them together.
+
+        A row that is longer than a call may be goes through a session, in steps.
+        """
         peer_id = hop.server.peer_id
         history = self.peers.of(peer_id)
         rows, seq = hidden.shape[:2]
         while True:
             # Only a limit that was set or told is held against a single row: servers of grouped-query models take more
             # than the usual number, and the refusal of one that does not names its own.
-            known = self._limits.get(peer_id, self._settings.max_tokens_per_call)
-            if known is not None and seq > known:
-                raise RequestTooLargeError(
-                    f"an input holds {seq} tokens (prompt included), but server {short_peer(peer_id)} takes {known} in "
-                    "one call: set a smaller max_length in the task"
-                )
+            known = self._limits.per_call(peer_id)
+            in_steps = known is not None and seq > known
             limit = known or USUAL_MAX_TOKENS
             step = max(1, limit // seq)
             parts = [slice(start, start + step) for start in range(0, rows, step)]
             history.in_flight += rows * seq
             try:
-                answers = await _gather([self._call_part(hop, hidden, prompts, part) for part in parts])
+                if in_steps:
+                    answers = await self._call_in_steps(hop, hidden, prompts, parts, limit)
+                else:
+                    answers = await _gather([self._call_part(hop, hidden, prompts, part) for part in parts])
             except PeerRefusedError as error:
-                told = _BATCH_LIMIT.search(str(error))
-                if told is None or int(told[1]) >= step * seq:
+                if not self._limits.learn_per_call(peer_id, error, limit if in_steps else step * seq):
                     raise
-                self._limits[peer_id] = int(told[1])
                 continue
             finally:
                 history.in_flight -= rows * seq
@@ -167,9 +213,19 @@ class Pipeline:
             return answers[0].hidden if len(answers) == 1 else torch.cat([answer.hidden for answer in answers])
 
     async def _call_part(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, part: slice) -> Answer:
-        if prompts is not None and prompts.shape[1] != 1:
-            prompts = prompts[:, part]
-        return await self._calls.forward(hop, hidden[part], prompts)
+        return await self._calls.forward(hop, hidden[part], _rows_of(prompts, part))
+
+    async def _call_in_steps(
+        self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, parts: Sequence[slice], step: int
+    ) -> list[Answer]:
+        peer_id = hop.server.peer_id
+        # One session at a time: a server may have no room for a second one of this length.
+        async with self._stepping.setdefault(peer_id, asyncio.Lock()):
+            if not self.peers.is_usable(peer_id):
+                raise PeerUnreachableError("it failed while this input waited for its turn")
+            return [
+                await self._calls.forward_in_steps(hop, hidden[part], _rows_of(prompts, part), step) for part in parts
+            ]
 
     def _what_is_missing(self, position: int, last: int) -> str:
         """One line: which blocks have no server in good standing, since when, and why."""
@@ -227,6 +283,10 @@ async def _gather(calls: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
     return [task.result() for task in tasks]
 
 
+def _rows_of(prompts: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return prompts if prompts is None or prompts.shape[1] == 1 else prompts[:, rows]
+
+
 def _within(spans: tuple[tuple[int, int], ...], first: int, last: int) -> tuple[tuple[int, int], ...]:
     return tuple((max(start, first), min(end, last)) for start, end in spans if start < last and end > first)
 
@@ -237,11 +297,6 @@ def _minutes(seconds: float) -> str:
 
 def _span_of_time(seconds: float) -> str:
     return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"
-
-
-def short_peer(peer_id: str) -> str:
-    """A peer's identity as people read it: its last letters."""
-    return f"...{peer_id[-6:]}"
 
 
 def spans_text(spans: Sequence[tuple[int, int]]) -> str:

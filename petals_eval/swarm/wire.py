@@ -5,7 +5,8 @@ Facts: tensors travel as `runtime_pb2.Tensor`; a forward call names its blocks b
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,14 @@ __all__ = [
     "block_uid",
     "decode_tensor",
     "dtype_name",
+    "encode_for",
     "encode_tensor",
     "forward_metadata",
+    "may_roll_back",
     "read_answer",
     "read_info",
+    "session_metadata",
+    "step_metadata",
     "stream_parts",
     "wire_dtype",
 ]
@@ -88,6 +93,13 @@ def encode_tensor(tensor: torch.Tensor) -> runtime_pb2.Tensor:
     )
 
 
+def encode_for(info: ServerInfo, tensor: torch.Tensor | None) -> runtime_pb2.Tensor:
+    """A float tensor in the dtype to send this server; an empty one stands for None."""
+    if tensor is None:
+        return encode_tensor(torch.empty(0))
+    return encode_tensor(tensor.to(wire_dtype(tensor.dtype, info.input_dtype)))
+
+
 def decode_tensor(message: runtime_pb2.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Read a tensor that must have this shape and dtype; raises PeerAnswerError before any byte is interpreted."""
     if message.compression != runtime_pb2.CompressionType.NONE:
@@ -118,6 +130,47 @@ def forward_metadata(active_adapter: str | None) -> bytes:
             "output_compression": (int(runtime_pb2.CompressionType.NONE),),
         }
     )
+
+
+def session_metadata(max_length: int, alloc_timeout: float, active_adapter: str | None) -> dict[str, object]:
+    """What opens an inference session: it goes into the metadata of the first step.
+
+    max_length: tokens of each row to reserve. alloc_timeout: seconds the server may wait for room in its cache.
+    """
+    return {
+        "max_length": max_length,
+        "alloc_timeout": alloc_timeout,
+        "points": 0,
+        "active_adapter": active_adapter or "",
+    }
+
+
+def step_metadata(
+    session_id: str, step_id: str, opening: Mapping[str, object], start_from_position: int | None = None
+) -> bytes:
+    """Metadata of one step of a session.
+
+    opening: `session_metadata` in the first step, nothing in the others.
+    start_from_position: positions of the cache to go back to; only for servers that are known to do it.
+    """
+    metadata = {
+        **opening,
+        "session_id": session_id,
+        "step_id": step_id,
+        "args_structure": ((b"__T0", b"__T1", b"__T2"), {}),
+    }
+    if start_from_position is not None:
+        metadata["start_from_position"] = start_from_position
+    return MSGPackSerializer.dumps(metadata)
+
+
+def may_roll_back(version: str | None) -> bool:
+    """Whether sessions of this version of petals may honour start_from_position: from 2.3.0 on; who knows otherwise.
+
+    2.2.0 ignores it and appends, without an error.
+    """
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    return found is None or (int(found[1]), int(found[2])) >= (2, 3)
 
 
 def stream_parts(

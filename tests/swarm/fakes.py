@@ -44,6 +44,10 @@ class FakeCalls:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, int, tuple[int, ...]]] = []
         self.on_call: Callable[[Hop, torch.Tensor], None] | None = None
+        self.on_session: Callable[[Hop, torch.Tensor], None] | None = None
+        self.in_steps: list[tuple[str, tuple[int, ...], int]] = []
+        self.sessions = 0
+        self.most_sessions = 0
         self.in_flight = 0
         self.most_in_flight = 0
 
@@ -63,6 +67,17 @@ class FakeCalls:
             scale = 1.0 if prompts is None else 1.0 + prompts[index].sum(dim=(1, 2))[:, None, None]
             hidden = hidden + scale * 10.0**block
         return Answer(hidden, 0.001, 8, 8)
+
+    async def forward_in_steps(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, step: int) -> Answer:
+        self.in_steps.append((hop.server.peer_id, tuple(hidden.shape), step))
+        if self.on_session is not None:
+            self.on_session(hop, hidden)
+        self.sessions += 1
+        self.most_sessions = max(self.most_sessions, self.sessions)
+        try:
+            return await self.forward(hop, hidden, prompts)
+        finally:
+            self.sessions -= 1
 
 
 def pipeline(directory: FakeDirectory, calls: FakeCalls, **values: object) -> Pipeline:

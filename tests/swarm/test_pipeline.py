@@ -164,7 +164,83 @@ def test_a_servers_own_limit_is_learnt_from_its_refusal_and_is_no_failure():
     assert [call[3][0] for call in calls.calls] == [5, 2, 2, 1]
 
 
-def test_one_row_above_the_limit_is_the_callers_mistake():
-    pipe = pipeline(FakeDirectory(4, server("a", 0, 4)), FakeCalls(), max_tokens_per_call=2)
-    with pytest.raises(RequestTooLargeError, match=r"holds 3 tokens .* takes 2 in one call"):
-        run(pipe)
+def test_rows_above_the_limit_go_in_steps_one_session_at_a_time():
+    calls = FakeCalls()
+    hidden = torch.arange(3.0)[:, None, None].expand(3, 7, 4)
+    prompts = torch.arange(3.0)[None, :, None, None] * torch.ones(4, 1, 1, 1)
+    answer, _ = run(pipeline(FakeDirectory(4, server("a", 0, 4)), calls, max_tokens_per_call=3), hidden, prompts)
+    assert torch.equal(answer, hidden + 1111.0 * torch.arange(1.0, 4.0)[:, None, None])
+    assert calls.in_steps == [("a", (1, 7, 4), 3)] * 3
+    assert calls.most_sessions == 1
+
+
+def test_a_limit_learnt_from_a_refusal_leads_to_steps():
+    calls = FakeCalls()
+
+    def refuse(hop: Hop, hidden: torch.Tensor) -> None:
+        if not calls.sessions:
+            raise PeerRefusedError("ValueError('Task size greater than max_batch_size (2), it can\\'t be processed')")
+
+    calls.on_call = refuse
+    pipe = pipeline(FakeDirectory(4, server("a", 0, 4)), calls)
+    answer, _ = run(pipe)
+    assert torch.equal(answer, HIDDEN + 1111.0)
+    assert calls.in_steps == [("a", (1, 3, 4), 2)] * 2
+    assert pipe.peers.retries == 0
+
+
+@pytest.mark.parametrize(
+    ("refusal", "cache"),
+    [
+        ("Failed to call handler: Cannot allocate KV cache for 7 tokens, max = 5", 5),
+        ("Could not allocate 7000 bytes, max cache size = 4200 bytes", 4),
+    ],
+)
+def test_rows_too_long_for_every_server_fail_at_once_with_both_numbers(refusal, cache):
+    calls = FakeCalls()
+
+    def refuse(hop: Hop, hidden: torch.Tensor) -> None:
+        raise PeerRefusedError(refusal)
+
+    calls.on_session = refuse
+    pipe = pipeline(FakeDirectory(4, server("a", 0, 4), server("b", 0, 4)), calls, max_tokens_per_call=3, deadline=60)
+    hidden = torch.zeros(2, 7, 4)
+    text = rf"holds 7 tokens .*, but server \.\.\.[ab] takes 3 in one call and has a cache for {cache} "
+    for _ in range(2):
+        with pytest.raises(RequestTooLargeError, match=text):
+            run(pipe, hidden)
+    assert sorted(name for name, *_ in calls.in_steps) == ["a", "b"]  # each asked once, and no more
+    assert pipe.peers.retries == 0
+
+
+def test_a_row_too_long_for_one_server_goes_to_another():
+    calls = FakeCalls()
+
+    def refuse(hop: Hop, hidden: torch.Tensor) -> None:
+        if hop.server.peer_id == "small":
+            raise PeerRefusedError("Cannot allocate KV cache for 7 tokens, max = 5")
+
+    calls.on_session = refuse
+    pipe = pipeline(
+        FakeDirectory(4, server("small", 0, 4), server("b", 0, 2), server("c", 2, 4)), calls, max_tokens_per_call=3
+    )
+    answer, hops = run(pipe, torch.zeros(1, 7, 4))
+    assert torch.equal(answer, torch.full((1, 7, 4), 1111.0))
+    assert [hop.peer_id for hop in hops] == ["b", "c"]
+    assert pipe.peers.retries == 0
+    _, hops = run(pipe, torch.zeros(1, 3, 4))  # what it takes in one call still goes there
+    assert [hop.peer_id for hop in hops] == ["small"]
+
+
+def test_a_cache_that_is_full_for_the_moment_is_waited_for():
+    calls = FakeCalls()
+
+    def refuse(hop: Hop, hidden: torch.Tensor) -> None:
+        if len(calls.in_steps) < 3:
+            raise PeerRefusedError("Could not allocate 7000 bytes immediately: out of memory")
+
+    calls.on_session = refuse
+    pipe = pipeline(FakeDirectory(4, server("a", 0, 4)), calls, max_tokens_per_call=3, deadline=5)
+    answer, _ = run(pipe, torch.zeros(1, 7, 4))
+    assert torch.equal(answer, torch.full((1, 7, 4), 1111.0))
+    assert pipe.peers.retries == 2
