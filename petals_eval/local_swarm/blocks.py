@@ -118,6 +118,8 @@ class BlockSpan:
         if prompts is not None:
             last = min(last, first + len(prompts))
         hidden = hidden.to(self.dtype)
+        if hidden.numel() == 0:
+            return hidden
         model = self._view(first, last)
         with ExitStack() as hooks:
             if prompts is not None:

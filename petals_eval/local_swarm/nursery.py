@@ -24,7 +24,11 @@ __all__ = ["main"]
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 # What a server needs whatever its model; the model's own module comes on top.
-_IMPORTS = ("petals_eval.local_swarm.process", "transformers.models.auto.modeling_auto", "transformers.masking_utils")
+_IMPORTS = (
+    "petals_eval.local_swarm.process",
+    "transformers.models.auto.modeling_auto",
+    "petals_eval.local_swarm.kv_cache",
+)
 
 
 def main(line: socket.socket, model_type: str) -> None:

@@ -28,8 +28,9 @@ class BlockServer:
         self.peer = peer
         self.span = span
         self.budget = CacheBudget(settings.cache_tokens * span.cache_bytes_per_token * (span.last - span.first))
-        self._thread = SpanThread(span, settings.max_batch_size)
-        self.handler = TransformerConnectionHandler(settings, span, wrapped(self._thread, middleware), self.budget)
+        self._thread = SpanThread(span, settings.max_batch_size, settings.max_chunk_bytes)
+        compute = wrapped(self._thread, middleware)
+        self.handler = TransformerConnectionHandler(settings, span, compute, self.budget, peer.p2p)
         self._announcing: asyncio.Task[None] | None = None
 
     @classmethod

@@ -37,6 +37,9 @@ class ServerSettings(BaseModel):
     max_chunk_bytes: int = Field(default=256 * 2**20, ge=1)  # of attention weights at once in a session's step
     max_alloc_timeout: float = Field(default=600.0, ge=0)  # seconds a session may wait for room in the cache
 
+    # Whether sessions honour start_from_position, as 2.3.0 servers do; 2.2.0 servers ignore it and go on appending.
+    rolls_back: bool = True
+
     request_timeout: float = Field(default=180.0, gt=0)  # seconds
     session_timeout: float = Field(default=1800.0, gt=0)  # seconds
     step_timeout: float = Field(default=300.0, gt=0)  # seconds between two steps of a session

@@ -1,7 +1,9 @@
 """A bare client of the Petals wire: hivemind's own stub and serialization, nothing of the project's client."""
 
+import asyncio
 import contextlib
 import math
+import uuid
 
 import torch
 from hivemind.compression.serialization import (
@@ -90,3 +92,74 @@ def chain(prefix, first, last):
 def distance(found, expected):
     assert found.shape == expected.shape and math.isfinite(float(found.float().sum()))
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+class WireSession(contextlib.AbstractContextManager):
+    """A stream of rpc_inference to one server: `step` sends hidden states and waits for those that come back."""
+
+    def __init__(self, client, peer_id, uid, **metadata):
+        self.client, self.uid, self.metadata = client, uid, metadata
+        self.session_id = metadata.setdefault("session_id", str(uuid.uuid4()))
+        self.requests = asyncio.Queue()
+        self.is_first = True
+        self.responses = client.loop.run(self._open(peer_id), TIMEOUT)
+
+    async def _open(self, peer_id):
+        async def requests():
+            while (message := await self.requests.get()) is not None:
+                yield message
+                if not message.tensors:  # hivemind waits for this side before it ends the other
+                    return
+
+        return await self.client.stub(peer_id).rpc_inference(requests())
+
+    def send(self, hidden, prompts=None, hypo_ids=None, **metadata):
+        """Send a step without waiting for what comes back."""
+        step = {"session_id": self.session_id, "step_id": str(uuid.uuid4())} | metadata
+        if self.is_first:
+            step = self.metadata | step
+            self.is_first = False
+        hypo_ids = torch.empty(0, dtype=torch.int64) if hypo_ids is None else hypo_ids
+        tensors = [hidden, torch.empty(0) if prompts is None else prompts, hypo_ids]
+        step.setdefault("args_structure", ((b"__T0", b"__T1", b"__T2"), {}))
+        self._put(
+            runtime_pb2.ExpertRequest(
+                uid=self.uid,
+                tensors=[serialize_torch_tensor(tensor) for tensor in tensors],
+                metadata=MSGPackSerializer.dumps(step),
+            )
+        )
+
+    def receive(self, timeout=TIMEOUT):
+        """The next output; None when the server has ended the stream."""
+
+        async def receive():
+            # Under hivemind a stream that the other side has closed may also end as a broken pipe of our own writer.
+            with contextlib.suppress(ConnectionError):
+                return await anext(self.responses, None)
+            return None
+
+        response = self.client.loop.run(receive(), timeout)
+        return None if response is None else deserialize_torch_tensor(response.tensors[0])
+
+    def step(self, *args, **metadata):
+        self.send(*args, **metadata)
+        return self.receive()
+
+    def finish(self):
+        """End the session as Petals' client does, and wait until the server has ended it too."""
+        self._put(runtime_pb2.ExpertRequest())
+        assert self.receive() is None
+
+    def hang_up(self):
+        """Vanish without a word."""
+        self.client.loop.run(self.responses.aclose(), TIMEOUT)
+
+    def _put(self, message):
+        async def put():
+            await self.requests.put(message)
+
+        self.client.loop.run(put(), TIMEOUT)
+
+    def __exit__(self, *exc_details):
+        self.hang_up()
