@@ -16,25 +16,30 @@ install_pinned() {
     fail "the packages could not be installed (see pip's message above)." "What was downloaded is kept: run this again."
 }
 
-wanted="$({ pwd && cat pyproject.toml constraints-petals.txt scripts/petals_peer.sh; } | cksum)"
-stamp="$folder/installed"
-if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ] || ! "$folder/bin/python" -c ''; then
+is_done() { # STAMP WANTED
+  [ -f "$1" ] && [ "$(cat "$1")" = "$2" ] && "$folder/bin/python" -c ''
+}
+
+wanted="$(cat constraints-petals.txt scripts/petals_peer.sh | cksum)"
+if ! is_done "$folder/installed" "$wanted"; then
   check_platform
   if [ -n "$(ls -A "$folder" 2>/dev/null)" ] && [ ! -f "$folder/pyvenv.cfg" ]; then
     fail "$folder holds something else than a Python environment." "Name an empty or a new folder."
   fi
+  # cpufeature, which Petals needs, has a wheel for no later Python.
   export PYTHON="${PYTHON:-python3.11}"
   python="$(find_python)" || exit
   printf 'Installing petals 2.2.0 into %s (the first time this takes some minutes)\n' "$folder" >&2
-  "$python" -m venv --clear "$folder" >&2 || fail "$python could not make the environment $folder (see above)."
-  install_pinned setuptools
-  # First what Petals needs and then what petals_eval needs, in one call, so that pip sees what they ask of each other.
-  install_pinned torch numpy hivemind transformers tokenizers accelerate huggingface-hub tensor-parallel humanfriendly \
-    async-timeout speedtest-cli sentencepiece peft Dijkstar cpufeature bitsandbytes \
-    anyio datasets pandas pyarrow pydantic pyyaml rich safetensors scikit-learn typer
-  # Without dependencies: petals pins a hivemind that does not build today.
+  # Moved out of the way at once: an environment half removed would not be known for one any more.
+  rm -rf "$folder.old"
+  [ ! -d "$folder" ] || mv "$folder" "$folder.old"
+  rm -rf "$folder.old"
+  "$python" -m venv "$folder" >&2 || fail "$python could not make the environment $folder (see above)."
+  install_pinned setuptools torch numpy hivemind transformers tokenizers accelerate huggingface-hub tensor-parallel \
+    humanfriendly async-timeout speedtest-cli sentencepiece peft Dijkstar cpufeature bitsandbytes
+  # Without its dependencies, which are those above: it pins a hivemind that does not build today.
   install_pinned --no-deps petals
-  install_pinned --no-deps --no-build-isolation --editable .
+  printf '%s\n' "$wanted" >"$folder/installed"
 fi
 
 # hivemind's old flat namespace for every Python process of this environment: each runs the .pth file's line at its start.
@@ -42,10 +47,11 @@ packages="$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path(
 install -m 644 tests/interop/hivemind_flat.py "$packages/"
 printf 'import hivemind_flat\n' >"$packages/hivemind_flat.pth"
 
-if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
-  # Only an environment in which both can be imported counts as done.
+wanted="$({ pwd && cat pyproject.toml; } | cksum)"
+if ! is_done "$folder/installed-petals-eval" "$wanted"; then
+  install_pinned --no-build-isolation --editable .
   "$folder/bin/python" -W ignore -c 'import petals.cli.run_server, petals_eval' ||
     fail "petals or petals_eval cannot be imported in $folder (see above)."
-  printf '%s\n' "$wanted" >"$stamp"
+  printf '%s\n' "$wanted" >"$folder/installed-petals-eval"
 fi
 printf 'petals 2.2.0: %s\n' "$folder/bin/python" >&2
