@@ -13,7 +13,7 @@ from petals_eval.tasks.requests import Request
 if TYPE_CHECKING:
     import torch
 
-    from petals_eval.model import Adapter, LocalModel
+    from petals_eval.model import Adapter, LocalModel, LocalPart
     from petals_eval.swarm import RemoteSequential, ServedHop, SwarmConnection
 
 __all__ = ["TOKENS_PER_MICRO_BATCH", "Answered", "RemoteModel", "default_dht_prefix", "load_local"]
@@ -42,7 +42,7 @@ class RemoteModel:
 
     def __init__(
         self,
-        local: "LocalModel",
+        local: "LocalPart",
         blocks: "RemoteSequential",
         adapters: Sequence["Adapter"] = (),
         connection: "SwarmConnection | None" = None,

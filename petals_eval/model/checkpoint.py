@@ -11,7 +11,7 @@ from petals_eval.model.families import Family, family_of
 from petals_eval.model.sources import Source, first_found, open_source
 from petals_eval.model.tensor_files import Tensors, describe, open_index, open_tensors
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "load_tokenizer"]
 
 _WEIGHTS = (
     "model.safetensors",
@@ -72,20 +72,7 @@ class Checkpoint:
 
     def load_tokenizer(self) -> Any:
         """The model's own tokenizer. Raises ModelError if there is none."""
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        place, options = self._source.for_transformers()
-        try:
-            try:
-                return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
-            except ValueError:
-                # transformers 5 names classes that older ones lack, yet tokenizer.json says all of the same tokenizer.
-                if self._source.find("tokenizer.json") is None:
-                    raise
-                return PreTrainedTokenizerFast.from_pretrained(place, **options)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"{self._source} has no tokenizer that can be loaded: {reason}") from error
+        return load_tokenizer(self._source)
 
     def _tensors(self) -> Tensors:
         if self._weights is None:
@@ -95,6 +82,24 @@ class Checkpoint:
             is_index = path.name.endswith(".index.json")
             self._weights = open_index(self._source, path, ModelError) if is_index else open_tensors(path, ModelError)
         return self._weights
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer that lies with a model. Raises ModelError if there is none."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    place, options = source.for_transformers()
+    try:
+        try:
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+        except ValueError:
+            # transformers 5 names classes that older ones lack, yet tokenizer.json says all of the same tokenizer.
+            if source.find("tokenizer.json") is None:
+                raise
+            return PreTrainedTokenizerFast.from_pretrained(place, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{source} has no tokenizer that can be loaded: {reason}") from error
 
 
 def _read_config(source: Source) -> Any:
