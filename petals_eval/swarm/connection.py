@@ -132,7 +132,8 @@ class SwarmConnection:
     def start(self, function: Callable[..., Awaitable[T]], *args: Any) -> "Future[T]":
         """Start a coroutine function in the connection's loop. Cancelling the future cancels it.
 
-        Raises SwarmError after close(), and in the future when the daemon has ended; RuntimeError from within the loop itself (waiting there would never end).
+        Raises SwarmError after close(), and in the future when the daemon has ended; RuntimeError from within the
+        loop itself: waiting there would never end.
         """
         if self._portal is None:
             raise SwarmError("the connection to the swarm is closed: connect again")

@@ -3,16 +3,23 @@
 import asyncio
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import PeerID
+from hivemind.utils.timed_storage import get_dht_time
 
 from petals_eval.config import SwarmSettings
 from petals_eval.swarm import wire
 from petals_eval.swarm.records import Announcement, Choice, Snapshot, read_snapshot
 
 __all__ = ["Directory"]
+
+
+LOOK_TIMEOUT = 30.0
+"""Seconds one look at the DHT may take; its own calls wait 3 s each."""
 
 
 class Directory:
@@ -32,6 +39,7 @@ class Directory:
         )
         self._refreshing: asyncio.Task[None] | None = None
         self._refreshed_at = -math.inf
+        self._announcements: dict[tuple[int, str], Announcement] = {}  # the newest of each block and peer
         self.dht_prefix = dht_prefix
         self.snapshot = Snapshot(num_blocks, {})
 
@@ -50,11 +58,12 @@ class Directory:
             await self.refresh(older_than=self._settings.update_period / 2)
 
     async def _read(self) -> None:
-        # An expiration of infinity asks for the newest record there is, not the first one found.
-        found = await self._dht.get_many(list(self._uids), math.inf, num_workers=min(32, len(self._uids)))
-        announcements = []
+        """Take in what the DHT says now. A record holds until it expires, also when the DHT cannot be asked: the nodes
+        that kept it may be gone while its server is well."""
         malformed = 0
-        for uid, entry in found.items():
+        now = get_dht_time()
+        known = {key: record for key, record in self._announcements.items() if record.expiration > now}
+        for uid, entry in (await self._look()).items():
             if entry is None:
                 continue
             if not isinstance(entry.value, dict):
@@ -64,10 +73,23 @@ class Directory:
                 if not _is_peer_id(peer_id):
                     malformed += 1
                     continue
-                announcements.append(Announcement(self._uids[uid], peer_id, value.value, float(value.expiration_time)))
-        snapshot = read_snapshot(announcements, self._num_blocks, self._choice)
+                found = Announcement(self._uids[uid], peer_id, value.value, float(value.expiration_time))
+                before = known.get((found.block, peer_id))
+                if before is None or before.expiration <= found.expiration:
+                    known[found.block, peer_id] = found
+        self._announcements = known
+        snapshot = read_snapshot(known.values(), self._num_blocks, self._choice)
         self.snapshot = replace(snapshot, dropped=snapshot.dropped + malformed)
         self._refreshed_at = time.monotonic()
+
+    async def _look(self) -> Mapping[str, Any]:
+        """What the DHT holds under each block's key; nothing when it does not answer."""
+        try:
+            async with asyncio.timeout(LOOK_TIMEOUT):
+                # An expiration of infinity asks for the newest record there is, not the first one found.
+                return await self._dht.get_many(list(self._uids), math.inf, num_workers=min(32, len(self._uids)))
+        except TimeoutError:
+            return {}
 
 
 def _is_peer_id(text: object) -> bool:

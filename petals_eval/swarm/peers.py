@@ -51,6 +51,20 @@ class PeerBook:
         history = self.histories.get(peer_id)
         return history is None or history.blocked_until <= self._clock()
 
+    def may_be_called(self, peer_id: str) -> bool:
+        """Whether to send it work now: one that failed last time is tried with one micro-batch, not with all of them.
+
+        A server that hangs would otherwise hold up half of what is in flight each time it is tried again.
+        """
+        history = self.histories.get(peer_id)
+        on_trial = history is not None and history.failures_in_a_row > 0 and history.in_flight > 0
+        return self.is_usable(peer_id) and not on_trial
+
+    def is_failing(self, peer_id: str) -> bool:
+        """Whether its last call failed, or it is still left alone after one that did."""
+        history = self.histories.get(peer_id)
+        return history is not None and (history.failures_in_a_row > 0 or not self.is_usable(peer_id))
+
     def failed(self, peer_id: str, error: Exception) -> None:
         """Leave the server alone: min_backoff seconds, doubled with each failure in a row, up to max_backoff."""
         history = self.of(peer_id)

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,14 @@ from petals_eval.errors import (
     MissingBlocksError,
     PeerError,
     PeerRefusedError,
+    PeerTimeoutError,
     PeerUnreachableError,
     RequestTooLargeError,
 )
 from petals_eval.swarm.calls import Answer, BlockCalls
 from petals_eval.swarm.directory import Directory
 from petals_eval.swarm.limits import USUAL_MAX_TOKENS, TokenLimits
+from petals_eval.swarm.missing import spans_text, what_is_missing, within
 from petals_eval.swarm.peers import PeerBook, short_peer
 from petals_eval.swarm.records import SpanServer
 from petals_eval.swarm.routing import Hop, hold_all, next_hop
@@ -65,7 +68,6 @@ class Pipeline:
         self._limits = TokenLimits(settings.max_tokens_per_call)
         self._stepping: dict[str, asyncio.Lock] = {}  # by server
         self._waiting: dict[object, str] = {}
-        self._missing_since: float | None = None
         self.peers = peers
 
     async def forward(
@@ -88,7 +90,8 @@ class Pipeline:
             )
             span_prompts = None if prompts is None else prompts[hop.first - first : hop.last - first]
             try:
-                hidden = await self._call(hop, hidden, span_prompts)
+                async with self._at_most_until(give_up, hop.server.peer_id):
+                    hidden = await self._call(hop, hidden, span_prompts)
             except PeerError as error:
                 if not self._is_too_small(hop, error, 1, seq):
                     self.peers.failed(hop.server.peer_id, error)
@@ -152,20 +155,28 @@ class Pipeline:
                 fitting = [server for server in every if server.peer_id not in refusals]
                 if refusals and hold_all(every, position, last) and not hold_all(fitting, position, last):
                     raise next(iter(refusals.values()))
-                servers = [server for server in fitting if self.peers.is_usable(server.peer_id)]
+                servers = [server for server in fitting if self.peers.may_be_called(server.peer_id)]
                 hop = next_hop(servers, position, last, lambda server, blocks: self._cost(server, blocks, tokens))
-                if hop is not None:
-                    self._missing_since = None
-                    return hop
                 left = give_up - time.monotonic()
-                self._missing_since = self._missing_since or time.time()
-                if left <= 0:
+                if left <= 0:  # also with servers to try: two that fail in turns are never both left alone
                     raise self._deadline_error(position, last)
-                self._waiting[token] = f"{self._what_is_missing(position, last)}; deadline in {_minutes(left)}"
+                if hop is not None:
+                    return hop
+                self._waiting[token] = f"{self._what_is_missing(position, last, left)}; deadline in {_minutes(left)}"
                 await asyncio.sleep(min(left, self._settings.missing_update_period / 4))
                 await self._directory.refresh(older_than=self._settings.missing_update_period)
         finally:
             self._waiting.pop(token, None)
+
+    @asynccontextmanager
+    async def _at_most_until(self, give_up: float, peer_id: str) -> AsyncIterator[None]:
+        """No call goes on after the deadline, however long a call may take. Raises PeerTimeoutError."""
+        try:
+            async with asyncio.timeout(give_up - time.monotonic()):
+                yield
+        except TimeoutError as error:
+            before = f"; before that: {self.peers.of(peer_id).last_error}" if self.peers.is_failing(peer_id) else ""
+            raise PeerTimeoutError(f"no answer by the deadline{before}") from error
 
     def _cost(self, server: SpanServer, blocks: int, tokens: int) -> float:
         history = self.peers.of(server.peer_id)
@@ -227,37 +238,14 @@ class Pipeline:
                 await self._calls.forward_in_steps(hop, hidden[part], _rows_of(prompts, part), step) for part in parts
             ]
 
-    def _what_is_missing(self, position: int, last: int) -> str:
-        """One line: which blocks have no server in good standing, since when, and why."""
-        snapshot = self._directory.snapshot
-        unusable = frozenset(peer for peer in snapshot.servers if not self.peers.is_usable(peer))
-        since = time.strftime("%H:%M", time.localtime(self._missing_since))
-        absent = _within(snapshot.missing(), position, last)
-        if absent:
-            others = len(snapshot.servers)
-            hold = f"{others} server{'s hold' if others != 1 else ' holds'} the rest"
-            if not others and not snapshot.left_out:
-                hold = f"nobody announces {self._directory.dht_prefix!r}: is that the name the servers use?"
-            dropped = f", {snapshot.dropped} malformed records ignored" if snapshot.dropped else ""
-            left_out = [
-                f"{short_peer(peer)} {reason}"
-                for peer, (server, reason) in sorted(snapshot.left_out.items())
-                if any(server.start < end and start < server.end for start, end in absent)
-            ]
-            refused = f"; left out: {', '.join(left_out[:3])}{' ...' if left_out[3:] else ''}" if left_out else ""
-            return f"no server holds blocks {spans_text(absent)} (since {since}, {hold}{dropped}{refused})"
-        failing = _within(snapshot.missing(without=unusable), position, last)
-        reasons = [
-            f"{short_peer(peer)}: {self.peers.of(peer).last_error}"
-            for peer in sorted(unusable)
-            if any(snapshot.servers[peer].start < end and start < snapshot.servers[peer].end for start, end in failing)
-        ]
-        return f"every server of blocks {spans_text(failing)} fails (since {since}): {'; '.join(reasons[:3])}"
+    def _what_is_missing(self, position: int, last: int, left: float) -> str:
+        since = time.time() - (self._settings.deadline - left)
+        return what_is_missing(self._directory, self.peers, position, last, since)
 
     def _deadline_error(self, position: int, last: int) -> MissingBlocksError | DeadlineError:
-        reason = self._what_is_missing(position, last)
+        reason = self._what_is_missing(position, last, 0.0)
         message = f"stopped at the deadline ({_span_of_time(self._settings.deadline)}): {reason}"
-        absent = _within(self._directory.snapshot.missing(), position, last)
+        absent = within(self._directory.snapshot.missing(), position, last)
         return MissingBlocksError(message, absent) if absent else DeadlineError(message)
 
     def status(self) -> SwarmStatus:
@@ -287,18 +275,9 @@ def _rows_of(prompts: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
     return prompts if prompts is None or prompts.shape[1] == 1 else prompts[:, rows]
 
 
-def _within(spans: tuple[tuple[int, int], ...], first: int, last: int) -> tuple[tuple[int, int], ...]:
-    return tuple((max(start, first), min(end, last)) for start, end in spans if start < last and end > first)
-
-
 def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60:02d}:{int(seconds) % 60:02d}"
 
 
 def _span_of_time(seconds: float) -> str:
     return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"
-
-
-def spans_text(spans: Sequence[tuple[int, int]]) -> str:
-    """Spans as first:last, the way servers are started with."""
-    return " ".join(f"{start}:{end}" for start, end in spans)

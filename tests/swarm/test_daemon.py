@@ -46,18 +46,21 @@ def test_answers_that_meet_their_timeout_stop_nothing():
             stub = Echo.get_stub(client, server.peer_id)
             rng = random.Random(0)
 
-            async def call() -> bool:
+            async def call(patience) -> bool:
                 try:
-                    async with asyncio.timeout(DELAY + rng.uniform(0, 0.01)):  # what wait_for is from Python 3.12 on
+                    async with asyncio.timeout(patience * rng.uniform(0.8, 1.2)):  # wait_for from Python 3.12 on
                         await stub.rpc_echo(runtime_pb2.ExpertUID(uid="late"))
                 except TimeoutError:
                     return False
                 return True
 
-            answered = []
-            for _ in range(40):
-                answered += await asyncio.gather(*[call() for _ in range(32)])
-            assert 0 < sum(answered) < len(answered), "the timeouts of this test should lie around the delay"
+            patience, mixed = 2 * DELAY, 0
+            for _ in range(60):
+                answered = sum(await asyncio.gather(*[call(patience) for _ in range(32)]))
+                patience *= 1.2 if answered < 16 else 0.9  # stay where about half come in time, on a busy machine too
+                mixed += 0 < answered < 32
+                assert patience < 5, "nothing is answered any more"
+            assert mixed >= 10, "the timeouts of this test should lie around the time an answer takes"
             answer = await stub.rpc_echo(runtime_pb2.ExpertUID(uid="still here"), timeout=5)
             assert answer.serialized_info == b"still here"
             assert not client._client.control._pending_calls, "a call that ended is remembered"

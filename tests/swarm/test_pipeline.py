@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 
 import pytest
 import torch
@@ -244,3 +245,70 @@ def test_a_cache_that_is_full_for_the_moment_is_waited_for():
     answer, _ = run(pipe, torch.zeros(1, 7, 4))
     assert torch.equal(answer, torch.full((1, 7, 4), 1111.0))
     assert pipe.peers.retries == 2
+
+
+def test_servers_that_fail_in_turns_end_at_the_deadline_too():
+    """Each is in good standing again by the time the other has failed."""
+    calls = FakeCalls()
+
+    def fail(hop: Hop, hidden: torch.Tensor) -> None:
+        time.sleep(0.05)  # longer than the backoff
+        raise PeerUnreachableError("gone")
+
+    calls.on_call = fail
+    pipe = pipeline(FakeDirectory(4, server("a", 0, 4), server("b", 0, 4)), calls, max_backoff=0.01, deadline=0.3)
+    with pytest.raises(DeadlineError, match=r"every server of blocks 0:4 fails .*\.\.\.a: .*gone; \.\.\.b: .*gone"):
+        run(pipe)
+    assert {call[0] for call in calls.calls} == {"a", "b"}
+
+
+def test_a_call_that_hangs_ends_at_the_deadline():
+    class Hanging(FakeCalls):
+        async def forward(self, hop, hidden, prompts):
+            await asyncio.sleep(60)
+
+    started = time.monotonic()
+    with pytest.raises(DeadlineError, match=r"every server of blocks 0:4 fails .*no answer by the deadline"):
+        run(pipeline(FakeDirectory(4, server("a", 0, 4)), Hanging()))
+    assert 0.3 <= time.monotonic() - started < 1
+
+
+def test_blocks_that_nobody_holds_and_blocks_whose_servers_fail_are_told_apart():
+    calls = FakeCalls()
+
+    def fail(hop: Hop, hidden: torch.Tensor) -> None:
+        raise PeerUnreachableError("gone")
+
+    calls.on_call = fail
+    directory = FakeDirectory(6, server("a", 0, 2), server("b", 2, 4), server("c", 4, 6))
+
+    def lose(directory: FakeDirectory) -> None:
+        directory.snapshot = Snapshot(6, {"a": server("a", 0, 2), "b": server("b", 2, 4)})
+
+    directory.on_look = lose
+    with pytest.raises(
+        MissingBlocksError, match=r"no server holds blocks 4:6 .*; every server of blocks 0:2 fails: \.\.\.a: .*gone$"
+    ) as caught:
+        run(pipeline(directory, calls, min_backoff=30, max_backoff=30), last=6)
+    assert caught.value.missing == ((4, 6),)
+
+
+def test_a_server_that_failed_is_tried_with_one_micro_batch():
+    calls = FakeCalls()
+    tried = []
+
+    def fail(hop: Hop, hidden: torch.Tensor) -> None:
+        if hop.server.peer_id == "bad":
+            tried.append(calls.in_flight)
+            raise PeerUnreachableError("gone")
+
+    calls.on_call = fail
+    pipe = pipeline(FakeDirectory(4, server("bad", 0, 4)), calls, deadline=0.3)
+
+    async def many():
+        return await asyncio.gather(*[pipe.forward(HIDDEN, None, 0, 4) for _ in range(8)], return_exceptions=True)
+
+    results = asyncio.run(many())
+    assert all(isinstance(result, DeadlineError) for result in results)
+    assert len(tried) > 9
+    assert set(tried[8:]) == {1}, "after the first eight, which were in flight together, one at a time"

@@ -1,0 +1,73 @@
+"""The directory between two looks: records hold until they expire, and a DHT that is silent is waited for briefly."""
+
+import asyncio
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from petals_eval.swarm import directory as module
+from petals_eval.swarm.directory import Directory
+from tests.swarm.fakes import settings
+
+PEERS = ("QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY", "QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5")
+ONLINE, OFFLINE = 2, 0
+
+
+class FakeDHT:
+    """answers: what each look finds, one after the other, as {block: {peer: (state, expiration)}}; None: no answer."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    async def get_many(self, uids, expiration, num_workers):
+        assert expiration == math.inf
+        answer = self.answers.pop(0)
+        if answer is None:
+            await asyncio.sleep(60)
+        span = {"start_block": 0, "end_block": 2}
+        return {
+            uid: None
+            if int(uid.rpartition(".")[2]) not in answer
+            else SimpleNamespace(
+                value={
+                    peer: SimpleNamespace(value=(state, 1.0, span), expiration_time=until)
+                    for peer, (state, until) in answer[int(uid.rpartition(".")[2])].items()
+                }
+            )
+            for uid in uids
+        }
+
+
+def seen(monkeypatch, times, *answers):
+    """The servers of the snapshot after each look, the clock at `times`."""
+    clock = iter(times)
+    monkeypatch.setattr(module, "get_dht_time", lambda: next(clock))
+    monkeypatch.setattr(module, "LOOK_TIMEOUT", 0.05)
+
+    async def look():
+        directory = Directory(FakeDHT(*answers), "tiny", 2, settings())
+        return [set((await directory.refresh()).servers) for _ in times]
+
+    return asyncio.run(look())
+
+
+def both(first, second):
+    return {block: {PEERS[0]: first, PEERS[1]: second} for block in (0, 1)}
+
+
+@pytest.mark.parametrize("silence", [None, {}])
+def test_a_record_holds_until_it_expires_when_the_dht_has_lost_it(monkeypatch, silence):
+    found = seen(monkeypatch, [0, 50, 150, 250], both((ONLINE, 100), (ONLINE, 200)), silence, silence, silence)
+    assert found == [set(PEERS), set(PEERS), {PEERS[1]}, set()]
+
+
+def test_a_newer_record_takes_the_place_of_an_older_one(monkeypatch):
+    found = seen(
+        monkeypatch,
+        [0, 1, 2],
+        both((ONLINE, 100), (ONLINE, 200)),
+        both((OFFLINE, 110), (ONLINE, 200)),
+        both((ONLINE, 100), (ONLINE, 200)),  # an old copy that another DHT node still had
+    )
+    assert found == [set(PEERS), {PEERS[1]}, {PEERS[1]}]
