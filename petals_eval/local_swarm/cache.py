@@ -27,10 +27,10 @@ class CacheBudget:
     @asynccontextmanager
     async def reserve(self, size: int, timeout: float) -> AsyncIterator[None]:
         """Hold `size` bytes. Waits up to `timeout` seconds for room; raises AllocationFailed where there is none."""
-        if size > self.total_bytes:
-            raise AllocationFailed(f"Could not allocate {size} bytes, max cache size = {self.total_bytes} bytes")
         if timeout == 0 and (size > self.bytes_left or self._turn.locked()):
             raise AllocationFailed(f"Could not allocate {size} bytes immediately: out of memory")
+        if size > self.total_bytes:
+            raise AllocationFailed(f"Could not allocate {size} bytes, max cache size = {self.total_bytes} bytes")
         try:
             async with asyncio.timeout(timeout or None), self._turn, self._freed:
                 await self._freed.wait_for(lambda: size <= self.bytes_left)

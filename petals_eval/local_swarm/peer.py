@@ -25,12 +25,14 @@ class Peer:
         initial_peers: Sequence[str] = (),
         *,
         host_maddrs: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",),
+        announce_maddrs: Sequence[str] = (),
         identity_path: str | None = None,
     ) -> "Peer":
         """Start a daemon, on loopback unless told otherwise, and join the DHT of `initial_peers`."""
         p2p = await P2P.create(
             initial_peers=list(initial_peers),
             host_maddrs=list(host_maddrs),
+            announce_maddrs=list(announce_maddrs) or None,
             identity_path=identity_path,
             check_if_identity_free=False,
             # It is a local swarm: ask no router for anything.

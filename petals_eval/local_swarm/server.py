@@ -54,7 +54,10 @@ class BlockServer:
         loading = asyncio.create_task(asyncio.to_thread(load))
         try:
             peer = await Peer.open(
-                settings.initial_peers, host_maddrs=settings.host_maddrs, identity_path=settings.identity_path
+                settings.initial_peers,
+                host_maddrs=settings.host_maddrs,
+                announce_maddrs=settings.announce_maddrs,
+                identity_path=settings.identity_path,
             )
         except BaseException:
             loading.cancel()

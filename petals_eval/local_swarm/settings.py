@@ -47,6 +47,7 @@ class ServerSettings(BaseModel):
     threads: int = Field(default=1, ge=1)  # of arithmetic, in a process of its own
 
     host_maddrs: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
+    announce_maddrs: tuple[str, ...] = ()  # where others are told to connect, such as an emulated link; default: there
     identity_path: str | None = None  # file of the libp2p key; None: a new identity
 
     @model_validator(mode="after")

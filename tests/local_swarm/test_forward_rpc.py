@@ -1,5 +1,7 @@
 """The forward path over real libp2p: what a server answers, and what it refuses in which words."""
 
+import socket
+
 import pytest
 import torch
 from hivemind.p2p.p2p_daemon_bindings.control import P2PHandlerError
@@ -200,6 +202,16 @@ def test_an_announced_adapter_is_accepted(swarm, client):
 
 def test_a_batch_as_large_as_the_limit_is_taken(swarm, client):
     client.forward(swarm.servers[2].peer_id, "tiny-llama.0", states(4, 16))
+
+
+def test_a_server_announces_the_address_it_is_told_to(swarm, client):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    listened, announced = f"/ip4/127.0.0.1/tcp/{port}", f"/ip4/127.0.0.2/tcp/{port}"
+    server = swarm.add_server((0, 1), host_maddrs=(listened, announced), announce_maddrs=(announced,))
+    assert server.maddrs == (f"{announced}/p2p/{server.peer_id}",)
+    client.forward(server.peer_id, "tiny-llama.0", states(1, 2))
+    server.stop()
 
 
 @pytest.mark.parametrize(
