@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ from petals_eval.model.families import Family, family_of
 from petals_eval.model.sources import Folder, Source, open_source
 
 if TYPE_CHECKING:
+    from petals_eval.local_swarm.network import EmulatedNetwork, LinkProfile
     from petals_eval.local_swarm.peer import Peer
 
 __all__ = ["LocalSwarm", "split_evenly"]
@@ -40,6 +42,8 @@ class LocalSwarm:
         spans: Sequence[tuple[int, int]] | None = None,
         dht_prefix: str | None = None,
         mode: Literal["process", "thread"] = "process",
+        network: "EmulatedNetwork | None" = None,
+        links: "LinkProfile | Sequence[LinkProfile] | None" = None,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | None = None,
@@ -52,6 +56,9 @@ class LocalSwarm:
         spans: the blocks first:last of each server. They may overlap, and the same span may come twice.
         dht_prefix: what the blocks are announced under; by default the folder's name, or Petals' rule for a repository.
         mode: "process": killable, and each with a processor of its own; "thread": quicker to start.
+        network: put a relay of this network, which must be running, before each server and before the bootstrap peer.
+        links: the link of each server, or one profile for all of them; None: free ones. The bootstrap peer's has the
+            first one's delay.
         startup_timeout: seconds until all servers must serve.
         options: any other field of `ServerSettings`, for all servers: dtype, throughput, max_batch_size, adapters, ...
 
@@ -67,6 +74,8 @@ class LocalSwarm:
         self._options = {**options, "revision": source.revision or revision, "token": token, "cache_dir": cache_dir}
         self._spans = tuple(spans) if spans is not None else split_evenly(self.num_blocks, servers)
         self._planned = [self._settings(span, {}) for span in self._spans]  # a wrong setting shows now
+        self._network = network
+        self._links = _links(links, len(self._spans), network)
         self.servers: list[LocalServer] = []
         self.initial_peers: list[str] = []
         self._bootstrap: Peer | None = None
@@ -75,8 +84,6 @@ class LocalSwarm:
 
     def start(self) -> "LocalSwarm":
         """Start all servers and wait until they serve; raises ModelError or MachineError when one cannot."""
-        from petals_eval.local_swarm.peer import Peer
-
         if self._loop is not None:
             raise ConfigError("expected a local swarm that has not been started, found one that has: make another")
         deadline = time.monotonic() + self._startup_timeout
@@ -85,21 +92,24 @@ class LocalSwarm:
             if self.mode == "process":
                 self._nursery = Nursery(self._model_type)  # first: its imports take longest
             self._loop = LoopThread("local swarm")
-            self._bootstrap = self._loop.run(Peer.open(), _BOOTSTRAP_TIMEOUT)
+            self._bootstrap = self._loop.run(self._open_bootstrap(), _BOOTSTRAP_TIMEOUT)
             self.initial_peers = list(self._bootstrap.maddrs)
-            for settings in self._planned:
-                self.servers.append(self._launch(settings, self._loop, deadline))
+            for settings, link in zip(self._planned, self._links, strict=True):
+                self.servers.append(self._launch(settings, link, self._loop, deadline))
             for server in self.servers:
                 server.wait_ready(deadline)
             undo.pop_all()
         return self
 
-    def add_server(self, span: tuple[int, int], **options: Any) -> LocalServer:
-        """Start one more server for blocks first:last and wait until it serves; `options` go before the swarm's own."""
+    def add_server(self, span: tuple[int, int], *, link: "LinkProfile | None" = None, **options: Any) -> LocalServer:
+        """Start one more server for blocks first:last and wait until it serves; `options` go before the swarm's own.
+
+        link: its own in the emulated network; None: the first server's.
+        """
         if self._loop is None:
             raise ConfigError("expected a local swarm that runs, found one that does not: start it first")
         deadline = time.monotonic() + self._startup_timeout
-        server = self._launch(self._settings(span, options), self._loop, deadline)
+        server = self._launch(self._settings(span, options), link or self._links[0], self._loop, deadline)
         self.servers.append(server)
         server.wait_ready(deadline)
         return server
@@ -135,8 +145,22 @@ class LocalSwarm:
     ) -> None:
         self.stop()
 
-    def _launch(self, settings: ServerSettings, loop: LoopThread, deadline: float) -> LocalServer:
+    async def _open_bootstrap(self) -> "Peer":
+        from petals_eval.local_swarm.peer import Peer
+
+        if self._network is None:
+            return await Peer.open()
+        link = self._links[0]
+        relay, listen = _behind_relay(self._network, None if link is None else replace(link, up=None, down=None))
+        return await Peer.open(host_maddrs=[listen], announce_maddrs=[relay])
+
+    def _launch(
+        self, settings: ServerSettings, link: "LinkProfile | None", loop: LoopThread, deadline: float
+    ) -> LocalServer:
         settings = settings.model_copy(update={"initial_peers": tuple(self.initial_peers)})
+        if self._network is not None:
+            relay, listen = _behind_relay(self._network, link)
+            settings = settings.model_copy(update={"host_maddrs": (listen,), "announce_maddrs": (relay,)})
         if self._nursery is not None:
             return ProcessServer(settings, self._nursery, deadline)
         return ThreadServer(settings, loop)
@@ -152,6 +176,27 @@ class LocalSwarm:
             first_error = error.errors()[0]
             where = ".".join(map(str, first_error["loc"])) or "settings"
             raise ConfigError(f"local swarm: {where}: {first_error['msg']}, found {first_error['input']!r}") from error
+
+
+def _links(
+    links: "LinkProfile | Sequence[LinkProfile] | None", servers: int, network: "EmulatedNetwork | None"
+) -> "Sequence[LinkProfile | None]":
+    """One for each server."""
+    if links is not None and network is None:
+        raise ConfigError("links are those of an emulated network: give network=, too")
+    if not isinstance(links, Sequence):
+        return [links] * servers
+    if len(links) != servers:
+        raise ConfigError(f"expected one link for all servers or {servers}, one each, found {len(links)}")
+    return links
+
+
+def _behind_relay(network: "EmulatedNetwork", link: "LinkProfile | None") -> tuple[str, str]:
+    """A new relay's address, which a server must announce, and the one where it must listen."""
+    from petals_eval.local_swarm.network import LinkProfile
+
+    relay, listen = network.before_server(link or LinkProfile())
+    return relay.maddr, listen
 
 
 def split_evenly(num_blocks: int, servers: int) -> tuple[tuple[int, int], ...]:

@@ -1,6 +1,9 @@
 """An emulated network: relays before servers, each a link with delay, jitter and bandwidth, and one shared link of the
 client's. TCP in, TCP out: any server will do, ours or a real Petals one, if it announces its relay's address.
 
+Servers stand on a loopback address of their own, `SERVERS_HOST`, and libp2p dials from where it listens. So a relay
+sees who calls: what comes from another server (its DHT traffic, its pushes) passes no link of the client's.
+
 A link is a serial line: bytes leave it one after the other at its rate, then travel for its delay. What is sent faster
 queues, and beyond `QUEUE_SECONDS` of queue the sender is held back, as a router's buffer would.
 """
@@ -22,6 +25,7 @@ from petals_eval.errors import MachineError
 
 __all__ = ["EmulatedNetwork", "Link", "LinkProfile", "LinkUse", "Relay"]
 
+SERVERS_HOST = "127.0.0.2"  # the client's connections come from 127.0.0.1
 QUEUE_SECONDS = 0.05
 CHUNK_SECONDS = 0.004  # of a link's time in one chunk: small enough that streams share a link fairly
 SMALLEST_CHUNK, LARGEST_CHUNK = 4096, 65536  # bytes
@@ -134,6 +138,18 @@ class EmulatedNetwork:
         """Tell a relay where its server listens."""
         self._ask({"connect": relay.index, "host": host, "port": port})
 
+    def before_server(self, profile: LinkProfile) -> tuple[Relay, str]:
+        """A relay before a server that has yet to start, and the address where that server must listen.
+
+        It must announce `relay.maddr` alone: then nobody goes around the relay.
+        """
+        with socket.socket() as probe:
+            probe.bind((SERVERS_HOST, 0))  # free now; nothing else on this machine picks ports of this address
+            port = probe.getsockname()[1]
+        relay = self.open_relay(profile)
+        self.connect(relay, port, SERVERS_HOST)
+        return relay, f"/ip4/{SERVERS_HOST}/tcp/{port}"
+
     def use(self) -> tuple[list[LinkUse], LinkUse]:
         """What each relay's link and the client's own carried since the start."""
         answer = self._ask({"use": True})
@@ -237,9 +253,12 @@ class _Relays:
         for each in (writer, server_writer):
             each.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
+            up, down = [relay.up], [relay.down]
+            if writer.get_extra_info("peername")[0] != SERVERS_HOST:
+                up, down = [self._client_up, relay.up], [relay.down, self._client_down]
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._pump(reader, server_writer, (self._client_up, relay.up), relay.profile))
-                group.create_task(self._pump(server_reader, writer, (relay.down, self._client_down), relay.profile))
+                group.create_task(self._pump(reader, server_writer, up, relay.profile))
+                group.create_task(self._pump(server_reader, writer, down, relay.profile))
         except* OSError:
             pass  # one side broke the connection; the other learns it by the close below
         finally:
