@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import CallerError, GradientError
+from petals_eval.errors import CallerError
 from petals_eval.swarm.calls import RemoteCalls
 from petals_eval.swarm.connection import SwarmConnection
 from petals_eval.swarm.directory import Directory
+from petals_eval.swarm.gradients import refuse_gradients
+from petals_eval.swarm.inference_session import InferenceSession
 from petals_eval.swarm.peers import PeerBook
 from petals_eval.swarm.pipeline import USUAL_MAX_TOKENS, Pipeline, ServedHop, SwarmStatus
 from petals_eval.swarm.records import Snapshot
@@ -100,7 +102,7 @@ class RemoteSequential(nn.Module):
         Rows are split below the servers' token limit, and the parts are in flight together.
         Raises GradientError, CallerError for misshapen tensors, SwarmError when the swarm cannot.
         """
-        self._refuse_gradients(hidden, prompts)
+        refuse_gradients(hidden, prompts)
         self._check_shapes(hidden, prompts)
         if len(self) == 0 or hidden.numel() == 0:
             return hidden
@@ -138,7 +140,7 @@ class RemoteSequential(nn.Module):
                     if item is None:
                         exhausted = True
                         break
-                    self._refuse_gradients(item.hidden, item.prompts)
+                    refuse_gradients(item.hidden, item.prompts)
                     prompts = None if item.prompts is None else item.prompts.detach()
                     future = self._connection.start(
                         self._pipeline.forward, item.hidden.detach(), prompts, self.first, self.last
@@ -157,6 +159,17 @@ class RemoteSequential(nn.Module):
         finally:
             for future in pending:
                 future.cancel()
+
+    def inference_session(self, max_length: int, *, batch: int = 1) -> InferenceSession:
+        """A session through the blocks, for `batch` rows of at most `max_length` positions; use it with `with`.
+
+        Nothing is sent before its first step, which reserves the servers' caches.
+        """
+        if batch < 1 or max_length < 1:
+            raise CallerError(f"expected a batch and a max_length of at least 1, found {batch} and {max_length}")
+        return InferenceSession(
+            self._connection, self._pipeline.session(self.first, self.last, batch=batch, max_length=max_length)
+        )
 
     def status(self) -> SwarmStatus:
         """Retries, servers used and what is being waited for."""
@@ -184,13 +197,6 @@ class RemoteSequential(nn.Module):
     def _rows_per_part(self, hidden: torch.Tensor) -> int:
         limit = self.settings.max_tokens_per_call or USUAL_MAX_TOKENS
         return int(limit // max(1, hidden.shape[1]))
-
-    def _refuse_gradients(self, hidden: torch.Tensor, prompts: torch.Tensor | None) -> None:
-        if torch.is_grad_enabled() and (hidden.requires_grad or (prompts is not None and prompts.requires_grad)):
-            raise GradientError(
-                "the remote path computes no gradients: expected hidden states without grad, found one that requires "
-                "it. Evaluate under torch.inference_mode() or torch.no_grad(), or detach() what you pass."
-            )
 
     def _check_shapes(self, hidden: torch.Tensor, prompts: torch.Tensor | None) -> None:
         if hidden.ndim != 3 or not hidden.is_floating_point():

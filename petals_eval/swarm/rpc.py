@@ -1,8 +1,9 @@
 """The calls of a Petals server as hivemind makes them, and whose fault it is when one fails."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import AsyncIterator  # noqa: UP035 - hivemind takes a call for a stream by typing's alias only
 
 import torch
 from hivemind.p2p import ServicerBase
