@@ -1,6 +1,7 @@
 """Petals' own client and its users' evaluation loop, run in the Petals environment for comparison.
 
-Reads JSON settings from stdin and writes JSON to stdout:
+Reads JSON settings from stdin and writes a line of JSON to stdout for each line of them. Lines after the first say only
+what changes, and find the model and the swarm warm:
 
     model           folder
     initial_peers   multiaddresses
@@ -11,6 +12,7 @@ Reads JSON settings from stdin and writes JSON to stdout:
     texts           classify these ...      -> {"logits": [[...]], "predictions": [...], "seconds": ...}
     max_length      ... cut to this many tokens (default 96), `batch_size` (default 32) of them at a time
     padding         "longest" or "max_length" (the default: as in Petals' SST-2 example)
+    labels          right answers, one a text: the "seconds" are up to the "accuracy" that is answered, too
     generate        or go on greedily from these token ids ...      -> {"tokens": [...]}
     max_new_tokens  ... by this many
 """
@@ -19,6 +21,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import loopback_only  # noqa: F401
 import torch
@@ -75,9 +79,13 @@ def classify(model, settings: dict) -> dict:
         )
         with torch.no_grad():
             logits.append(model(input_ids=batch["input_ids"]).logits)
-    seconds = time.perf_counter() - started
     logits = torch.cat(logits)
-    return {"logits": logits.tolist(), "predictions": logits.argmax(-1).tolist(), "seconds": seconds}
+    predictions = logits.argmax(-1).tolist()
+    answer = {}
+    if labels := settings.get("labels"):
+        answer["accuracy"] = sum(map(int.__eq__, predictions, labels)) / len(labels)
+    seconds = time.perf_counter() - started
+    return answer | {"logits": logits.tolist(), "predictions": predictions, "seconds": seconds}
 
 
 def generate(model, settings: dict) -> dict:
@@ -87,18 +95,24 @@ def generate(model, settings: dict) -> dict:
     return {"tokens": tokens[0].tolist()}
 
 
+def answers(lines: Iterable[str]) -> Iterator[dict]:
+    tasks = {"generate": generate, "classify": classify}
+    loaders = {"generate": partial(load, AutoDistributedModelForCausalLM), "classify": load_classifier}
+    settings, models = {}, {}
+    for line in lines:
+        settings |= json.loads(line)
+        kind = "generate" if "generate" in settings else "classify"
+        if kind not in models:
+            models[kind] = loaders[kind](settings)
+        yield tasks[kind](models[kind], settings)
+    for model in models.values():
+        model.transformer.h.sequence_manager.shutdown()
+        model.transformer.h.sequence_manager.dht.shutdown()
+
+
 def main() -> None:
-    settings = json.load(sys.stdin)
-    if "generate" in settings:
-        model = load(AutoDistributedModelForCausalLM, settings)
-        answer = generate(model, settings)
-    else:
-        model = load_classifier(settings)
-        answer = classify(model, settings)
-    model.transformer.h.sequence_manager.shutdown()
-    model.transformer.h.sequence_manager.dht.shutdown()
-    json.dump(answer, sys.stdout)
-    sys.stdout.flush()
+    for answer in answers(sys.stdin):
+        print(json.dumps(answer), flush=True)
     os._exit(0)  # hivemind's P2P objects print tracebacks when the garbage collector ends them after their loop
 
 

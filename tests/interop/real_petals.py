@@ -21,8 +21,12 @@ from hivemind.p2p import P2P, PeerID, ServicerBase
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError
 from hivemind.proto import runtime_pb2
 
+from petals_eval.local_swarm.network import EmulatedNetwork, LinkProfile
+
 HERE = Path(__file__).resolve().parent
 ONLINE = 2
+FREE_LINK = LinkProfile()
+NO_PETALS = "no Python with Petals at {}: run scripts/petals_peer.sh or set PETALS_EVAL_PETALS_PYTHON"
 
 
 class TransformerConnectionHandler(ServicerBase):
@@ -33,12 +37,16 @@ class TransformerConnectionHandler(ServicerBase):
     async def rpc_forward(self, request: runtime_pb2.ExpertRequest, context: object) -> runtime_pb2.ExpertResponse: ...
 
 
+def petals_python_path() -> str:
+    """Where the Python that has Petals should be."""
+    return os.environ.get("PETALS_EVAL_PETALS_PYTHON", str(HERE.parents[1] / ".venv-petals" / "bin" / "python"))
+
+
 def petals_python() -> str:
     """The Python that has Petals. Where there is none the test is skipped, and fails in CI."""
-    default = HERE.parents[1] / ".venv-petals" / "bin" / "python"
-    python = os.environ.get("PETALS_EVAL_PETALS_PYTHON", str(default))
+    python = petals_python_path()
     if not os.access(python, os.X_OK):
-        message = f"no Python with Petals at {python}: run scripts/petals_peer.sh or set PETALS_EVAL_PETALS_PYTHON"
+        message = NO_PETALS.format(python)
         if os.environ.get("CI") == "true":
             pytest.fail(message)
         pytest.skip(message)
@@ -134,7 +142,7 @@ class RealPetalsServer:
 
     def stop(self) -> None:
         """Ctrl-C, as an operator would: it announces OFFLINE and leaves."""
-        self._process.sendsend(signal.SIGINT)
+        self._process.send_signal(signal.SIGINT)
         try:
             self._process.wait(timeout=30)
         finally:
@@ -162,6 +170,8 @@ class RealPetalsSwarm:
     dtype: what the servers compute in ("float32", "bfloat16").
     max_batch_size, inference_max_length: the servers' limits in tokens; None: Petals' own defaults.
     initial_peers: multiaddresses of a running swarm to join; None: the first server starts one.
+    network: put a relay of this network, which must be running, before each server, which announces nothing else.
+    links: the link of each server, or one profile for all of them.
     flags: more arguments of petals.cli.run_server.
     timeout: seconds for all servers together to be ready.
     """
@@ -176,6 +186,8 @@ class RealPetalsSwarm:
         max_batch_size: int | None = None,
         inference_max_length: int | None = None,
         initial_peers: Sequence[str] | None = None,
+        network: EmulatedNetwork | None = None,
+        links: LinkProfile | Sequence[LinkProfile] = FREE_LINK,
         flags: Sequence[str] = (),
         python: str | None = None,
         timeout: float = 120,
@@ -188,6 +200,8 @@ class RealPetalsSwarm:
         self._python = python or petals_python()
         self._dtype = dtype
         self._flags = list(flags)
+        self._network = network
+        self._links = [links] * len(self._spans) if isinstance(links, LinkProfile) else list(links)
         for flag, value in (("--max_batch_size", max_batch_size), ("--inference_max_length", inference_max_length)):
             if value is not None:
                 self._flags += [flag, str(value)]
@@ -221,14 +235,14 @@ class RealPetalsSwarm:
         deadline = time.monotonic() + self._timeout
         flags = [
             *("--dht_prefix", self.dht_prefix, "--torch_dtype", dtype, "--device", "cpu", "--num_handlers", "1"),
-            *("--throughput", "10", "--host_maddrs", "/ip4/127.0.0.1/tcp/0"),
-            *("--no_auto_relay", "--skip_reachability_check", *self._flags),
+            *("--throughput", "10", "--no_auto_relay", "--skip_reachability_check", *self._flags),
         ]
         new = []
         for span in spans:
             folder = self._folder / str(len(self.servers))
             folder.mkdir()
-            new.append(RealPetalsServer(self._python, self.model_dir, span, flags, folder))
+            place = self._place(len(self.servers))
+            new.append(RealPetalsServer(self._python, self.model_dir, span, [*flags, *place], folder))
             self.servers.append(new[-1])
         for server in new:
             first = server is self.servers[0]
@@ -241,6 +255,13 @@ class RealPetalsSwarm:
             server.wait_for(r"\[INFO\] Started", deadline)
         in_own_loop(lambda: self._until_served(new, deadline))
         return new
+
+    def _place(self, index: int) -> list[str]:
+        """Where server number `index` listens, and what it announces instead; one added later has the last link."""
+        if self._network is None:
+            return ["--host_maddrs", "/ip4/127.0.0.1/tcp/0"]
+        relay, listen = self._network.before_server(self._links[min(index, len(self._links) - 1)])
+        return ["--host_maddrs", listen, "--announce_maddrs", relay.maddr]
 
     async def _until_served(self, servers: Sequence[RealPetalsServer], deadline: float) -> None:
         """Until the directory says ONLINE for every block and every handler answers.
@@ -256,10 +277,10 @@ class RealPetalsSwarm:
                     await asyncio.sleep(0.1)
 
 
-def run_petals_loop(settings: dict, folder: Path, timeout: float = 240) -> dict:
-    """What petals_loop.py answers to `settings`; `folder` is for its cache."""
+def run_petals_loop(settings: dict, folder: Path, timeout: float = 240, script: str = "petals_loop.py") -> dict:
+    """What petals_loop.py, or another script beside it, answers to `settings`; `folder` is for its cache."""
     process = subprocess.Popen(
-        [petals_python(), str(HERE / "petals_loop.py")],
+        [petals_python(), str(HERE / script)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -274,7 +295,7 @@ def run_petals_loop(settings: dict, folder: Path, timeout: float = 240) -> dict:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=30)
     if process.returncode:
-        raise RuntimeError(f"Petals' own loop ended with exit code {process.returncode}. Its log ends:\n{log[-4000:]}")
+        raise RuntimeError(f"{script} ended with exit code {process.returncode}. Its log ends:\n{log[-4000:]}")
     return json.loads(answer)
 
 
