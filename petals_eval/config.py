@@ -104,6 +104,7 @@ class SwarmSettings(Settings):
     require_quant: str | None = None  # how servers must quantise: "none", "int8" or "nf4"
     allow_servers: Names = ()  # identities, whole or their last letters; empty: everybody
     deny_servers: Names = ()  # the same, left out
+    allow_nondeterministic: bool = False  # where nobody else holds the blocks, use servers that run in training mode
 
     startup_timeout: Seconds = 30.0  # seconds until the libp2p daemon and the DHT node must be up
     connect_timeout: Seconds = 10.0  # seconds for a server's first answer (rpc_info) or for opening a stream
@@ -117,6 +118,7 @@ class SwarmSettings(Settings):
 
     max_tokens_per_call: int | None = Field(default=None, gt=0)  # tokens (rows x positions); None: the server's default
     window: int = Field(default=8, gt=0)  # micro-batches in flight at once
+    recheck_share: float = Field(default=0.003, ge=0, le=1)  # of a server's tokens, to ask it again during the run
 
 
 class RunSettings(Settings):
@@ -151,6 +153,7 @@ class RunSettings(Settings):
     require_quant: str | None = None  # how servers must quantise: "none", "int8" or "nf4"
     allow_server: Names = ()  # use only these servers: identities, whole or their last letters
     deny_server: Names = ()  # leave these out
+    allow_nondeterministic: bool = False  # where nobody else holds the blocks, use servers that run in training mode
     deadline: Seconds = SwarmSettings.model_fields["deadline"].default  # seconds to wait for a server, per hop
     request_timeout: Seconds = SwarmSettings.model_fields["request_timeout"].default  # seconds for one call
     window: int = Field(default=SwarmSettings.model_fields["window"].default, gt=0)  # micro-batches in flight

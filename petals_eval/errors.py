@@ -18,7 +18,8 @@
     │   ├── PeerUnreachableError                  no connection, or the connection broke
     │   ├── PeerTimeoutError                      no answer in time
     │   ├── PeerRefusedError                      it answered with an error
-    │   └── PeerAnswerError                       wrong count, shape or dtype, or not finite
+    │   ├── PeerAnswerError                       wrong count, shape or dtype, or not finite
+    │   └── PeerNondeterministicError             two answers to one question: left out for good
     ├── MachineError ........................ 4   this machine cannot: disk, memory, permissions
     └── InterruptedRunError ......... 130 or 143  SIGINT or SIGTERM; what was scored is kept
 
@@ -38,6 +39,7 @@ __all__ = [
     "ModelError",
     "PeerAnswerError",
     "PeerError",
+    "PeerNondeterministicError",
     "PeerRefusedError",
     "PeerTimeoutError",
     "PeerUnreachableError",
@@ -136,6 +138,17 @@ class PeerRefusedError(PeerError):
 
 class PeerAnswerError(PeerError):
     """The answer has a wrong count, shape or dtype, or holds values that are not finite."""
+
+
+class PeerNondeterministicError(PeerError):
+    """The server gave two answers to one question: its blocks run in training mode.
+
+    difference: of the two, relative to what the blocks did to the question.
+    """
+
+    def __init__(self, message: str, difference: float):
+        super().__init__(message)
+        self.difference = difference
 
 
 class MachineError(PetalsEvalError):

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -45,6 +45,8 @@ class HopSession:
         """
         self.batch = batch
         self.position = 0
+        self.before_first_step: Callable[[torch.Tensor], Awaitable[None]] | None = None
+        """Awaited with the first hidden states before they are sent; may raise PeerError."""
         self._stub = stub
         self._uid = uid
         self._info = info
@@ -70,6 +72,9 @@ class HopSession:
         """
         if self._is_over:
             raise PeerUnreachableError("the session is over")
+        if self.before_first_step is not None and hidden.numel():
+            await self.before_first_step(hidden)
+            self.before_first_step = None
         self._is_over = True  # until the answer is there
         started = time.monotonic()
         tensors = [

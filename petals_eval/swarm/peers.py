@@ -23,6 +23,7 @@ class PeerHistory:
     failures_in_a_row: int = 0
     blocked_until: float = 0.0
     last_error: str = ""
+    is_left_out: bool = False  # for good
     tokens: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -46,10 +47,23 @@ class PeerBook:
     def of(self, peer_id: str) -> PeerHistory:
         return self.histories.setdefault(peer_id, PeerHistory())
 
-    def is_usable(self, peer_id: str) -> bool:
-        """Whether the server is not being left alone after a failure."""
+    def is_usable(self, peer_id: str, *, even_left_out: bool = False) -> bool:
+        """Whether the server is neither left out nor being left alone after a failure."""
         history = self.histories.get(peer_id)
-        return history is None or history.blocked_until <= self._clock()
+        if history is None:
+            return True
+        return history.blocked_until <= self._clock() and (even_left_out or not history.is_left_out)
+
+    def is_left_out(self, peer_id: str) -> bool:
+        """Whether the server was left out for good."""
+        history = self.histories.get(peer_id)
+        return history is not None and history.is_left_out
+
+    def leave_out(self, peer_id: str, error: Exception) -> None:
+        """Use the server no more: what it did is no failure that passes."""
+        history = self.of(peer_id)
+        history.is_left_out = True
+        history.last_error = f"{type(error).__name__}: {error}"
 
     def may_be_called(self, peer_id: str) -> bool:
         """Whether to send it work now: one that failed last time is tried with one micro-batch, not with all of them.

@@ -2,10 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,6 +13,7 @@ from petals_eval.errors import (
     DeadlineError,
     MissingBlocksError,
     PeerError,
+    PeerNondeterministicError,
     PeerRefusedError,
     PeerTimeoutError,
     PeerUnreachableError,
@@ -26,7 +26,9 @@ from petals_eval.swarm.missing import spans_text, what_is_missing, within
 from petals_eval.swarm.peers import PeerBook, short_peer
 from petals_eval.swarm.records import SpanServer
 from petals_eval.swarm.routing import Hop, hold_all, next_hop
+from petals_eval.swarm.rpc import together
 from petals_eval.swarm.sessions import RouteSession
+from petals_eval.swarm.unequal import UnequalServer, stop_text, warning_text
 
 __all__ = ["USUAL_MAX_TOKENS", "Pipeline", "ServedHop", "SwarmStatus", "short_peer", "spans_text"]
 
@@ -51,11 +53,18 @@ class ServedHop:
 
 @dataclass(frozen=True, slots=True)
 class SwarmStatus:
-    """What a progress display shows. waiting: why nothing moves, or None."""
+    """What a progress display shows.
+
+    waiting: why nothing moves, or None.
+    notices: warnings, in order; each is to be shown once.
+    unequal: servers that gave two answers to one question.
+    """
 
     retries: int
     servers: tuple[str, ...]
     waiting: str | None
+    notices: tuple[str, ...] = ()
+    unequal: tuple[UnequalServer, ...] = ()
 
 
 class Pipeline:
@@ -68,7 +77,10 @@ class Pipeline:
         self._limits = TokenLimits(settings.max_tokens_per_call)
         self._stepping: dict[str, asyncio.Lock] = {}  # by server
         self._waiting: dict[object, str] = {}
+        self._notices: list[str] = []
+        self._unequal: dict[str, UnequalServer] = {}
         self.peers = peers
+        self.config_dropout: Mapping[str, float] = {}  # what the model's config at home says, for the warnings
 
     async def forward(
         self, hidden: torch.Tensor, prompts: torch.Tensor | None, first: int, last: int
@@ -94,7 +106,7 @@ class Pipeline:
                     hidden = await self._call(hop, hidden, span_prompts)
             except PeerError as error:
                 if not self._is_too_small(hop, error, 1, seq):
-                    self.peers.failed(hop.server.peer_id, error)
+                    self._failed(hop, error)
                 continue
             route.append(_served(hop, hidden))
             position = hop.last
@@ -115,7 +127,7 @@ class Pipeline:
 
         def failed(hop: Hop, error: PeerError) -> None:
             if not self._is_too_small(hop, error, batch, max_length):
-                self.peers.failed(hop.server.peer_id, error)
+                self._failed(hop, error)
 
         return RouteSession(
             self._calls,
@@ -135,6 +147,24 @@ class Pipeline:
         peer_id = hop.server.peer_id
         return isinstance(error, PeerRefusedError) and self._limits.learn_per_session(peer_id, error, batch, positions)
 
+    def _failed(self, hop: Hop, error: PeerError) -> None:
+        """Leave the hop's server alone for a while, or for good when it answers otherwise each time."""
+        peer_id = hop.server.peer_id
+        if not isinstance(error, PeerNondeterministicError):
+            self.peers.failed(peer_id, error)
+        elif not self.peers.is_left_out(peer_id):
+            self.peers.leave_out(peer_id, error)
+            self._unequal[peer_id] = UnequalServer(hop.server, error.difference)
+            others = [server for server in self._trusted() if server.start <= hop.first and hop.last <= server.end]
+            self._warn_of(self._unequal[peer_id], others=len(others))
+
+    def _trusted(self) -> list[SpanServer]:
+        every = self._directory.snapshot.servers.values()
+        return [server for server in every if not self.peers.is_left_out(server.peer_id)]
+
+    def _warn_of(self, unequal: UnequalServer, *, others: int) -> None:
+        self._notices.append(warning_text(unequal, others, self.config_dropout))
+
     async def _find_hop(
         self,
         position: int,
@@ -148,6 +178,7 @@ class Pipeline:
         too_large: why a server does not take what is to be computed, or None; raised where it leaves no route.
         """
         token = object()
+        looked_again = False
         try:
             while True:
                 every = list(self._directory.snapshot.servers.values())
@@ -162,11 +193,43 @@ class Pipeline:
                     raise self._deadline_error(position, last)
                 if hop is not None:
                     return hop
+                if hold_all(fitting, position, last) and not hold_all(self._trusted(), position, last):
+                    if not looked_again:  # somebody else may have come since
+                        looked_again = True
+                        await self._directory.refresh(older_than=self._settings.missing_update_period)
+                        continue
+                    hop = self._last_resort(fitting, position, last)
+                    if hop is not None:
+                        return hop
                 self._waiting[token] = f"{self._what_is_missing(position, last, left)}; deadline in {_minutes(left)}"
                 await asyncio.sleep(min(left, self._settings.missing_update_period / 4))
                 await self._directory.refresh(older_than=self._settings.missing_update_period)
         finally:
             self._waiting.pop(token, None)
+
+    def _last_resort(self, servers: Sequence[SpanServer], position: int, last: int) -> Hop | None:
+        """A hop on a server that was left out, where the settings allow it; None while that one is failing, too.
+
+        Raises MissingBlocksError where they do not: waiting would not help.
+        """
+        left_out = frozenset(self._unequal)
+        if not self._settings.allow_nondeterministic:
+            held_by_them_alone = within(self._directory.snapshot.missing(without=left_out), position, last)
+            caught = [
+                each
+                for each in self._unequal.values()
+                if any(each.server.start < end and start < each.server.end for start, end in held_by_them_alone)
+            ]
+            message = stop_text(spans_text(held_by_them_alone), caught, self.config_dropout)
+            raise MissingBlocksError(message, held_by_them_alone)
+        # Those left out cost more than any route around them, so that they are used for what nobody else holds.
+        usable = [server for server in servers if self.peers.is_usable(server.peer_id, even_left_out=True)]
+        hop = next_hop(usable, position, last, lambda server, blocks: 1e6 * blocks * (server.peer_id in left_out))
+        known = None if hop is None else self._unequal.get(hop.server.peer_id)
+        if known is not None and not known.is_used:
+            self._unequal[known.server.peer_id] = replace(known, is_used=True)
+            self._warn_of(self._unequal[known.server.peer_id], others=0)
+        return hop
 
     @asynccontextmanager
     async def _at_most_until(self, give_up: float, peer_id: str) -> AsyncIterator[None]:
@@ -204,7 +267,7 @@ class Pipeline:
                 if in_steps:
                     answers = await self._call_in_steps(hop, hidden, prompts, parts, limit)
                 else:
-                    answers = await _gather([self._call_part(hop, hidden, prompts, part) for part in parts])
+                    answers = await together([self._call_part(hop, hidden, prompts, part) for part in parts])
             except PeerRefusedError as error:
                 if not self._limits.learn_per_call(peer_id, error, limit if in_steps else step * seq):
                     raise
@@ -252,23 +315,14 @@ class Pipeline:
         """Safe to call from any thread: it only reads."""
         used = tuple(peer for peer, history in list(self.peers.histories.items()) if history.calls)
         waiting = next(iter(list(self._waiting.values())), None)
-        return SwarmStatus(self.peers.retries, used, waiting)
+        unequal = list(self._unequal.values())
+        return SwarmStatus(self.peers.retries, used, waiting, tuple(self._notices), tuple(unequal))
 
 
 def _served(hop: Hop, answer: torch.Tensor) -> ServedHop:
     record = hop.server.record
     dtype = str(answer.dtype).removeprefix("torch.")
     return ServedHop(hop.server.peer_id, hop.first, hop.last, record.version, dtype, record.quant_type)
-
-
-async def _gather(calls: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
-    """All of them, or the first error with the rest cancelled: asyncio.gather would let the rest run on."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(call) for call in calls]
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
 
 
 def _rows_of(prompts: torch.Tensor | None, rows: slice) -> torch.Tensor | None:

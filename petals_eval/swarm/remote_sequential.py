@@ -1,6 +1,6 @@
 """RemoteSequential: the swarm's blocks as a torch module that computes no gradients."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -11,6 +11,7 @@ from torch import nn
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import CallerError
 from petals_eval.swarm.calls import RemoteCalls
+from petals_eval.swarm.checked_calls import CheckedCalls
 from petals_eval.swarm.connection import SwarmConnection
 from petals_eval.swarm.directory import Directory
 from petals_eval.swarm.gradients import refuse_gradients
@@ -73,8 +74,9 @@ class RemoteSequential(nn.Module):
         """All blocks of the model announced under `dht_prefix`. Reads the directory once."""
         settings = connection.settings
         directory = Directory(connection.dht, dht_prefix, num_blocks, settings)
-        calls = RemoteCalls(connection.p2p, dht_prefix, settings)
-        pipeline = Pipeline(calls, directory, PeerBook(settings), settings)
+        peers = PeerBook(settings)
+        calls = CheckedCalls(RemoteCalls(connection.p2p, dht_prefix, settings), peers, settings)
+        pipeline = Pipeline(calls, directory, peers, settings)
         connection.run(directory.refresh)
         connection.start_background(directory.keep_fresh)
         return cls(connection, directory, pipeline, 0, num_blocks)
@@ -174,6 +176,10 @@ class RemoteSequential(nn.Module):
     def status(self) -> SwarmStatus:
         """Retries, servers used and what is being waited for."""
         return self._pipeline.status()
+
+    def warn_of_dropout(self, dropout: Mapping[str, float]) -> None:
+        """What the model's config at home says of dropout in the blocks, to be named where servers answer unalike."""
+        self._pipeline.config_dropout = dict(dropout)
 
     @property
     def snapshot(self) -> Snapshot:

@@ -1,9 +1,10 @@
 """The calls of a Petals server as hivemind makes them, and whose fault it is when one fails."""
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import AsyncIterator  # noqa: UP035 - hivemind takes a call for a stream by typing's alias only
+from typing import Any, AsyncIterator  # noqa: UP035 - hivemind takes a call for a stream by typing's alias only
 
 import torch
 from hivemind.p2p import ServicerBase
@@ -14,7 +15,7 @@ from hivemind.proto import runtime_pb2
 
 from petals_eval.errors import PeerError, PeerRefusedError, PeerTimeoutError, PeerUnreachableError
 
-__all__ = ["Answer", "TransformerConnectionHandler", "as_peer_errors"]
+__all__ = ["Answer", "TransformerConnectionHandler", "as_peer_errors", "together"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,16 @@ class Answer:
     seconds: float
     bytes_sent: int
     bytes_received: int
+
+
+async def together(calls: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+    """All of them, or the first error with the rest cancelled: asyncio.gather would let the rest run on."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call) for call in calls]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 class TransformerConnectionHandler(ServicerBase):
