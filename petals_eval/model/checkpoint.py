@@ -1,6 +1,7 @@
 """A model's config and the few of its tensors that stay at home, from a local folder or from the hub."""
 
 import json
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,6 +85,9 @@ class Checkpoint:
         return self._weights
 
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, ImportError)
+
+
 def load_tokenizer(source: Source) -> Any:
     """The tokenizer that lies with a model. Raises ModelError if there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -97,9 +101,14 @@ def load_tokenizer(source: Source) -> Any:
             if source.find("tokenizer.json") is None:
                 raise
             return PreTrainedTokenizerFast.from_pretrained(place, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001  # tokenizers raises Exception itself for a file it cannot read
+        if type(error) is not Exception and not isinstance(error, _UNREADABLE):
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{source} has no tokenizer that can be loaded: {reason}") from error
+        raise ModelError(
+            f"{source} has no tokenizer that can be loaded by transformers {version('transformers')} and tokenizers "
+            f"{version('tokenizers')}: {reason}. Files written by newer releases may need these."
+        ) from error
 
 
 def _read_config(source: Source) -> Any:

@@ -201,5 +201,13 @@ def test_a_tokenizer_class_of_a_newer_transformers_is_read_by_its_file(tmp_path,
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", unknown_class)
     assert local.tokenizer(" good it").input_ids == [1, 262, 280]
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(ModelError, match="no tokenizer that can be loaded: Tokenizer class"):
+    with pytest.raises(ModelError, match=r"no tokenizer that can be loaded .*: Tokenizer class"):
         _ = LocalModel.from_pretrained(str(tmp_path)).tokenizer
+
+
+def test_a_tokenizer_file_from_the_future_is_a_clear_error(tmp_path):
+    """tokenizers raises Exception itself for a file it cannot read."""
+    folder = make_tiny("llama", tmp_path)
+    (folder / "tokenizer.json").write_text('{"version": "9.0", "model": {"type": "from the future"}}')
+    with pytest.raises(ModelError, match=r"no tokenizer that can be loaded by transformers .* and tokenizers .*newer"):
+        _ = LocalModel.from_pretrained(str(folder)).tokenizer
