@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except UsageError as error:
             error.show()  # type: ignore[attr-defined]
             return 2
+        except SystemExit:  # typer's answer to a reader that has left
+            raise BrokenPipeError from None
         except typer.Abort:  # what older versions of typer make of Ctrl-C
             raise KeyboardInterrupt from None
         if code == 130:  # what newer ones make of it

@@ -43,7 +43,7 @@ def run_command(command: Callable[[], int]) -> int:
             return error.exit_code
         except BrokenPipeError:
             # Whoever read our output has left; say nothing more, not even while the interpreter shuts down.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 128 + signal.SIGPIPE
         except Exception as error:  # noqa: BLE001  # the last resort: a bug of ours must not end as a traceback
             if _is_the_machines(error):
@@ -107,7 +107,9 @@ def _keep_traceback() -> Path:
 
 def _quiet_libraries() -> None:
     """The libraries' own log lines are not for the user of a command; HIVEMIND_LOGLEVEL brings hivemind's back."""
-    os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
+    os.environ.setdefault("HIVEMIND_LOGLEVEL", "CRITICAL")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    for name in ("transformers", "huggingface_hub"):  # where they are imported already
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -69,6 +69,7 @@ def whom_to_use(settings: RunSettings) -> dict[str, Any]:
         "require_quant": settings.require_quant,
         "allow_servers": settings.allow_server,
         "deny_servers": settings.deny_server,
+        "allow_nondeterministic": settings.allow_nondeterministic,
     }
 
 

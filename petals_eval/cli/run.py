@@ -86,6 +86,16 @@ def run(
         list[str] | None, _option(SERVERS, "ID...", "Use only these servers (identities or their last letters).")
     ] = None,
     deny_server: Annotated[list[str] | None, _option(SERVERS, "ID...", "Leave these servers out.")] = None,
+    allow_nondeterministic: Annotated[
+        bool | None,
+        _option(
+            SERVERS,
+            None,
+            "Use servers whose blocks run in training mode where nobody else holds them; the report says how far their "
+            "answers differ.",
+            "--allow-nondeterministic",
+        ),
+    ] = None,
     deadline: Annotated[
         float | None, _option(SERVERS, "SECONDS", "Wait this long for a server that can take the work. Default: 600.")
     ] = None,

@@ -1,5 +1,6 @@
 """A libp2p peer with a DHT node, opened and closed in one event loop."""
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -9,6 +10,8 @@ from hivemind.p2p.p2p_daemon import P2P
 from petals_eval.swarm.daemon import keep_reading
 
 __all__ = ["Peer"]
+
+_GOODBYE = 3.0  # seconds for the daemon to take back its DHT node's handlers
 
 
 class Peer:
@@ -54,7 +57,14 @@ class Peer:
         return self.p2p.peer_id.to_base58()
 
     async def close(self) -> None:
-        await self.node.shutdown()
+        daemon = self.p2p._child
+        if daemon is None or daemon.returncode is not None:
+            await self.abort()
+            return
+        # A terminal sends Ctrl-C to the daemon, too: one that is about to end may never answer.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.node.shutdown(), _GOODBYE)
+        self.node.is_alive = False
         await self.p2p.shutdown()
 
     async def abort(self) -> None:

@@ -1,0 +1,96 @@
+"""The command itself: help that can be read, the version, the tasks, the demo."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import petals_eval
+from petals_eval.demo import demo_paths
+from petals_eval.tasks import list_tasks
+from tests.cli.invoking import invoke
+
+COMMANDS = ("run", "demo", "swarm", "tasks")
+
+
+@pytest.mark.parametrize("width", [80, 110])
+def test_help_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for command in ([], *([name] for name in COMMANDS)):
+        outcome = invoke(*command, "--help")
+        assert outcome.code == 0
+        assert outcome.err == ""
+        assert max(map(len, outcome.out.splitlines())) <= width
+    shown = invoke("--help").out
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
+    assert "...\n" not in shown.partition("Commands:")[2]  # no description is cut
+
+
+def test_help_shows_examples_as_they_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = invoke("run", "--help").out
+    assert "    petals-eval run --model bigscience/bloom --adapter ./sst2-prompts \\\n" in shown
+    headings = ["Model:", "Task and data:", "Swarm:", "Servers and calls:", "Output:", "Options:"]
+    assert [line for line in shown.splitlines() if line in headings] == headings
+    assert "<str>" not in shown and "list[" not in shown
+    assert "    petals-eval swarm ./my-llama --span 0:4 --span 3:6\n" in invoke("swarm", "-h").out
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    """They answer at once: seconds of imports are for commands that need them."""
+    heavy = ["torch", "transformers", "datasets", "sklearn", "hivemind", "numpy"]
+    script = f"""if True:
+        import sys
+        from petals_eval.cli import main
+        for arguments in (["--help"], ["run", "--help"], ["--version"]):
+            try:
+                main(arguments)
+            except SystemExit as stop:
+                assert stop.code == 0
+        print([name for name in {heavy!r} if name in sys.modules])
+    """
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.splitlines()[-1] == "[]"
+    assert ended.stderr == ""
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    outcome = invoke()
+    assert outcome.code == 2
+    assert "Usage: petals-eval [OPTIONS] COMMAND" in outcome.err
+
+
+def test_an_unknown_command() -> None:
+    outcome = invoke("evaluate")
+    assert outcome.code == 2
+    assert "No such command 'evaluate'" in outcome.err
+
+
+def test_the_version() -> None:
+    outcome = invoke("--version")
+    assert (outcome.code, outcome.out) == (0, f"petals-eval {petals_eval.__version__}\n")
+
+
+def test_the_tasks_that_ship() -> None:
+    outcome = invoke("tasks")
+    assert outcome.code == 0
+    for task in list_tasks():
+        assert f"{task.name:<10} {task.description}\n" in outcome.out
+        assert f"labels   {', '.join(task.label_names)}\n" in outcome.out
+    assert "nyu-mll/glue sst2 validation" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 115
+
+
+def test_the_demo_shows_what_prompts_are_worth() -> None:
+    outcome = invoke("demo", "--out", "demo", "--json")
+    assert outcome.code == 0
+    found = json.loads(outcome.out)
+    expected = json.loads(demo_paths().expected.read_text())
+    assert found["metrics"]["accuracy"]["value"] in expected.values()
+    assert found["without_prompts"]["metrics"]["accuracy"]["value"] in expected.values()
+    assert found["metrics"]["accuracy"]["value"] > found["without_prompts"]["metrics"]["accuracy"]["value"] + 0.3
+    assert "local swarm: 3 servers, blocks 0:2 2:4 4:6, peers /ip4/127.0.0.1/tcp/" in outcome.err
+    assert "prompts: deep_ptune, 8 tokens x 6 blocks · task demo · 400 examples" in outcome.err
+    assert Path("demo/report.md").exists()

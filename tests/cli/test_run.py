@@ -1,0 +1,201 @@
+"""`petals-eval run`: the reference scores, and what is printed and written."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from petals_eval.swarm.calls import RemoteCalls
+from tests.cli.conftest import Stage
+from tests.cli.invoking import invoke
+
+NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWFMGVy1SpFwiww5ojbVfr1VQijdk7qfYaVG1m1EKLsZPd"
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_three_adapters_side_by_side_with_the_reference_scores(stage: Stage) -> None:
+    names = ["trec-deep_ptune", "trec-ptune", "trec-ptune-peft"]
+    several = ["--adapter", *(stage.adapter(name) for name in names)]
+    outcome = invoke(*stage.run("--out", "runs/three", *several, adapter=None))
+    assert outcome.code == 0
+    found = read_json(Path("runs/three/metrics.json"))
+    values = {name: found["adapters"][name]["metrics"]["accuracy"]["value"] for name in names}
+    assert values == {"trec-deep_ptune": 0.7360, "trec-ptune": 0.7180, "trec-ptune-peft": 0.7180}
+
+    head, accuracy, *_ = outcome.out.splitlines()
+    assert head.split() == names
+    assert re.findall(r"0\.\d{4}", accuracy) == ["0.7360", "0.7180", "0.7180"]
+    assert "majority baseline: always answering 'description'" in outcome.out
+    assert outcome.out.endswith("run folder: runs/three\n")
+    assert max(map(len, outcome.out.splitlines())) <= 100
+    assert "prompts: trec-deep_ptune (deep_ptune, 8 tokens x 5 blocks); trec-ptune (ptune, 16 tokens);" in outcome.err
+    assert "1,500/1,500" in outcome.err
+    assert {path.name for path in Path("runs/three").iterdir()} == {
+        "manifest.json",
+        "journal.sqlite",
+        "metrics.json",
+        "report.md",
+        *(f"predictions.{name}.jsonl" for name in names),
+    }
+
+
+def test_one_adapter_on_sst2_and_the_files_of_its_folder(stage: Stage) -> None:
+    data = stage.realdata / "sst2"
+    data = next(path for path in sorted(data.iterdir()) if "dev" in path.name)
+    command = [*stage.on_task("sst2", data), "--adapter", stage.adapter("sst2-deep_ptune"), *stage.swarm]
+    outcome = invoke(*command, "--out", "sst2")
+    assert outcome.code == 0
+    metrics = read_json(Path("sst2/metrics.json"))
+    assert metrics["metrics"]["accuracy"]["value"] == pytest.approx(501 / 872, abs=1e-12)
+    assert f"{501 / 872:.4f}" == "0.5745"
+    assert "0.5745" in outcome.out.splitlines()[1]
+    assert metrics["schema_version"] == 1
+    assert metrics["n_examples"] == 872
+    assert metrics["n_failed"] == 0
+    assert metrics["seconds"] > 0
+    assert metrics["examples_per_second"] > 0
+    assert metrics["tokens_per_second"] > 0
+    low, high = metrics["metrics"]["accuracy"]["ci95"]
+    assert low < 0.5745 < high
+
+    lines = read_lines(Path("sst2/predictions.jsonl"))
+    assert [line["key"] for line in lines] == [str(index) for index in range(872)]
+    assert set(lines[0]) == {"schema_version", "key", "label", "prediction", "probabilities", "n_tokens"}
+    assert sum(line["label"] == line["prediction"] for line in lines) == 501
+    assert all(sum(line["probabilities"]) == pytest.approx(1) for line in lines)
+
+    text = Path("sst2/manifest.json").read_text(encoding="utf-8")
+    manifest = json.loads(text)
+    assert manifest["schema_version"] == 1
+    assert manifest["finished"]
+    assert manifest["model"]["name"] == "stories260K-hf"
+    assert manifest["adapters"][0]["name"] == "sst2-deep_ptune"
+    assert {(server["first"], server["end"]) for server in manifest["servers"]} == {(0, 2), (2, 4), (4, 5)}
+    assert str(stage.realdata) not in text
+
+
+def test_json_prints_the_metrics_file_and_nothing_else(stage: Stage) -> None:
+    outcome = invoke(*stage.run("--out", "r", "--json", "--limit", 40))
+    assert outcome.code == 0
+    assert outcome.out == Path("r/metrics.json").read_text(encoding="utf-8")
+    assert json.loads(outcome.out)["n_examples"] == 40
+    assert "run folder: r" in outcome.err
+
+
+def test_the_prompts_are_worth_something(stage: Stage) -> None:
+    outcome = invoke(*stage.run("--out", "r", "--without-prompts", "--limit", 100))
+    assert outcome.code == 0
+    assert "without the prompts: accuracy 0." in outcome.out
+    found = read_json(Path("r/metrics.json"))
+    assert found["without_prompts"]["metrics"]["accuracy"]["value"] < found["metrics"]["accuracy"]["value"]
+    assert Path("r/predictions.jsonl").exists()
+    assert Path("r/predictions.without-the-prompts.jsonl").exists()
+
+
+def test_a_limit_draws_by_the_seed(stage: Stage) -> None:
+    keys = {}
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        assert invoke(*stage.run("--out", name, "--limit", 25, "--seed", seed)).code == 0
+        keys[name] = [line["key"] for line in read_lines(Path(name, "predictions.jsonl"))]
+    assert keys["a"] == keys["b"] != keys["c"]
+    assert len(set(keys["a"])) == 25
+    assert read_json(Path("a/metrics.json"))["metrics"] == read_json(Path("b/metrics.json"))["metrics"]
+
+
+def test_a_file_says_what_flags_say_and_flags_win(stage: Stage) -> None:
+    settings = {
+        "model": str(stage.model),
+        "adapter": str(stage.adapter()),
+        "task": "trec",
+        "data": str(stage.trec),
+        "initial-peers": stage.peer,
+        "dht_prefix": "stories260K-hf",
+        "limit": 30,
+        "seed": 3,
+        "out": "from-file",
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert invoke("run", "--config", "run.yaml").code == 0
+    assert invoke(*stage.run("--limit", 30, "--seed", 3, "--out", "from-flags")).code == 0
+    assert read_lines(Path("from-file/predictions.jsonl")) == read_lines(Path("from-flags/predictions.jsonl"))
+    assert invoke("run", "--config", "run.yaml", "--limit", 20, "--out", "overridden").code == 0
+    assert len(read_lines(Path("overridden/predictions.jsonl"))) == 20
+
+
+def test_max_length_cuts_the_texts_and_says_so(stage: Stage) -> None:
+    outcome = invoke(*stage.run("--max-length", 12, "--limit", 20, "--out", "r"))
+    assert outcome.code == 0
+    assert max(line["n_tokens"] for line in read_lines(Path("r/predictions.jsonl"))) == 12
+    assert read_json(Path("r/metrics.json"))["n_truncated"] > 10
+    assert "truncated" in outcome.out
+
+
+def test_the_default_folder_is_new_each_time(stage: Stage) -> None:
+    for _ in range(2):
+        outcome = invoke(*stage.run("--limit", 5))
+        assert outcome.code == 0
+        folder = Path(outcome.out.splitlines()[-1].removeprefix("run folder: "))
+        assert folder.parent == Path("runs") and folder.name.startswith("trec-20")
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Every call of a block, at the only place where the client makes one."""
+    made: list[object] = []
+    real = RemoteCalls.forward
+
+    def forward(self: RemoteCalls, hop: object, *rest: object) -> object:
+        made.append(hop)
+        return real(self, hop, *rest)
+
+    monkeypatch.setattr(RemoteCalls, "forward", forward)
+    return made
+
+
+def test_a_dry_run_shows_everything_and_sends_nothing(stage: Stage, calls: list[object]) -> None:
+    outcome = invoke(*stage.run("--dry-run", "--limit", 3))
+    assert outcome.code == 0
+    assert calls == []
+    assert not Path("runs").exists()
+    lines = outcome.out.splitlines()
+    assert lines[0] == "== trec-deep_ptune: the first examples as the model reads them"
+    assert any(line.startswith("example ") and "text tokens" in line for line in lines)
+    assert "  positions 0-7: prompt" in lines
+    assert any(line.startswith("  positions 8-") for line in lines)
+    assert any(line.startswith("  the head reads position ") for line in lines)
+    assert any(line.startswith("would send 3 examples as 3 requests in 1 micro-batch") for line in lines)
+    assert "of hidden states to each hop and as much back, and 10.2 kB of deep prompts over all hops" in outcome.out
+    assert "== the servers that would be used first" in lines
+    assert [line.split()[1] for line in lines if line.startswith("  blocks ")] == ["0:2", "2:4", "4:5"]
+    assert lines[-1] == "nothing was sent"
+    # The counter counts: a real run is seen by it.
+    assert invoke(*stage.run("--limit", 3)).code == 0
+    assert len(calls) >= 3
+
+
+def test_a_dry_run_works_without_a_swarm(stage: Stage) -> None:
+    command = [*stage.on_task("trec", stage.trec), "--adapter", stage.adapter(), "--limit", 3, "--dry-run"]
+    outcome = invoke(*command, "--initial-peers", NOBODY, "--dht-prefix", "x")
+    assert outcome.code == 0
+    assert "the swarm could not be asked:" in outcome.out
+    assert "no initial peer answered" in outcome.out
+    outcome = invoke(*command, "--local-swarm", 2)
+    assert outcome.code == 0
+    assert "  blocks 0:3  a server embedded on this machine" in outcome.out
+
+
+def test_several_addresses_after_one_flag_or_in_one_variable(stage: Stage) -> None:
+    rest = [*stage.on_task("trec", stage.trec), "--adapter", stage.adapter(), "--limit", 5]
+    prefix = ["--dht-prefix", "stories260K-hf"]
+    assert invoke(*rest, "--initial-peers", NOBODY, stage.peer, *prefix, "--out", "a").code == 0
+    assert invoke(*rest, "--initial-peers", f"{NOBODY} {stage.peer}", *prefix, "--out", "b").code == 0
