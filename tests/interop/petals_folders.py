@@ -19,16 +19,16 @@ def make_petals_tiny(family: str, folder: Path, **settings: object) -> Path:
     if family == "falcon":
         settings = {"new_decoder_architecture": True, "num_kv_heads": 2} | settings
     make_tiny(family, folder, bare=family == "bloom", **settings)
-    return _in_old_words(folder)
+    return in_old_words(folder)
 
 
 def petals_copy(source: Path, folder: Path) -> Path:
     """A copy of a model folder that was written by today's transformers and tokenizers."""
     shutil.copytree(source, folder, copy_function=shutil.copyfile)
-    return _in_old_words(folder)
+    return in_old_words(folder)
 
 
-def _in_old_words(folder: Path) -> Path:
+def in_old_words(folder: Path) -> Path:
     """Rewrite what transformers 5 and tokenizers 0.20 say in words that 4.34.1 and 0.14.1 do not know."""
     path = folder / "config.json"
     config = json.loads(path.read_text())

@@ -1,0 +1,91 @@
+"""Our own evaluation for bench_vs_petals.py: the counterpart of tests/interop/petals_loop.py, a long-lived process.
+
+Reads JSON settings from stdin and writes a line of JSON to stdout for each line of them. Lines after the first say only
+what changes, and find the model and the swarm warm:
+
+    model, adapter  folders
+    initial_peers   multiaddresses
+    dht_prefix      prefix of the blocks' uids
+    task, data      as petals_eval.evaluate takes them
+    limit           the first so many rows; null: all
+    swarm           more settings of petals_eval.config.SwarmSettings; other ones are another connection
+    what            "rows" -> {"texts": [...], "labels": [...]}, as the model is to read them (the first line), or
+                    "evaluate" -> {"predictions": [...], "probabilities": [[...]], "accuracy", "seconds", "retries"}
+    profile         a file that cProfile writes, or null
+"""
+
+import contextlib
+import cProfile
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import petals_eval
+from petals_eval.data import Rows, load_rows, sample
+from petals_eval.remote_model import RemoteModel
+from petals_eval.tasks import load_task, resolve_source
+
+
+def rows_of(settings: dict) -> Rows:
+    return sample(load_rows(resolve_source(load_task(settings["task"]), settings["data"])), settings.get("limit"), 0)
+
+
+def examples(model: RemoteModel, settings: dict) -> dict:
+    task = load_task(settings["task"])
+    found = list(task.examples(rows_of(settings), model.local.tokenizer))
+    return {"texts": [each.text for each in found], "labels": [each.label for each in found]}
+
+
+def evaluate(model: RemoteModel, settings: dict) -> dict:
+    profile = cProfile.Profile() if settings.get("profile") else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        out = Path(folder) / "run"
+        with profile:
+            started = time.perf_counter()
+            result = petals_eval.evaluate(
+                model, task=settings["task"], data=settings["data"], limit=settings.get("limit"), out=out
+            )
+            seconds = time.perf_counter() - started
+        if settings.get("profile"):
+            profile.dump_stats(settings["profile"])
+        lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    lines.sort(key=lambda line: int(line["key"]))
+    return {
+        "seconds": seconds,
+        "accuracy": result.metrics["accuracy"].value,
+        "retries": result.retries,
+        "predictions": [line["prediction"] for line in lines],
+        "probabilities": [line["probabilities"] for line in lines],
+    }
+
+
+def answers(lines: Iterator[str]) -> Iterator[dict]:
+    settings: dict = {"swarm": {}, "what": "evaluate"}
+    models: dict[str, RemoteModel] = {}
+    with contextlib.ExitStack() as stack:
+        for line in lines:
+            settings |= json.loads(line)
+            connection = json.dumps(settings["swarm"], sort_keys=True)
+            if connection not in models:
+                model = RemoteModel.from_pretrained(
+                    settings["model"],
+                    adapter=settings["adapter"],
+                    initial_peers=settings["initial_peers"],
+                    dht_prefix=settings["dht_prefix"],
+                    **settings["swarm"],
+                )
+                models[connection] = stack.enter_context(model)
+            yield {"rows": examples, "evaluate": evaluate}[settings["what"]](models[connection], settings)
+
+
+if __name__ == "__main__":
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+    for answer in answers(sys.stdin):
+        print(json.dumps(answer), flush=True)
