@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 __all__ = ["memory", "processor_seconds", "tree"]
 
