@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Protocol
 
 import torch
@@ -10,7 +11,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.proto import runtime_pb2
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import PeerAnswerError, PeerRefusedError
+from petals_eval.errors import PeerAnswerError, PeerRefusedError, PeerUnreachableError
 from petals_eval.swarm import wire
 from petals_eval.swarm.hop_session import PROOF_TOKENS, HopSession, proves_rolling_back
 from petals_eval.swarm.routing import Hop
@@ -107,7 +108,10 @@ class RemoteCalls:
             else:
                 async with asyncio.timeout(timeout):
                     responses = await stub.rpc_forward_stream(self._send(uid, tensors))
-                    parts = [part async for response in responses for part in response.tensors]
+                    async with aclosing(responses):  # the stream ends now, not when the garbage collector comes by
+                        parts = [part async for response in responses for part in response.tensors]
+                if not parts:
+                    raise PeerUnreachableError("the connection ended before the answer came")
         answer = wire.read_answer(parts, tuple(hidden.shape), info.output_dtype)
         received = sum(len(part.buffer) for part in parts)
         return Answer(answer, time.monotonic() - started, sent, received)

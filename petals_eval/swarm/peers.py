@@ -1,10 +1,12 @@
 """The peer book: what each server did in this run. A record is a claim; this is what was seen."""
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from petals_eval.config import SwarmSettings
+from petals_eval.errors import PeerAnswerError, PeerRefusedError, PeerTimeoutError, PeerUnreachableError
 
 __all__ = ["PeerBook", "PeerHistory", "short_peer"]
 
@@ -12,6 +14,26 @@ __all__ = ["PeerBook", "PeerHistory", "short_peer"]
 def short_peer(peer_id: str) -> str:
     """A peer's identity as people read it: its last letters."""
     return f"...{peer_id[-6:]}"
+
+
+_WHAT_IT_DOES: dict[type[Exception], str] = {
+    PeerUnreachableError: "cannot be reached",
+    PeerTimeoutError: "does not answer",
+    PeerRefusedError: "refuses",
+    PeerAnswerError: "answers wrongly",
+}
+# What hivemind and libp2p put before the reason, each its own; the peer is named already.
+_DIALLING = re.compile(r"^(Connect failed\. msg=)?(failed to dial:? ?)*(\w+: )?")
+
+
+def _in_words(error: Exception) -> str:
+    """A failure for a person to read: what the server does, and what came from it or from libp2p."""
+    text = str(error)
+    if isinstance(error, PeerUnreachableError) and "failed to dial" in text:
+        text = _DIALLING.sub("", text, count=1)
+    text = " ".join(text.split())
+    doing = _WHAT_IT_DOES.get(type(error))
+    return f"{doing} ({text})" if doing else f"{type(error).__name__}: {text}"
 
 
 @dataclass(slots=True)
@@ -85,7 +107,7 @@ class PeerBook:
         now = self._clock()
         history.failures += 1
         self.retries += 1
-        history.last_error = f"{type(error).__name__}: {error}"
+        history.last_error = _in_words(error)
         if history.blocked_until > now:
             return  # calls that were in flight together fail together: that is one failure, not many
         history.failures_in_a_row += 1

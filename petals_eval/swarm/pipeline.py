@@ -238,8 +238,8 @@ class Pipeline:
             async with asyncio.timeout(give_up - time.monotonic()):
                 yield
         except TimeoutError as error:
-            before = f"; before that: {self.peers.of(peer_id).last_error}" if self.peers.is_failing(peer_id) else ""
-            raise PeerTimeoutError(f"no answer by the deadline{before}") from error
+            before = f"; before: {self.peers.of(peer_id).last_error}" if self.peers.is_failing(peer_id) else ""
+            raise PeerTimeoutError(f"nothing by the deadline{before}") from error
 
     def _cost(self, server: SpanServer, blocks: int, tokens: int) -> float:
         history = self.peers.of(server.peer_id)

@@ -257,7 +257,7 @@ def test_servers_that_fail_in_turns_end_at_the_deadline_too():
 
     calls.on_call = fail
     pipe = pipeline(FakeDirectory(4, server("a", 0, 4), server("b", 0, 4)), calls, max_backoff=0.01, deadline=0.3)
-    with pytest.raises(DeadlineError, match=r"every server of blocks 0:4 fails .*\.\.\.a: .*gone; \.\.\.b: .*gone"):
+    with pytest.raises(DeadlineError, match=r"every server of blocks 0:4 fails .*\.\.\.a: .*gone\); \.\.\.b: .*gone"):
         run(pipe)
     assert {call[0] for call in calls.calls} == {"a", "b"}
 
@@ -268,7 +268,7 @@ def test_a_call_that_hangs_ends_at_the_deadline():
             await asyncio.sleep(60)
 
     started = time.monotonic()
-    with pytest.raises(DeadlineError, match=r"every server of blocks 0:4 fails .*no answer by the deadline"):
+    with pytest.raises(DeadlineError, match=r"every server of blocks 0:4 fails .*\(nothing by the deadline\)"):
         run(pipeline(FakeDirectory(4, server("a", 0, 4)), Hanging()))
     assert 0.3 <= time.monotonic() - started < 1
 
@@ -287,7 +287,7 @@ def test_blocks_that_nobody_holds_and_blocks_whose_servers_fail_are_told_apart()
 
     directory.on_look = lose
     with pytest.raises(
-        MissingBlocksError, match=r"no server holds blocks 4:6 .*; every server of blocks 0:2 fails: \.\.\.a: .*gone$"
+        MissingBlocksError, match=r"no server holds blocks 4:6 .*; every server of blocks 0:2 fails: \.\.\.a: .*gone\)$"
     ) as caught:
         run(pipeline(directory, calls, min_backoff=30, max_backoff=30), last=6)
     assert caught.value.missing == ((4, 6),)
