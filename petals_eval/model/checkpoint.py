@@ -101,7 +101,7 @@ def load_tokenizer(source: Source) -> Any:
             if source.find("tokenizer.json") is None:
                 raise
             return PreTrainedTokenizerFast.from_pretrained(place, **options)
-    except Exception as error:  # noqa: BLE001  # tokenizers raises Exception itself for a file it cannot read
+    except Exception as error:  # tokenizers raises Exception itself for a file it cannot read
         if type(error) is not Exception and not isinstance(error, _UNREADABLE):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
