@@ -95,6 +95,18 @@ class BlockSpan:
         """Keys and values of one token in one block."""
         return 2 * self.key_value_heads * self.head_size * self.dtype.itemsize
 
+    def drop_out(self, p: float) -> None:
+        """Run the blocks in training mode, with dropout `p` on all the family can drop; 0: in evaluation mode again."""
+        for block in _blocks_of(self._model, self.family):
+            for module in block.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = p
+                for owner in (module, getattr(module, "config", None)):
+                    for name, value in list(vars(owner).items()) if owner is not None else ():
+                        if "dropout" in name and isinstance(value, (int, float)):
+                            setattr(owner, name, p)
+            block.train(p > 0)
+
     @torch.inference_mode()
     def forward(
         self,

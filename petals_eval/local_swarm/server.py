@@ -64,7 +64,9 @@ class BlockServer:
             raise
         try:
             await announce(peer.node, settings, ServerState.JOINING)
-            server = cls(settings, peer, await loading, middleware)
+            span = await loading
+            span.drop_out(settings.dropout)
+            server = cls(settings, peer, span, middleware)
             await server.handler.add_p2p_handlers(peer.p2p)
             await server.announce(ServerState.ONLINE)
         except BaseException:

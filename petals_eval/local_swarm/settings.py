@@ -40,6 +40,9 @@ class ServerSettings(BaseModel):
     # Whether sessions honour start_from_position, as 2.3.0 servers do; 2.2.0 servers ignore it and go on appending.
     rolls_back: bool = True
 
+    # A fault: the blocks run in training mode with this dropout, as those of a Petals server do with their config's.
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
     request_timeout: float = Field(default=180.0, gt=0)  # seconds
     session_timeout: float = Field(default=1800.0, gt=0)  # seconds
     step_timeout: float = Field(default=300.0, gt=0)  # seconds between two steps of a session
