@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from petals_eval.data import DataSource, Rows, load_rows, sample
-from petals_eval.errors import InterruptedRunError, MachineError, PetalsEvalError
+from petals_eval.errors import CallerError, InterruptedRunError, MachineError, PetalsEvalError
 from petals_eval.report import markdown_report
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, ServerUsed
@@ -157,7 +157,7 @@ class _Run:
             return
         status = self.model.blocks.status()
         if status.waiting is not None:
-            self.progress.waiting(status.waiting)
+            self.progress.waiting(f"waiting for the swarm: {status.waiting}")
         else:
             self.progress.update(self.done, status.retries, len(status.servers))
 
@@ -169,12 +169,11 @@ def _told_what_is_kept(run: _Run, *, kept: bool) -> Iterator[None]:
         yield
     except (PetalsEvalError, KeyboardInterrupt) as error:
         told = InterruptedRunError("interrupted") if isinstance(error, KeyboardInterrupt) else error
-        if kept and not isinstance(error, MachineError):
+        if kept and run.done and not isinstance(error, MachineError):
             run.folder.journal.flush()
-            told.add_note(
-                f"  {run.done} of {run.total} examples are scored and kept in {run.folder.path}. "
-                "Run the same command again to go on."
-            )
+            # A mistake of the caller's would come back; whatever else ends a run, time or another swarm may help.
+            how = "" if isinstance(error, CallerError) else " Run the same command again to go on."
+            told.add_note(f"  {run.done} of {run.total} examples are scored and kept in {run.folder.path}.{how}")
         raise told from error.__cause__
 
 

@@ -1,14 +1,11 @@
-"""The command itself: help that can be read, the version, the tasks, the demo."""
+"""The command itself: help that can be read, the version, the tasks."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import petals_eval
-from petals_eval.demo import demo_paths
 from petals_eval.tasks import list_tasks
 from tests.cli.invoking import invoke
 
@@ -81,16 +78,3 @@ def test_the_tasks_that_ship() -> None:
         assert f"labels   {', '.join(task.label_names)}\n" in outcome.out
     assert "nyu-mll/glue sst2 validation" in outcome.out
     assert max(map(len, outcome.out.splitlines())) <= 115
-
-
-def test_the_demo_shows_what_prompts_are_worth() -> None:
-    outcome = invoke("demo", "--out", "demo", "--json")
-    assert outcome.code == 0
-    found = json.loads(outcome.out)
-    expected = json.loads(demo_paths().expected.read_text())
-    assert found["metrics"]["accuracy"]["value"] in expected.values()
-    assert found["without_prompts"]["metrics"]["accuracy"]["value"] in expected.values()
-    assert found["metrics"]["accuracy"]["value"] > found["without_prompts"]["metrics"]["accuracy"]["value"] + 0.3
-    assert "local swarm: 3 servers, blocks 0:2 2:4 4:6, peers /ip4/127.0.0.1/tcp/" in outcome.err
-    assert "prompts: deep_ptune, 8 tokens x 6 blocks · task demo · 400 examples" in outcome.err
-    assert Path("demo/report.md").exists()
