@@ -114,15 +114,19 @@ class RemoteModel:
         def outgoing() -> Iterator[Work[MicroBatch[Request]]]:
             for batch in micro_batches(requests, max_tokens=tokens_per_micro_batch, prefix=prefix):
                 self.local.check_length(batch.input_ids.shape[1], prefix)
-                with evaluating(self.local):
-                    hidden = self.local.embed(batch.input_ids, adapter)
-                yield Work(batch, hidden, deep_prompts)
+                yield Work(batch, embedded(batch), deep_prompts)
+
+        def embedded(batch: MicroBatch[Request]) -> "torch.Tensor":
+            with evaluating(self.local):
+                return self.local.embed(batch.input_ids, adapter)
 
         for computed in self.blocks.stream(outgoing(), on_tick=on_tick):
             with evaluating(self.local):
                 answers = self.local.head(computed.hidden, computed.tag, adapter)
-            for request, answer in zip(computed.tag.requests, answers, strict=True):
-                yield Answered(request, answer, computed.hops)
+            requests_back, hops = computed.tag.requests, computed.hops
+            del computed  # its hidden states are of no more use, and the next may be long in coming
+            for request, answer in zip(requests_back, answers, strict=True):
+                yield Answered(request, answer, hops)
 
     def close(self) -> None:
         """End the connection to the swarm. Safe to call twice."""

@@ -23,6 +23,7 @@ from petals_eval.swarm.records import Snapshot
 __all__ = ["Computed", "RemoteSequential", "Work"]
 
 T = TypeVar("T")
+_Answer = tuple[torch.Tensor, tuple[ServedHop, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +133,7 @@ class RemoteSequential(nn.Module):
         comes back. The first error cancels the rest and is raised.
         """
         window = window or self.settings.window
-        pending: dict[Future[tuple[torch.Tensor, tuple[ServedHop, ...]]], T] = {}
+        pending: dict[Future[_Answer], T] = {}
         source = iter(work)
         exhausted = False
         try:
@@ -143,24 +144,29 @@ class RemoteSequential(nn.Module):
                         exhausted = True
                         break
                     refuse_gradients(item.hidden, item.prompts)
-                    prompts = None if item.prompts is None else item.prompts.detach()
-                    future = self._connection.start(
-                        self._pipeline.forward, item.hidden.detach(), prompts, self.first, self.last
-                    )
-                    pending[future] = item.tag
+                    pending[self._send(item)] = item.tag
                     del item
                 if not pending:
                     return
-                done, _ = wait(pending, timeout=tick, return_when=FIRST_COMPLETED)
+                done = wait(pending, timeout=tick, return_when=FIRST_COMPLETED).done
                 if on_tick is not None:
                     on_tick()
-                for future in done:
-                    tag = pending.pop(future)
-                    hidden, hops = future.result()
-                    yield Computed(tag, hidden, hops)
+                while done:
+                    yield _computed(pending, done.pop())
         finally:
             for future in pending:
                 future.cancel()
+
+    def _send(self, work: Work[Any]) -> "Future[_Answer]":
+        """Start a micro-batch on its way. Its hidden states are handed over: whoever waits for the answer, and the
+        event loop, would otherwise keep them until it is there."""
+        cargo = [work.hidden.detach()]
+        prompts = None if work.prompts is None else work.prompts.detach()
+
+        async def forward() -> _Answer:
+            return await self._pipeline.forward(cargo.pop(), prompts, self.first, self.last)
+
+        return self._connection.start(forward)
 
     def inference_session(self, max_length: int, *, batch: int = 1) -> InferenceSession:
         """A session through the blocks, for `batch` rows of at most `max_length` positions; use it with `with`.
@@ -228,6 +234,14 @@ class RemoteSequential(nn.Module):
 
     def extra_repr(self) -> str:
         return f"blocks {self.first}:{self.last} of {self.dht_prefix!r}"
+
+
+def _computed(pending: "dict[Future[_Answer], T]", future: "Future[_Answer]") -> Computed[T]:
+    """The answer of a micro-batch that is back. A function of its own, so that nothing holds the answer but who gets
+    it: a generator's variables live on while it waits for the next."""
+    tag = pending.pop(future)
+    hidden, hops = future.result()
+    return Computed(tag, hidden, hops)
 
 
 def _rows_of(prompts: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
