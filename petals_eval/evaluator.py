@@ -1,17 +1,17 @@
 """The evaluator: the one way through the house, from rows to a result, tied together."""
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from petals_eval.data import DataSource, Rows, load_rows, sample
-from petals_eval.errors import CallerError, InterruptedRunError, MachineError, PetalsEvalError
-from petals_eval.report import markdown_report
+from petals_eval.errors import CallerError, ConfigError, InterruptedRunError, MachineError, PetalsEvalError, SwarmError
 from petals_eval.runs.folder import RunFolder
-from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, ServerUsed
+from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, NoisyServer, ServerUsed
 from petals_eval.runs.results import WITHOUT_PROMPTS, RunResult, computed_in, summarise
 from petals_eval.tasks import Task, load_task, resolve_source
 from petals_eval.tasks.requests import Example, Request
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
     from petals_eval.model import Adapter
     from petals_eval.remote_model import RemoteModel
+    from petals_eval.swarm import SwarmStatus
 
 __all__ = ["NO_ADAPTER", "Progress", "evaluate"]
+
+_log = logging.getLogger("petals_eval")
 
 NO_ADAPTER = "no prompts"
 """The journal's name for a model evaluated as it is."""
@@ -46,7 +49,7 @@ class _Open:
 
 
 def evaluate(
-    model: "RemoteModel",
+    model: "RemoteModel | torch.nn.Module",
     *,
     task: str | Path | Task,
     data: str | Path | DataSource | None = None,
@@ -55,15 +58,19 @@ def evaluate(
     without_prompts: bool = False,
     out: str | Path | None = None,
     tokens_per_micro_batch: int | None = None,
+    tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> RunResult:
     """Evaluate a model, with each of its adapters, on a task.
 
+    model: a RemoteModel, or a Petals model with a head as it lives in a training loop: its embeddings, prompts and head
+        as they are now, over our own connection to its swarm (`petals_eval.integrations.petals_model`).
     task: a shipped task's name, a YAML file, or a Task object.
     data: a file, a hub name or a DataSource; None: the task's own.
     limit, seed: evaluate this many examples, drawn by the seed; the seed also draws the bootstrap of the intervals.
     without_prompts: evaluate the first adapter's head without its prompts, too.
     out: the run folder; an unfinished run of the same settings in it goes on. None: nothing is kept.
+    tokenizer: for a Petals model; None: the one that lies with the model its config names.
 
     The model is in the mode it was in before when this returns or raises; nothing here computes a gradient.
     Raises CallerError for what cannot work, SwarmError when the swarm cannot do it, MachineError for the disk,
@@ -72,15 +79,16 @@ def evaluate(
     task = load_task(task)
     source = data if isinstance(data, DataSource) else resolve_source(task, data)
     rows = sample(load_rows(source), limit, seed)
-    variants = _variants(model.adapters, without_prompts)
-    manifest = _manifest(model, task, rows, limit, seed, variants, tokens_per_micro_batch)
     with contextlib.ExitStack() as stack:
+        model = stack.enter_context(_opened(model, tokenizer))
+        retries_before = model.blocks.status().retries
+        variants = _variants(model.adapters, without_prompts)
+        manifest = _manifest(model, task, rows, limit, seed, variants, tokens_per_micro_batch)
         where = out if out is not None else stack.enter_context(tempfile.TemporaryDirectory(prefix="petals-eval-"))
         folder = stack.enter_context(RunFolder.create(where, manifest, task=task.name))
         run = _Run(model, task, rows, folder, progress, tokens_per_micro_batch, len(rows) * len(variants))
         with _told_what_is_kept(run, kept=out is not None):
-            for name, adapter in variants:
-                run.score(name, adapter)
+            run.score_all(variants)
         used = folder.journal.servers()
         results = {
             name: summarise(folder.journal, name, task.metrics, task.label_names, seed=seed) for name, _ in variants
@@ -89,12 +97,26 @@ def evaluate(
             task=task.name,
             without_prompts=results.pop(WITHOUT_PROMPTS, None),
             adapters=results,
-            retries=model.blocks.status().retries,
+            retries=model.blocks.status().retries - retries_before,
             servers=len({server.peer_id for server, _ in used}),
             computed_in=computed_in(used),
+            noisy_servers=folder.manifest.noisy_servers,
         )
+        from petals_eval.report import markdown_report  # not above: it imports rich, which draws a random number
+
         folder.finish(result, report=markdown_report(result, folder.manifest, used))
     return result
+
+
+def _opened(model: Any, tokenizer: Any) -> "contextlib.AbstractContextManager[RemoteModel]":
+    """A RemoteModel as it is, and a Petals model as one."""
+    if all(hasattr(model, name) for name in ("local", "blocks", "compute")):
+        if tokenizer is not None:
+            raise ConfigError("a RemoteModel has a tokenizer of its own: leave tokenizer= out")
+        return contextlib.nullcontext(model)
+    from petals_eval.integrations import petals_model
+
+    return petals_model.opened(model, tokenizer=tokenizer)
 
 
 class _Run:
@@ -118,6 +140,30 @@ class _Run:
         self.options = {} if tokens_per_micro_batch is None else {"tokens_per_micro_batch": tokens_per_micro_batch}
         self.total = total
         self.done = 0
+        self.distrusted: set[str] = set()
+        self._said: set[str] = set()
+        self._withdrawn = False
+
+    def score_all(self, variants: "Sequence[tuple[str, Adapter | None]]") -> None:
+        """Score the variants in turn, and once more what servers had computed that were caught later."""
+        from petals_eval.swarm.unequal import dropout_text
+
+        dropout = self.model.config_dropout
+        if dropout:
+            self.say(
+                f"note: this model's config has {dropout_text(dropout)}, and Petals servers leave dropout on: each is "
+                "asked one question twice before it is used"
+            )
+        try:
+            while True:
+                self.done, self._withdrawn = 0, False
+                for name, adapter in variants:
+                    self.score(name, adapter)
+                if not self._withdrawn:
+                    return
+        except SwarmError:
+            self.tick()  # where a server that was caught ended it, what it had scored must not stay
+            raise
 
     def score(self, name: str, adapter: "Adapter | None") -> None:
         """Score every example that the journal does not hold yet, as answers come back."""
@@ -143,6 +189,9 @@ class _Run:
                 if len(waiting.answers) < len(waiting.example.requests):
                     continue
                 del open_examples[answered.request.key]
+                if not self.distrusted.isdisjoint(server.peer_id for server in waiting.servers):
+                    self._withdrawn = True  # on its way when its server was caught: computed again like the rest
+                    continue
                 example = waiting.example
                 answers = [waiting.answers[part] for part in range(len(example.requests))]
                 prediction = self.task.predict(example, answers)
@@ -153,13 +202,48 @@ class _Run:
     def tick(self) -> None:
         """Called a few times a second, also while nothing comes back."""
         self.folder.journal.flush_if_due()
+        status = self.model.blocks.status()
+        self._distrust(status)
+        for notice in status.notices:
+            if notice not in self._said:
+                self._said.add(notice)
+                self.say(notice)
         if self.progress is None:
             return
-        status = self.model.blocks.status()
         if status.waiting is not None:
             self.progress.waiting(f"waiting for the swarm: {status.waiting}")
         else:
             self.progress.update(self.done, status.retries, len(status.servers))
+
+    def say(self, line: str) -> None:
+        """A line for a person, once."""
+        if self.progress is None:
+            _log.warning(line)
+        else:
+            status = self.model.blocks.status()
+            self.progress.update(self.done, status.retries, len(status.servers), message=line)
+
+    def _distrust(self, status: "SwarmStatus") -> None:
+        """Note the servers in training mode, and withdraw what was scored by those that are left out."""
+        if not status.unequal:
+            return
+        caught = {each.server.peer_id for each in status.unequal if not each.is_used}
+        if caught - self.distrusted:
+            withdrawn = self.folder.journal.withdraw(caught - self.distrusted)
+            self.done = max(0, self.done - withdrawn)
+            self._withdrawn = self._withdrawn or withdrawn > 0
+        self.distrusted = caught
+        self.folder.note_noisy(
+            NoisyServer(
+                each.server.peer_id,
+                each.server.start,
+                each.server.end,
+                each.server.record.version,
+                each.difference,
+                each.is_used,
+            )
+            for each in status.unequal
+        )
 
 
 @contextlib.contextmanager
@@ -218,6 +302,7 @@ def _manifest(
         },
         run_settings={
             "metrics": list(task.metrics),
+            "allow_nondeterministic": model.blocks.settings.allow_nondeterministic,
             "window": model.blocks.settings.window,
             "deadline": model.blocks.settings.deadline,
             "request_timeout": model.blocks.settings.request_timeout,

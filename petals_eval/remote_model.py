@@ -51,6 +51,14 @@ class RemoteModel:
         self.blocks = blocks
         self.adapters = tuple(adapters)
         self._connection = connection
+        blocks.warn_of_dropout(self.config_dropout)
+
+    @property
+    def config_dropout(self) -> dict[str, float]:
+        """What the model's config says of dropout in its blocks, where it is above zero."""
+        from petals_eval.swarm.determinism import dropout_in
+
+        return dropout_in(self.local.config.to_dict())
 
     @classmethod
     def from_pretrained(

@@ -13,7 +13,7 @@ from petals_eval.report.numbers import (
     value_text,
 )
 from petals_eval.report.text import printable
-from petals_eval.runs import AdapterResult, Manifest, RunResult, ServerUsed
+from petals_eval.runs import AdapterResult, Manifest, NoisyServer, RunResult, ServerUsed
 
 __all__ = ["markdown_report"]
 
@@ -31,6 +31,7 @@ def markdown_report(result: RunResult, manifest: Manifest, servers: Sequence[tup
         *(_confusion(each) for each in adapters),
         _origin(manifest),
         _servers(servers),
+        _noisy(result.noisy_servers),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -86,6 +87,26 @@ def _servers(servers: Sequence[tuple[ServerUsed, int]]) -> str:
     ]
     heads = ["server", "blocks", "version", "dtype", "quantisation", "examples"]
     return f"## Servers\n\nWhat servers say about themselves is their own word.\n\n{_table(heads, rows)}"
+
+
+def _noisy(servers: Sequence[NoisyServer]) -> str:
+    if not servers:
+        return ""
+    rows = [
+        [
+            each.peer_id,
+            f"{each.first}:{each.end}",
+            each.version or "not said",
+            f"{each.difference:.2g}",
+            "used all the same" if each.is_used else "left out: nothing it computed is counted",
+        ]
+        for each in servers
+    ]
+    heads = ["server", "blocks", "version", "difference", ""]
+    return (
+        "## Servers that gave two answers to one question\n\nTheir blocks run in training mode. The difference of the "
+        f"two answers is relative to what the blocks did to the question.\n\n{_table(heads, rows)}"
+    )
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

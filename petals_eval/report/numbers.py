@@ -12,6 +12,7 @@ __all__ = [
     "interval_text",
     "metric_names",
     "metric_title",
+    "noise_line",
     "notes",
     "plural",
     "rate_text",
@@ -87,6 +88,18 @@ def swarm_line(result: RunResult) -> str:
     line = f"{plural(result.retries, 'retry', 'retries')} · {plural(result.servers, 'server')}"
     kinds = [_kind(each, alone=len(result.computed_in) == 1) for each in result.computed_in]
     return f"{line} ({'; '.join(kinds)})" if kinds else line
+
+
+def noise_line(result: RunResult) -> str | None:
+    """That some servers used gave two answers to one question: another run would give other numbers."""
+    used = [each for each in result.noisy_servers if each.is_used]
+    if not used:
+        return None
+    largest = max(each.difference for each in used)
+    return (
+        f"not reproducible: {plural(len(used), 'server')} in training mode took part "
+        f"(difference of two answers to one question: up to {largest:.2g})"
+    )
 
 
 def _kind(kind: ComputedIn, *, alone: bool) -> str:

@@ -15,6 +15,7 @@ from petals_eval.report.numbers import (
     interval_text,
     metric_names,
     metric_title,
+    noise_line,
     notes,
     swarm_line,
     value_text,
@@ -50,6 +51,9 @@ def _below(result: RunResult, adapters: Sequence[AdapterResult]) -> list[str]:
     if len(adapters) == 1:
         lines.append(counts_line(adapters[0]))
     lines.append(swarm_line(result))
+    noise = noise_line(result)
+    if noise is not None:
+        lines.append(noise)
     return lines
 
 

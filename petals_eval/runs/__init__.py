@@ -2,7 +2,15 @@
 
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.journal import Counts, Failure, Journal, ScoredArrays
-from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, ServerUsed, difference
+from petals_eval.runs.manifest import (
+    AdapterRecord,
+    DataRecord,
+    Manifest,
+    ModelRecord,
+    NoisyServer,
+    ServerUsed,
+    difference,
+)
 from petals_eval.runs.results import WITHOUT_PROMPTS, AdapterResult, ComputedIn, RunResult, computed_in, summarise
 
 __all__ = [
@@ -16,6 +24,7 @@ __all__ = [
     "Journal",
     "Manifest",
     "ModelRecord",
+    "NoisyServer",
     "RunFolder",
     "RunResult",
     "ScoredArrays",

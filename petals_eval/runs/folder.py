@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ from typing import Self
 from petals_eval.errors import MachineError, RunFolderError
 from petals_eval.runs.disk import TEMPORARY_SUFFIX, blame_the_machine, write_atomically
 from petals_eval.runs.journal import Journal
-from petals_eval.runs.manifest import Manifest, difference
+from petals_eval.runs.manifest import Manifest, NoisyServer, difference
 from petals_eval.runs.results import RunResult
 
 __all__ = ["RunFolder"]
@@ -86,6 +86,13 @@ class RunFolder:
         self.write_results(result, report=report)
         self.manifest = self.manifest.finish(server for server, _ in self.journal.servers())
         self.manifest.write(self.path / "manifest.json")
+
+    def note_noisy(self, found: Iterable[NoisyServer]) -> None:
+        """Note on disk, for a resumed run too, who gave two answers to one question. Raises MachineError."""
+        manifest = self.manifest.with_noisy(found)
+        if manifest != self.manifest:
+            self.manifest = manifest
+            manifest.write(self.path / "manifest.json")
 
     def write_results(self, result: RunResult, *, report: str | None = None) -> None:
         """Write what there is so far; the run stays unfinished. Raises MachineError."""

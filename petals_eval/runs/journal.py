@@ -144,6 +144,20 @@ class Journal:
             )
         )
 
+    def withdraw(self, peer_ids: Iterable[str]) -> int:
+        """Make every valid row that one of these servers took part in invalid; it stays for the record.
+
+        Its example is to be computed again. Returns how many rows there were.
+        """
+        sql = (
+            "UPDATE scored SET valid = 0 WHERE valid = 1 AND server_set IN (SELECT server_set FROM server_set_members"
+            " JOIN servers ON servers.id = server WHERE peer_id = ?)"
+        )
+        with self._lock:
+            self.flush()
+            with self._transaction():
+                return sum(self._connection.execute(sql, (peer_id,)).rowcount for peer_id in peer_ids)
+
     def _append(self, row: _Row) -> None:
         with self._lock:
             self._pending.append(row)

@@ -19,6 +19,7 @@ __all__ = [
     "DataRecord",
     "Manifest",
     "ModelRecord",
+    "NoisyServer",
     "ServerUsed",
     "difference",
     "package_versions",
@@ -59,6 +60,23 @@ class ServerUsed:
     quant: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class NoisyServer:
+    """A server that gave two answers to one question: its blocks run in training mode.
+
+    first, end: its blocks [first, end). version: its own word.
+    difference: of the two answers, relative to what its blocks did to the question.
+    is_used: whether it computed all the same; otherwise nothing it computed is counted.
+    """
+
+    peer_id: str
+    first: int
+    end: int
+    version: str | None
+    difference: float
+    is_used: bool
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -95,7 +113,7 @@ class Manifest(_Record):
     run_settings: what changes only how the run goes (batch sizes, deadlines, ...).
     task: the task's own fingerprint. seeds: by what they seed.
     created, finished: UTC, ISO 8601; finished is None while the run is under way.
-    servers: filled at the end.
+    servers: filled at the end. noisy_servers: as they are found.
 
     Names that are paths are cut to their last part, secrets are dropped (`petals_eval.runs.privacy`).
     """
@@ -112,6 +130,7 @@ class Manifest(_Record):
     seeds: dict[str, int] = {}
     packages: dict[str, str]
     servers: tuple[ServerUsed, ...] = ()
+    noisy_servers: tuple[NoisyServer, ...] = ()
 
     @classmethod
     def new(
@@ -151,6 +170,11 @@ class Manifest(_Record):
     def finish(self, servers: Iterable[ServerUsed]) -> "Manifest":
         """The same run, done, with the servers that computed it."""
         return self.model_copy(update={"finished": _now(), "servers": tuple(servers)})
+
+    def with_noisy(self, found: Iterable[NoisyServer]) -> "Manifest":
+        """The same run with these servers noted; of each the last word counts."""
+        noted = {(each.peer_id, each.first, each.end): each for each in (*self.noisy_servers, *found)}
+        return self.model_copy(update={"noisy_servers": tuple(noted.values())})
 
     def write(self, path: Path) -> None:
         """Raises MachineError."""

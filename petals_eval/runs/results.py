@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from petals_eval.metrics import METRICS, Metric, compute_metrics, confusion_matrix
 from petals_eval.runs.journal import Journal
-from petals_eval.runs.manifest import ServerUsed
+from petals_eval.runs.manifest import NoisyServer, ServerUsed
 
 __all__ = ["WITHOUT_PROMPTS", "AdapterResult", "ComputedIn", "RunResult", "computed_in", "summarise"]
 
@@ -86,6 +86,7 @@ class RunResult:
     without_prompts: the same examples without tuned prompts, where that was asked for.
     retries: micro-batches that were sent again. servers: how many computed something.
     computed_in: in which dtypes, quantisations and versions, the most common first.
+    noisy_servers: that gave two answers to one question, by how much, and whether they were used all the same.
     """
 
     task: str
@@ -94,6 +95,7 @@ class RunResult:
     retries: int = 0
     servers: int = 0
     computed_in: tuple[ComputedIn, ...] = ()
+    noisy_servers: tuple[NoisyServer, ...] = ()
 
     @property
     def first(self) -> AdapterResult:
@@ -109,6 +111,7 @@ class RunResult:
         found: dict[str, object] = {"schema_version": SCHEMA_VERSION, "task": self.task, **self.first.to_json()}
         found |= {"retries": self.retries, "servers": self.servers}
         found["computed_in"] = [asdict(each) for each in self.computed_in]
+        found["noisy_servers"] = [asdict(each) for each in self.noisy_servers]
         if len(self.adapters) > 1:
             found["adapters"] = {name: result.to_json() for name, result in self.adapters.items()}
         if self.without_prompts is not None:

@@ -18,8 +18,8 @@ from petals_eval.swarm.rpc import Answer, together
 
 __all__ = ["CheckedCalls"]
 
-_EARLY = 4096
-"""Tokens a server has computed when it is asked again for the first time."""
+_EARLY = 1024
+"""Tokens a server has computed when it is asked again for the first time: about a micro-batch."""
 
 
 @dataclass(slots=True)

@@ -46,6 +46,22 @@ def test_what_goes_in_comes_back_in_source_order(path: Path) -> None:
         assert list(journal.predictions("a")) == [prediction(key) for key in sorted(order)]
 
 
+def test_what_a_server_took_part_in_can_be_withdrawn_and_computed_again(path: Path) -> None:
+    alpha, beta, gamma = SERVERS
+    with Journal(path, create=True) as journal:
+        for key in range(4):
+            journal.add("a", prediction(key), servers=[alpha, beta if key % 2 else gamma])
+        journal.add("b", prediction(1), servers=[ServerUsed(beta.peer_id, 0, 3)])  # another span, the same server
+        journal.add("b", prediction(2))
+        assert journal.withdraw([beta.peer_id, "never seen"]) == 3
+        assert journal.withdraw([beta.peer_id]) == 0
+        assert (journal.done_keys("a"), journal.done_keys("b")) == ({"0", "2"}, {"2"})
+        assert {server for server, _ in journal.servers()} == {alpha, gamma}
+        journal.add("a", prediction(3), servers=[alpha, gamma])
+        assert journal.done_keys("a") == {"0", "2", "3"}
+    assert rows(path, "SELECT count(*), sum(valid) FROM scored") == [(7, 4)]
+
+
 def test_keys_that_are_no_numbers_have_an_order_too(path: Path) -> None:
     with Journal(path, create=True) as journal:
         for key in ("b", "a", "10", "9"):
