@@ -165,7 +165,7 @@ class _Kept:
     settings: SwarmSettings
     connection: SwarmConnection
     blocks: RemoteSequential
-    finalizer: weakref.finalize[Any, nn.Module]
+    finalizer: "weakref.finalize[Any, nn.Module]"
 
 
 _lock = threading.Lock()

@@ -1,0 +1,65 @@
+"""A live Petals model under `petals_eval.evaluate`: its own predictions, and training as if nothing had happened."""
+
+import json
+
+import pytest
+import torch
+
+from petals_eval.model import LocalModel, load_adapter
+from tests.interop.conftest import STORIES
+from tests.interop.petals_folders import petals_copy
+from tests.interop.real_petals import run_petals_loop
+
+
+def run_script(what, swarm, folder, **settings):
+    settings |= {"what": what, "initial_peers": swarm.initial_peers, "dht_prefix": swarm.dht_prefix}
+    return run_petals_loop({"folder": str(folder), **settings}, folder, timeout=85, script="live_model_script.py")
+
+
+@pytest.mark.parametrize("mode", ["deep_ptune", "ptune"])
+def test_training_goes_on_as_if_nothing_had_been_evaluated(mode, stories, stories_dir, realdata, tmp_path):
+    adapter_dir = realdata / "adapters" / f"trec-{mode}"
+    found = run_script(
+        "training",
+        stories,
+        tmp_path,
+        model=str(petals_copy(stories_dir, tmp_path / STORIES)),
+        adapter=str(adapter_dir / "petals_state_dict.pt"),
+        tuning_mode=mode,
+        data=str(realdata / "trec" / "TREC.test.all"),
+    )
+    assert found["disturbed"] == []
+    # The losses, the draws from three random generators, the parameters and the optimizer's state, to the last bit.
+    assert found["watched"] == found["quiet"]
+    assert found["same_end"]
+
+    assert found["after"]["predictions"] == found["own"]["predictions"]
+    assert len(set(found["own"]["predictions"])) > 2
+    ours, own = (torch.tensor(found[whose]["probabilities"]) for whose in ("after", "own"))
+    torch.testing.assert_close(ours, own, rtol=0, atol=1e-5)
+
+    # Before the first step it is what the checkpoints on the disk are, and after two steps it is not.
+    local = LocalModel.from_pretrained(str(stories_dir))
+    adapter = load_adapter(str(adapter_dir), family=local.family, config=local.config)
+    before, after = found["before"]["manifest"], found["after"]["manifest"]
+    assert before["model"] == {"name": STORIES, "revision": None, "sha256": local.fingerprint["sha256"]}
+    assert before["adapters"] == [{"name": "live prompts", "kind": mode, "sha256": adapter.sha256}]
+    assert after["model"] == before["model"] and after["adapters"] != before["adapters"]
+    assert found["before"]["probabilities"] != found["after"]["probabilities"]
+
+    # One connection serves every evaluation, until one fails; the last ends with the model.
+    assert found["connections"] == 1
+    assert found["broken"] == "raised"
+    assert (found["open_after_error"], found["open_again"], found["left_open"]) == (0, 1, 0)
+
+
+def test_other_families_and_label_words(tiny, tmp_path):
+    rows = [{"text": text, "label": row % 3} for row, text in enumerate(["is it good", "bad", "no, the great yes"] * 4)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    found = run_script("answers", tiny, tmp_path, model=str(tiny.model_dir), data=str(data))
+    for head in ("classes", "words"):
+        ours, own = torch.tensor(found[head]["ours"]), torch.tensor(found[head]["own"])
+        assert ours.argmax(-1).tolist() == own.argmax(-1).tolist()
+        torch.testing.assert_close(ours, own, rtol=0, atol=1e-5)
+    assert found["refused"].startswith("AdapterError: class logits were asked for, but a Distributed")
