@@ -51,8 +51,10 @@ def _who_else(directory: Directory, absent: Spans) -> str:
     snapshot: Snapshot = directory.snapshot
     others = len(snapshot.servers)
     hold = f"{others} server{'s hold' if others != 1 else ' holds'} the rest"
-    if not others and not snapshot.left_out:
-        hold = f"nobody announces {directory.dht_prefix!r}: is that the name the servers use?"
+    if not others:
+        hold = "no server is left"
+        if not snapshot.left_out:
+            hold = f"nobody announces {directory.dht_prefix!r}: is that the name the servers use?"
     dropped = f", {snapshot.dropped} malformed records ignored" if snapshot.dropped else ""
     left_out = _listed(
         (
