@@ -174,7 +174,7 @@ def running(workload: Workload, folder: Path) -> Iterator[tuple[Bench, Loop, Loo
             "initial_peers": swarm.initial_peers,
             "dht_prefix": DHT_PREFIX,
         }
-        environment = os.environ | {"HIVEMIND_LOGLEVEL": "ERROR"}
+        environment = os.environ | {"HIVEMIND_LOGLEVEL": "ERROR", "PYTHONPATH": str(ROOT)}
         ours = Loop(sys.executable, ROOT / "scripts" / "evaluation_loop.py", environment, folder / "ours.log")
         stack.enter_context(ours)
         data = ours.ask(**common, task=workload.task, data=str(workload.data), what="rows")

@@ -104,7 +104,7 @@ class Workloads:
         )
 
     def _wide(self, dtype: str) -> Workload:
-        model, adapter = make_wide(self.folder / "wide", dtype)
+        model, adapter = make_llama(self.folder / "wide", hidden=1024)
         return Workload(
             model,
             adapter,
@@ -124,11 +124,11 @@ LABELS = 4
 PREFIX = 8
 
 
-def make_wide(folder: Path, dtype: str, *, hidden: int = 1024, blocks: int = 8) -> tuple[Path, Path]:
+def make_llama(folder: Path, *, hidden: int, blocks: int = 8) -> tuple[Path, Path]:
     """A random Llama with small blocks, and `ptune` prompts with a head for it.
 
-    Weights as Hugging Face draws them: tame, so that rounding moves the logits little. The checkpoint is float32, the
-    servers compute in their own dtype; the client is to compute in float32.
+    Weights as Hugging Face draws them: tame, so that rounding moves the logits little. The checkpoint is float32: so
+    is the client, whatever the servers compute in.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -152,7 +152,7 @@ def make_wide(folder: Path, dtype: str, *, hidden: int = 1024, blocks: int = 8) 
         LlamaForCausalLM(config).save_pretrained(folder)
         write_tokenizer(folder)
         in_old_words(folder)
-    adapter = folder.parent / "wide-ptune.bin"
+    adapter = folder.parent / f"{folder.name}-ptune.bin"
     prompts, head = 0.02 * torch.randn(PREFIX, hidden), 0.2 * torch.randn(LABELS, hidden)
     torch.save({"model.prompt_embeddings.weight": prompts, "score.weight": head}, adapter)
     return folder, adapter

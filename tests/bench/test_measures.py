@@ -5,16 +5,19 @@ import os
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
 import pytest
 
-from petals_eval.bench import floor, processes, statistics
+from petals_eval.bench import floor, plot, processes, statistics
+from petals_eval.bench.plot import line_plot
 from petals_eval.local_swarm.network import LinkProfile, LinkUse
 
 
 def test_doctests():
     assert doctest.testmod(statistics).failed == 0
     assert doctest.testmod(floor).failed == 0
+    assert doctest.testmod(plot).failed == 0
 
 
 def test_percentiles_lie_between_the_values():
@@ -48,3 +51,16 @@ def test_processor_time_of_a_process_and_its_child():
         process.wait()
     assert processes.tree(process.pid) == []
     assert processes.processor_seconds([process.pid]) == 0.0
+
+
+def test_a_plot_is_well_formed_and_shows_every_point():
+    lines = {"a < b": [(16.0, 1.5), (512.0, 27.0)], "other": [(16.0, 0.0)]}
+    picture = ElementTree.fromstring(line_plot("rate & time", "tokens", "seconds", lines))
+    tags = [element.tag.rpartition("}")[2] for element in picture.iter()]
+    assert (tags.count("polyline"), tags.count("circle")) == (2, 3)
+    texts = [element.text for element in picture.iter() if element.text]
+    assert {"a < b", "rate & time", "600", "30"} <= set(texts)
+    circles = [element for element in picture.iter() if element.tag.endswith("circle")]
+    assert all(70 <= float(circle.get("cx")) <= 590 and 40 <= float(circle.get("cy")) <= 340 for circle in circles)
+    with pytest.raises(ValueError, match="at least one"):
+        line_plot("nothing", "x", "y", {})
