@@ -44,7 +44,7 @@ fi
 
 # hivemind's old flat namespace for every Python process of this environment: each runs the .pth file's line at its start.
 packages="$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
-install -m 644 tests/interop/hivemind_flat.py "$packages/"
+install -m 644 petals_eval/integrations/hivemind_flat.py "$packages/"
 printf 'import hivemind_flat\n' >"$packages/hivemind_flat.pth"
 
 wanted="$({ pwd && cat pyproject.toml; } | cksum)"

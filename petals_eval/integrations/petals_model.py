@@ -33,7 +33,7 @@ from petals_eval.model.sources import open_source
 from petals_eval.remote_model import RemoteModel
 from petals_eval.swarm import RemoteSequential, SwarmConnection
 
-__all__ = ["LIVE_PROMPTS", "LivePart", "close", "is_petals_model", "opened"]
+__all__ = ["LIVE_PROMPTS", "LivePart", "close", "connect", "is_petals_model", "opened"]
 
 LIVE_PROMPTS = "live prompts"
 """The journal's name for the prompts of a live model."""
@@ -68,6 +68,22 @@ def opened(model: nn.Module, *, tokenizer: Any = None) -> Iterator[RemoteModel]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+def connect(model: nn.Module, **swarm_settings: Any) -> None:
+    """Open our connection for `model` now, with settings that Petals' config does not have.
+
+    swarm_settings: fields of petals_eval.SwarmSettings, such as deadline, window or require_dtype. They hold for all
+        evaluations of this model to come; without them, evaluations connect by themselves.
+
+    Raises ConfigError, ModelError, SwarmUnreachableError.
+    """
+    _base_of(model)
+    config: Any = model.config
+    family = family_of(config)
+    _settings_of(config, swarm_settings)  # refuses a mistake before it is kept
+    _chosen[model] = dict(swarm_settings)
+    _connected(model, family.num_blocks(config))
 
 
 def close(model: nn.Module) -> None:
@@ -170,6 +186,7 @@ class _Kept:
 
 _lock = threading.Lock()
 _kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+_chosen: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 _tokenizers: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
@@ -181,7 +198,7 @@ def _connected(model: nn.Module, num_blocks: int) -> _Kept:
             "the model's config has no dht_prefix, so the name its servers announce is not known: load it with "
             "from_pretrained(..., dht_prefix=...)."
         )
-    settings = _settings_of(config)
+    settings = _settings_of(config, _chosen.get(model, {}))
     with _lock:
         kept = _kept.get(model)
     if kept is not None and kept.settings == settings and kept.blocks.dht_prefix == config.dht_prefix:
@@ -206,18 +223,19 @@ def _close_apart(connection: SwarmConnection) -> None:
     threading.Thread(target=connection.close, name="petals-eval-close").start()
 
 
-def _settings_of(config: Any) -> SwarmSettings:
-    """What Petals' ClientConfig says of the swarm, in our words."""
-    return SwarmSettings(
-        initial_peers=tuple(str(peer) for peer in config.initial_peers),
-        active_adapter=config.active_adapter,
-        allow_servers=tuple(str(peer) for peer in config.allowed_servers or ()),
-        deny_servers=tuple(str(peer) for peer in config.blocked_servers or ()),
-        startup_timeout=config.daemon_startup_timeout,
-        request_timeout=config.request_timeout,
-        min_backoff=config.min_backoff,
-        max_backoff=config.max_backoff,
-    )
+def _settings_of(config: Any, chosen: dict[str, Any]) -> SwarmSettings:
+    """What Petals' ClientConfig says of the swarm, in our words; what was chosen for `connect` goes before it."""
+    theirs = {
+        "initial_peers": tuple(str(peer) for peer in config.initial_peers),
+        "active_adapter": config.active_adapter,
+        "allow_servers": tuple(str(peer) for peer in config.allowed_servers or ()),
+        "deny_servers": tuple(str(peer) for peer in config.blocked_servers or ()),
+        "startup_timeout": config.daemon_startup_timeout,
+        "request_timeout": config.request_timeout,
+        "min_backoff": config.min_backoff,
+        "max_backoff": config.max_backoff,
+    }
+    return SwarmSettings(**(theirs | chosen))
 
 
 def _base_of(model: nn.Module) -> nn.Module:

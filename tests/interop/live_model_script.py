@@ -281,9 +281,11 @@ def answers(settings: dict) -> dict:
     task = petals_eval.ClassificationTask(name="own", text="{text}", label_column="label", label_names=names)
     model = prompted(AutoDistributedModelForSequenceClassification, settings, num_labels=3)
     folder = Path(settings["folder"]) / "classes"
+    petals_model.connect(model, window=3)
     petals_eval.evaluate(model, task=task, data=data, out=folder)
     logits = own_logits(model, texts)
     found["classes"] = {"ours": read_folder(folder)["probabilities"], "own": logits.softmax(-1).tolist()}
+    found["window"] = read_folder(folder)["manifest"]["run_settings"]["window"]
     petals_model.close(model)
     end(model)
 

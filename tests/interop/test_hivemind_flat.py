@@ -8,6 +8,7 @@ import pytest
 
 from tests.interop.real_petals import petals_environment, petals_python
 
+FLAT = "petals_eval.integrations.hivemind_flat"
 LOOK = "from hivemind import PeerID, get_dht_time; from hivemind.utils import DHTExpiration, BatchTensorDescriptor;"
 SPAWN = """
 import multiprocessing
@@ -23,7 +24,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("first", ["import hivemind_flat, hivemind;", "import hivemind, hivemind_flat;"])
+@pytest.mark.parametrize("first", [f"import {FLAT}, hivemind;", f"import hivemind, {FLAT};"])
 def test_one_line_restores_it(first, tmp_path):
     subprocess.run([sys.executable, "-c", first + LOOK], check=True, env=petals_environment(tmp_path))
 
@@ -31,7 +32,7 @@ def test_one_line_restores_it(first, tmp_path):
 def test_what_hivemind_says_itself_stays(tmp_path):
     check = (
         "import hivemind, hivemind.utils; before = dict(vars(hivemind)) | {'utils': hivemind.utils};"
-        "import hivemind_flat; after = vars(hivemind); assert all(after[name] is before[name] for name in before)"
+        f"import {FLAT}; after = vars(hivemind); assert all(after[name] is before[name] for name in before)"
     )
     subprocess.run([sys.executable, "-c", check], check=True, env=petals_environment(tmp_path))
 

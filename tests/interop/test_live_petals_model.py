@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+import petals_eval
+from petals_eval.errors import ConfigError
 from petals_eval.model import LocalModel, load_adapter
 from tests.interop.conftest import STORIES
 from tests.interop.petals_folders import petals_copy
@@ -62,4 +64,10 @@ def test_other_families_and_label_words(tiny, tmp_path):
         ours, own = torch.tensor(found[head]["ours"]), torch.tensor(found[head]["own"])
         assert ours.argmax(-1).tolist() == own.argmax(-1).tolist()
         torch.testing.assert_close(ours, own, rtol=0, atol=1e-5)
+    assert found["window"] == 3
     assert found["refused"].startswith("AdapterError: class logits were asked for, but a Distributed")
+
+
+def test_what_is_no_petals_model_is_refused(realdata):
+    with pytest.raises(ConfigError, match=r"a Petals model with a head, such as .*; found torch\.nn\..*Linear\."):
+        petals_eval.evaluate(torch.nn.Linear(2, 2), task="trec", data=realdata / "trec" / "TREC.test.all")

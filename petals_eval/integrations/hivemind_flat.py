@@ -3,11 +3,12 @@
 petals says `from hivemind import PeerID, get_logger`; hivemind 1.1.12, the first release whose wheel runs today, keeps
 such names in its submodules only. One line before `import petals` puts them back:
 
-    import hivemind_flat
+    import petals_eval.integrations.hivemind_flat
 
-It may come before or after the first `import hivemind`. In the environment that `scripts/petals_peer.sh` makes, a .pth
-file holds this line, so every Python process there, spawned servers and handlers included, has it from the start.
-Importing this module is cheap: hivemind itself is touched when somebody imports it.
+It may come before or after the first `import hivemind`, and where hivemind has the names already it changes nothing. A
+Petals server starts processes of its own, which need the line, too: the environment that `scripts/petals_peer.sh` makes
+has it in a .pth file, which Python runs at every start. Importing this module is cheap: hivemind itself is touched when
+somebody imports it.
 """
 
 import importlib
