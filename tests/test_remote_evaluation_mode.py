@@ -5,6 +5,7 @@ import json
 import logging
 
 import pytest
+import torch
 
 import petals_eval
 from petals_eval.errors import MissingBlocksError
@@ -154,6 +155,22 @@ def test_allowed_the_run_goes_on_and_says_what_it_is_worth(realdata, tmp_path, c
         assert all(noisy.is_used and noisy.difference > 0.05 for noisy in each.noisy_servers)
     assert "used all the same" in (tmp_path / "run" / "report.md").read_text()
     assert sum("Nobody else holds these blocks" in record.getMessage() for record in caplog.records) == 4
+
+
+def test_sessions_ask_too(realdata):
+    hidden = torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(0))
+    with swarm_of(realdata, [(0, 5)], max_batch_size=16, inference_max_length=32) as swarm:
+        dropping = swarm.add_server((0, 5), dropout=0.1)
+        with model_over(realdata, swarm) as model, model.blocks.inference_session(32) as session:
+            answer = session.step(hidden)
+            for _ in range(5):  # a row longer than a call may be
+                assert torch.allclose(model.blocks(hidden), answer, atol=1e-5)
+            assert {each.server.peer_id for each in model.blocks.status().unequal} <= {dropping.peer_id}
+        swarm.servers[0].stop()
+        with model_over(realdata, swarm) as model, model.blocks.inference_session(32) as session:
+            for compute in (session.step, model.blocks):
+                with pytest.raises(MissingBlocksError, match="training mode"):
+                    compute(hidden)
 
 
 def test_dropout_in_the_config_is_said_before_the_run(tmp_path):
