@@ -109,7 +109,7 @@ class SwarmSettings(Settings):
     startup_timeout: Seconds = 30.0  # seconds until the libp2p daemon and the DHT node must be up
     connect_timeout: Seconds = 10.0  # seconds for a server's first answer (rpc_info) or for opening a stream
     request_timeout: Seconds = 180.0  # seconds for one call of one hop; Petals servers stop working on it then, too
-    deadline: Seconds = 600.0  # seconds a micro-batch may wait for a server that can take it
+    deadline: Seconds = 600.0  # seconds a micro-batch may take for one hop: waiting for a server, calls and retries
 
     update_period: Seconds = 60.0  # seconds between two looks at the DHT
     missing_update_period: Seconds = 2.0  # the same, while blocks are missing

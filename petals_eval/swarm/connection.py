@@ -27,6 +27,7 @@ __all__ = ["SwarmConnection"]
 T = TypeVar("T")
 
 _SHUTDOWN_TIMEOUT = 5.0  # seconds the daemon gets to end by itself
+_BURIAL = 0.2  # seconds
 _DAEMON_ENDED = (
     "the local libp2p daemon (p2pd), through which this process talks to the swarm, has ended: was it killed, or is "
     "this machine out of memory? Connect again to go on."
@@ -92,6 +93,8 @@ class SwarmConnection:
                 "Set the clock (for example: timedatectl set-ntp true) and try again."
             ) from error
         except (P2PDaemonError, RuntimeError, OSError, TimeoutError) as error:
+            # A daemon that could not start has just ended, and hivemind does not wait for it: let the loop bury it.
+            await asyncio.sleep(_BURIAL)
             raise SwarmUnreachableError(
                 "\n  ".join([f"no initial peer answered within {self.settings.startup_timeout:g} s:", *peers])
                 + f"\nCheck the addresses and that one of them is up. ({type(error).__name__}: {error})"

@@ -288,7 +288,7 @@ def test_a_server_that_dies_in_mid_session_is_replaced_with_equal_answers(model)
 def test_a_step_that_finds_no_server_leaves_the_session_where_it_was(model):
     hidden = hidden_states(2, 8)
     order = torch.tensor([1, 0])
-    with start(model, [(0, 2), (2, 4)]) as swarm, connect(swarm, deadline=0.5) as connection:
+    with start(model, [(0, 2), (2, 4)]) as swarm, connect(swarm, deadline=3.0) as connection:
         blocks = connection.remote_sequential(swarm.dht_prefix, BLOCKS)
         with blocks.inference_session(16, batch=2) as session:
             expected = blocks(torch.cat([hidden[order, :4], hidden[:, 4:]], dim=1))
