@@ -213,9 +213,7 @@ def test_an_unknown_lora_adapter_has_no_servers(swarm):
     settings = SwarmSettings(initial_peers=peers, deadline=0.3, active_adapter="nobody/has-this")
     with SwarmConnection.connect(settings) as connection:
         blocks = connection.remote_sequential(swarm.dht_prefix, BLOCKS)
-        with pytest.raises(
-            MissingBlocksError, match=r"blocks 0:5.*does not announce adapter nobody/has"
-        ):
+        with pytest.raises(MissingBlocksError, match=r"blocks 0:5.*does not announce adapter nobody/has"):
             blocks(hidden_states(1, 2))
 
 
