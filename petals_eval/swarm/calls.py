@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from petals_eval.errors import PeerAnswerError, PeerRefusedError, PeerUnreachabl
 from petals_eval.swarm import wire
 from petals_eval.swarm.hop_session import PROOF_TOKENS, HopSession, proves_rolling_back
 from petals_eval.swarm.routing import Hop
-from petals_eval.swarm.rpc import Answer, TransformerConnectionHandler, as_peer_errors
+from petals_eval.swarm.rpc import Answer, TransformerConnectionHandler, as_peer_errors, open_stream
 
 __all__ = ["Answer", "BlockCalls", "RemoteCalls"]
 
@@ -140,7 +141,7 @@ class RemoteCalls:
     async def _session(self, hop: Hop, batch: int, max_length: int, alloc_timeout: float) -> HopSession:
         opening = wire.session_metadata(max_length, alloc_timeout, self._settings.active_adapter)
         return HopSession(
-            self._stub(hop.server.peer_id),
+            partial(open_stream, self._p2p, hop.server.peer_id, "rpc_inference"),
             wire.block_uid(self._prefix, hop.first, hop.last),
             await self.info(hop),
             batch=batch,

@@ -3,17 +3,17 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import Any
 
 import torch
 from anyio import CancelScope
+from hivemind.p2p import P2P
 from hivemind.proto import runtime_pb2
 
 from petals_eval.errors import PeerError, PeerRefusedError, PeerUnreachableError
 from petals_eval.swarm import wire
-from petals_eval.swarm.rpc import Answer, as_peer_errors
+from petals_eval.swarm.rpc import Answer, as_peer_errors, receive
 
 __all__ = ["PROOF_TOKENS", "HopSession", "proves_rolling_back"]
 
@@ -21,6 +21,10 @@ PROOF_TOKENS = 18
 """Tokens of cache that `proves_rolling_back` needs."""
 
 _GOODBYE_TIMEOUT = 2.0  # seconds for a server to end its side of the stream
+_MOST_WORDS = 1 << 16  # bytes of a message beyond its tensor's values
+_OPENINGS = 3  # times a session is opened: when a server refuses one, its reason now and then is lost on the way
+
+OpenStream = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 
 
 class HopSession:
@@ -31,7 +35,7 @@ class HopSession:
 
     def __init__(
         self,
-        stub: Any,
+        open_stream: OpenStream,
         uid: str,
         info: wire.ServerInfo,
         *,
@@ -40,21 +44,20 @@ class HopSession:
         timeout: float,
     ):
         """
-        stub: hivemind's for the server. uid: of the blocks. opening: of `wire.session_metadata`.
+        open_stream: to the server's rpc_inference. uid: of the blocks. opening: of `wire.session_metadata`.
         timeout: seconds for a step.
         """
         self.batch = batch
         self.position = 0
         self.before_first_step: Callable[[torch.Tensor], Awaitable[None]] | None = None
         """Awaited with the first hidden states before they are sent; may raise PeerError."""
-        self._stub = stub
+        self._open_stream = open_stream
         self._uid = uid
         self._info = info
         self._opening = opening
         self._timeout = timeout
-        self._id = str(uuid.uuid4())
-        self._steps: asyncio.Queue[runtime_pb2.ExpertRequest] = asyncio.Queue()
-        self._answers: AsyncGenerator[runtime_pb2.ExpertResponse] | None = None
+        self._id = ""
+        self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._is_over = False
         self._start_from: int | None = None
 
@@ -82,16 +85,9 @@ class HopSession:
             wire.encode_for(self._info, prompts if prompts is not None and prompts.numel() else None),
             wire.encode_tensor(torch.empty(0, dtype=torch.int64) if hypo_ids is None else hypo_ids),
         ]
-        opening = self._opening if self._answers is None else {}
-        metadata = wire.step_metadata(self._id, str(uuid.uuid4()), opening, self._start_from)
         with as_peer_errors(self._timeout):
             async with asyncio.timeout(self._timeout):
-                self._steps.put_nowait(runtime_pb2.ExpertRequest(uid=self._uid, tensors=tensors, metadata=metadata))
-                if self._answers is None:
-                    self._answers = await self._stub.rpc_inference(self._requests())
-                response = await anext(self._answers, None)
-        if response is None:
-            raise PeerUnreachableError("it ended the session")
+                response = await self._exchange(tensors)
         answer = wire.read_answer(response.tensors, tuple(hidden.shape), self._info.output_dtype)
         self._is_over = False
         self._start_from = None
@@ -103,28 +99,56 @@ class HopSession:
             sum(len(tensor.buffer) for tensor in response.tensors),
         )
 
-    async def close(self) -> None:
-        """End the session, so that the server frees its cache, and wait for that, but not for long."""
-        self._is_over = True
-        self._steps.put_nowait(runtime_pb2.ExpertRequest())  # an empty request ends a session
-        answers, self._answers = self._answers, None
-        if answers is None:
-            return
-        with CancelScope(shield=True):  # whoever is cancelled in mid-step still says goodbye
-            try:
-                with suppress(PeerError), as_peer_errors(_GOODBYE_TIMEOUT):
-                    async with asyncio.timeout(_GOODBYE_TIMEOUT):
-                        async for _ in answers:
-                            pass
-            finally:
-                await answers.aclose()
-
-    async def _requests(self) -> AsyncIterator[runtime_pb2.ExpertRequest]:
+    async def _exchange(self, tensors: list[runtime_pb2.Tensor]) -> runtime_pb2.ExpertResponse:
+        """Send a step and wait for its answer; opens the stream for the first one."""
+        if self._stream is not None:
+            metadata = wire.step_metadata(self._id, str(uuid.uuid4()), {}, self._start_from)
+            return await self._ask(self._stream, tensors, metadata)
+        openings = 0
         while True:
-            request = await self._steps.get()
-            yield request
-            if not request.tensors:
-                return
+            openings += 1
+            self._id = str(uuid.uuid4())  # a server takes no id twice
+            self._stream = await self._open_stream()
+            metadata = wire.step_metadata(self._id, str(uuid.uuid4()), self._opening)
+            try:
+                return await self._ask(self._stream, tensors, metadata)
+            except PeerUnreachableError:
+                self._stream[1].close()
+                if openings == _OPENINGS:
+                    raise
+
+    async def _ask(
+        self,
+        stream: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        tensors: list[runtime_pb2.Tensor],
+        metadata: bytes,
+    ) -> runtime_pb2.ExpertResponse:
+        reader, writer = stream
+        request = runtime_pb2.ExpertRequest(uid=self._uid, tensors=tensors, metadata=metadata)
+        # At most four bytes for a value of two (bfloat16 as old hivemind sends it), and room for the words around it.
+        limit = 2 * len(tensors[0].buffer) + _MOST_WORDS
+        try:
+            await P2P.send_protobuf(request, writer)
+            return await receive(reader, runtime_pb2.ExpertResponse, limit)
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise PeerUnreachableError("it ended the session without a word") from error
+
+    async def close(self) -> None:
+        """End the session, so that the server frees its cache; where all is well, wait for that, but not for long."""
+        stream, self._stream = self._stream, None
+        is_well, self._is_over = not self._is_over, True
+        if stream is None:
+            return
+        reader, writer = stream
+        try:
+            if is_well:
+                with CancelScope(shield=True), suppress(PeerError), as_peer_errors(_GOODBYE_TIMEOUT):
+                    async with asyncio.timeout(_GOODBYE_TIMEOUT):
+                        await P2P.send_protobuf(runtime_pb2.ExpertRequest(), writer)  # an empty one ends a session
+                        await P2P.send_protobuf(P2P.END_OF_STREAM, writer)
+                        await reader.read()
+        finally:
+            writer.close()
 
 
 async def proves_rolling_back(session: HopSession, hidden_size: int) -> bool:

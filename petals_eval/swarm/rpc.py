@@ -4,18 +4,22 @@ import asyncio
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, AsyncIterator  # noqa: UP035 - hivemind takes a call for a stream by typing's alias only
+from typing import Any, AsyncIterator, TypeVar  # noqa: UP035 - hivemind takes a call for a stream by typing's alias only
 
 import torch
-from hivemind.p2p import ServicerBase
+from google.protobuf.message import Message
+from hivemind.p2p import P2P, PeerID, ServicerBase
 from hivemind.p2p.p2p_daemon import P2PContext
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError, P2PHandlerError
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, DispatchFailure
 from hivemind.proto import runtime_pb2
+from hivemind.proto.p2pd_pb2 import RPCError
 
-from petals_eval.errors import PeerError, PeerRefusedError, PeerTimeoutError, PeerUnreachableError
+from petals_eval.errors import PeerAnswerError, PeerError, PeerRefusedError, PeerTimeoutError, PeerUnreachableError
 
-__all__ = ["Answer", "TransformerConnectionHandler", "as_peer_errors", "together"]
+__all__ = ["Answer", "TransformerConnectionHandler", "as_peer_errors", "open_stream", "receive", "together"]
+
+M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +33,29 @@ class Answer:
 
 
 async def together(calls: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
-    """All of them, or the first error with the rest cancelled: asyncio.gather would let the rest run on."""
+    """All of them, or the first error with the rest cancelled.
+
+    asyncio.gather would let the rest run on. asyncio.TaskGroup cancels its own task to say that one has failed, and up
+    to Python 3.12 that stays counted: a timeout around it then raises CancelledError in the place of TimeoutError.
+    """
+    tasks = [asyncio.create_task(call) for call in calls]
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(call) for call in calls]
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in tasks:
+            if task in done:
+                task.result()  # raises the error, if it is this one that failed
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.add_done_callback(_look_at_error)
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+def _look_at_error(task: "asyncio.Task[Answer]") -> None:
+    """The first error is enough; asyncio would complain of others that nobody looked at."""
+    if not task.cancelled():
+        task.exception()
 
 
 class TransformerConnectionHandler(ServicerBase):
@@ -55,10 +75,34 @@ class TransformerConnectionHandler(ServicerBase):
     ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
         raise TypeError("this class only describes the calls; servers implement them")
 
-    def rpc_inference(
-        self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
-    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
-        raise TypeError("this class only describes the calls; servers implement them")
+
+async def open_stream(p2p: P2P, peer_id: str, method: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A bare stream to a server's streaming call; messages go over it by `P2P.send_protobuf` and `receive`.
+
+    For calls that wait for an answer before they send on. hivemind's own stub reads requests from an iterator in a task
+    of its own, and where the server ends the stream it waits for that task, which waits for the next request.
+    """
+    name = f"{TransformerConnectionHandler.__name__}.{method}"
+    _, reader, writer = await p2p.call_binary_stream_handler(PeerID.from_base58(peer_id), name)
+    return reader, writer
+
+
+async def receive(reader: asyncio.StreamReader, message: type[M], limit: int) -> M:
+    """The next message of a bare stream, in hivemind's framing: a mark, eight bytes of length, and the message.
+
+    limit: bytes it may have; hivemind's own reader takes whatever a peer says.
+    Raises PeerRefusedError for an error, PeerAnswerError for anything else, asyncio.IncompleteReadError at the end.
+    """
+    mark = await reader.readexactly(1)
+    if mark not in (P2P.MESSAGE_MARKER, P2P.ERROR_MARKER):
+        raise PeerAnswerError(f"expected a message, found the mark {mark!r}")
+    length = int.from_bytes(await reader.readexactly(P2P.HEADER_LEN), P2P.BYTEORDER)
+    if length > limit:
+        raise PeerAnswerError(f"expected an answer of at most {limit} bytes, found one of {length}")
+    content = await reader.readexactly(length)
+    if mark == P2P.ERROR_MARKER:
+        raise PeerRefusedError(_one_line(RPCError.FromString(content).message))
+    return message.FromString(content)
 
 
 @contextmanager
@@ -81,7 +125,7 @@ def as_peer_errors(timeout: float) -> Iterator[None]:
         raise PeerRefusedError(f"its answer is no message: {_one_line(error)}") from error
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: object) -> str:
     """A peer's words, made safe to print: one line, printable, short."""
     text = str(error) or type(error).__name__
     return "".join(character if character.isprintable() else " " for character in text)[:300]

@@ -11,8 +11,11 @@ import torch
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import CallerError, DeadlineError, GradientError, RequestTooLargeError
 from petals_eval.local_swarm.launcher import LocalSwarm
+from petals_eval.remote_model import RemoteModel
 from petals_eval.swarm import SwarmConnection, wire
 from petals_eval.swarm.hop_session import proves_rolling_back
+from petals_eval.tasks.requests import Request
+from tests.model.reference import classifier, full_logits, make_adapter
 from tests.tiny_models import make_tiny
 
 BLOCKS, HIDDEN, PREFIX = 4, 32, 3
@@ -373,3 +376,24 @@ def test_rows_longer_than_a_call_may_be_are_computed_in_steps(model):
         close(torch.cat(answers), expected)
         assert blocks.status().retries == 0
         assert cache_in_use(tight) == 0
+
+
+@pytest.mark.parametrize("kind", ["none", "deep_ptune"])
+def test_3000_tokens_on_a_server_that_takes_2048_give_the_local_logits(tmp_path, kind):
+    folder = make_tiny("llama", tmp_path / "llama", blocks=BLOCKS, labels=6, max_position_embeddings=4096)
+    tokens = tuple(torch.randint(3, 320, (3000,), generator=torch.Generator().manual_seed(0)).tolist())
+    limits = {"max_batch_size": 2048, "inference_max_length": 4096}
+    with (
+        start(folder, [(0, 2), (2, 4)], **limits) as swarm,
+        RemoteModel.from_pretrained(
+            str(folder), initial_peers=swarm.initial_peers, dht_prefix=swarm.dht_prefix, deadline=60.0
+        ) as model,
+    ):
+        adapter = make_adapter(model.local, kind, labels=6)
+        request = Request(key="0", part=0, input_ids=tokens)
+        (answered,) = model.compute([request], adapter, tokens_per_micro_batch=4096)
+        assert model.blocks.status().retries == 0
+    reference = classifier(folder)
+    reference.score.weight.data = adapter.head_weight
+    expected = full_logits(reference, model.local, adapter, tokens)
+    torch.testing.assert_close(answered.answer, expected, rtol=0, atol=1e-4)
