@@ -155,8 +155,10 @@ class Pipeline:
         elif not self.peers.is_left_out(peer_id):
             self.peers.leave_out(peer_id, error)
             self._unequal[peer_id] = UnequalServer(hop.server, error.difference)
-            others = [server for server in self._trusted() if server.start <= hop.first and hop.last <= server.end]
-            self._warn_of(self._unequal[peer_id], others=len(others))
+            trusted = self._trusted()
+            others = [server for server in trusted if server.start <= hop.first and hop.last <= server.end]
+            if not self._settings.allow_nondeterministic or hold_all(trusted, hop.first, hop.last):
+                self._warn_of(self._unequal[peer_id], others=len(others))
 
     def _trusted(self) -> list[SpanServer]:
         every = self._directory.snapshot.servers.values()
