@@ -16,7 +16,7 @@ from petals_eval.swarm.connection import SwarmConnection
 from petals_eval.swarm.directory import Directory
 from petals_eval.swarm.gradients import refuse_gradients
 from petals_eval.swarm.inference_session import InferenceSession
-from petals_eval.swarm.peers import PeerBook
+from petals_eval.swarm.peers import PeerBook, PeerHistory
 from petals_eval.swarm.pipeline import USUAL_MAX_TOKENS, Pipeline, ServedHop, SwarmStatus
 from petals_eval.swarm.records import Snapshot
 
@@ -195,6 +195,11 @@ class RemoteSequential(nn.Module):
     def refresh(self) -> Snapshot:
         """Look at the directory now."""
         return self._connection.run(self._directory.refresh)
+
+    @property
+    def histories(self) -> Mapping[str, PeerHistory]:
+        """What was seen of each server since the connection was made, by peer id; it goes on changing."""
+        return self._pipeline.peers.histories
 
     @property
     def settings(self) -> SwarmSettings:
