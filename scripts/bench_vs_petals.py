@@ -31,7 +31,7 @@ from bench_workloads import Workload, Workloads  # noqa: E402
 from petals_eval.bench.floor import Floor, link_seconds, pass_seconds  # noqa: E402
 from petals_eval.bench.processes import memory, processor_seconds, tree  # noqa: E402
 from petals_eval.bench.statistics import Spread  # noqa: E402
-from petals_eval.local_swarm.network import EmulatedNetwork, LinkUse  # noqa: E402
+from petals_eval.local_swarm.network import EmulatedNetwork  # noqa: E402
 from tests.interop.real_petals import (  # noqa: E402
     NO_PETALS,
     RealPetalsSwarm,
@@ -99,7 +99,7 @@ class Bench:
         after = self._counters(loop)
         seconds = answer["seconds"]
         servers = [new - old for old, new in zip(before["servers"], after["servers"], strict=True)]
-        links = [_difference(old, new) for old, new in zip(before["links"], after["links"], strict=True)]
+        links = [new.since(old) for old, new in zip(before["links"], after["links"], strict=True)]
         floor = Floor(
             link=link_seconds(links),
             latency=pass_seconds(self.workload.links or ()) * self._share_of_route(),
@@ -140,15 +140,6 @@ class Bench:
             "links": links,
             "relays": relays,
         }
-
-
-def _difference(old: LinkUse, new: LinkUse) -> LinkUse:
-    return LinkUse(
-        new.bytes_up - old.bytes_up,
-        new.bytes_down - old.bytes_down,
-        new.busy_up - old.busy_up,
-        new.busy_down - old.busy_down,
-    )
 
 
 @contextlib.contextmanager

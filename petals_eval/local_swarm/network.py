@@ -54,6 +54,15 @@ class LinkUse:
     busy_up: float
     busy_down: float
 
+    def since(self, before: "LinkUse") -> "LinkUse":
+        """What was carried after `before`."""
+        return LinkUse(
+            self.bytes_up - before.bytes_up,
+            self.bytes_down - before.bytes_down,
+            self.busy_up - before.busy_up,
+            self.busy_down - before.busy_down,
+        )
+
 
 @dataclass(slots=True)
 class Link:

@@ -41,7 +41,11 @@ class LocalServer(Protocol):
 
     @property
     def maddrs(self) -> tuple[str, ...]:
-        """Addresses it listens on."""
+        """Addresses others are told."""
+
+    @property
+    def pid(self) -> int:
+        """The process it runs in; its daemon is a child of that."""
 
     def is_alive(self) -> bool: ...
 
@@ -187,6 +191,10 @@ class ProcessServer(_Served):
             self._wait_gone(_STOP_TIMEOUT)
         self._close()
 
+    @property
+    def pid(self) -> int:
+        return self._pid
+
     def last_words(self) -> str:
         """The end of what it wrote to its standard error."""
         return last_words(self._log)
@@ -227,6 +235,10 @@ class ThreadServer(_Served):
             self._opening.cancel()
             raise MachineError(f"{self._name} did not serve in time") from None
         self.peer_id, self.maddrs = self._server.peer.peer_id, self._server.peer.maddrs
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()
 
     def is_alive(self) -> bool:
         return self._server is not None

@@ -1,0 +1,105 @@
+"""The forward benchmark: micro-batches of one shape, as many in flight as the window allows."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+
+from petals_eval.bench.settings import ForwardSettings, Wire
+from petals_eval.bench.statistics import Spread, percentile
+from petals_eval.bench.subject import Subject
+from petals_eval.bench.watch import Watch, Watched
+
+__all__ = ["ForwardCase", "ForwardPoint", "forward_cases", "measure_forward"]
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardCase:
+    """Micro-batches of `batch` rows of `length` positions; `window` of them in flight, None: as the client chooses."""
+
+    length: int
+    batch: int
+    window: int | None
+    wire: Wire
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPoint:
+    """What was measured of a case, over all its runs.
+
+    tokens, rows: per second, of each run; filling and draining the pipeline is in it.
+    latency: seconds from when a micro-batch is handed over until it is back: percentiles 50, 90 and 99.
+    watched: the run with the median rate.
+    """
+
+    case: ForwardCase
+    tokens: Spread
+    rows: Spread
+    latency: tuple[float, float, float]
+    micro_batches: int
+    watched: Watched
+
+
+def forward_cases(settings: ForwardSettings) -> Iterator[ForwardCase]:
+    """Every combination, the shortest first."""
+    for wire in settings.wires:
+        for length in settings.lengths:
+            for batch in settings.batches:
+                for window in settings.windows:
+                    yield ForwardCase(length, batch, window, wire)
+
+
+def measure_forward(subject: Subject, case: ForwardCase, settings: ForwardSettings) -> ForwardPoint:
+    """Warm up, then run `settings.repeats` times. Raises SwarmError and CallerError where the swarm cannot."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(case.batch, case.length, subject.hidden_size, generator=generator)
+    prompts = random_prompts(subject, min(settings.prompts, case.length), generator)
+    if settings.warm_up > 0:
+        _run(subject, case, hidden, prompts, settings.warm_up)
+    runs = []
+    for _ in range(settings.repeats):
+        with Watch(subject) as watch:
+            latencies = _run(subject, case, hidden, prompts, settings.seconds)
+        runs.append((watch.result(), latencies))
+    rates = [len(latencies) * case.batch / watched.seconds for watched, latencies in runs]
+    every = [seconds for _, latencies in runs for seconds in latencies]
+    middle = sorted(range(len(runs)), key=lambda index: rates[index])[len(runs) // 2]
+    return ForwardPoint(
+        case,
+        tokens=Spread.of([rate * case.length for rate in rates]),
+        rows=Spread.of(rates),
+        latency=(percentile(every, 50), percentile(every, 90), percentile(every, 99)),
+        micro_batches=len(every),
+        watched=runs[middle][0],
+    )
+
+
+def random_prompts(subject: Subject, tokens: int, generator: torch.Generator) -> torch.Tensor | None:
+    """Deep prompts (blocks, 1, tokens, hidden) that change little, or None."""
+    if tokens == 0:
+        return None
+    return 0.01 * torch.randn(len(subject.blocks), 1, tokens, subject.hidden_size, generator=generator)
+
+
+def _run(
+    subject: Subject, case: ForwardCase, hidden: torch.Tensor, prompts: torch.Tensor | None, seconds: float
+) -> list[float]:
+    """Send micro-batches for `seconds`, at least one, and wait for them all; returns the latency of each."""
+    from petals_eval.swarm import Work
+
+    end = time.perf_counter() + seconds
+    handed_over: dict[int, float] = {}
+
+    def work() -> Iterator[Work[int]]:
+        for number in count():
+            if number > 0 and time.perf_counter() >= end:
+                return
+            handed_over[number] = time.perf_counter()
+            yield Work(number, hidden, prompts)
+
+    return [
+        time.perf_counter() - handed_over[computed.tag]
+        for computed in subject.blocks.stream(work(), window=case.window)
+    ]

@@ -1,0 +1,115 @@
+"""What is measured: the blocks of a model on a swarm, and the processes and links around them."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil  # type: ignore[import-untyped]
+
+from petals_eval.bench.settings import BenchSettings
+from petals_eval.config import PUBLIC_SWARM, SwarmSettings
+from petals_eval.errors import ConfigError
+from petals_eval.model import Checkpoint
+
+if TYPE_CHECKING:
+    from petals_eval.local_swarm.network import EmulatedNetwork, LinkUse
+    from petals_eval.swarm import RemoteSequential
+
+__all__ = ["Subject", "opened"]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """The blocks, and where to look while they work.
+
+    model: its name, never a path. client: ids of this process and of its libp2p daemon.
+    server_processes: peer id -> process id of a local swarm's servers; a server's daemon is its child.
+    network: before a local swarm's servers, or None.
+    """
+
+    model: str
+    hidden_size: int
+    blocks: "RemoteSequential"
+    client: tuple[int, ...]
+    server_processes: dict[str, int]
+    network: "EmulatedNetwork | None"
+
+    def link_use(self) -> "list[LinkUse]":
+        """What each link has carried so far; empty where links are not known."""
+        return [] if self.network is None else self.network.use()[0]
+
+
+@contextlib.contextmanager
+def opened(settings: BenchSettings) -> Iterator[Subject]:
+    """Connect to the swarm of the settings; an embedded one runs until the end.
+
+    Raises ModelError, ConfigError, SwarmUnreachableError.
+    """
+    from petals_eval.swarm import SwarmConnection
+
+    token = settings.token.get_secret_value() if settings.token else None
+    checkpoint = Checkpoint.open(settings.model, revision=settings.revision, token=token)
+    with contextlib.ExitStack() as stack:
+        network = None
+        processes: dict[str, int] = {}
+        if settings.local_swarm is None:
+            peers = settings.initial_peers or PUBLIC_SWARM
+            prefix = settings.dht_prefix or _petals_prefix(settings.model, checkpoint)
+        else:
+            from petals_eval.local_swarm import LocalSwarm
+            from petals_eval.local_swarm.network import EmulatedNetwork, LinkProfile
+
+            links: dict[str, Any] = {}
+            if settings.delay is not None or settings.rate is not None:
+                network = stack.enter_context(EmulatedNetwork())
+                profile = LinkProfile(delay=(settings.delay or 0.0) / 1000, up=settings.rate, down=settings.rate)
+                links = {"network": network, "links": profile}
+            swarm = stack.enter_context(
+                LocalSwarm(
+                    settings.model,
+                    servers=settings.local_swarm,
+                    dht_prefix=settings.dht_prefix,
+                    revision=settings.revision,
+                    token=token,
+                    **links,
+                )
+            )
+            peers, prefix = tuple(swarm.initial_peers), swarm.dht_prefix
+            processes = {server.peer_id: server.pid for server in swarm.servers}
+        children = _children()
+        connection = stack.enter_context(
+            SwarmConnection.connect(
+                SwarmSettings(
+                    initial_peers=peers,
+                    active_adapter=settings.active_adapter,
+                    require_dtype=settings.require_dtype,
+                    require_quant=settings.require_quant,
+                    allow_servers=settings.allow_server,
+                    deny_servers=settings.deny_server,
+                    deadline=settings.deadline,
+                )
+            )
+        )
+        yield Subject(
+            model=checkpoint.name,
+            hidden_size=checkpoint.family.hidden_size(checkpoint.config),
+            blocks=connection.remote_sequential(prefix, checkpoint.family.num_blocks(checkpoint.config)),
+            client=(os.getpid(), *(_children() - children)),
+            server_processes=processes,
+            network=network,
+        )
+
+
+def _children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
+
+
+def _petals_prefix(model: str, checkpoint: Checkpoint) -> str:
+    if Path(model).expanduser().is_dir():
+        raise ConfigError(
+            f"{model} is a local folder, so the name its servers announce is not known: give it with --dht-prefix."
+        )
+    return checkpoint.family.dht_prefix(model)
