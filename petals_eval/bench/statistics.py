@@ -38,4 +38,12 @@ class Spread:
         return cls(min(values), percentile(values, 50), max(values))
 
     def __str__(self) -> str:
-        return f"{self.median:.3g} ({self.least:.3g} to {self.greatest:.3g})"
+        """
+        >>> str(Spread(0.12345, 9.9, 12345.6))
+        '9.9 (0.123 to 12,346)'
+        """
+        return f"{_short(self.median)} ({_short(self.least)} to {_short(self.greatest)})"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -21,7 +21,8 @@ class ServerShare:
     """What one server did in a run.
 
     calls; tokens computed, and their share of those of all servers' calls; bytes sent to it and received from it.
-    busy: share of the time in which it had work of ours, on the network or in its blocks.
+    busy: share of the time in which it had work of ours, on the network or in its blocks; None in sessions, whose steps
+        nobody counts.
     processor: share of the time its processes computed, where they run on this machine; else None.
     """
 
@@ -30,7 +31,7 @@ class ServerShare:
     share: float
     bytes_sent: int
     bytes_received: int
-    busy: float
+    busy: float | None
     processor: float | None
 
 
@@ -102,7 +103,7 @@ class Watch:
                 share=tokens / all_tokens if all_tokens else 0.0,
                 bytes_sent=sent,
                 bytes_received=received,
-                busy=self._busy[peer] / max(1, self._looks),
+                busy=self._busy[peer] / self._looks if self._busy[peer] else None,
                 processor=self._processor_share(peer, seconds),
             )
             for peer, (calls, tokens, sent, received) in did.items()
