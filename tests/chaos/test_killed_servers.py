@@ -1,5 +1,6 @@
 """Servers that die, hang, vanish and come back while a run is under way: real processes, real signals."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,11 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 import petals_eval
-from petals_eval.errors import DeadlineError, MissingBlocksError
+from petals_eval.errors import DeadlineError, MissingBlocksError, RunFolderError
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.runs import RunFolder
 
@@ -41,8 +43,12 @@ class Watcher:
 
 
 @pytest.fixture(scope="module")
-def files(realdata):
+def files(realdata, tmp_path_factory):
+    shipped = (Path(petals_eval.__file__).parent / "tasks" / "builtin" / "trec.yaml").read_text()
+    task = tmp_path_factory.mktemp("task") / "trec.yaml"
+    task.write_text(re.sub(r"(?m)^metrics: .*", "metrics: [accuracy]", shipped))  # the others take seconds a run
     return {
+        "task": str(task),
         "model": str(realdata / "stories260K-hf"),
         "adapter": str(realdata / "adapters" / ADAPTER),
         "data": str(realdata / "trec" / "TREC.test.all"),
@@ -77,7 +83,7 @@ def remote(files, swarm, **settings):
 
 
 def run(files, model, out, progress=None):
-    return petals_eval.evaluate(model, task="trec", data=files["data"], out=out, progress=progress, **SMALL)
+    return petals_eval.evaluate(model, task=files["task"], data=files["data"], out=out, progress=progress, **SMALL)
 
 
 def predictions(folder):
@@ -146,33 +152,34 @@ def test_losing_one_of_two_replicas_in_mid_run_changes_no_prediction(harm, files
 
 
 @pytest.mark.parametrize(
-    ("update_period", "error", "says"),
+    ("update_period", "deadline", "error", "says"),
     [
         # Its record outlives it by minutes.
         (
             120.0,
+            5.0,
             DeadlineError,
             r"every server of blocks 2:5 fails \(since \d\d:\d\d\): \.\.\.(?P<peer>\w+): cannot be reached \(all d",
         ),
         # Its record has expired when the deadline passes.
-        (1.0, MissingBlocksError, r"no server holds blocks 2:5 \(since \d\d:\d\d, 1 server holds the rest\)"),
+        (1.0, 6.0, MissingBlocksError, r"no server holds blocks 2:5 \(since \d\d:\d\d, 1 server holds the rest\)"),
     ],
     ids=["record lives on", "record expires"],
 )
 def test_without_the_only_server_of_a_block_the_run_ends_in_time_and_keeps_what_it_has(
-    update_period, error, says, files, swarm_of, quiet, tmp_path
+    update_period, deadline, error, says, files, swarm_of, quiet, tmp_path
 ):
     swarm = swarm_of([(0, 2), (2, 5)], update_period=update_period)
     victim = swarm.servers[1]
-    deadline = 6.0
     with remote(files, swarm, deadline=deadline, request_timeout=2.0, max_backoff=1.0) as model:
-        watcher = Watcher(lambda done: done >= 100, victim.kill)
+        killed = []
+        watcher = Watcher(lambda done: done >= 100, lambda: (victim.kill(), killed.append(time.monotonic())))
         with pytest.raises(error) as caught:
             run(files, model, tmp_path / "run", watcher)
-        ended = time.monotonic()
+        assert time.monotonic() - killed[0] < deadline + 5
     assert watcher.done_then is not None
     message = str(caught.value)
-    assert re.match(rf"stopped at the deadline \(6 s\): {says}", message), message
+    assert re.match(rf"stopped at the deadline \({deadline:g} s\): {says}", message), message
     assert "\n" not in message and len(message) < 600
     if error is MissingBlocksError:
         assert caught.value.missing == ((2, 5),)
@@ -187,7 +194,6 @@ def test_without_the_only_server_of_a_block_the_run_ends_in_time_and_keeps_what_
         f"{len(kept)} of {EXAMPLES} examples are scored and kept in {tmp_path / 'run'}" in note
         for note in caught.value.__notes__
     )
-    assert time.monotonic() - ended < 30
 
 
 @pytest.mark.parametrize("leaving", ["killed", "in order"])
@@ -223,10 +229,19 @@ def test_the_command_ends_with_3_says_what_is_missing_and_goes_on_when_run_again
     swarm = swarm_of([(0, 2), (2, 5)])
     out = tmp_path / "run"
     command = [
-        *(sys.executable, "-c", "from petals_eval.cli import main; main()", "run", "--task", "trec", "--out", str(out)),
+        *(
+            sys.executable,
+            "-c",
+            "from petals_eval.cli import main; main()",
+            "run",
+            "--task",
+            files["task"],
+            "--out",
+            str(out),
+        ),
         *("--model", files["model"], "--adapter", files["adapter"], "--data", files["data"]),
         *("--initial-peers", swarm.initial_peers[0], "--dht-prefix", swarm.dht_prefix),
-        *("--deadline", "6", "--request-timeout", "2", "--tokens-per-micro-batch", "160", "--window", "2"),
+        *("--deadline", "5", "--request-timeout", "2", "--tokens-per-micro-batch", "160", "--window", "2"),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -238,12 +253,12 @@ def test_the_command_ends_with_3_says_what_is_missing_and_goes_on_when_run_again
         process.kill()
         process.wait()
     assert process.returncode == 3, stderr
-    assert time.monotonic() - killed < 6 + 20
+    assert time.monotonic() - killed < 5 + 20
     assert stdout == ""
     assert "Traceback" not in stderr
     error = stderr[stderr.index("error: ") :]
     assert re.match(
-        r"error: stopped at the deadline \(6 s\): every server of blocks 2:5 fails \(since .....\): \.\.\.\w+: cannot",
+        r"error: stopped at the deadline \(5 s\): every server of blocks 2:5 fails \(since .....\): \.\.\.\w+: cannot",
         error,
     ), stderr
     kept = predictions(out)
@@ -263,7 +278,7 @@ def wait_for_rows(folder, process, at_least=20):
     """Wait until the run's journal holds some rows; returns how many."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
-        if (folder / "journal.sqlite").exists() and (folder / "manifest.json").exists():
+        with contextlib.suppress(RunFolderError):  # not there yet, or being made
             scored = len(predictions(folder))
             if scored >= at_least:
                 return scored
