@@ -1,5 +1,6 @@
 """What a model keeps at home: embeddings before the remote blocks, the final norm and the heads after them."""
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -33,7 +34,7 @@ class Answerable(Protocol):
 R = TypeVar("R", bound=Answerable)
 
 
-class LocalPart(nn.Module):
+class LocalPart(nn.Module, ABC):
     """What a model computes at home: text into the first block's input, the last block's output into answers.
 
     config, family, num_blocks, hidden_size: of the whole model, whose blocks are elsewhere.
@@ -57,21 +58,21 @@ class LocalPart(nn.Module):
         self.embedding_norm = nn.Identity()
 
     @property
+    @abstractmethod
     def tokenizer(self) -> Any:
         """The model's tokenizer, loaded when first asked for. Raises ModelError if there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _class_logits(self, normed: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
         """Normed (rows, hidden) -> (rows, labels) float32 on the CPU. Raises AdapterError if there is no class head."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _lm_logits(self, normed: torch.Tensor) -> torch.Tensor:
         """Normed (rows, hidden) -> (rows, vocabulary). Raises ModelError if there is no LM head."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _lm_vocabulary(self) -> int:
         """How many tokens the LM head scores. Raises ModelError if there is no LM head."""
-        raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
