@@ -257,7 +257,7 @@ def agree(ours: dict, theirs: dict) -> dict:
     different = sum(map(int.__ne__, ours["predictions"], theirs["predictions"]))
     pairs = zip(ours["probabilities"], theirs.get("probabilities") or map(softmax, theirs["logits"]), strict=True)
     largest = max(abs(one - other) for row, other_row in pairs for one, other in zip(row, other_row, strict=True))
-    return {"different": different, "largest_difference": largest}
+    return {"different": different, "largest_difference": largest, "classes": len(set(ours["predictions"]))}
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -266,8 +266,8 @@ def softmax(logits: list[float]) -> list[float]:
 
 
 def say_pair(pair: int, first: dict, second: dict, ratio: float, agreement: dict) -> None:
-    print(f"{pair + 1:3}. ratio {ratio:.2f}, {agreement['different']} predictions differ", end="")
-    print(f" (probabilities by {agreement['largest_difference']:.1e} at most)")
+    print(f"{pair + 1:3}. ratio {ratio:.2f}; {agreement['different']} predictions differ", end="")
+    print(f" (of {agreement['classes']} classes; probabilities by {agreement['largest_difference']:.1e} at most)")
     for record in (first, second):
         floor = record["floor"]
         print(

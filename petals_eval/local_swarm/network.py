@@ -308,7 +308,7 @@ async def _deliver(queue: "asyncio.Queue[tuple[float, bytes]]", writer: asyncio.
         if wait > 0:
             await asyncio.sleep(wait)
         if not data:
-            if writer.can_write_eof():
+            if not writer.is_closing():  # the other side may be gone already
                 writer.write_eof()
             return
         writer.write(data)

@@ -1,4 +1,4 @@
-"""`petals-eval bench` on a local swarm: rates, shares and costs that add up, and a sweep that outlives a failed case."""
+"""`petals-eval bench` on a local swarm: rates, shares and costs that add up, and sweeps that outlive a failed case."""
 
 import json
 from collections.abc import Iterator
