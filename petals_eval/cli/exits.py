@@ -26,8 +26,7 @@ def run_command(command: Callable[[], int]) -> int:
     Codes: 0 done, 1 below a bar that was set, 2 the caller's mistake, 3 the swarm cannot, 4 this machine cannot, 70 a
     bug of ours, 130 interrupted (Ctrl-C), 143 terminated, 129 the terminal was closed, 141 nobody reads our output.
     """
-    _quiet_libraries()
-    with _ending_signals() as received:
+    with _quiet_libraries(), _ending_signals() as received:
         try:
             code = command()
             sys.stdout.flush()
@@ -105,11 +104,26 @@ def _keep_traceback() -> Path:
     return Path(name)
 
 
-def _quiet_libraries() -> None:
-    """The libraries' own log lines are not for the user of a command; HIVEMIND_LOGLEVEL brings hivemind's back."""
-    os.environ.setdefault("HIVEMIND_LOGLEVEL", "CRITICAL")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+_QUIET = {
+    "HIVEMIND_LOGLEVEL": "CRITICAL",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+}
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """The libraries' own log lines are not for the user of a command; HIVEMIND_LOGLEVEL brings hivemind's back.
+
+    The environment is as before afterwards: whoever calls a command from Python may start other programs later.
+    """
+    unset = [name for name in _QUIET if name not in os.environ]
+    os.environ.update({name: _QUIET[name] for name in unset})
     for name in ("transformers", "huggingface_hub"):  # where they are imported already
         logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name in unset:
+            os.environ.pop(name, None)

@@ -1,11 +1,13 @@
 """The command itself: help that can be read, the version, the tasks."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 import petals_eval
+from petals_eval.cli import main
 from petals_eval.tasks import list_tasks
 from tests.cli.invoking import invoke
 
@@ -78,3 +80,12 @@ def test_the_tasks_that_ship() -> None:
         assert f"labels   {', '.join(task.label_names)}\n" in outcome.out
     assert "nyu-mll/glue sst2 validation" in outcome.out
     assert max(map(len, outcome.out.splitlines())) <= 115
+
+
+def test_a_command_called_from_python_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is started later (a Petals server, say) must not inherit the silence that commands keep."""
+    monkeypatch.delenv("HIVEMIND_LOGLEVEL", raising=False)
+    before = dict(os.environ)
+    with pytest.raises(SystemExit):
+        main(["tasks"])
+    assert dict(os.environ) == before

@@ -63,6 +63,7 @@ def petals_environment(folder: Path) -> dict[str, str]:
         "PYTHONPATH": str(HERE),
         "PETALS_CACHE": str(folder / "cache"),
         "HF_HUB_OFFLINE": "1",
+        "HIVEMIND_LOGLEVEL": "INFO",  # its log lines say when it serves
         # Its version check would ask the internet: let it find a closed door at once.
         "HTTPS_PROXY": "http://127.0.0.1:9",
         "https_proxy": "http://127.0.0.1:9",
