@@ -31,7 +31,8 @@ class Labels:
       2. it (or that name) is a key of `mapping`;
       3. it (or that name) is one of `names`;
       4. true and false of a task with two labels: position 1 and 0;
-      5. a whole number, also as text: the position in `names`, from 0.
+      5. a whole number, also as text: the position in `names`, from 0; not where a name is a whole number itself, for
+         a file that counts from 0 would then be read half by name and half by position.
     Nothing is guessed beyond that: every other value is an error.
     """
 
@@ -62,9 +63,12 @@ class Labels:
             return None
         if word in ("true", "false") and len(self.names) == 2:
             return int(word == "true")
-        if word.isascii() and word.isdigit() and int(word) < len(self.names):
+        if self._have_positions() and _is_number(word) and int(word) < len(self.names):
             return int(word)
         return None
+
+    def _have_positions(self) -> bool:
+        return not any(_is_number(name) for name in self.names)
 
     def _class_name(self, value: object) -> str | None:
         if self.class_names is None or isinstance(value, bool) or not isinstance(value, int):
@@ -74,10 +78,14 @@ class Labels:
     def _complaint(self, value: object, where: str, column: str) -> str:
         name = self._class_name(value)
         found = shorten(value) if name is None else f"{shorten(value)}, which this source calls {name!r}"
-        numbered = ", ".join(f"{index} {label}" for index, label in enumerate(self.names))
-        message = f"{where}: the label in column {column} is {found}. Expected one of: {numbered}."
+        known = [f"{index} {label}" for index, label in enumerate(self.names)] if self._have_positions() else self.names
+        message = f"{where}: the label in column {column} is {found}. Expected one of: {', '.join(known)}."
         if value is None:
             return f"{message} The row has no label."
         if plain(value) == "-1":
             return f"{message} -1 stands for a hidden label, as in the test splits of benchmarks: use another split."
         return f"{message} If it stands for one of them, say so in the task's label_map."
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdigit()

@@ -55,6 +55,11 @@ def test_values_that_are_none(value):
     assert "Expected one of: 0 negative, 1 positive." in message
 
 
+def test_numbers_that_are_names_are_never_read_by_their_position():
+    with pytest.raises(DataError, match=r"Expected one of: 1, 2, 3\."):
+        read(STARS, 0)  # a file that counts from 0: its 1 and 2 would pass for the names, one too low
+
+
 def test_the_advice_fits_the_value():
     for value, advice in ((None, "The row has no label"), (-1, "hidden label"), ("good", "label_map")):
         with pytest.raises(DataError, match=advice):
