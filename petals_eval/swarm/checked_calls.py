@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import PeerNondeterministicError, PeerRefusedError, PeerUnreachableError
+from petals_eval.errors import PeerNondeterministicError, PeerRefusedError
 from petals_eval.swarm.calls import BlockCalls
 from petals_eval.swarm.determinism import TOLERANCE, difference, question_from
 from petals_eval.swarm.hop_session import HopSession
@@ -57,11 +57,7 @@ class CheckedCalls:
 
     async def forward(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None) -> Answer:
         await self._clear(hop, hidden)
-        try:
-            answer = await self._calls.forward(hop, hidden, prompts)
-        except PeerUnreachableError:
-            self._standing(hop).asked.clear()  # it may come back as another
-            raise
+        answer = await self._calls.forward(hop, hidden, prompts)
         self._refuse_if_caught(hop)  # while this was computed
         self._computed(hop, hidden)
         return answer

@@ -151,6 +151,7 @@ class Pipeline:
         """Leave the hop's server alone for a while, or for good when it answers otherwise each time."""
         peer_id = hop.server.peer_id
         if not isinstance(error, PeerNondeterministicError):
+            self._calls.forget(peer_id)
             self.peers.failed(peer_id, error)
         elif not self.peers.is_left_out(peer_id):
             self.peers.leave_out(peer_id, error)

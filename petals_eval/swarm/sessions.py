@@ -174,7 +174,6 @@ class RouteSession:
         if isinstance(error, PeerRefusedError) and self._limits.learn_per_call(peer_id, error, step):
             return
         self._legs.remove(leg)
-        self._calls.forget(peer_id)
         self._failed(leg.hop, error)
 
     async def _run(self, leg: _Leg, since: int, end: int) -> torch.Tensor:

@@ -50,6 +50,10 @@ class FakeCalls:
         self.most_sessions = 0
         self.in_flight = 0
         self.most_in_flight = 0
+        self.forgotten: list[str] = []
+
+    def forget(self, peer_id: str) -> None:
+        self.forgotten.append(peer_id)
 
     async def forward(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None) -> Answer:
         self.calls.append((hop.server.peer_id, hop.first, hop.last, tuple(hidden.shape)))

@@ -10,6 +10,7 @@ import torch
 from petals_eval.errors import (
     DeadlineError,
     MissingBlocksError,
+    PeerAnswerError,
     PeerRefusedError,
     PeerUnreachableError,
     RequestTooLargeError,
@@ -75,6 +76,19 @@ def test_a_failed_server_is_left_at_once_and_its_work_moves_on():
     assert [hop.peer_id for hop in hops] == ["a", "b"]
     assert [call[0] for call in calls.calls].count("bad") == 1
     assert pipe.peers.retries == 1
+
+
+def test_a_server_that_failed_is_asked_anew_what_it_is():
+    """It may come back in another dtype: held to what it said before, it would answer wrongly for ever."""
+    calls = FakeCalls()
+
+    def change(hop: Hop, hidden: torch.Tensor) -> None:
+        if not calls.forgotten:
+            raise PeerAnswerError("expected float32, found bfloat16")
+
+    calls.on_call = change
+    run(pipeline(FakeDirectory(4, server("a", 0, 4)), calls))
+    assert calls.forgotten == ["a"]
 
 
 def test_work_goes_on_from_the_hop_that_failed():
