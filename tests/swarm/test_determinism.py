@@ -349,7 +349,7 @@ def test_allowed_it_is_used_for_what_nobody_else_holds_and_for_nothing_more():
 
 def test_a_server_caught_in_mid_run_loses_also_what_is_in_flight():
     blocks = Blocks(size=640)
-    pipe, _ = swarm(blocks, server("a", 0, 4), server("b", 0, 4), recheck_share=0.01)
+    pipe, _ = swarm(blocks, server("a", 0, 4), server("b", 0, 4), recheck_share=0.01, deadline=60)
     batches = [hidden_states(4, 64, 640) + index for index in range(200)]
     run_all(pipe, batches[:20])
     assert pipe.status().unequal == ()
