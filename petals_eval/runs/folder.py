@@ -59,13 +59,14 @@ class RunFolder:
             lock = _lock(folder)
         try:
             found = _unfinished(folder, manifest)
-            if found is None:
-                manifest.write(folder / "manifest.json")
+            if found is not None:
+                manifest = manifest.going_on_from(found)
+            manifest.write(folder / "manifest.json")
             journal = Journal(folder / "journal.sqlite", create=True)
         except BaseException:
             os.close(lock)
             raise
-        return cls(folder, found or manifest, journal, resumed=found is not None, lock=lock)
+        return cls(folder, manifest, journal, resumed=found is not None, lock=lock)
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":

@@ -167,6 +167,13 @@ class Manifest(_Record):
             packages=package_versions(),
         )
 
+    def going_on_from(self, begun: "Manifest") -> "Manifest":
+        """This run as the one that was begun before.
+
+        What does not change an answer may be set anew, such as the intervals' seed, and holds for all its numbers.
+        """
+        return self.model_copy(update={"created": begun.created, "noisy_servers": begun.noisy_servers})
+
     def finish(self, servers: Iterable[ServerUsed]) -> "Manifest":
         """The same run, done, with the servers that computed it."""
         return self.model_copy(update={"finished": _now(), "servers": tuple(servers)})

@@ -15,6 +15,7 @@ from petals_eval.runs import (
     AdapterRecord,
     Manifest,
     ModelRecord,
+    NoisyServer,
     RunFolder,
     RunResult,
     summarise,
@@ -128,6 +129,19 @@ def test_an_unfinished_run_goes_on_and_gives_the_numbers_of_a_quiet_one(tmp_path
         folder.finish(again)
     assert again.metrics == quiet.metrics
     assert again.first.confusion == quiet.first.confusion
+
+
+def test_what_may_be_set_anew_for_the_rest_of_a_run_is_what_its_manifest_says(tmp_path: Path) -> None:
+    noisy = NoisyServer("12D3KooWAlpha", 0, 3, "2.2.0", 0.1, is_used=False)
+    with RunFolder.create(tmp_path, manifest(), task="trec") as folder:
+        score(folder, keys=range(3))
+        folder.note_noisy([noisy])
+        created = folder.manifest.created
+    seeds, run_settings = {"sample": 7, "bootstrap": 7}, {"max_tokens": 1}
+    with RunFolder.create(tmp_path, manifest(seeds=seeds, run_settings=run_settings), task="trec") as folder:
+        assert folder.manifest == Manifest.read(tmp_path / "manifest.json")
+        assert (folder.manifest.seeds, folder.manifest.run_settings) == (seeds, run_settings)
+        assert (folder.manifest.created, folder.manifest.noisy_servers) == (created, (noisy,))
 
 
 def test_a_run_with_other_answers_is_refused_with_the_difference(tmp_path: Path) -> None:
