@@ -1,0 +1,66 @@
+"""The evaluator by itself: what a run may go on with, and what it says when it ends early. No swarm."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import petals_eval
+from petals_eval.data import DataSource
+from petals_eval.errors import DeadlineError, RunFolderError
+from petals_eval.remote_model import Answered
+from petals_eval.swarm import ServedHop, SwarmStatus
+from petals_eval.tasks import ClassificationTask
+from tests.swarm.fakes import settings
+
+ROWS = 6
+
+
+class Tokenizer:
+    truncation_side = "right"
+
+    def __call__(self, texts, **options):
+        return {"input_ids": [[1, 2, 3] for _ in texts]}
+
+
+class FakeModel:
+    """Answers `until` requests of each adapter, then finds no server any more."""
+
+    def __init__(self, until=ROWS, adapters=(), **swarm_settings):
+        self.adapters = adapters
+        self.config_dropout = {}
+        fingerprint = {"model": "tiny", "revision": None, "dtype": "float32", "sha256": "aa", "lm_head_sha256": None}
+        self.until = until
+        self.local = SimpleNamespace(tokenizer=Tokenizer(), fingerprint=fingerprint)
+        self.blocks = SimpleNamespace(
+            settings=settings(**swarm_settings), dht_prefix="tiny", status=lambda: SwarmStatus(0, ("a",), None)
+        )
+
+    def compute(self, requests, adapter, *, on_tick, **options):
+        for count, request in enumerate(requests):
+            if count == self.until:
+                raise DeadlineError("stopped at the deadline")
+            yield Answered(request, torch.tensor([0.0, 1.0]), (ServedHop("a", 0, 4, "2.2.0", "float32", None),))
+
+
+@pytest.fixture
+def evaluate(tmp_path):
+    data = tmp_path / "rows.csv"
+    data.write_text("text,label\n" + "fine,good\n" * ROWS)
+    task = ClassificationTask(name="tiny", text="{text}", label_column="label", label_names=("bad", "good"))
+
+    def run(model):
+        source = DataSource(path=str(data))
+        return petals_eval.evaluate(model, task=task, data=source, out=tmp_path / "run")
+
+    return run
+
+
+def test_a_run_does_not_go_on_with_answers_of_servers_that_it_refuses_now(evaluate):
+    with pytest.raises(DeadlineError):
+        evaluate(FakeModel(until=2))
+    with pytest.raises(RunFolderError) as refused:
+        evaluate(FakeModel(require_dtype="float32", require_quant="none"))
+    assert "setting.require_dtype: was nothing, now float32" in str(refused.value)
+    assert "setting.require_quant: was nothing, now none" in str(refused.value)
+    assert evaluate(FakeModel(deny_servers=("b",))).first.n_scored == ROWS
