@@ -199,6 +199,11 @@ class _Run:
                 self.done += 1
         self.tick()
 
+    def scored(self) -> int:
+        """Examples in the journal, those of adapters that this pass has not come to among them."""
+        journal = self.folder.journal
+        return sum(journal.counts(name).scored for name in journal.adapters())
+
     def tick(self) -> None:
         """Called a few times a second, also while nothing comes back."""
         self.folder.journal.flush_if_due()
@@ -253,11 +258,11 @@ def _told_what_is_kept(run: _Run, *, kept: bool) -> Iterator[None]:
         yield
     except (PetalsEvalError, KeyboardInterrupt) as error:
         told = InterruptedRunError("interrupted") if isinstance(error, KeyboardInterrupt) else error
-        if kept and run.done and not isinstance(error, MachineError):
-            run.folder.journal.flush()
+        scored = run.scored() if kept and not isinstance(error, MachineError) else 0
+        if scored:
             # A mistake of the caller's would come back; whatever else ends a run, time or another swarm may help.
             how = "" if isinstance(error, CallerError) else " Run the same command again to go on."
-            told.add_note(f"  {run.done} of {run.total} examples are scored and kept in {run.folder.path}.{how}")
+            told.add_note(f"  {scored} of {run.total} examples are scored and kept in {run.folder.path}.{how}")
         raise told from error.__cause__
 
 

@@ -1,5 +1,6 @@
 """The evaluator by itself: what a run may go on with, and what it says when it ends early. No swarm."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,9 @@ from petals_eval.data import DataSource
 from petals_eval.errors import DeadlineError, RunFolderError
 from petals_eval.remote_model import Answered
 from petals_eval.swarm import ServedHop, SwarmStatus
+from petals_eval.swarm.unequal import UnequalServer
 from petals_eval.tasks import ClassificationTask
-from tests.swarm.fakes import settings
+from tests.swarm.fakes import server, settings
 
 ROWS = 6
 
@@ -37,10 +39,15 @@ class FakeModel:
         )
 
     def compute(self, requests, adapter, *, on_tick, **options):
-        for count, request in enumerate(requests):
-            if count == self.until:
-                raise DeadlineError("stopped at the deadline")
-            yield Answered(request, torch.tensor([0.0, 1.0]), (ServedHop("a", 0, 4, "2.2.0", "float32", None),))
+        on_tick()
+        yield from answers_of("a", itertools.islice(requests, self.until))
+        if self.until < ROWS:
+            raise DeadlineError("stopped at the deadline")
+
+
+def answers_of(name, requests):
+    for request in requests:
+        yield Answered(request, torch.tensor([0.0, 1.0]), (ServedHop(name, 0, 4, "2.2.0", "float32", None),))
 
 
 @pytest.fixture
@@ -64,3 +71,24 @@ def test_a_run_does_not_go_on_with_answers_of_servers_that_it_refuses_now(evalua
     assert "setting.require_dtype: was nothing, now float32" in str(refused.value)
     assert "setting.require_quant: was nothing, now none" in str(refused.value)
     assert evaluate(FakeModel(deny_servers=("b",))).first.n_scored == ROWS
+
+
+def test_what_is_kept_counts_every_adapter_also_while_the_first_is_computed_again(evaluate):
+    """A server is caught once both adapters are scored, and nobody else holds its blocks."""
+    adapters = [SimpleNamespace(name=name, kind="ptune", sha256=name) for name in ("first", "second")]
+    model = FakeModel(adapters=adapters)
+    caught = SwarmStatus(0, ("a",), None, unequal=(UnequalServer(server("a", 0, 4), 0.1),))
+    compute = model.compute
+
+    def compute_until_caught(requests, adapter, **options):
+        if adapter is adapters[0]:
+            yield from compute(requests, adapter, **options)
+            model.until = 0
+            return
+        yield from answers_of("b", requests)
+        model.blocks.status = lambda: caught
+
+    model.compute = compute_until_caught
+    with pytest.raises(DeadlineError) as error:
+        evaluate(model)
+    assert f"{ROWS} of {2 * ROWS} examples are scored and kept" in error.value.__notes__[0]
