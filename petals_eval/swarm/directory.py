@@ -70,7 +70,8 @@ class Directory:
                 malformed += 1
                 continue
             for peer_id, value in entry.value.items():
-                if not _is_peer_id(peer_id):
+                # A stranger may have put a plain value in the place of the servers' records, a dictionary, too.
+                if not _is_peer_id(peer_id) or not hasattr(value, "expiration_time"):
                     malformed += 1
                     continue
                 found = Announcement(self._uids[uid], peer_id, value.value, float(value.expiration_time))

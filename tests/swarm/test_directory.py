@@ -20,6 +20,17 @@ class FakeDHT:
     def __init__(self, *answers):
         self.answers = list(answers)
 
+    @staticmethod
+    def of(value):
+        """A DHT that holds this under every block."""
+        dht = FakeDHT()
+
+        async def get_many(uids, expiration, num_workers):
+            return {uid: SimpleNamespace(value=value, expiration_time=100) for uid in uids}
+
+        dht.get_many = get_many
+        return dht
+
     async def get_many(self, uids, expiration, num_workers):
         assert expiration == math.inf
         answer = self.answers.pop(0)
@@ -71,3 +82,9 @@ def test_a_newer_record_takes_the_place_of_an_older_one(monkeypatch):
         both((ONLINE, 100), (ONLINE, 200)),  # an old copy that another DHT node still had
     )
     assert found == [set(PEERS), {PEERS[1]}, {PEERS[1]}]
+
+
+@pytest.mark.parametrize("value", ["text", {"not a peer": 1}, {PEERS[0]: 1}, {PEERS[0]: {"state": 2}}, {1: None}])
+def test_a_plain_value_in_the_place_of_records_is_dropped_and_counted(value):
+    snapshot = asyncio.run(Directory(FakeDHT.of(value), "tiny", 2, settings()).refresh())
+    assert (snapshot.servers, snapshot.dropped) == ({}, 2)
