@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 __all__ = ["Announcement", "Choice", "ServerRecord", "ServerState", "Snapshot", "SpanServer", "read_snapshot"]
 
@@ -21,6 +21,13 @@ class ServerState(IntEnum):
     ONLINE = 2
 
 
+def _shown(words: str) -> str:
+    """A stranger's words, safe on a terminal and in a file: short, and without what moves the cursor or hides."""
+    return "".join(character if character.isprintable() else " " for character in words[:_LONGEST_WORDS])
+
+
+_LONGEST_WORDS = 80  # characters
+_Words = Annotated[StrictStr, AfterValidator(_shown)]
 _Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Count = Annotated[StrictInt, Field(ge=0)]
 
@@ -34,14 +41,14 @@ class ServerRecord(BaseModel):
     throughput: _Rate  # requests per second, as measured or set by the server
     start_block: _Count | None = None
     end_block: _Count | None = None
-    public_name: StrictStr | None = None
-    version: StrictStr | None = None  # of the petals package
+    public_name: _Words | None = None
+    version: _Words | None = None  # of the petals package
     network_rps: _Rate | None = None
     forward_rps: _Rate | None = None
     inference_rps: _Rate | None = None
     adapters: tuple[StrictStr, ...] = ()  # LoRA adapters it can apply
-    torch_dtype: StrictStr | None = None
-    quant_type: StrictStr | None = None
+    torch_dtype: _Words | None = None
+    quant_type: _Words | None = None
     using_relay: StrictBool | None = None
     cache_tokens_left: _Count | None = None
     next_pings: dict[StrictStr, _Rate] | None = None  # peer id -> seconds

@@ -34,6 +34,16 @@ def test_a_full_record_is_read_and_unknown_keys_are_ignored():
     assert record.adapters == ("some/lora",)
 
 
+def test_the_words_of_a_stranger_are_safe_to_show_and_short():
+    """They stand in warnings and errors on a terminal, in the journal and in the manifest."""
+    words = "2.2.0\x1b]0;owned\x07\u202e\n" + "x" * 10_000
+    record = ServerRecord.from_wire((2, 1.0, {"version": words, "quant_type": words, "torch_dtype": words}))
+    for shown in (record.version, record.quant_type, record.torch_dtype):
+        assert shown.startswith("2.2.0 ]0;owned")
+        assert shown.isprintable()
+        assert len(shown) == 80
+
+
 def test_extra_is_optional():
     assert ServerRecord.from_wire((1, 0.0)).state is ServerState.JOINING
 
