@@ -16,7 +16,14 @@ from petals_eval.errors import PeerAnswerError, PeerRefusedError, PeerUnreachabl
 from petals_eval.swarm import wire
 from petals_eval.swarm.hop_session import PROOF_TOKENS, HopSession, proves_rolling_back
 from petals_eval.swarm.routing import Hop
-from petals_eval.swarm.rpc import Answer, TransformerConnectionHandler, as_peer_errors, open_stream
+from petals_eval.swarm.rpc import (
+    MOST_WORDS,
+    Answer,
+    TransformerConnectionHandler,
+    as_peer_errors,
+    open_stream,
+    tensor_parts,
+)
 
 __all__ = ["Answer", "BlockCalls", "RemoteCalls"]
 
@@ -110,7 +117,7 @@ class RemoteCalls:
                 async with asyncio.timeout(timeout):
                     responses = await stub.rpc_forward_stream(self._send(uid, tensors))
                     async with aclosing(responses):  # the stream ends now, not when the garbage collector comes by
-                        parts = [part async for response in responses for part in response.tensors]
+                        parts = await tensor_parts(responses, limit=4 * hidden.numel() + MOST_WORDS)
                 if not parts:
                     raise PeerUnreachableError("the connection ended before the answer came")
         answer = wire.read_answer(parts, tuple(hidden.shape), info.output_dtype)

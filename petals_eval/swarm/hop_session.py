@@ -13,7 +13,7 @@ from hivemind.proto import runtime_pb2
 
 from petals_eval.errors import PeerError, PeerRefusedError, PeerUnreachableError
 from petals_eval.swarm import wire
-from petals_eval.swarm.rpc import Answer, as_peer_errors, receive
+from petals_eval.swarm.rpc import MOST_WORDS, Answer, as_peer_errors, receive
 
 __all__ = ["PROOF_TOKENS", "HopSession", "proves_rolling_back"]
 
@@ -21,7 +21,6 @@ PROOF_TOKENS = 18
 """Tokens of cache that `proves_rolling_back` needs."""
 
 _GOODBYE_TIMEOUT = 2.0  # seconds for a server to end its side of the stream
-_MOST_WORDS = 1 << 16  # bytes of a message beyond its tensor's values
 _OPENINGS = 3  # times a session is opened: when a server refuses one, its reason now and then is lost on the way
 
 OpenStream = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
@@ -126,7 +125,7 @@ class HopSession:
         reader, writer = stream
         request = runtime_pb2.ExpertRequest(uid=self._uid, tensors=tensors, metadata=metadata)
         # At most four bytes for a value of two (bfloat16 as old hivemind sends it), and room for the words around it.
-        limit = 2 * len(tensors[0].buffer) + _MOST_WORDS
+        limit = 2 * len(tensors[0].buffer) + MOST_WORDS
         try:
             await P2P.send_protobuf(request, writer)
             return await receive(reader, runtime_pb2.ExpertResponse, limit)

@@ -17,9 +17,21 @@ from hivemind.proto.p2pd_pb2 import RPCError
 
 from petals_eval.errors import PeerAnswerError, PeerError, PeerRefusedError, PeerTimeoutError, PeerUnreachableError
 
-__all__ = ["Answer", "TransformerConnectionHandler", "as_peer_errors", "open_stream", "receive", "together"]
+__all__ = [
+    "MOST_WORDS",
+    "Answer",
+    "TransformerConnectionHandler",
+    "as_peer_errors",
+    "open_stream",
+    "receive",
+    "tensor_parts",
+    "together",
+]
 
 M = TypeVar("M", bound=Message)
+
+MOST_WORDS = 1 << 16
+"""Bytes that an answer may have beyond its tensor's values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +115,18 @@ async def receive(reader: asyncio.StreamReader, message: type[M], limit: int) ->
     if mark == P2P.ERROR_MARKER:
         raise PeerRefusedError(_one_line(RPCError.FromString(content).message))
     return message.FromString(content)
+
+
+async def tensor_parts(responses: AsyncIterator[runtime_pb2.ExpertResponse], limit: int) -> list[runtime_pb2.Tensor]:
+    """The tensors of a streamed answer, in parts. Raises PeerAnswerError above `limit` bytes: it may never end."""
+    parts: list[runtime_pb2.Tensor] = []
+    length = 0
+    async for response in responses:
+        length += response.ByteSize()
+        if length > limit:
+            raise PeerAnswerError(f"expected an answer of at most {limit} bytes, found one that goes on after {length}")
+        parts.extend(response.tensors)
+    return parts
 
 
 @contextmanager

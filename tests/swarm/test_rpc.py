@@ -11,7 +11,7 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerAnswerError, PeerRefusedError
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.swarm import SwarmConnection
-from petals_eval.swarm.rpc import TransformerConnectionHandler, receive, together
+from petals_eval.swarm.rpc import TransformerConnectionHandler, receive, tensor_parts, together
 
 
 def test_hivemind_takes_the_streams_for_streams():
@@ -70,3 +70,18 @@ def test_messages_of_a_bare_stream_are_bounded():
             asyncio.run(read(sent))
     with pytest.raises(asyncio.IncompleteReadError):
         asyncio.run(read(framed(b"\0", b"abc", 10)))
+
+
+def test_a_streamed_answer_that_never_ends_is_left():
+    sent = []
+
+    async def answers(count: int):
+        for _ in range(count):
+            sent.append(runtime_pb2.ExpertResponse(tensors=[runtime_pb2.Tensor(buffer=b"x" * 1000)]))
+            yield sent[-1]
+
+    assert len(asyncio.run(tensor_parts(answers(3), limit=4000))) == 3
+    sent.clear()
+    with pytest.raises(PeerAnswerError, match="at most 4000 bytes"):
+        asyncio.run(tensor_parts(answers(10**9), limit=4000))
+    assert len(sent) == 4
