@@ -130,7 +130,7 @@ class RunSettings(Settings):
     token: SecretStr | None = None  # for gated repositories; the hub's own HF_TOKEN works too
     adapter: Names = ()  # prompt-tuned checkpoints: files, folders or hub names
     active_adapter: str | None = None  # LoRA adapter on the servers
-    without_prompts: bool = False  # evaluate each adapter's head without its prompts, too
+    without_prompts: bool = False  # evaluate the first adapter's head without its prompts, too
     dtype: Dtype | None = None  # at home; None: the checkpoint's
     device: str = "cpu"  # at home
 
