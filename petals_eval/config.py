@@ -2,7 +2,16 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 from petals_eval.errors import ConfigError
 
@@ -89,7 +98,15 @@ def _split(value: object) -> object:
     return [part for text in texts for part in (text.split() if isinstance(text, str) else [text])]
 
 
+def _identity(name: str) -> str:
+    """Every identity ends in nothing: an empty variable of the shell would allow, or deny, all servers."""
+    if not name.strip(". "):
+        raise ValueError("expected a server's identity or its last letters")
+    return name
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Identities = Annotated[tuple[Annotated[str, AfterValidator(_identity)], ...], BeforeValidator(_listed)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -102,8 +119,8 @@ class SwarmSettings(Settings):
     active_adapter: str | None = None  # LoRA adapter on the servers; only servers that announce it are used
     require_dtype: Dtype | None = None  # what servers must compute in
     require_quant: str | None = None  # how servers must quantise: "none", "int8" or "nf4"
-    allow_servers: Names = ()  # identities, whole or their last letters; empty: everybody
-    deny_servers: Names = ()  # the same, left out
+    allow_servers: Identities = ()  # identities, whole or their last letters; empty: everybody
+    deny_servers: Identities = ()  # the same, left out
     allow_nondeterministic: bool = False  # where nobody else holds the blocks, use servers that run in training mode
 
     startup_timeout: Seconds = 30.0  # seconds until the libp2p daemon and the DHT node must be up
@@ -151,8 +168,8 @@ class RunSettings(Settings):
     dht_prefix: str | None = None  # the name servers announce; None: Petals' rule for the hub name
     require_dtype: Dtype | None = None  # what servers must compute in
     require_quant: str | None = None  # how servers must quantise: "none", "int8" or "nf4"
-    allow_server: Names = ()  # use only these servers: identities, whole or their last letters
-    deny_server: Names = ()  # leave these out
+    allow_server: Identities = ()  # use only these servers: identities, whole or their last letters
+    deny_server: Identities = ()  # leave these out
     allow_nondeterministic: bool = False  # where nobody else holds the blocks, use servers that run in training mode
     deadline: Seconds = SwarmSettings.model_fields["deadline"].default  # seconds to wait for a server, per hop
     request_timeout: Seconds = SwarmSettings.model_fields["request_timeout"].default  # seconds for one call

@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from petals_eval.errors import ConfigError
 from petals_eval.swarm.records import Announcement, Choice, ServerRecord, ServerState, read_snapshot
+from tests.swarm.fakes import settings
 
 FULL = {
     "start_block": 0,
@@ -116,6 +118,13 @@ def test_whom_to_use(choice, used, reason):
     assert set(snapshot.servers) == used
     assert set(snapshot.left_out) == {"a", "b", "c", "silent"} - used
     assert reason in {each for _, each in snapshot.left_out.values()}
+
+
+@pytest.mark.parametrize("name", ["", "...", " "])
+@pytest.mark.parametrize("setting", ["allow_servers", "deny_servers"])
+def test_an_empty_identity_is_refused_for_it_would_be_everybodys(setting, name):
+    with pytest.raises(ConfigError, match="expected a server's identity or its last letters"):
+        settings(**{setting: ("12D3KooWAlpha", name)})
 
 
 def test_a_server_that_moved_counts_where_its_newest_record_says():
