@@ -124,7 +124,8 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="write a picture (SVG) of each dimension here")
     arguments = parser.parse_args()
 
-    middle = Case(sorted(arguments.examples)[len(arguments.examples) // 2], 4, 32)
+    swept = (arguments.examples, arguments.servers, arguments.length)
+    middle = Case(*(sorted(values)[len(values) // 2] for values in swept))
     series = {
         name: [replace(middle, **{name: value}) for value in getattr(arguments, name)]
         for name in ("examples", "servers", "length")

@@ -104,7 +104,7 @@ class Bench:
             link=link_seconds(links),
             latency=pass_seconds(self._quickest_route()),
             servers=max(max(servers), sum(servers) / os.cpu_count()),
-            client=after["client"] - before["client"],
+            client=sum(after["client"]) - sum(before["client"]),
         )
         record = {
             "side": side,
@@ -118,6 +118,9 @@ class Bench:
             "floor_share": floor.largest[1] / seconds,
             "link_use": floor.link / seconds,
             "server_processor_seconds": servers,
+            "client_processor_seconds": dict(
+                zip(("itself", "children"), map(float.__sub__, after["client"], before["client"]), strict=True)
+            ),
             "relay_processor_seconds": after["relays"] - before["relays"],
             "links": [asdict(each) for each in links],
             "client_memory": memory(loop.processes()),
@@ -127,10 +130,8 @@ class Bench:
 
     def _quickest_route(self) -> list[LinkProfile]:
         """Of the servers of each span, the link with the shortest delay."""
-        links = sorted(
-            zip(self.workload.spans, self.workload.links or (), strict=False), key=lambda each: -each[1].delay
-        )
-        return list(dict(links).values())
+        links = zip(self.workload.spans, self.workload.links, strict=True) if self.workload.links else ()
+        return list(dict(sorted(links, key=lambda each: -each[1].delay)).values())
 
     def _counters(self, loop: Loop) -> dict:
         links, relays = [], 0.0
@@ -139,15 +140,18 @@ class Bench:
             relays = self._network.processor_seconds()
         return {
             "servers": [processor_seconds(server.processes()) for server in self.swarm.servers],
-            "client": processor_seconds(loop.processes()),
+            "client": [processor_seconds([loop.processes()[0]]), processor_seconds(loop.processes()[1:])],
             "links": links,
             "relays": relays,
         }
 
 
 @contextlib.contextmanager
-def running(workload: Workload, folder: Path) -> Iterator[tuple[Bench, Loop, Loop, dict]]:
-    """The swarm of the workload, both clients (ours and Petals'), connected, and the texts with their labels."""
+def running(workload: Workload, folder: Path, limit: int | None) -> Iterator[tuple[Bench, Loop, Loop, dict]]:
+    """The swarm of the workload, both clients (ours and Petals'), connected, and the texts with their labels.
+
+    limit: of the rows; None: all.
+    """
     with contextlib.ExitStack() as stack:
         network = stack.enter_context(EmulatedNetwork()) if workload.links else None
         python = petals_python_path()
@@ -171,7 +175,7 @@ def running(workload: Workload, folder: Path) -> Iterator[tuple[Bench, Loop, Loo
         environment = os.environ | {"HIVEMIND_LOGLEVEL": "ERROR", "PYTHONPATH": str(ROOT)}
         ours = Loop(sys.executable, ROOT / "scripts" / "evaluation_loop.py", environment, folder / "ours.log")
         stack.enter_context(ours)
-        data = ours.ask(**common, task=workload.task, data=str(workload.data), what="rows")
+        data = ours.ask(**common, task=workload.task, data=str(workload.data), limit=limit, what="rows")
         petals = Loop(
             python,
             ROOT / "tests" / "interop" / "petals_loop.py",
@@ -191,9 +195,9 @@ def running(workload: Workload, folder: Path) -> Iterator[tuple[Bench, Loop, Loo
         yield Bench(workload, swarm, network), ours, petals, data
 
 
-def compare(workload: Workload, folder: Path, pairs: int, batch_sizes: list[int] | None) -> dict:
+def compare(workload: Workload, folder: Path, pairs: int, limit: int | None, batch_sizes: list[int] | None) -> dict:
     """Our client against Petals' own, in turn on the same servers."""
-    with running(workload, folder) as (bench, ours, petals, data):
+    with running(workload, folder, limit) as (bench, ours, petals, data):
         rows = len(data["texts"])
         sweep = {}
         for size in batch_sizes or workload.batch_sizes:
@@ -235,9 +239,9 @@ def compare(workload: Workload, folder: Path, pairs: int, batch_sizes: list[int]
         }
 
 
-def compare_with_itself(workload: Workload, folder: Path, pairs: int) -> dict:
+def compare_with_itself(workload: Workload, folder: Path, pairs: int, limit: int | None) -> dict:
     """Our client with all servers against our client without some of them."""
-    with running(workload, folder) as (bench, ours, _, data):
+    with running(workload, folder, limit) as (bench, ours, _, data):
         rows = len(data["texts"])
         without = [bench.swarm.servers[index].peer_id for index in workload.leave_out]
         some, every = {"deny_servers": without}, {}
@@ -286,6 +290,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=Workloads.names(), required=True)
     parser.add_argument("--pairs", type=int, default=3, help="interleaved pairs (default: 3)")
+    parser.add_argument("--rows", type=int, help="only so many of the workload's rows (for a try)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="batch sizes Petals' loop is tried with")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
     arguments = parser.parse_args()
@@ -298,9 +303,9 @@ def main() -> int:
         if workload.note:
             print(f"  {workload.note}")
         if workload.leave_out:
-            result = compare_with_itself(workload, Path(folder), arguments.pairs)
+            result = compare_with_itself(workload, Path(folder), arguments.pairs, arguments.rows)
         else:
-            result = compare(workload, Path(folder), arguments.pairs, arguments.batch_sizes)
+            result = compare(workload, Path(folder), arguments.pairs, arguments.rows, arguments.batch_sizes)
     result |= {"workload": arguments.workload, "processors": os.cpu_count()}
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
