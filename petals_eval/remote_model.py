@@ -118,6 +118,8 @@ class RemoteModel:
 
         prefix = adapter.prefix_length if adapter is not None else 0
         deep_prompts = adapter.deep_prompts if adapter is not None else None
+        if deep_prompts is not None:
+            deep_prompts = deep_prompts.to(self.local.dtype)  # rounded as the prompts before the first block are
 
         def outgoing() -> Iterator[Work[MicroBatch[Request]]]:
             for batch in micro_batches(requests, max_tokens=tokens_per_micro_batch, prefix=prefix):

@@ -1,4 +1,4 @@
-"""The evaluator by itself: what a run may go on with, and what it says when it ends early. No swarm."""
+"""The evaluator and the model by themselves: what a run may go on with, says and sends. No swarm."""
 
 import itertools
 from types import SimpleNamespace
@@ -9,10 +9,12 @@ import torch
 import petals_eval
 from petals_eval.data import DataSource
 from petals_eval.errors import DeadlineError, RunFolderError
-from petals_eval.remote_model import Answered
+from petals_eval.model import Adapter
+from petals_eval.remote_model import Answered, RemoteModel
 from petals_eval.swarm import ServedHop, SwarmStatus
 from petals_eval.swarm.unequal import UnequalServer
 from petals_eval.tasks import ClassificationTask
+from petals_eval.tasks.requests import Request
 from tests.swarm.fakes import server, settings
 
 ROWS = 6
@@ -92,3 +94,26 @@ def test_what_is_kept_counts_every_adapter_also_while_the_first_is_computed_agai
     with pytest.raises(DeadlineError) as error:
         evaluate(model)
     assert f"{ROWS} of {2 * ROWS} examples are scored and kept" in error.value.__notes__[0]
+
+
+def test_deep_prompts_are_rounded_to_the_dtype_at_home_as_petals_does():
+    """Also for servers of a wider one, or the same prompts would score otherwise in the training loop."""
+
+    class Local(torch.nn.Module):
+        dtype = torch.bfloat16
+        config = SimpleNamespace(to_dict=dict)
+
+        def check_length(self, tokens, prefix):
+            pass
+
+        def embed(self, input_ids, adapter):
+            return torch.zeros(*input_ids.shape, 2, dtype=self.dtype)
+
+    sent = []
+    blocks = SimpleNamespace(
+        stream=lambda work, on_tick: iter(sent.extend(work) or ()), warn_of_dropout=lambda found: 0
+    )
+    adapter = Adapter("a", "deep_ptune", torch.rand(1, 2), torch.rand(4, 1, 1, 2))
+    assert list(RemoteModel(Local(), blocks).compute([Request("0", 0, (1, 2))], adapter)) == []
+    assert torch.equal(sent[0].prompts, adapter.deep_prompts.bfloat16())
+    assert sent[0].prompts.dtype is torch.bfloat16
