@@ -161,8 +161,8 @@ class _Run:
                     self.score(name, adapter)
                 if not self._withdrawn:
                     return
-        except SwarmError:
-            self.tick()  # where a server that was caught ended it, what it had scored must not stay
+        except (SwarmError, CallerError, KeyboardInterrupt):
+            self.tick()  # what a server scored that was caught in the last moment must not stay
             raise
 
     def score(self, name: str, adapter: "Adapter | None") -> None:
@@ -178,8 +178,10 @@ class _Run:
                     open_examples[example.key] = _Open(example)
                     yield from example.requests
 
-        with journal.session(name):
-            for answered in self.model.compute(requests(), adapter, on_tick=self.tick, **self.options):
+        answers_as_they_come = self.model.compute(requests(), adapter, on_tick=self.tick, **self.options)
+        # Closed by name: while somebody keeps an exception from in here, what is in flight would go on.
+        with journal.session(name), contextlib.closing(answers_as_they_come):
+            for answered in answers_as_they_come:
                 waiting = open_examples[answered.request.key]
                 waiting.answers[answered.request.part] = answered.answer
                 waiting.servers.update(

@@ -1,6 +1,6 @@
 """RemoteModel: what stays at home and the blocks that do not, as one model that evaluates and never trains."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -107,7 +107,7 @@ class RemoteModel:
         *,
         tokens_per_micro_batch: int = TOKENS_PER_MICRO_BATCH,
         on_tick: Callable[[], object] | None = None,
-    ) -> Iterator[Answered]:
+    ) -> Generator[Answered]:
         """Answer requests as they come back from the swarm, in any order.
 
         Requests are taken as the swarm asks for them: memory is bounded by the window and the look-ahead of the

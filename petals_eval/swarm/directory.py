@@ -1,6 +1,7 @@
 """The directory: who claims to serve what, read from the DHT and kept fresh."""
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from petals_eval.swarm.records import Announcement, Choice, Snapshot, read_snaps
 
 __all__ = ["Directory"]
 
+_log = logging.getLogger(__name__)
 
 LOOK_TIMEOUT = 30.0
 """Seconds one look at the DHT may take; its own calls wait 3 s each."""
@@ -55,7 +57,11 @@ class Directory:
         """Refresh every update_period seconds until cancelled."""
         while True:
             await asyncio.sleep(self._settings.update_period)
-            await self.refresh(older_than=self._settings.update_period / 2)
+            try:
+                await self.refresh(older_than=self._settings.update_period / 2)
+            except Exception:  # noqa: BLE001  # see below
+                # hivemind decodes strangers' values in there; whatever that raises, the last look holds.
+                _log.debug("the directory could not be read", exc_info=True)
 
     async def _read(self) -> None:
         """Take in what the DHT says now. A record holds until it expires, also when the DHT cannot be asked: the nodes

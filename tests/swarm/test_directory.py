@@ -88,3 +88,28 @@ def test_a_newer_record_takes_the_place_of_an_older_one(monkeypatch):
 def test_a_plain_value_in_the_place_of_records_is_dropped_and_counted(value):
     snapshot = asyncio.run(Directory(FakeDHT.of(value), "tiny", 2, settings()).refresh())
     assert (snapshot.servers, snapshot.dropped) == ({}, 2)
+
+
+def test_a_look_that_raises_does_not_end_keeping_fresh():
+    """hivemind decodes what strangers stored inside its own search; the next look may find better."""
+
+    async def keep() -> set[str]:
+        dht = FakeDHT({0: {PEERS[0]: (ONLINE, 4e9)}})
+        well, looks = dht.get_many, 0
+
+        async def get_many(uids, expiration, num_workers):
+            nonlocal looks
+            looks += 1
+            if looks == 1:
+                raise AttributeError("'bytes' object has no attribute 'items'")
+            return await well(uids, expiration, num_workers) if looks == 2 else {}
+
+        dht.get_many = get_many
+        directory = Directory(dht, "tiny", 2, settings(update_period=0.02))
+        keeping = asyncio.create_task(directory.keep_fresh())
+        while looks < 3:
+            await asyncio.sleep(0.01)
+        keeping.cancel()
+        return set(directory.snapshot.servers)
+
+    assert asyncio.run(asyncio.wait_for(keep(), 10)) == {PEERS[0]}
