@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # tests.interop starts real P
 from bench_workloads import Workload, Workloads  # noqa: E402
 
 from petals_eval.bench.floor import Floor, link_seconds, pass_seconds  # noqa: E402
-from petals_eval.bench.processes import memory, processor_seconds, tree  # noqa: E402
+from petals_eval.bench.processes import connected_ports, memory, processor_seconds, tree  # noqa: E402
 from petals_eval.bench.statistics import Spread  # noqa: E402
 from petals_eval.local_swarm.network import EmulatedNetwork, LinkProfile  # noqa: E402
 from tests.interop.real_petals import (  # noqa: E402
@@ -97,6 +97,7 @@ class Bench:
         before = self._counters(loop)
         answer = loop.ask(**settings)
         after = self._counters(loop)
+        self._check_links(loop)
         seconds = answer["seconds"]
         servers = [new - old for old, new in zip(before["servers"], after["servers"], strict=True)]
         links = [new.since(old) for old, new in zip(before["links"], after["links"], strict=True)]
@@ -127,6 +128,15 @@ class Bench:
         }
         self.runs.append(record)
         return record | {"answer": answer}
+
+    def _check_links(self, loop: Loop) -> None:
+        """Refuse to measure a client that goes around the relays: every connection must end at one."""
+        if self._network is None:
+            return
+        relays = {int(server.address.split("/")[4]) for server in self.swarm.servers}
+        around = [port for port in connected_ports(loop.processes()) if port not in relays]
+        if around:
+            raise SystemExit(f"a client is connected to the ports {around}, which are no relays: {sorted(relays)}")
 
     def _quickest_route(self) -> list[LinkProfile]:
         """Of the servers of each span, the link with the shortest delay."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import psutil  # type: ignore[import-untyped]
 
-__all__ = ["memory", "processor_seconds", "tree"]
+__all__ = ["connected_ports", "memory", "processor_seconds", "tree"]
 
 
 def tree(pid: int) -> list[int]:
@@ -37,3 +37,15 @@ def memory(pids: Iterable[int]) -> int:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return total
+
+
+def connected_ports(pids: Iterable[int]) -> set[int]:
+    """The ports at the other end of these processes' TCP connections."""
+    found: set[int] = set()
+    for pid in pids:
+        try:
+            connections = psutil.Process(pid).net_connections("tcp")
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        found.update(each.raddr.port for each in connections if each.raddr and each.status == psutil.CONN_ESTABLISHED)
+    return found
