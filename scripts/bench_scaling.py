@@ -101,7 +101,7 @@ def say_series(name: str, cases: list[Case], found: dict[Case, dict]) -> list[tu
         points.append((float(getattr(case, name)), spread.median))
     if len(points) > 1:
         slope, start = straight_line(points)
-        print(f"           a straight line through these: {start:.2f} s + {slope:.3g} s more for one more in {name}")
+        print(f"           a straight line through these: {start:.2f} s + {slope:.3g} s x {name}")
     return points
 
 
