@@ -74,9 +74,11 @@ def test_kill_stop_and_replace(folder, mode):
 
 
 def test_a_server_killed_from_outside_is_seen(folder):
+    before = set(psutil.Process().children(recursive=True))  # swarms of other tests may live on
     with LocalSwarm(folder, servers=2) as swarm:
-        by_ppid = [process for process in psutil.Process().children(recursive=True) if process.name() == "p2pd"]
-        servers = {daemon.parent().pid for daemon in by_ppid} - {os.getpid()}
+        below = set(psutil.Process().children(recursive=True)) - before
+        daemons = [process for process in below if process.name() == "p2pd"]
+        servers = {daemon.parent().pid for daemon in daemons} - {os.getpid()}
         assert len(servers) == 2
         for pid in servers:
             os.kill(pid, signal.SIGKILL)
@@ -103,8 +105,10 @@ def test_a_server_that_cannot_start_says_why(folder, tmp_path):
 )
 def test_nothing_outlives_the_launcher(folder, mode, number):
     program = (
-        "import sys\n"
+        "import signal, sys\n"
         "from petals_eval.local_swarm import LocalSwarm\n"
+        # A shell without a terminal starts its background jobs with SIGINT ignored, and this would inherit it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with LocalSwarm(sys.argv[1], servers=2, mode=sys.argv[2]) as swarm:\n"
         "    print('up', flush=True)\n"
         "    swarm.wait()\n"
