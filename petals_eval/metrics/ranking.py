@@ -42,21 +42,22 @@ class _Ranking:
     """
 
     def __init__(self, positive: np.ndarray, scores: Floats):
-        self._order = np.argsort(scores, kind="stable")
-        self._positive = positive[self._order].astype(np.float64)
-        ranked = scores[self._order]
-        self._groups = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])  # where equal scores begin
+        order = np.argsort(scores, kind="stable")
+        self._positive, self._negative = order[positive[order]], order[~positive[order]]
+        # Negatives that score less than each positive, and those that score no more.
+        ranked = scores[self._negative]
+        self._less = np.searchsorted(ranked, scores[self._positive], side="left")
+        self._no_more = np.searchsorted(ranked, scores[self._positive], side="right")
 
     def area(self, weights: np.ndarray) -> float:
         """Of a resample in which example i occurs `weights[i]` times; NaN where only one kind occurs."""
-        drawn = weights[self._order]
-        positive = np.add.reduceat(drawn * self._positive, self._groups)
-        negative = np.add.reduceat(drawn, self._groups) - positive
-        pairs = positive.sum() * negative.sum()
+        positive = weights[self._positive]
+        below = np.zeros(len(self._negative) + 1)
+        np.cumsum(weights[self._negative], out=below[1:])
+        pairs = positive.sum() * below[-1]
         if pairs == 0:
             return float("nan")
-        below = np.cumsum(negative) - 0.5 * negative
-        return float(positive @ below / pairs)
+        return float(positive @ (below[self._less] + below[self._no_more]) / (2 * pairs))
 
 
 def measure_roc_auc(answers: Answers) -> list[Metric]:
