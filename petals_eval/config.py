@@ -134,7 +134,7 @@ class SwarmSettings(Settings):
     max_backoff: Seconds = 60.0  # seconds it is left alone at most
 
     max_tokens_per_call: int | None = Field(default=None, gt=0)  # tokens (rows x positions); None: the server's default
-    window: int = Field(default=8, gt=0)  # micro-batches in flight at once
+    window: int | None = Field(default=None, gt=0)  # micro-batches in flight at once; None: found out, per server
     recheck_share: float = Field(default=0.003, ge=0, le=1)  # of a server's tokens, to ask it again during the run
 
 
@@ -173,9 +173,9 @@ class RunSettings(Settings):
     allow_nondeterministic: bool = False  # where nobody else holds the blocks, use servers that run in training mode
     deadline: Seconds = SwarmSettings.model_fields["deadline"].default  # seconds to wait for a server, per hop
     request_timeout: Seconds = SwarmSettings.model_fields["request_timeout"].default  # seconds for one call
-    window: int = Field(default=SwarmSettings.model_fields["window"].default, gt=0)  # micro-batches in flight
+    window: int | None = Field(default=None, gt=0)  # micro-batches in flight; None: found out, per server
     max_tokens_per_call: int | None = Field(default=None, gt=0)  # tokens a server takes; None: found out
-    tokens_per_micro_batch: int = Field(default=1024, gt=0)  # positions sent together
+    tokens_per_micro_batch: int | None = Field(default=None, gt=0)  # positions sent together; None: found out
 
     # what comes of it
     out: str | None = None  # run folder; None: runs/<task>-<time>

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from petals_eval.data import Rows, micro_batches
-from petals_eval.remote_model import TOKENS_PER_MICRO_BATCH
+from petals_eval.swarm.sizes import START
 from petals_eval.tasks import Task, show_example
 from petals_eval.tasks.requests import Example
 
@@ -52,10 +52,11 @@ def dry_run(
     rows: Rows,
     *,
     show: int = 2,
-    tokens_per_micro_batch: int = TOKENS_PER_MICRO_BATCH,
+    tokens_per_micro_batch: int | None = None,
 ) -> DryRun:
     """Prepare every example as a run would, and count. Raises what a run would raise before it sends anything."""
     prefix = 0 if adapter is None else adapter.prefix_length
+    at_once = tokens_per_micro_batch or START // (local.hidden_size * local.dtype.itemsize)
     tokenizer = local.tokenizer
     examples = task.examples(rows, tokenizer)
     first = list(itertools.islice(examples, show))
@@ -63,7 +64,7 @@ def dry_run(
     counted = _Counted()
     requests = (request for example in counted.over(itertools.chain(first, examples)) for request in example.requests)
     batches = positions = n_requests = 0
-    for batch in micro_batches(requests, max_tokens=tokens_per_micro_batch, prefix=prefix):
+    for batch in micro_batches(requests, max_tokens=at_once, prefix=prefix):
         local.check_length(batch.input_ids.shape[1], prefix)
         batches += 1
         n_requests += len(batch.requests)

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
     from petals_eval.model import Adapter, LocalModel, LocalPart
     from petals_eval.swarm import RemoteSequential, ServedHop, SwarmConnection
 
-__all__ = ["TOKENS_PER_MICRO_BATCH", "Answered", "RemoteModel", "default_dht_prefix", "load_local"]
-
-TOKENS_PER_MICRO_BATCH = 1024
-"""Positions (rows x longest, prompts included) sent together: below every server's limit."""
+__all__ = ["Answered", "RemoteModel", "default_dht_prefix", "load_local"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,10 +102,13 @@ class RemoteModel:
         requests: Iterable[Request],
         adapter: "Adapter | None" = None,
         *,
-        tokens_per_micro_batch: int = TOKENS_PER_MICRO_BATCH,
+        tokens_per_micro_batch: int | None = None,
         on_tick: Callable[[], object] | None = None,
     ) -> Generator[Answered]:
         """Answer requests as they come back from the swarm, in any order.
+
+        tokens_per_micro_batch: positions (rows x longest, prompts included) sent together at most; None: as many as
+            the swarm is best sent at once, found out on the way.
 
         Requests are taken as the swarm asks for them: memory is bounded by the window and the look-ahead of the
         batches, not by their number. Each local step runs in eval mode under inference mode.
@@ -122,9 +122,13 @@ class RemoteModel:
             deep_prompts = deep_prompts.to(self.local.dtype)  # rounded as the prompts before the first block are
 
         def outgoing() -> Iterator[Work[MicroBatch[Request]]]:
-            for batch in micro_batches(requests, max_tokens=tokens_per_micro_batch, prefix=prefix):
+            for batch in micro_batches(requests, max_tokens=tokens_per_micro_batch or at_once, prefix=prefix):
                 self.local.check_length(batch.input_ids.shape[1], prefix)
-                yield Work(batch, embedded(batch), deep_prompts)
+                made_for = None if tokens_per_micro_batch else self.blocks.micro_batch_bytes
+                yield Work(batch, embedded(batch), deep_prompts, made_for)
+
+        def at_once() -> int:
+            return self.blocks.positions_at_once(self.local.hidden_size, self.local.dtype)
 
         def embedded(batch: MicroBatch[Request]) -> "torch.Tensor":
             with evaluating(self.local):

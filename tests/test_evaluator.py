@@ -101,6 +101,7 @@ def test_deep_prompts_are_rounded_to_the_dtype_at_home_as_petals_does():
 
     class Local(torch.nn.Module):
         dtype = torch.bfloat16
+        hidden_size = 2
         config = SimpleNamespace(to_dict=dict)
 
         def check_length(self, tokens, prefix):
@@ -111,7 +112,10 @@ def test_deep_prompts_are_rounded_to_the_dtype_at_home_as_petals_does():
 
     sent = []
     blocks = SimpleNamespace(
-        stream=lambda work, on_tick: iter(sent.extend(work) or ()), warn_of_dropout=lambda found: 0
+        stream=lambda work, on_tick: iter(sent.extend(work) or ()),
+        warn_of_dropout=lambda found: 0,
+        positions_at_once=lambda hidden_size, dtype: 100,
+        micro_batch_bytes=1000,
     )
     adapter = Adapter("a", "deep_ptune", torch.rand(1, 2), torch.rand(4, 1, 1, 2))
     assert list(RemoteModel(Local(), blocks).compute([Request("0", 0, (1, 2))], adapter)) == []

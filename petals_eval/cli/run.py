@@ -100,12 +100,12 @@ def run(
         float | None, _option(SERVERS, "SECONDS", "Wait this long for a server that can take the work. Default: 600.")
     ] = None,
     request_timeout: Annotated[float | None, _option(SERVERS, "SECONDS", "For one call. Default: 180.")] = None,
-    window: Annotated[int | None, _option(SERVERS, "N", "Micro-batches in flight at once. Default: 8.")] = None,
+    window: Annotated[int | None, _option(SERVERS, "N", "Micro-batches in flight at once. Default: found out.")] = None,
     max_tokens_per_call: Annotated[
         int | None, _option(SERVERS, "N", "Tokens a server takes in one call. Default: found out.")
     ] = None,
     tokens_per_micro_batch: Annotated[
-        int | None, _option(SERVERS, "N", "Positions sent together, prompts included. Default: 1024.")
+        int | None, _option(SERVERS, "N", "Positions sent together, prompts included. Default: found out.")
     ] = None,
     out: Annotated[
         str | None, _option(OUTPUT, "FOLDER", "Run folder; an unfinished run goes on. Default: runs/<task>-<time>.")

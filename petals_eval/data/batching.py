@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -42,38 +42,48 @@ class MicroBatch(Generic[R]):
 
         requests = tuple(requests)
         lengths = tuple(len(request.input_ids) for request in requests)
-        input_ids = torch.zeros(len(requests), max(lengths), dtype=torch.int64)
-        for row, request in enumerate(requests):
-            input_ids[row, : lengths[row]] = torch.tensor(request.input_ids, dtype=torch.int64)
-        return cls(requests, input_ids, lengths)
+        longest = max(lengths)
+        padded = [[*request.input_ids, *(0,) * (longest - len(request.input_ids))] for request in requests]
+        return cls(requests, torch.tensor(padded, dtype=torch.int64), lengths)
 
 
 def micro_batches(
-    requests: Iterable[R], *, max_tokens: int, prefix: int = 0, max_rows: int = 64, lookahead: int = 2048
+    requests: Iterable[R],
+    *,
+    max_tokens: int | Callable[[], int],
+    prefix: int = 0,
+    max_rows: int = 128,
+    lookahead: int = 2048,
 ) -> Iterator[MicroBatch[R]]:
     """Group a stream of requests by length.
 
     max_tokens: a micro-batch holds at most this many positions, rows x (prefix + longest); a single row may exceed it.
+        A function is asked for each micro-batch anew.
     prefix: tuned prompt tokens in front of every row; they travel with it.
     max_rows: rows per micro-batch at most.
-    lookahead: requests held back to find others of similar length. Memory is bounded by it, not by the data set.
+    lookahead: requests held back to find others of similar length; a tenth of it at first, so that the first need not
+        wait for the rest to be made. Memory is bounded by it, not by the data set.
 
     Yields the longest of each window first: a size no server takes shows at once, and the time left only gets better.
     """
     window: list[R] = []
+    wanted = max(1, lookahead // 10)
     for request in requests:
         window.append(request)
-        if len(window) >= lookahead:
+        if len(window) >= wanted:
             yield from _by_length(window, max_tokens, prefix, max_rows)
-            window = []
+            window, wanted = [], lookahead
     yield from _by_length(window, max_tokens, prefix, max_rows)
 
 
-def _by_length(window: list[R], max_tokens: int, prefix: int, max_rows: int) -> Iterator[MicroBatch[R]]:
+def _by_length(
+    window: list[R], max_tokens: int | Callable[[], int], prefix: int, max_rows: int
+) -> Iterator[MicroBatch[R]]:
     ordered = sorted(window, key=lambda request: len(request.input_ids), reverse=True)
     start = 0
     while start < len(ordered):
         longest = prefix + len(ordered[start].input_ids)
-        rows = max(1, min(max_rows, max_tokens // longest))
+        budget = max_tokens if isinstance(max_tokens, int) else max_tokens()
+        rows = max(1, min(max_rows, budget // longest))
         yield MicroBatch.of(ordered[start : start + rows])
         start += rows

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerAnswerError, PeerRefusedError, PeerTimeoutError, PeerUnreachableError
+from petals_eval.swarm.flow import Flow
 
 __all__ = ["PeerBook", "PeerHistory", "short_peer"]
 
@@ -50,15 +51,12 @@ class PeerHistory:
     bytes_sent: int = 0
     bytes_received: int = 0
     in_flight: int = 0  # tokens it is working on for us
-    seconds_per_token_block: float | None = None  # smoothed; includes the network
+    flow: Flow = field(default_factory=Flow)  # its rate and its window
     spans: set[tuple[int, int]] = field(default_factory=set)
 
 
 class PeerBook:
     """Histories by peer id. Used from the connection's event loop only, so it needs no lock."""
-
-    # Weight of the newest call in the smoothed time: a slow spell shows after a few calls, one hiccup does not.
-    SMOOTHING = 0.2
 
     def __init__(self, settings: SwarmSettings, clock: Callable[[], float] = time.monotonic):
         self._settings = settings
@@ -114,13 +112,10 @@ class PeerBook:
         delay = self._settings.min_backoff * 2 ** min(history.failures_in_a_row - 1, 30)
         history.blocked_until = now + min(delay, self._settings.max_backoff)
 
-    def succeeded(self, peer_id: str, *, tokens: int, blocks: int, seconds: float, sent: int, received: int) -> None:
+    def succeeded(self, peer_id: str, *, tokens: int, sent: int, received: int) -> None:
         history = self.of(peer_id)
         history.failures_in_a_row = 0
         history.calls += 1
         history.tokens += tokens
         history.bytes_sent += sent
         history.bytes_received += received
-        measured = seconds / max(1, tokens * blocks)
-        before = history.seconds_per_token_block
-        history.seconds_per_token_block = measured if before is None else before + self.SMOOTHING * (measured - before)

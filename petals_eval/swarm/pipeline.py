@@ -22,12 +22,14 @@ from petals_eval.errors import (
 from petals_eval.swarm.calls import Answer, BlockCalls
 from petals_eval.swarm.directory import Directory
 from petals_eval.swarm.limits import USUAL_MAX_TOKENS, TokenLimits
+from petals_eval.swarm.lines import Line, Lines
 from petals_eval.swarm.missing import spans_text, what_is_missing, within
 from petals_eval.swarm.peers import PeerBook, short_peer
 from petals_eval.swarm.records import SpanServer
 from petals_eval.swarm.routing import Hop, hold_all, next_hop
 from petals_eval.swarm.rpc import together
 from petals_eval.swarm.sessions import RouteSession
+from petals_eval.swarm.sizes import MicroBatchSize
 from petals_eval.swarm.unequal import UnequalServer, stop_text, warning_text
 
 __all__ = ["USUAL_MAX_TOKENS", "Pipeline", "ServedHop", "SwarmStatus", "short_peer", "spans_text"]
@@ -75,6 +77,8 @@ class Pipeline:
         self._directory = directory
         self._settings = settings
         self._limits = TokenLimits(settings.max_tokens_per_call)
+        self.lines = Lines()
+        self.sizes = MicroBatchSize()
         self._stepping: dict[str, asyncio.Lock] = {}  # by server
         self._waiting: dict[object, str] = {}
         self._notices: list[str] = []
@@ -83,7 +87,11 @@ class Pipeline:
         self.config_dropout: Mapping[str, float] = {}  # what the model's config at home says, for the warnings
 
     async def forward(
-        self, hidden: torch.Tensor, prompts: torch.Tensor | None, first: int, last: int
+        self,
+        hidden: torch.Tensor,
+        prompts: torch.Tensor | None,
+        first: int,
+        last: int,
     ) -> tuple[torch.Tensor, tuple[ServedHop, ...]]:
         """Run hidden (batch, seq, hidden) through blocks first:last.
 
@@ -95,11 +103,11 @@ class Pipeline:
         seq = hidden.shape[1]
         route: list[ServedHop] = []
         position = first
-        give_up = time.monotonic() + self._settings.deadline
+        give_up: float | None = None
         while position < last:
-            hop = await self._find_hop(
-                position, last, hidden.shape[0] * seq, give_up, lambda peer: self._limits.row_too_large(peer, seq)
-            )
+            async with self.lines.first(position) as line:
+                give_up = give_up or time.monotonic() + self._settings.deadline  # waiting in line is nobody's failure
+                hop = await self._hop_with_room(position, last, hidden.shape[0], seq, give_up, line)
             span_prompts = None if prompts is None else prompts[hop.first - first : hop.last - first]
             try:
                 async with self._at_most_until(give_up, hop.server.peer_id):
@@ -110,8 +118,19 @@ class Pipeline:
                 continue
             route.append(_served(hop, hidden))
             position = hop.last
-            give_up = time.monotonic() + self._settings.deadline
+            give_up = None
         return hidden, tuple(route)
+
+    async def _hop_with_room(self, position: int, last: int, rows: int, seq: int, give_up: float, line: Line) -> Hop:
+        """The hop that would be done soonest, once its server has room for another call."""
+        while True:
+            hop = await self._find_hop(
+                position, last, rows * seq, give_up, lambda peer: self._limits.row_too_large(peer, seq)
+            )
+            blocks = hop.last - hop.first
+            if self._settings.window or self.peers.of(hop.server.peer_id).flow.has_room(rows * seq * blocks, blocks):
+                return hop
+            await line.news(give_up - time.monotonic())
 
     def session(self, first: int, last: int, batch: int, max_length: int) -> RouteSession:
         """An inference session on blocks first:last, for `batch` rows of up to `max_length` positions."""
@@ -245,9 +264,7 @@ class Pipeline:
             raise PeerTimeoutError(f"nothing by the deadline{before}") from error
 
     def _cost(self, server: SpanServer, blocks: int, tokens: int) -> float:
-        history = self.peers.of(server.peer_id)
-        per_token = history.seconds_per_token_block
-        return HOP_OVERHEAD + (UNMEASURED if per_token is None else per_token) * blocks * (tokens + history.in_flight)
+        return HOP_OVERHEAD + self.peers.of(server.peer_id).flow.seconds_for(float(tokens * blocks), UNMEASURED)
 
     async def _call(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
         """One hop, in as many calls as the server's token limit asks for, all of them together.
@@ -266,24 +283,29 @@ class Pipeline:
             step = max(1, limit // seq)
             parts = [slice(start, start + step) for start in range(0, rows, step)]
             history.in_flight += rows * seq
+            sent = history.flow.send(rows * seq * (hop.last - hop.first), time.monotonic())
             try:
                 if in_steps:
                     answers = await self._call_in_steps(hop, hidden, prompts, parts, limit)
                 else:
                     answers = await together([self._call_part(hop, hidden, prompts, part) for part in parts])
-            except PeerRefusedError as error:
-                if not self._limits.learn_per_call(peer_id, error, limit if in_steps else step * seq):
+            except BaseException as error:
+                history.flow.lost(sent)
+                learnt = isinstance(error, PeerRefusedError) and self._limits.learn_per_call(
+                    peer_id, error, limit if in_steps else step * seq
+                )
+                if not learnt:
                     raise
                 continue
             finally:
                 history.in_flight -= rows * seq
+                self.lines.tell_news()
+            history.flow.came_back(sent, time.monotonic())
             history.spans.add((hop.server.start, hop.server.end))
             for part, answer in zip(parts, answers, strict=True):
                 self.peers.succeeded(
                     peer_id,
                     tokens=len(range(*part.indices(rows))) * seq,
-                    blocks=hop.last - hop.first,
-                    seconds=answer.seconds,
                     sent=answer.bytes_sent,
                     received=answer.bytes_received,
                 )

@@ -1,9 +1,8 @@
 """RemoteSequential: the swarm's blocks as a torch module that computes no gradients."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from contextlib import closing
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,40 +13,17 @@ from petals_eval.swarm.calls import RemoteCalls
 from petals_eval.swarm.checked_calls import CheckedCalls
 from petals_eval.swarm.connection import SwarmConnection
 from petals_eval.swarm.directory import Directory
+from petals_eval.swarm.flight import Computed, Flight, Work
 from petals_eval.swarm.gradients import refuse_gradients
 from petals_eval.swarm.inference_session import InferenceSession
 from petals_eval.swarm.peers import PeerBook, PeerHistory
-from petals_eval.swarm.pipeline import USUAL_MAX_TOKENS, Pipeline, ServedHop, SwarmStatus
+from petals_eval.swarm.pipeline import USUAL_MAX_TOKENS, Pipeline, SwarmStatus
 from petals_eval.swarm.records import Snapshot
+from petals_eval.swarm.wire import itemsize_of
 
 __all__ = ["Computed", "RemoteSequential", "Work"]
 
 T = TypeVar("T")
-_Answer = tuple[torch.Tensor, tuple[ServedHop, ...]]
-
-
-@dataclass(frozen=True, eq=False)
-class Work(Generic[T]):
-    """A micro-batch on its way out.
-
-    hidden: (batch, seq, hidden); prompts: (blocks, batch or 1, prefix, hidden) or None.
-    """
-
-    tag: T
-    hidden: torch.Tensor
-    prompts: torch.Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class Computed(Generic[T]):
-    """A micro-batch on its way back.
-
-    hidden: (batch, seq, hidden) in the last server's dtype; hops: who computed it, in order.
-    """
-
-    tag: T
-    hidden: torch.Tensor
-    hops: tuple[ServedHop, ...]
 
 
 class RemoteSequential(nn.Module):
@@ -109,7 +85,7 @@ class RemoteSequential(nn.Module):
         self._check_shapes(hidden, prompts)
         if len(self) == 0 or hidden.numel() == 0:
             return hidden
-        rows = max(1, self._rows_per_part(hidden))
+        rows = max(1, self.positions_at_once(hidden.shape[2], hidden.dtype) // max(1, hidden.shape[1]))
         work = (
             Work(start, hidden[start : start + rows], _rows_of(prompts, slice(start, start + rows)))
             for start in range(0, hidden.shape[0], rows)
@@ -128,45 +104,36 @@ class RemoteSequential(nn.Module):
     ) -> Iterator[Computed[T]]:
         """Send micro-batches and yield them as they come back, in any order.
 
-        At most `window` (default: the settings') are in flight; the next one is taken from `work` only when one has
-        come back, so memory is bounded by the window. `on_tick` is called about every `tick` seconds, and whenever one
-        comes back. The first error cancels the rest and is raised.
+        window: micro-batches in flight at most (default: the settings'; without one there, the servers' own windows
+            decide, see `petals_eval.swarm.flow`). The next one is taken from `work` only when there is room for it, so
+            memory is bounded.
+        on_tick: called about every `tick` seconds, and whenever one comes back.
+        The first error cancels the rest and is raised.
         """
-        window = window or self.settings.window
-        pending: dict[Future[_Answer], T] = {}
+
         source = iter(work)
         exhausted = False
-        try:
+        flight = Flight[T](self._connection, self._pipeline, self.first, self.last, window or self.settings.window)
+        with closing(flight):
             while True:
-                while not exhausted and len(pending) < window:
+                if not exhausted and flight.has_room():
                     item = next(source, None)
                     if item is None:
                         exhausted = True
-                        break
+                        continue
                     refuse_gradients(item.hidden, item.prompts)
-                    pending[self._send(item)] = item.tag
+                    flight.send(item)
                     del item
-                if not pending:
+                    timeout = 0.0
+                elif flight.in_flight:
+                    timeout = tick
+                else:
                     return
-                done = wait(pending, timeout=tick, return_when=FIRST_COMPLETED).done
-                if on_tick is not None:
+                back = flight.next(timeout)
+                if on_tick is not None and (back or timeout):
                     on_tick()
-                while done:
-                    yield _computed(pending, done.pop())
-        finally:
-            for future in pending:
-                future.cancel()
-
-    def _send(self, work: Work[Any]) -> "Future[_Answer]":
-        """Start a micro-batch on its way. Its hidden states are handed over: whoever waits for the answer, and the
-        event loop, would otherwise keep them until it is there."""
-        cargo = [work.hidden.detach()]
-        prompts = None if work.prompts is None else work.prompts.detach()
-
-        async def forward() -> _Answer:
-            return await self._pipeline.forward(cargo.pop(), prompts, self.first, self.last)
-
-        return self._connection.start(forward)
+                while back:
+                    yield back.pop()  # held by nothing but who gets it: a generator's variables live on meanwhile
 
     def inference_session(self, max_length: int, *, batch: int = 1) -> InferenceSession:
         """A session through the blocks, for `batch` rows of at most `max_length` positions; use it with `with`.
@@ -211,9 +178,17 @@ class RemoteSequential(nn.Module):
         """The name under which the servers announce these blocks."""
         return self._directory.dht_prefix
 
-    def _rows_per_part(self, hidden: torch.Tensor) -> int:
+    @property
+    def micro_batch_bytes(self) -> int:
+        """Bytes of hidden states that the swarm is best sent at once, as far as is known (`swarm.sizes`)."""
+        return self._pipeline.sizes.bytes
+
+    def positions_at_once(self, hidden_size: int, dtype: torch.dtype) -> int:
+        """How many positions (rows x longest) of hidden states of this size and dtype to send at once."""
         limit = self.settings.max_tokens_per_call or USUAL_MAX_TOKENS
-        return int(limit // max(1, hidden.shape[1]))
+        announced = {server.record.torch_dtype for server in self.snapshot.servers.values()}
+        itemsize = max((itemsize_of(name, dtype) for name in announced), default=dtype.itemsize)
+        return max(1, min(limit, self.micro_batch_bytes // (hidden_size * itemsize)))
 
     def _check_shapes(self, hidden: torch.Tensor, prompts: torch.Tensor | None) -> None:
         if hidden.ndim != 3 or not hidden.is_floating_point():
@@ -239,14 +214,6 @@ class RemoteSequential(nn.Module):
 
     def extra_repr(self) -> str:
         return f"blocks {self.first}:{self.last} of {self.dht_prefix!r}"
-
-
-def _computed(pending: "dict[Future[_Answer], T]", future: "Future[_Answer]") -> Computed[T]:
-    """The answer of a micro-batch that is back. A function of its own, so that nothing holds the answer but who gets
-    it: a generator's variables live on while it waits for the next."""
-    tag = pending.pop(future)
-    hidden, hops = future.result()
-    return Computed(tag, hidden, hops)
 
 
 def _rows_of(prompts: torch.Tensor | None, rows: slice) -> torch.Tensor | None:

@@ -193,8 +193,6 @@ class RouteSession:
             self._peers.succeeded(
                 hop.server.peer_id,
                 tokens=self.batch * (part.stop - part.start),
-                blocks=hop.last - hop.first,
-                seconds=answer.seconds,
                 sent=answer.bytes_sent,
                 received=answer.bytes_received,
             )

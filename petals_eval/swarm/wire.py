@@ -27,6 +27,7 @@ __all__ = [
     "encode_for",
     "encode_tensor",
     "forward_metadata",
+    "itemsize_of",
     "may_roll_back",
     "read_answer",
     "read_info",
@@ -79,6 +80,15 @@ def wire_dtype(current: torch.dtype, server: torch.dtype) -> torch.dtype:
     the same bits for twice the bytes.
     """
     return server if server.itemsize <= current.itemsize else current
+
+
+def itemsize_of(announced: str | None, current: torch.dtype) -> int:
+    """Bytes of a value on its way to a server that announces this dtype; a name nobody knows says nothing.
+
+    >>> itemsize_of("bfloat16", torch.float32), itemsize_of("float32", torch.bfloat16), itemsize_of(None, torch.float32)
+    (2, 2, 4)
+    """
+    return wire_dtype(current, _DTYPES.get(announced or "", current)).itemsize
 
 
 def encode_tensor(tensor: torch.Tensor) -> runtime_pb2.Tensor:

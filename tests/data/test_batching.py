@@ -74,7 +74,16 @@ def test_no_more_is_read_ahead_than_the_lookahead():
 
     batches = micro_batches(endless(), max_tokens=30, lookahead=50)
     next(batches)
-    assert read == 50
+    assert read == 5  # the first need not wait for more
+    for _ in range(3):
+        next(batches)
+    assert read == 55
+
+
+def test_the_budget_may_change_while_batches_are_made():
+    budgets = iter([10, 20, 5])
+    lengths = [len(batch.requests) for batch in micro_batches(requests_of([5] * 7), max_tokens=lambda: next(budgets))]
+    assert lengths == [2, 4, 1]
 
 
 def test_nothing_in_nothing_out():

@@ -357,8 +357,7 @@ def test_a_server_caught_in_mid_run_loses_also_what_is_in_flight():
     answers = run_all(pipe, batches)
     (unequal,) = pipe.status().unequal
     assert unequal.server.peer_id == "a"
-    last_of_a = max((index for index, (_, hops) in enumerate(answers) if hops[0].peer_id == "a"), default=0)
-    assert last_of_a < 100  # asked again early
+    assert sum(hops[0].peer_id == "a" for _, hops in answers) < 40  # asked again early, after so much of its own work
 
 
 def test_after_being_caught_a_server_is_refused_whatever_was_decided_before():

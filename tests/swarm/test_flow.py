@@ -1,0 +1,87 @@
+"""A server's window: simulated servers with a delay and a rate, and what the window makes of them."""
+
+import heapq
+
+import pytest
+
+from petals_eval.swarm.flow import LEAST_CALLS, MOST_TOKENS, Flow
+
+
+class Simulated:
+    """A server that computes one call after the other, at `rate` work per second, `delay` seconds away in all."""
+
+    def __init__(self, rate: float, delay: float):
+        self.rate, self.delay = rate, delay
+        self.free_at = 0.0
+
+    def answer_at(self, work: float, now: float) -> float:
+        self.free_at = max(self.free_at, now + self.delay / 2) + work / self.rate
+        return self.free_at + self.delay / 2
+
+
+def drive(flow: Flow, server: Simulated, work: float, seconds: float, start: float = 0.0) -> tuple[float, float]:
+    """Send as much as the window lets through; returns the work done per second in the second half, and its latency."""
+    now, done, latencies = start, 0.0, []
+    under_way: list[tuple[float, int, object, float]] = []
+    number = 0
+    while now < start + seconds:
+        while flow.has_room(work, 1):
+            heapq.heappush(under_way, (server.answer_at(work, now), number, flow.send(work, now), now))
+            number += 1
+        now, _, sent, at = heapq.heappop(under_way)
+        flow.came_back(sent, now)
+        if now > start + seconds / 2:
+            done += work
+            latencies.append(now - at)
+    for _, _, sent, _ in under_way:
+        flow.lost(sent)
+    return done / (seconds / 2), sum(latencies) / len(latencies)
+
+
+@pytest.mark.parametrize(("rate", "delay"), [(20_000, 0.04), (20_000, 0.2), (5_000, 0.04), (50_000, 0.001)])
+def test_a_window_that_grows_keeps_its_server_busy_without_a_long_queue(rate, delay):
+    flow = Flow()
+    done, latency = drive(flow, Simulated(rate, delay), 500, 20.0)
+    possible = min(rate, MOST_TOKENS / (delay + 500 / rate))
+    assert done > 0.9 * possible
+    assert latency < 3 * (delay + 2 * 500 / rate) + LEAST_CALLS * 500 / rate
+
+
+def test_no_server_is_given_more_than_its_owner_should_bear():
+    flow = Flow()
+    server = Simulated(1e6, 1.0)
+    under_way = []
+    now = 0.0
+    for _ in range(200):
+        while flow.has_room(500, 1):
+            heapq.heappush(under_way, (server.answer_at(500, now), id(now), flow.send(500, now)))
+            assert flow.in_flight <= MOST_TOKENS
+        now, _, sent = heapq.heappop(under_way)
+        flow.came_back(sent, now)
+    assert flow.in_flight > 0.9 * (MOST_TOKENS - 1000)
+
+
+def test_a_server_that_became_slow_is_given_less():
+    flow = Flow()
+    drive(flow, Simulated(40_000, 0.1), 500, 20.0)
+    before = flow.limit(1)
+    drive(flow, Simulated(4_000, 0.1), 500, 40.0, start=20.0)
+    assert flow.limit(1) < before / 3
+
+
+def test_a_slow_server_is_expected_later_than_a_fast_one():
+    fast, slow = Flow(), Flow()
+    drive(fast, Simulated(20_000, 0.04), 500, 5.0)
+    drive(slow, Simulated(4_000, 0.2), 500, 5.0)
+    assert slow.seconds_for(500, 0.0) > 3 * fast.seconds_for(500, 0.0)
+
+
+def test_what_is_lost_is_no_longer_in_flight_and_measures_nothing():
+    flow = Flow()
+    flow.lost(flow.send(500, 0.0))
+    assert flow.in_flight == 0
+    assert flow.rate is None
+
+
+def test_an_idle_server_takes_anything():
+    assert Flow().has_room(1e9, 1)
