@@ -19,6 +19,7 @@ from petals_eval.swarm.inference_session import InferenceSession
 from petals_eval.swarm.peers import PeerBook, PeerHistory
 from petals_eval.swarm.pipeline import USUAL_MAX_TOKENS, Pipeline, ServedHop, SwarmStatus
 from petals_eval.swarm.records import Snapshot
+from petals_eval.swarm.wire_book import WireBook
 
 __all__ = ["Computed", "RemoteSequential", "Work"]
 
@@ -76,7 +77,7 @@ class RemoteSequential(nn.Module):
         settings = connection.settings
         directory = Directory(connection.dht, dht_prefix, num_blocks, settings)
         peers = PeerBook(settings)
-        calls = CheckedCalls(RemoteCalls(connection.p2p, dht_prefix, settings), peers, settings)
+        calls = CheckedCalls(RemoteCalls(connection.p2p, dht_prefix, settings, connection.wires), peers, settings)
         pipeline = Pipeline(calls, directory, peers, settings)
         connection.run(directory.refresh)
         connection.start_background(directory.keep_fresh)
@@ -178,6 +179,11 @@ class RemoteSequential(nn.Module):
         return InferenceSession(
             self._connection, self._pipeline.session(self.first, self.last, batch=batch, max_length=max_length)
         )
+
+    @property
+    def wires(self) -> WireBook:
+        """Which servers take the lossy code of the settings, as far as they were asked."""
+        return self._connection.wires
 
     def status(self) -> SwarmStatus:
         """Retries, servers used and what is being waited for."""
