@@ -108,6 +108,7 @@ def _identity(name: str) -> str:
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Identities = Annotated[tuple[Annotated[str, AfterValidator(_identity)], ...], BeforeValidator(_listed)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Wire = Literal["float16", "blockwise8", "uniform8"]
 
 
 class SwarmSettings(Settings):
@@ -135,6 +136,7 @@ class SwarmSettings(Settings):
 
     max_tokens_per_call: int | None = Field(default=None, gt=0)  # tokens (rows x positions); None: the server's default
     window: int | None = Field(default=None, gt=0)  # micro-batches in flight at once; None: found out, per server
+    wire: Wire | None = None  # lossy code of hidden states, to save bytes; None: lossless
     recheck_share: float = Field(default=0.003, ge=0, le=1)  # of a server's tokens, to ask it again during the run
 
 
@@ -176,6 +178,7 @@ class RunSettings(Settings):
     window: int | None = Field(default=None, gt=0)  # micro-batches in flight; None: found out, per server
     max_tokens_per_call: int | None = Field(default=None, gt=0)  # tokens a server takes; None: found out
     tokens_per_micro_batch: int | None = Field(default=None, gt=0)  # positions sent together; None: found out
+    wire: Wire | None = None  # lossy code of hidden states, to save bytes; None: lossless
 
     # what comes of it
     out: str | None = None  # run folder; None: runs/<task>-<time>

@@ -23,7 +23,7 @@ class DryRun:
 
     shown: the first examples as text and as tokens, with prompt and pooling positions.
     n_text_tokens: without prompts and padding; n_positions: with them.
-    hidden_bytes: of the hidden states, in the dtype at home; they travel to each hop and back.
+    hidden_bytes: of the hidden states, in the dtype at home or the lossy wire's; they travel to each hop and back.
     prompt_bytes: of the deep prompts, which travel once, split among the hops.
     Servers of a narrower dtype than the one at home are sent less.
     """
@@ -53,10 +53,17 @@ def dry_run(
     *,
     show: int = 2,
     tokens_per_micro_batch: int | None = None,
+    wire: str | None = None,
 ) -> DryRun:
-    """Prepare every example as a run would, and count. Raises what a run would raise before it sends anything."""
+    """Prepare every example as a run would, and count. wire: as `SwarmSettings.wire`.
+
+    Raises what a run would raise before it sends anything.
+    """
+    from petals_eval.swarm.wire import LOSSY
+
+    value_bytes = local.dtype.itemsize if wire is None else min(local.dtype.itemsize, LOSSY[wire].bytes_per_value)
     prefix = 0 if adapter is None else adapter.prefix_length
-    at_once = tokens_per_micro_batch or START // (local.hidden_size * local.dtype.itemsize)
+    at_once = tokens_per_micro_batch or START // (local.hidden_size * value_bytes)
     tokenizer = local.tokenizer
     examples = task.examples(rows, tokenizer)
     first = list(itertools.islice(examples, show))
@@ -78,7 +85,7 @@ def dry_run(
         n_truncated=counted.truncated,
         n_text_tokens=counted.tokens,
         n_positions=positions,
-        hidden_bytes=positions * local.hidden_size * local.dtype.itemsize,
+        hidden_bytes=positions * local.hidden_size * value_bytes,
         prompt_bytes=0 if deep_prompts is None else batches * deep_prompts.numel() * local.dtype.itemsize,
     )
 

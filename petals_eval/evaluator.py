@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from petals_eval.data import DataSource, Rows, load_rows, sample
 from petals_eval.errors import CallerError, ConfigError, InterruptedRunError, MachineError, PetalsEvalError, SwarmError
+from petals_eval.lossy_wire import note_lossless_servers, note_sample
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, NoisyServer, ServerUsed
 from petals_eval.runs.results import WITHOUT_PROMPTS, RunResult, computed_in, summarise
@@ -88,6 +89,7 @@ def evaluate(
         folder = stack.enter_context(RunFolder.create(where, manifest, task=task.name))
         run = _Run(model, task, rows, folder, progress, tokens_per_micro_batch, len(rows) * len(variants))
         with _told_what_is_kept(run, kept=out is not None):
+            note_sample(model, task, rows, variants[0], folder, seed=seed, on_tick=run.tick)
             run.score_all(variants)
         used = folder.journal.servers()
         results = {
@@ -101,6 +103,7 @@ def evaluate(
             servers=len({server.peer_id for server, _ in used}),
             computed_in=computed_in(used),
             noisy_servers=folder.manifest.noisy_servers,
+            wire=folder.manifest.wire,
         )
         from petals_eval.report import markdown_report  # not above: it imports rich, which draws a random number
 
@@ -211,7 +214,7 @@ class _Run:
         self.folder.journal.flush_if_due()
         status = self.model.blocks.status()
         self._distrust(status)
-        for notice in status.notices:
+        for notice in (*status.notices, *note_lossless_servers(self.model, self.folder)):
             if notice not in self._said:
                 self._said.add(notice)
                 self.say(notice)
@@ -308,6 +311,7 @@ def _manifest(
             "dht_prefix": model.blocks.dht_prefix,
             "require_dtype": model.blocks.settings.require_dtype,
             "require_quant": model.blocks.settings.require_quant,
+            "wire": model.blocks.settings.wire,
         },
         run_settings={
             "metrics": list(task.metrics),

@@ -11,6 +11,8 @@ from petals_eval.bench.settings import ForwardSettings, Wire
 from petals_eval.bench.statistics import Spread, percentile
 from petals_eval.bench.subject import Subject
 from petals_eval.bench.watch import Watch, Watched
+from petals_eval.errors import SwarmError
+from petals_eval.swarm.peers import short_peer
 
 __all__ = ["ForwardCase", "ForwardPoint", "forward_cases", "measure_forward"]
 
@@ -42,17 +44,19 @@ class ForwardPoint:
     watched: Watched
 
 
-def forward_cases(settings: ForwardSettings) -> Iterator[ForwardCase]:
-    """Every combination, the shortest first."""
-    for wire in settings.wires:
-        for length in settings.lengths:
-            for batch in settings.batches:
-                for window in settings.windows:
-                    yield ForwardCase(length, batch, window, wire)
+def forward_cases(settings: ForwardSettings, wire: Wire) -> Iterator[ForwardCase]:
+    """Every combination over one wire, the shortest first."""
+    for length in settings.lengths:
+        for batch in settings.batches:
+            for window in settings.windows:
+                yield ForwardCase(length, batch, window, wire)
 
 
 def measure_forward(subject: Subject, case: ForwardCase, settings: ForwardSettings) -> ForwardPoint:
-    """Warm up, then run `settings.repeats` times. Raises SwarmError and CallerError where the swarm cannot."""
+    """Warm up, then run `settings.repeats` times. Raises SwarmError and CallerError where the swarm cannot.
+
+    SwarmError also where a server does not take the wire's code: it would be measured lossless under the code's name.
+    """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(case.batch, case.length, subject.hidden_size, generator=generator)
     prompts = random_prompts(subject, min(settings.prompts, case.length), generator)
@@ -63,6 +67,8 @@ def measure_forward(subject: Subject, case: ForwardCase, settings: ForwardSettin
         with Watch(subject) as watch:
             latencies = _run(subject, case, hidden, prompts, settings.seconds)
         runs.append((watch.result(), latencies))
+    for peer_id, reason in subject.blocks.wires.lossless.items():
+        raise SwarmError(f"server {short_peer(peer_id)} does not take {case.wire}: {reason}")
     rates = [len(latencies) * case.batch / watched.seconds for watched, latencies in runs]
     every = [seconds for _, latencies in runs for seconds in latencies]
     middle = sorted(range(len(runs)), key=lambda index: rates[index])[len(runs) // 2]

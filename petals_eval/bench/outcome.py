@@ -29,7 +29,7 @@ Case = ForwardCase | InferenceCase
 
 SCHEMA = 1
 
-_CASE = f"{'length':>7} {'batch':>6} {'window':>7}"
+_CASE = f"{'length':>7} {'batch':>6} {'window':>7} {'wire':>10}"
 _AROUND = f"{'link':>5} {'client CPU':>11} {'memory':>8} {'retries':>8}"
 
 
@@ -128,7 +128,7 @@ def servers_table(watched: Watched, spans: Mapping[str, str]) -> Sequence[str]:
 
 def _case(case: Case) -> str:
     window = "auto" if case.window is None else str(case.window)
-    return f"{case.length:>7} {case.batch:>6} {window:>7}"
+    return f"{case.length:>7} {case.batch:>6} {window:>7} {case.wire:>10}"
 
 
 def _around(watched: Watched) -> str:

@@ -8,7 +8,7 @@ from petals_eval.config import Dtype, Multiaddress, Names, Seconds, Settings
 
 __all__ = ["BenchSettings", "ForwardSettings", "InferenceSettings", "Wire"]
 
-Wire = Literal["lossless"]  # how hidden states travel: in the server's own dtype
+Wire = Literal["lossless", "float16", "blockwise8", "uniform8"]  # how hidden states travel
 
 
 def _numbers(value: object) -> object:
@@ -25,7 +25,6 @@ def _auto(value: object) -> object:
 Positive = Annotated[int, Field(gt=0)]
 Numbers = Annotated[tuple[Positive, ...], BeforeValidator(_numbers), Field(min_length=1)]
 Windows = Annotated[tuple[Positive | None, ...], BeforeValidator(_auto), Field(min_length=1)]
-Wires = Annotated[tuple[Wire, ...], BeforeValidator(_numbers), Field(min_length=1)]
 
 
 class BenchSettings(Settings):
@@ -70,7 +69,7 @@ class ForwardSettings(BenchSettings):
     """Many micro-batches in flight along the route, as an evaluation sends them."""
 
     windows: Windows = (None,)  # micro-batches in flight; None: the client's own choice
-    wires: Wires = ("lossless",)
+    wires: Annotated[tuple[Wire, ...], BeforeValidator(_numbers), Field(min_length=1)] = ("lossless",)
     seconds: Seconds = 3.0  # of each run
     warm_up: float = Field(default=1.0, ge=0)  # seconds before the first run of each point
 
@@ -79,5 +78,5 @@ class InferenceSettings(BenchSettings):
     """Sessions: one step over a prompt, then one position after the other."""
 
     windows: Annotated[tuple[Positive, ...], BeforeValidator(_numbers), Field(min_length=1)] = (1,)  # sessions at once
-    wires: Wires = ("lossless",)
+    wires: Annotated[tuple[Literal["lossless"], ...], BeforeValidator(_numbers), Field(min_length=1)] = ("lossless",)
     new_tokens: int = Field(default=16, gt=0)  # steps after the prompt's

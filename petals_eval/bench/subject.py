@@ -3,13 +3,13 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]
 
-from petals_eval.bench.settings import BenchSettings
+from petals_eval.bench.settings import BenchSettings, Wire
 from petals_eval.config import PUBLIC_SWARM, SwarmSettings
 from petals_eval.errors import ConfigError
 from petals_eval.model import Checkpoint
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from petals_eval.local_swarm.network import EmulatedNetwork, LinkUse
     from petals_eval.swarm import RemoteSequential
 
-__all__ = ["Subject", "opened"]
+__all__ = ["Subject", "opened", "over"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +101,20 @@ def opened(settings: BenchSettings) -> Iterator[Subject]:
             server_processes=processes,
             network=network,
         )
+
+
+@contextlib.contextmanager
+def over(subject: Subject, wire: Wire) -> Iterator[Subject]:
+    """The same blocks with hidden states over this wire: on a connection of their own unless it is lossless."""
+    if wire == "lossless":
+        yield subject
+        return
+    from petals_eval.swarm import SwarmConnection
+
+    children = _children()
+    with SwarmConnection.connect(subject.blocks.settings.model_copy(update={"wire": wire})) as connection:
+        blocks = connection.remote_sequential(subject.blocks.dht_prefix, len(subject.blocks))
+        yield replace(subject, blocks=blocks, client=(os.getpid(), *(_children() - children)))
 
 
 def _children() -> set[int]:

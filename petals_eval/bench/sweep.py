@@ -18,7 +18,7 @@ from petals_eval.bench.outcome import (
     servers_table,
 )
 from petals_eval.bench.settings import BenchSettings, ForwardSettings, InferenceSettings
-from petals_eval.bench.subject import Subject, opened
+from petals_eval.bench.subject import Subject, opened, over
 from petals_eval.errors import RequestTooLargeError, SwarmError
 from petals_eval.report import printable
 
@@ -41,11 +41,13 @@ def bench_forward(settings: ForwardSettings, say: Callable[[str], object]) -> Ou
     with opened(settings) as subject:
         found = _empty("forward", subject, settings)
         say(forward_header())
-        for case in forward_cases(settings):
-            with _noted(found, case, say):
-                point = measure_forward(subject, case, settings)
-                found.points.append(point)
-                say(forward_row(point))
+        for wire in settings.wires:
+            with over(subject, wire) as connected:
+                for case in forward_cases(settings, wire):
+                    with _noted(found, case, say):
+                        point = measure_forward(connected, case, settings)
+                        found.points.append(point)
+                        say(forward_row(point))
         return _summed_up(found, say)
 
 

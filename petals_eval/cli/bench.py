@@ -60,7 +60,7 @@ Lengths = Annotated[str | None, _option(SWEEP, "N,N,...", "Positions of a row. D
 Batches = Annotated[str | None, _option(SWEEP, "N,N,...", "Rows together. Default: 1,8.")]
 Prompts = Annotated[int | None, _option(SWEEP, "N", "Deep prompts of this many positions. Default: none.")]
 Repeats = Annotated[int | None, _option(SWEEP, "N", "Runs of each combination. Default: 3.")]
-Wires = Annotated[str | None, _option(SWEEP, "NAME,...", "How hidden states travel. Default: lossless.", "--wires")]
+Wires = Annotated[str | None, _option(SWEEP, "NAME,...", "How hidden states travel; lossless only.", "--wires")]
 Out = Annotated[Path | None, _option(OUTPUT, "FOLDER", "Write bench.json, bench.txt and bench.svg there.")]
 AsJson = Annotated[bool, _option(OUTPUT, None, "Print bench.json alone on stdout.", "--json")]
 
@@ -91,7 +91,10 @@ def forward(
     windows: Annotated[
         str | None, _option(SWEEP, "N,N,...", "Micro-batches in flight; auto: the client's choice. Default: auto.")
     ] = None,
-    wires: Wires = None,
+    wires: Annotated[
+        str | None,
+        _option(SWEEP, "NAME,...", "Of lossless, float16, blockwise8, uniform8. Default: lossless.", "--wires"),
+    ] = None,
     prompts: Prompts = None,
     seconds: Annotated[float | None, _option(SWEEP, "SECONDS", "Of each run. Default: 3.")] = None,
     warm_up: Annotated[float | None, _option(SWEEP, "SECONDS", "Before each combination. Default: 1.")] = None,

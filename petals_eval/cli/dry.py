@@ -29,7 +29,9 @@ def show_dry_run(settings: RunSettings, task: "Task", source: "DataSource") -> i
     rows = sample(load_rows(source), settings.limit, settings.seed)
     local, adapters = load_local(settings.model, settings.adapter, **local_options(settings))
     for adapter in adapters or (None,):
-        plan = dry_run(local, adapter, task, rows, tokens_per_micro_batch=settings.tokens_per_micro_batch)
+        plan = dry_run(
+            local, adapter, task, rows, tokens_per_micro_batch=settings.tokens_per_micro_batch, wire=settings.wire
+        )
         name = "no prompts" if adapter is None else adapter.name
         typer.echo(f"== {name}: the first examples as the model reads them")
         for example in plan.shown:

@@ -55,6 +55,7 @@ def open_model(settings: RunSettings) -> Iterator[RemoteModel]:
             request_timeout=settings.request_timeout,
             window=settings.window,
             max_tokens_per_call=settings.max_tokens_per_call,
+            wire=settings.wire,
             **local_options(settings),
         ) as model,
     ):

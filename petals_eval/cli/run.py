@@ -107,6 +107,15 @@ def run(
     tokens_per_micro_batch: Annotated[
         int | None, _option(SERVERS, "N", "Positions sent together, prompts included. Default: found out.")
     ] = None,
+    wire: Annotated[
+        str | None,
+        _option(
+            SERVERS,
+            "CODE",
+            "Send hidden states in a lossy code: float16, blockwise8 or uniform8; the report says how far that moves "
+            "answers. Default: lossless.",
+        ),
+    ] = None,
     out: Annotated[
         str | None, _option(OUTPUT, "FOLDER", "Run folder; an unfinished run goes on. Default: runs/<task>-<time>.")
     ] = None,

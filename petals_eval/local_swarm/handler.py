@@ -6,20 +6,19 @@ from contextlib import aclosing
 from typing import Any, AsyncIterator  # noqa: UP035 - hivemind reads the stream's type from typing's alias only
 
 import torch
-from hivemind.compression.serialization import deserialize_tensor_stream, deserialize_torch_tensor
 from hivemind.p2p.p2p_daemon import P2P, P2PContext
 from hivemind.p2p.p2p_daemon_bindings.control import DEFAULT_MAX_MSG_SIZE
 from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
 from hivemind.p2p.servicer import ServicerBase
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
-from hivemind.utils.streaming import split_for_streaming
+from hivemind.utils.streaming import combine_from_streaming, split_for_streaming
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 from petals_eval.local_swarm.blocks import BlockSpan
 from petals_eval.local_swarm.cache import CacheBudget
 from petals_eval.local_swarm.compute import Compute, Work
-from petals_eval.local_swarm.messages import ServedBlocks, given, read_metadata, unpacked
+from petals_eval.local_swarm.messages import ServedBlocks, decoded, given, read_metadata, unpacked
 from petals_eval.local_swarm.sessions import Sessions
 from petals_eval.local_swarm.settings import ServerSettings
 
@@ -67,7 +66,7 @@ class TransformerConnectionHandler(ServicerBase):
     async def rpc_forward(self, request: runtime_pb2.ExpertRequest, context: P2PContext) -> runtime_pb2.ExpertResponse:
         """Hidden states and deep prompts in one message, hidden states in one message back."""
         async with asyncio.timeout(self._settings.request_timeout):
-            tensors = [deserialize_torch_tensor(tensor) for tensor in request.tensors]
+            tensors = [decoded(tensor, self._settings) for tensor in request.tensors]
             metadata = read_metadata(request)
             output = await self._forward("rpc_forward", request.uid, tensors, metadata, context)
             return runtime_pb2.ExpertResponse(tensors=[self._blocks.encoded(output, metadata)])
@@ -79,15 +78,16 @@ class TransformerConnectionHandler(ServicerBase):
         async with asyncio.timeout(self._settings.request_timeout):
             first: runtime_pb2.ExpertRequest | None = None
 
-            async def parts() -> AsyncIterator[Sequence[runtime_pb2.Tensor]]:
-                nonlocal first
-                async for request in requests:
-                    first = first or request
-                    if request.uid != first.uid:
-                        raise ValueError("Block uids differ in one request")
-                    yield request.tensors
-
-            tensors = await deserialize_tensor_stream(parts())
+            parts: list[list[runtime_pb2.Tensor]] = []  # of each tensor; the first of them carries its header
+            async for request in requests:
+                first = first or request
+                if request.uid != first.uid:
+                    raise ValueError("Block uids differ in one request")
+                for part in request.tensors:
+                    if part.dtype or not parts:
+                        parts.append([])
+                    parts[-1].append(part)
+            tensors = [decoded(combine_from_streaming(each), self._settings) for each in parts]
             if first is None:
                 raise ValueError("expected a request, found an empty stream")
             metadata = read_metadata(first)

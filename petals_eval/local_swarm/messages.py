@@ -4,15 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from hivemind.compression.serialization import serialize_torch_tensor
+from hivemind.compression.serialization import deserialize_torch_tensor, serialize_torch_tensor
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 
-from petals_eval.local_swarm.blocks import BlockSpan
+from petals_eval.local_swarm.blocks import DTYPES, BlockSpan
 from petals_eval.local_swarm.settings import ServerSettings
+from petals_eval.swarm import codecs
 from petals_eval.swarm.wire import encode_tensor
 
-__all__ = ["ServedBlocks", "given", "read_metadata", "unpacked"]
+__all__ = ["ServedBlocks", "decoded", "given", "read_metadata", "unpacked"]
+
+_CODES = runtime_pb2.CompressionType
+_NO_BITSANDBYTES = "BlockwiseQuantization requires bitsandbytes to function properly."  # hivemind's words
 
 
 class ServedBlocks:
@@ -22,6 +26,7 @@ class ServedBlocks:
         self.uids = {f"{settings.dht_prefix}.{block}": block for block in range(span.first, span.last)}
         self._adapters = settings.adapters
         self._dtype = span.dtype
+        self._has_bitsandbytes = settings.has_bitsandbytes
 
     def requested(self, uid: str) -> tuple[int, int]:
         """The blocks first:last a chain of uids names; raises RuntimeError for those this server does not hold."""
@@ -44,16 +49,32 @@ class ServedBlocks:
     def encoded(self, output: torch.Tensor, metadata: dict[str, Any]) -> runtime_pb2.Tensor:
         """An answer in the span's dtype, under the compression the client asked for."""
         codes = metadata.get("output_compression")
-        code = runtime_pb2.CompressionType.NONE
+        code: int = _CODES.NONE
         if codes is not None:
             if not isinstance(codes, (list, tuple)) or len(codes) != 1 or not isinstance(codes[0], int):
                 raise ValueError(f"expected output_compression to be a tuple of one code, found {codes!r}")
             code = codes[0]
         output = output.to(self._dtype)
         # Uncompressed tensors go through our own encoder: hivemind's widens bfloat16 unless a global flag is turned.
-        if code == runtime_pb2.CompressionType.NONE:
+        if code == _CODES.NONE:
             return encode_tensor(output)
+        if code == _CODES.BLOCKWISE_8BIT:
+            if not self._has_bitsandbytes:
+                raise ImportError(_NO_BITSANDBYTES)
+            answer = codecs.encode(output, code)
+            answer.dtype = str(self._dtype).removeprefix("torch.")
+            return answer
         return serialize_torch_tensor(output, code, allow_inplace=True)
+
+
+def decoded(message: runtime_pb2.Tensor, settings: ServerSettings) -> torch.Tensor:
+    """A tensor of a request. The 8-bit codes are read by our own decoder: hivemind's fail under NumPy 2.4."""
+    code = message.compression
+    if code not in (_CODES.UNIFORM_8BIT, _CODES.QUANTILE_8BIT, _CODES.BLOCKWISE_8BIT):
+        return deserialize_torch_tensor(message)
+    if code == _CODES.BLOCKWISE_8BIT and not settings.has_bitsandbytes:
+        raise ImportError(_NO_BITSANDBYTES)
+    return codecs.decode(message, tuple(message.size)).to(DTYPES[message.dtype])
 
 
 def read_metadata(request: runtime_pb2.ExpertRequest) -> dict[str, Any]:

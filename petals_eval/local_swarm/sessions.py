@@ -11,7 +11,6 @@ from contextlib import aclosing, contextmanager
 from typing import Any
 
 import torch
-from hivemind.compression.serialization import deserialize_torch_tensor
 from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
@@ -19,7 +18,7 @@ from hivemind.utils.serializer import MSGPackSerializer
 from petals_eval.local_swarm.blocks import BlockSpan
 from petals_eval.local_swarm.cache import CacheBudget
 from petals_eval.local_swarm.compute import Compute, Work
-from petals_eval.local_swarm.messages import ServedBlocks, given, read_metadata, unpacked
+from petals_eval.local_swarm.messages import ServedBlocks, decoded, given, read_metadata, unpacked
 from petals_eval.local_swarm.settings import ServerSettings
 
 __all__ = ["Sessions"]
@@ -184,6 +183,7 @@ class _Session:
     ):
         from petals_eval.local_swarm.kv_cache import SessionCache
 
+        self._settings = settings
         self._first, self._last = first, last
         self._batch = batch
         self._max_length = max_length
@@ -194,7 +194,7 @@ class _Session:
 
     def work(self, request: runtime_pb2.ExpertRequest, step: dict[str, Any], active_adapter: str, remote: str) -> Work:
         """Bring the cache to where the step starts; returns what is to compute there."""
-        tensors = [deserialize_torch_tensor(tensor) for tensor in request.tensors]
+        tensors = [decoded(tensor, self._settings) for tensor in request.tensors]
         hidden, prompts, hypo_ids = unpacked(tensors, self._structure | step, 3)
         if hidden.ndim != 3 or hidden.shape[0] != self._batch or hidden.shape[2] != self._hidden_size:
             raise ValueError(

@@ -40,6 +40,9 @@ class ServerSettings(BaseModel):
     # Whether sessions honour start_from_position, as 2.3.0 servers do; 2.2.0 servers ignore it and go on appending.
     rolls_back: bool = True
 
+    # Whether the code BLOCKWISE_8BIT is taken and given: hivemind leaves it to bitsandbytes. This server has its own.
+    has_bitsandbytes: bool = True
+
     # A fault: the blocks run in training mode with this dropout, as those of a Petals server do with their config's.
     dropout: float = Field(default=0.0, ge=0, lt=1)
 

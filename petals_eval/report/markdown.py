@@ -11,9 +11,10 @@ from petals_eval.report.numbers import (
     notes,
     swarm_line,
     value_text,
+    wire_lines,
 )
 from petals_eval.report.text import printable
-from petals_eval.runs import AdapterResult, Manifest, NoisyServer, RunResult, ServerUsed
+from petals_eval.runs import AdapterResult, Manifest, NoisyServer, RunResult, ServerUsed, WireRecord
 
 __all__ = ["markdown_report"]
 
@@ -31,6 +32,7 @@ def markdown_report(result: RunResult, manifest: Manifest, servers: Sequence[tup
         *(_confusion(each) for each in adapters),
         _origin(manifest),
         _servers(servers),
+        _wire(result.wire),
         _noisy(result.noisy_servers),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -87,6 +89,15 @@ def _servers(servers: Sequence[tuple[ServerUsed, int]]) -> str:
     ]
     heads = ["server", "blocks", "version", "dtype", "quantisation", "examples"]
     return f"## Servers\n\nWhat servers say about themselves is their own word.\n\n{_table(heads, rows)}"
+
+
+def _wire(wire: WireRecord | None) -> str:
+    if wire is None:
+        return ""
+    title = f"## Lossy wire: {_safe(wire.name)}"
+    said = "\n".join(f"- {_safe(line)}" for line in wire_lines(wire))
+    rows = [[peer, "took it"] for peer in wire.taken_by] + [[each.peer_id, each.reason] for each in wire.lossless]
+    return "\n\n".join([title, said, *([_table(["server", ""], rows)] if rows else [])])
 
 
 def _noisy(servers: Sequence[NoisyServer]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from petals_eval.metrics import METRICS, Metric
 from petals_eval.report.text import printable
-from petals_eval.runs import AdapterResult, ComputedIn, RunResult
+from petals_eval.runs import AdapterResult, ComputedIn, RunResult, WireRecord
 
 __all__ = [
     "counts_line",
@@ -18,6 +18,7 @@ __all__ = [
     "rate_text",
     "swarm_line",
     "value_text",
+    "wire_lines",
 ]
 
 
@@ -99,6 +100,31 @@ def noise_line(result: RunResult) -> str | None:
     return (
         f"not reproducible: {plural(len(used), 'server')} in training mode took part "
         f"(difference of two answers to one question: up to {largest:.2g})"
+    )
+
+
+def wire_lines(wire: WireRecord | None) -> list[str]:
+    """What a lossy wire did to the answers, and who did not take it."""
+    if wire is None:
+        return []
+    lines = [f"wire {wire.name}: {_sample_text(wire)}"]
+    by_reason: dict[str, int] = {}
+    for server in wire.lossless:
+        by_reason[server.reason] = by_reason.get(server.reason, 0) + 1
+    for reason, count in by_reason.items():
+        lines.append(f"lossless to and from {plural(count, 'server')}, which did not take it: {reason}")
+    return [printable(line) for line in lines]
+
+
+def _sample_text(wire: WireRecord) -> str:
+    sample = wire.sample
+    if sample is None:
+        return "how far it moved answers was not measured"
+    if sample.largest is None or sample.mean is None:
+        return f"how far it moved answers was {sample.note}"
+    return (
+        f"moved the answers to {plural(sample.examples, 'example')} by up to {sample.largest:.2g}, "
+        f"{sample.mean:.2g} on average; {plural(sample.changed, 'prediction')} changed"
     )
 
 

@@ -19,6 +19,7 @@ from petals_eval.report.numbers import (
     notes,
     swarm_line,
     value_text,
+    wire_lines,
 )
 from petals_eval.report.text import printable
 from petals_eval.runs import AdapterResult, RunResult
@@ -51,6 +52,7 @@ def _below(result: RunResult, adapters: Sequence[AdapterResult]) -> list[str]:
     if len(adapters) == 1:
         lines.append(counts_line(adapters[0]))
     lines.append(swarm_line(result))
+    lines += wire_lines(result.wire)
     noise = noise_line(result)
     if noise is not None:
         lines.append(noise)

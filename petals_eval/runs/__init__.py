@@ -5,10 +5,13 @@ from petals_eval.runs.journal import Counts, Failure, Journal, ScoredArrays
 from petals_eval.runs.manifest import (
     AdapterRecord,
     DataRecord,
+    LosslessServer,
     Manifest,
     ModelRecord,
     NoisyServer,
     ServerUsed,
+    WireRecord,
+    WireSample,
     difference,
 )
 from petals_eval.runs.results import WITHOUT_PROMPTS, AdapterResult, ComputedIn, RunResult, computed_in, summarise
@@ -22,6 +25,7 @@ __all__ = [
     "DataRecord",
     "Failure",
     "Journal",
+    "LosslessServer",
     "Manifest",
     "ModelRecord",
     "NoisyServer",
@@ -29,6 +33,8 @@ __all__ = [
     "RunResult",
     "ScoredArrays",
     "ServerUsed",
+    "WireRecord",
+    "WireSample",
     "computed_in",
     "difference",
     "summarise",

@@ -20,7 +20,7 @@ from typing import Self
 from petals_eval.errors import MachineError, RunFolderError
 from petals_eval.runs.disk import TEMPORARY_SUFFIX, blame_the_machine, write_atomically
 from petals_eval.runs.journal import Journal
-from petals_eval.runs.manifest import Manifest, NoisyServer, difference
+from petals_eval.runs.manifest import Manifest, NoisyServer, WireRecord, difference
 from petals_eval.runs.results import RunResult
 
 __all__ = ["RunFolder"]
@@ -94,6 +94,12 @@ class RunFolder:
         if manifest != self.manifest:
             self.manifest = manifest
             manifest.write(self.path / "manifest.json")
+
+    def note_wire(self, record: WireRecord) -> None:
+        """Note on disk what is known of the lossy wire so far. Raises MachineError."""
+        if record != self.manifest.wire:
+            self.manifest = self.manifest.model_copy(update={"wire": record})
+            self.manifest.write(self.path / "manifest.json")
 
     def write_results(self, result: RunResult, *, report: str | None = None) -> None:
         """Write what there is so far; the run stays unfinished. Raises MachineError."""

@@ -17,10 +17,13 @@ from petals_eval.runs.privacy import shareable_name, shareable_settings
 __all__ = [
     "AdapterRecord",
     "DataRecord",
+    "LosslessServer",
     "Manifest",
     "ModelRecord",
     "NoisyServer",
     "ServerUsed",
+    "WireRecord",
+    "WireSample",
     "difference",
     "package_versions",
 ]
@@ -77,6 +80,40 @@ class NoisyServer:
     is_used: bool
 
 
+@dataclass(frozen=True, slots=True)
+class LosslessServer:
+    """A server that was spoken to lossless on a lossy wire, and why."""
+
+    peer_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WireSample:
+    """Examples computed on the lossy wire and lossless.
+
+    adapter: its name. largest, mean: of the absolute differences of all answers (logits, or log-likelihoods of label
+    words); None where `note` says why there are none. changed: predictions that differ.
+    """
+
+    adapter: str
+    examples: int
+    largest: float | None
+    mean: float | None
+    changed: int
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WireRecord:
+    """A run on a lossy wire. name: of the code. taken_by: peer ids of servers that took it; lossless: the others."""
+
+    name: str
+    sample: WireSample | None = None
+    taken_by: tuple[str, ...] = ()
+    lossless: tuple[LosslessServer, ...] = ()
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -113,7 +150,7 @@ class Manifest(_Record):
     run_settings: what changes only how the run goes (batch sizes, deadlines, ...).
     task: the task's own fingerprint. seeds: by what they seed.
     created, finished: UTC, ISO 8601; finished is None while the run is under way.
-    servers: filled at the end. noisy_servers: as they are found.
+    servers: filled at the end. noisy_servers: as they are found. wire: what a lossy wire did; None on a lossless one.
 
     Names that are paths are cut to their last part, secrets are dropped (`petals_eval.runs.privacy`).
     """
@@ -131,6 +168,7 @@ class Manifest(_Record):
     packages: dict[str, str]
     servers: tuple[ServerUsed, ...] = ()
     noisy_servers: tuple[NoisyServer, ...] = ()
+    wire: WireRecord | None = None
 
     @classmethod
     def new(
@@ -172,7 +210,8 @@ class Manifest(_Record):
 
         What does not change an answer may be set anew, such as the intervals' seed, and holds for all its numbers.
         """
-        return self.model_copy(update={"created": begun.created, "noisy_servers": begun.noisy_servers})
+        kept = {"created": begun.created, "noisy_servers": begun.noisy_servers, "wire": begun.wire}
+        return self.model_copy(update=kept)
 
     def finish(self, servers: Iterable[ServerUsed]) -> "Manifest":
         """The same run, done, with the servers that computed it."""

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from petals_eval.metrics import METRICS, Metric, compute_metrics, confusion_matrix
 from petals_eval.runs.journal import Journal
-from petals_eval.runs.manifest import NoisyServer, ServerUsed
+from petals_eval.runs.manifest import NoisyServer, ServerUsed, WireRecord
 
 __all__ = ["WITHOUT_PROMPTS", "AdapterResult", "ComputedIn", "RunResult", "computed_in", "summarise"]
 
@@ -87,6 +87,7 @@ class RunResult:
     retries: micro-batches that were sent again. servers: how many computed something.
     computed_in: in which dtypes, quantisations and versions, the most common first.
     noisy_servers: that gave two answers to one question, by how much, and whether they were used all the same.
+    wire: how far a lossy wire moved answers, and who did not take it; None for a lossless one.
     """
 
     task: str
@@ -96,6 +97,7 @@ class RunResult:
     servers: int = 0
     computed_in: tuple[ComputedIn, ...] = ()
     noisy_servers: tuple[NoisyServer, ...] = ()
+    wire: WireRecord | None = None
 
     @property
     def first(self) -> AdapterResult:
@@ -112,6 +114,8 @@ class RunResult:
         found |= {"retries": self.retries, "servers": self.servers}
         found["computed_in"] = [asdict(each) for each in self.computed_in]
         found["noisy_servers"] = [asdict(each) for each in self.noisy_servers]
+        if self.wire is not None:
+            found["wire"] = asdict(self.wire)
         if len(self.adapters) > 1:
             found["adapters"] = {name: result.to_json() for name, result in self.adapters.items()}
         if self.without_prompts is not None:

@@ -24,6 +24,7 @@ from petals_eval.swarm.rpc import (
     open_stream,
     tensor_parts,
 )
+from petals_eval.swarm.wire_book import WireBook
 
 __all__ = ["Answer", "BlockCalls", "RemoteCalls"]
 
@@ -31,10 +32,13 @@ __all__ = ["Answer", "BlockCalls", "RemoteCalls"]
 class BlockCalls(Protocol):
     """The seam between "which server next" and "send it": tests of routing and retries plug in here."""
 
-    async def forward(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None) -> Answer:
+    async def forward(
+        self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, *, lossless: bool = False
+    ) -> Answer:
         """Run hidden (batch, seq, hidden) through the hop's blocks.
 
-        prompts: (blocks of the hop, batch or 1, prefix, hidden) or None. Raises PeerError.
+        prompts: (blocks of the hop, batch or 1, prefix, hidden) or None. lossless: whatever the settings' wire is.
+        Raises PeerError.
         """
         ...
 
@@ -58,11 +62,14 @@ class BlockCalls(Protocol):
 class RemoteCalls:
     """Calls over libp2p."""
 
-    def __init__(self, p2p: P2P, dht_prefix: str, settings: SwarmSettings):
+    def __init__(self, p2p: P2P, dht_prefix: str, settings: SwarmSettings, wires: WireBook | None = None):
+        """wires: what the connection knows of servers and the lossy code of its settings; None: all is lossless."""
         self._p2p = p2p
         self._prefix = dht_prefix
         self._settings = settings
-        self._metadata = wire.forward_metadata(settings.active_adapter)
+        self._wires = wires or WireBook(None)
+        codes = {None, self._wires.code}
+        self._metadata = {code: wire.forward_metadata(settings.active_adapter, code) for code in codes}
         self._infos: dict[str, asyncio.Task[wire.ServerInfo]] = {}
         self._rolls_back: dict[str, bool] = {}
 
@@ -83,6 +90,7 @@ class RemoteCalls:
         return task.result()
 
     def forget(self, peer_id: str) -> None:
+        self._wires.forget(peer_id)
         self._rolls_back.pop(peer_id, None)
         task = self._infos.get(peer_id)
         if task is not None and task.done():
@@ -98,29 +106,53 @@ class RemoteCalls:
             raise PeerAnswerError(f"it announces {wanted}, but computes in {wire.dtype_name(info.output_dtype)}")
         return info
 
-    async def forward(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None) -> Answer:
+    async def forward(
+        self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, *, lossless: bool = False
+    ) -> Answer:
         """One rpc_forward, or rpc_forward_stream above 1 MiB of tensor bytes. Raises PeerError."""
         info = await self.info(hop)
+        code = None
+        if self._wires.code is not None and not lossless and hidden.numel():
+            first = hidden[:1, :1]  # a position is enough to see whether the server takes the code
+
+            async def try_out(code: wire.LossyCode | None) -> Answer:
+                return await self._forward(hop, info, first, None, code)
+
+            code = await self._wires.code_for(hop.server.peer_id, info, try_out)
+        return await self._forward(hop, info, hidden, prompts, code)
+
+    async def _forward(
+        self,
+        hop: Hop,
+        info: wire.ServerInfo,
+        hidden: torch.Tensor,
+        prompts: torch.Tensor | None,
+        code: wire.LossyCode | None,
+    ) -> Answer:
         started = time.monotonic()
-        tensors = [wire.encode_for(info, hidden), wire.encode_for(info, prompts)]
+        encode = partial(wire.encode_for, info, hidden, code)
+        # Lossy codes are arithmetic: not in the thread that serves every other call.
+        tensors = [encode() if code is None else await asyncio.to_thread(encode), wire.encode_for(info, prompts)]
         sent = sum(len(tensor.buffer) for tensor in tensors)
+        metadata = self._metadata[code]
 
         uid = wire.block_uid(self._prefix, hop.first, hop.last)
         stub = self._stub(hop.server.peer_id)
         timeout = self._settings.request_timeout
         with as_peer_errors(timeout):
             if sent <= wire.MAX_UNARY_BYTES:
-                request = runtime_pb2.ExpertRequest(uid=uid, tensors=tensors, metadata=self._metadata)
+                request = runtime_pb2.ExpertRequest(uid=uid, tensors=tensors, metadata=metadata)
                 response = await stub.rpc_forward(request, timeout=timeout)
                 parts = list(response.tensors)
             else:
                 async with asyncio.timeout(timeout):
-                    responses = await stub.rpc_forward_stream(self._send(uid, tensors))
+                    responses = await stub.rpc_forward_stream(_send(uid, tensors, metadata))
                     async with aclosing(responses):  # the stream ends now, not when the garbage collector comes by
                         parts = await tensor_parts(responses, limit=4 * hidden.numel() + MOST_WORDS)
                 if not parts:
                     raise PeerUnreachableError("the connection ended before the answer came")
-        answer = wire.read_answer(parts, tuple(hidden.shape), info.output_dtype)
+        read = partial(wire.read_answer, parts, tuple(hidden.shape), info.output_dtype, code)
+        answer = read() if code is None else await asyncio.to_thread(read)
         received = sum(len(part.buffer) for part in parts)
         return Answer(answer, time.monotonic() - started, sent, received)
 
@@ -171,9 +203,12 @@ class RemoteCalls:
             self._rolls_back[peer_id] = answer
         return self._rolls_back[peer_id]
 
-    async def _send(self, uid: str, tensors: list[runtime_pb2.Tensor]) -> AsyncIterator[runtime_pb2.ExpertRequest]:
-        for part in wire.stream_parts(uid, tensors, self._metadata):
-            yield part
-
     def _stub(self, peer_id: str):  # type: ignore[no-untyped-def]  # hivemind makes the stub's class at run time
         return TransformerConnectionHandler.get_stub(self._p2p, PeerID.from_base58(peer_id))
+
+
+async def _send(
+    uid: str, tensors: list[runtime_pb2.Tensor], metadata: bytes
+) -> AsyncIterator[runtime_pb2.ExpertRequest]:
+    for part in wire.stream_parts(uid, tensors, metadata):
+        yield part

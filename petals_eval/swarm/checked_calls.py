@@ -55,9 +55,11 @@ class CheckedCalls:
         self.tokens_asked = 0
         self.tokens_computed = 0
 
-    async def forward(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None) -> Answer:
+    async def forward(
+        self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, *, lossless: bool = False
+    ) -> Answer:
         await self._clear(hop, hidden)
-        answer = await self._calls.forward(hop, hidden, prompts)
+        answer = await self._calls.forward(hop, hidden, prompts, lossless=lossless)
         self._refuse_if_caught(hop)  # while this was computed
         self._computed(hop, hidden)
         return answer
@@ -147,7 +149,7 @@ class CheckedCalls:
             parts = question.split(max(1, limit // question.shape[1]))
             tokens = parts[0].shape[0] * parts[0].shape[1]
             try:
-                answers = await together([self._calls.forward(hop, part, None) for part in parts * 2])
+                answers = await together([self._calls.forward(hop, part, None, lossless=True) for part in parts * 2])
                 break
             except PeerRefusedError as error:
                 if not self._limits.learn_per_call(peer_id, error, tokens):

@@ -22,7 +22,7 @@ GAIN = 2.0
 """Times rate and quickest time: the second half covers what comes back in bunches, and lets the rate grow."""
 MEMORY = 10.0
 """Seconds that the best rate and the quickest time are believed. Then a few calls go with nothing before them, to see
-how quick it is now: with a queue of our own making in front, each would seem to take longer, and want a longer queue."""
+how quick it is now: with a queue of our own making in front, each seems to take longer, and asks for a longer queue."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ from petals_eval.swarm.inference_session import InferenceSession
 from petals_eval.swarm.peers import PeerBook, PeerHistory
 from petals_eval.swarm.pipeline import USUAL_MAX_TOKENS, Pipeline, SwarmStatus
 from petals_eval.swarm.records import Snapshot
-from petals_eval.swarm.wire import itemsize_of
+from petals_eval.swarm.wire import LOSSY, itemsize_of
+from petals_eval.swarm.wire_book import WireBook
 
 __all__ = ["Computed", "RemoteSequential", "Work"]
 
@@ -52,7 +53,7 @@ class RemoteSequential(nn.Module):
         settings = connection.settings
         directory = Directory(connection.dht, dht_prefix, num_blocks, settings)
         peers = PeerBook(settings)
-        calls = CheckedCalls(RemoteCalls(connection.p2p, dht_prefix, settings), peers, settings)
+        calls = CheckedCalls(RemoteCalls(connection.p2p, dht_prefix, settings, connection.wires), peers, settings)
         pipeline = Pipeline(calls, directory, peers, settings)
         connection.run(directory.refresh)
         connection.start_background(directory.keep_fresh)
@@ -146,6 +147,11 @@ class RemoteSequential(nn.Module):
             self._connection, self._pipeline.session(self.first, self.last, batch=batch, max_length=max_length)
         )
 
+    @property
+    def wires(self) -> WireBook:
+        """Which servers take the lossy code of the settings, as far as they were asked."""
+        return self._connection.wires
+
     def status(self) -> SwarmStatus:
         """Retries, servers used and what is being waited for."""
         return self._pipeline.status()
@@ -188,6 +194,8 @@ class RemoteSequential(nn.Module):
         limit = self.settings.max_tokens_per_call or USUAL_MAX_TOKENS
         announced = {server.record.torch_dtype for server in self.snapshot.servers.values()}
         itemsize = max((itemsize_of(name, dtype) for name in announced), default=dtype.itemsize)
+        if self.settings.wire is not None:
+            itemsize = min(itemsize, LOSSY[self.settings.wire].bytes_per_value)
         return max(1, min(limit, self.micro_batch_bytes // (hidden_size * itemsize)))
 
     def _check_shapes(self, hidden: torch.Tensor, prompts: torch.Tensor | None) -> None:

@@ -17,9 +17,12 @@ from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 from petals_eval.errors import PeerAnswerError
+from petals_eval.swarm import codecs
 
 __all__ = [
+    "LOSSY",
     "MAX_UNARY_BYTES",
+    "LossyCode",
     "ServerInfo",
     "block_uid",
     "decode_tensor",
@@ -39,6 +42,31 @@ __all__ = [
 
 MAX_UNARY_BYTES = MAX_UNARY_PAYLOAD_SIZE // 2
 """Raw tensor bytes above which both sides switch to the streaming call (1 MiB)."""
+
+_CODES = runtime_pb2.CompressionType
+
+
+@dataclass(frozen=True, slots=True)
+class LossyCode:
+    """How hidden states travel under one name of `SwarmSettings.wire`: compression codes there and back."""
+
+    name: str
+    request: int
+    answer: int
+    bytes_per_value: int
+
+
+LOSSY: Mapping[str, LossyCode] = {
+    code.name: code
+    for code in (
+        LossyCode("float16", _CODES.FLOAT16, _CODES.FLOAT16, 2),
+        LossyCode("blockwise8", _CODES.BLOCKWISE_8BIT, _CODES.BLOCKWISE_8BIT, 1),
+        # Petals lets hivemind's encoders work in place, and then UNIFORM_8BIT loses the tensor's mean (hivemind 1.1.12:
+        # its codebook is made from values from which the mean was taken). So answers come in the other 8-bit code.
+        LossyCode("uniform8", _CODES.UNIFORM_8BIT, _CODES.QUANTILE_8BIT, 1),
+    )
+}
+"""By name."""
 
 _NAMES = {
     torch.float32: "float32",
@@ -103,21 +131,31 @@ def encode_tensor(tensor: torch.Tensor) -> runtime_pb2.Tensor:
     )
 
 
-def encode_for(info: ServerInfo, tensor: torch.Tensor | None) -> runtime_pb2.Tensor:
-    """A float tensor in the dtype to send this server; an empty one stands for None."""
+def encode_for(info: ServerInfo, tensor: torch.Tensor | None, code: LossyCode | None = None) -> runtime_pb2.Tensor:
+    """A float tensor in the dtype to send this server, or under a lossy code; an empty one stands for None."""
     if tensor is None:
         return encode_tensor(torch.empty(0))
-    return encode_tensor(tensor.to(wire_dtype(tensor.dtype, info.input_dtype)))
+    dtype = wire_dtype(tensor.dtype, info.input_dtype)
+    if code is None or code.bytes_per_value >= dtype.itemsize:  # float16 of a bfloat16 answer would save nothing
+        return encode_tensor(tensor.to(dtype))
+    return codecs.encode(tensor, code.request)
 
 
-def decode_tensor(message: runtime_pb2.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Read a tensor that must have this shape and dtype; raises PeerAnswerError before any byte is interpreted."""
-    if message.compression != runtime_pb2.CompressionType.NONE:
-        raise PeerAnswerError(f"expected an uncompressed tensor, found compression code {message.compression}")
+def decode_tensor(
+    message: runtime_pb2.Tensor, shape: tuple[int, ...], dtype: torch.dtype, compression: int = _CODES.NONE
+) -> torch.Tensor:
+    """Read a tensor that must have this shape, dtype and compression code.
+
+    Raises PeerAnswerError before any byte is interpreted.
+    """
+    if message.compression != compression:
+        raise PeerAnswerError(f"expected {_code_name(compression)}, found compression code {message.compression}")
     if tuple(message.size) != shape:
         raise PeerAnswerError(f"expected a tensor of shape {shape}, found {tuple(message.size)}"[:200])
     if message.dtype != _NAMES[dtype]:
         raise PeerAnswerError(f"expected {_NAMES[dtype]}, found {message.dtype!r:.40}")
+    if compression != _CODES.NONE:
+        return codecs.decode(message, shape).to(dtype)
     elements = math.prod(shape)
     if len(message.buffer) == elements * dtype.itemsize:
         stored = dtype
@@ -130,14 +168,18 @@ def decode_tensor(message: runtime_pb2.Tensor, shape: tuple[int, ...], dtype: to
     return torch.frombuffer(bytearray(message.buffer), dtype=stored).to(dtype).reshape(shape)
 
 
-def forward_metadata(active_adapter: str | None) -> bytes:
-    """Metadata of a forward call. The answer is asked for uncompressed, whatever the server's own default is."""
+def _code_name(compression: int) -> str:
+    return "an uncompressed tensor" if compression == _CODES.NONE else f"one in {_CODES.Name(compression)}"
+
+
+def forward_metadata(active_adapter: str | None, code: LossyCode | None = None) -> bytes:
+    """Metadata of a forward call. It says how the answer is to travel, whatever the server's own default is."""
     return MSGPackSerializer.dumps(
         {
             "points": 0,
             "active_adapter": active_adapter or "",
             "args_structure": ((b"__T0", b"__T1"), {}),
-            "output_compression": (int(runtime_pb2.CompressionType.NONE),),
+            "output_compression": (int(_CODES.NONE if code is None else code.answer),),
         }
     )
 
@@ -199,8 +241,10 @@ def stream_parts(
             yield runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=metadata)
 
 
-def read_answer(parts: Iterable[runtime_pb2.Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The one tensor of an answer, joined from its parts and checked: count, dtype, shape, size, finite values."""
+def read_answer(
+    parts: Iterable[runtime_pb2.Tensor], shape: tuple[int, ...], dtype: torch.dtype, code: LossyCode | None = None
+) -> torch.Tensor:
+    """The one tensor of an answer, joined from its parts and checked: count, code, dtype, shape, size, finiteness."""
     parts = list(parts)
     if not parts:
         raise PeerAnswerError("expected one tensor, found none")
@@ -214,7 +258,7 @@ def read_answer(parts: Iterable[runtime_pb2.Tensor], shape: tuple[int, ...], dty
             dtype=message.dtype,
             buffer=b"".join(part.buffer for part in parts),
         )
-    tensor = decode_tensor(message, shape, dtype)
+    tensor = decode_tensor(message, shape, dtype, _CODES.NONE if code is None else code.answer)
     if not torch.isfinite(tensor).all():
         raise PeerAnswerError(f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are not finite")
     return tensor

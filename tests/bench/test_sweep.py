@@ -63,6 +63,27 @@ def test_forward_measures_every_combination(swarm: LocalSwarm):
     assert swarm.initial_peers[0] not in told_again
 
 
+def test_forward_measures_each_wire_and_says_who_does_not_take_one(swarm: LocalSwarm):
+    lines: list[str] = []
+    quick = {"lengths": (16,), "batches": (4,), "windows": "2", "seconds": 0.3, "warm_up": 0.1, "repeats": 1}
+    settings = ForwardSettings(**told(swarm), wires="lossless,float16,uniform8", **quick)
+    found = bench_forward(settings, lines.append)
+    assert [point.case.wire for point in found.points] == ["lossless", "float16", "uniform8"]
+    moved = [
+        {server.bytes_received / (server.tokens * HIDDEN) for server in point.watched.servers.values()}
+        for point in found.points
+    ]
+    # A codebook of 1 KiB goes with each 2,048 values of so small a message.
+    assert moved == [{4.0}, {2.0}, {1 + 1032 / 2048}]
+    assert [line.split()[3] for line in lines if line.strip().startswith("16 ")] == ["lossless", "float16", "uniform8"]
+
+    with LocalSwarm(swarm.model, servers=1, mode="thread", has_bitsandbytes=False) as without:
+        found = bench_forward(ForwardSettings(**told(without), wires="lossless,blockwise8", **quick), lines.append)
+    assert [point.case.wire for point in found.points] == ["lossless"]
+    (failure,) = found.failures
+    assert failure.case.wire == "blockwise8" and "bitsandbytes" in failure.reason
+
+
 def test_inference_measures_sessions_side_by_side(swarm: LocalSwarm):
     lines: list[str] = []
     settings = InferenceSettings(**told(swarm), lengths=(8, 4096), batches=(1,), windows="1,2", new_tokens=3, repeats=2)
@@ -117,3 +138,8 @@ def test_the_command_measures_an_embedded_swarm_behind_links(model: Path, tmp_pa
 def test_a_wrong_setting_is_named(settings: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         ForwardSettings(model="tiny", **settings)
+
+
+def test_sessions_are_lossless():
+    with pytest.raises(ConfigError, match="wires"):
+        InferenceSettings(model="tiny", local_swarm=2, wires="float16")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from petals_eval.local_swarm import LocalSwarm
 from petals_eval.swarm.calls import RemoteCalls
 from tests.cli.conftest import Stage
 from tests.cli.invoking import invoke
@@ -154,9 +155,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     made: list[object] = []
     real = RemoteCalls.forward
 
-    def forward(self: RemoteCalls, hop: object, *rest: object) -> object:
+    def forward(self: RemoteCalls, hop: object, *rest: object, **how: object) -> object:
         made.append(hop)
-        return real(self, hop, *rest)
+        return real(self, hop, *rest, **how)
 
     monkeypatch.setattr(RemoteCalls, "forward", forward)
     return made
@@ -181,6 +182,80 @@ def test_a_dry_run_shows_everything_and_sends_nothing(stage: Stage, calls: list[
     # The counter counts: a real run is seen by it.
     assert invoke(*stage.run("--limit", 3)).code == 0
     assert len(calls) >= 3
+
+
+def test_a_lossy_wire_is_used_by_name_only_and_said(stage: Stage) -> None:
+    command = stage.run("--limit", 60, "--out", "r")
+    lossless = invoke(*stage.run("--limit", 60, "--out", "lossless"))
+    assert "wire" not in lossless.out and "wire" not in read_json(Path("lossless/metrics.json"))
+    assert read_json(Path("lossless/manifest.json"))["answer_settings"]["wire"] is None
+    outcome = invoke(*command, "--wire", "blockwise8")
+    assert outcome.code == 0
+    (said,) = [line.strip() for line in outcome.out.splitlines() if "wire" in line]
+    found = re.fullmatch(
+        r"wire blockwise8: moved the answers to 16 examples by up to ([\d.e-]+), ([\d.e-]+) on average; "
+        r"(\d+) predictions? changed",
+        said,
+    )
+    assert found is not None
+    record = read_json(Path("r/metrics.json"))["wire"]
+    assert record["name"] == "blockwise8" and record["lossless"] == [] and len(record["taken_by"]) == 3
+    assert 0 < record["sample"]["mean"] < record["sample"]["largest"] < 3
+    assert float(found[1]) == pytest.approx(record["sample"]["largest"], rel=0.1)
+    manifest = read_json(Path("r/manifest.json"))
+    assert manifest["answer_settings"]["wire"] == "blockwise8"
+    assert manifest["wire"] == record
+    report = Path("r/report.md").read_text()
+    assert "## Lossy wire: blockwise8" in report and report.count("took it") == 3
+    scores = [
+        [line["probabilities"] for line in read_lines(Path(folder, "predictions.jsonl"))]
+        for folder in ("r", "lossless")
+    ]
+    assert scores[0] != scores[1]
+
+
+def test_an_unfinished_run_does_not_go_on_over_another_wire_and_is_sampled_once(stage: Stage) -> None:
+    command = stage.run("--limit", 60, "--out", "r")
+    assert invoke(*command, "--wire", "float16").code == 0
+    manifest = read_json(Path("r/manifest.json"))
+    manifest["finished"] = None  # as if it had been killed just before its end
+    manifest["wire"]["sample"]["largest"] = 0.125
+    manifest["wire"]["lossless"] = [{"peer_id": "12D3KooWGone", "reason": "it was old"}]
+    for others in ([], ["--wire", "uniform8"]):
+        Path("r/manifest.json").write_text(json.dumps(manifest))
+        refused = invoke(*command, *others)
+        assert refused.code == 2
+        assert f"setting.wire: was float16, now {others[-1] if others else 'nothing'}" in refused.error
+    outcome = invoke(*command, "--wire", "float16")
+    assert outcome.code == 0
+    assert "by up to 0.12," in outcome.out
+    assert "lossless to and from 1 server, which did not take it: it was old" in outcome.out
+
+
+def test_a_server_that_does_not_take_the_wire_is_named_and_used(stage: Stage) -> None:
+    with LocalSwarm(stage.model, servers=1, mode="thread", has_bitsandbytes=False) as swarm:
+        command = [*stage.on_task("trec", stage.trec), "--adapter", stage.adapter(), "--limit", 20]
+        where = ["--initial-peers", swarm.initial_peers[0], "--dht-prefix", swarm.dht_prefix]
+        outcome = invoke(*command, *where, "--wire", "blockwise8", "--out", "r")
+        (server,) = swarm.servers
+    assert outcome.code == 0
+    assert f"note: server ...{server.peer_id[-6:]} does not take --wire blockwise8" in outcome.error
+    assert "lossless to and from 1 server, which did not take it:" in outcome.out and "bitsandbytes" in outcome.out
+    assert read_json(Path("r/metrics.json"))["wire"]["sample"]["largest"] < 1e-4
+
+
+def test_a_wrong_wire_is_named(stage: Stage) -> None:
+    outcome = invoke(*stage.run("--wire", "uniform4"))
+    assert outcome.code == 2
+    assert "wire" in outcome.error and "'float16', 'blockwise8' or 'uniform8'" in outcome.error
+
+
+def test_a_dry_run_counts_the_bytes_of_the_wire(stage: Stage) -> None:
+    sizes = []
+    for more in ([], ["--wire", "float16"], ["--wire", "blockwise8"]):
+        outcome = invoke(*stage.run("--dry-run", "--limit", 3, *more))
+        sizes.append(float(re.search(r"([\d.]+) kB of hidden states to each hop", outcome.out)[1]))
+    assert sizes == [pytest.approx(sizes[0] / share, abs=0.1) for share in (1, 2, 4)]
 
 
 def test_a_dry_run_works_without_a_swarm(stage: Stage) -> None:

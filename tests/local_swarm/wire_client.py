@@ -16,7 +16,7 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
 from hivemind.proto import runtime_pb2
 from hivemind.utils.asyncio import as_aiter
 from hivemind.utils.serializer import MSGPackSerializer
-from hivemind.utils.streaming import split_for_streaming
+from hivemind.utils.streaming import combine_from_streaming, split_for_streaming
 
 from petals_eval.local_swarm.handler import TransformerConnectionHandler
 from petals_eval.local_swarm.loop_thread import LoopThread
@@ -58,6 +58,23 @@ class WireClient(contextlib.AbstractContextManager):
             ]
             answers = await self.stub(peer_id).rpc_forward_stream(as_aiter(*parts))
             return await deserialize_tensor_stream(answer.tensors async for answer in answers)
+
+        return self.loop.run(call(), TIMEOUT)
+
+    def send(self, peer_id, message, method):
+        """A request as it is, over rpc_forward or rpc_forward_stream; returns the tensors' messages, whole."""
+        stub = self.stub(peer_id)
+        if method == "forward":
+            return list(self.loop.run(stub.rpc_forward(message), TIMEOUT).tensors)
+
+        async def call():
+            parts = [
+                runtime_pb2.ExpertRequest(uid=message.uid, tensors=[part], metadata=message.metadata)
+                for tensor in message.tensors
+                for part in split_for_streaming(tensor, 1000)
+            ]
+            answers = await stub.rpc_forward_stream(as_aiter(*parts))
+            return [combine_from_streaming([part async for answer in answers for part in answer.tensors])]
 
         return self.loop.run(call(), TIMEOUT)
 

@@ -18,10 +18,13 @@ from petals_eval.runs import (
     AdapterRecord,
     AdapterResult,
     DataRecord,
+    LosslessServer,
     Manifest,
     ModelRecord,
     RunResult,
     ServerUsed,
+    WireRecord,
+    WireSample,
     computed_in,
 )
 
@@ -157,6 +160,28 @@ def test_the_markdown_report_says_what_and_how() -> None:
         "| 12D3KooWAlpha | 0:5 | 2.2.0 | float32 | none said | 500 |",
     ):
         assert line in text.splitlines(), line
+
+
+def test_what_a_lossy_wire_did_is_said() -> None:
+    why = "ImportError: no bitsandbytes"
+    lossless = (LosslessServer("12D3KooWOld", why), LosslessServer("12D3KooWOlder", why))
+    record = WireRecord("uniform8", WireSample("trec-ptune", 16, 0.1234, 0.0432, 1), ("12D3KooWNew",), lossless)
+    result = run_result(wire=record)
+    moved = "wire uniform8: moved the answers to 16 examples by up to 0.12, 0.043 on average; 1 prediction changed"
+    left = f"lossless to and from 2 servers, which did not take it: {why}"
+    text, report = printed(result), markdown_report(result, manifest())
+    for line in (moved, left):
+        assert f"  {line}\n" in text
+        assert f"- {line}\n" in report
+    assert f"| 12D3KooWNew | took it |\n| 12D3KooWOld | {why} |\n" in report
+    note = WireSample("trec-ptune", 0, None, None, 0, "not measured: an input is too long")
+    assert "how far it moved answers was not measured: an input" in printed(
+        run_result(wire=WireRecord("float16", note))
+    )
+    assert "wire" not in printed(run_result()) + markdown_report(run_result(), manifest())
+    forged = WireRecord("float16", None, (), (LosslessServer("peer", FORGERY),))
+    for text in (printed(run_result(wire=forged)), markdown_report(run_result(wire=forged), manifest())):
+        assert "\x1b" not in text and "\u202e" not in text
 
 
 def test_text_of_strangers_cannot_forge_the_markdown_report() -> None:

@@ -55,7 +55,9 @@ class FakeCalls:
     def forget(self, peer_id: str) -> None:
         self.forgotten.append(peer_id)
 
-    async def forward(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None) -> Answer:
+    async def forward(
+        self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, *, lossless: bool = False
+    ) -> Answer:
         self.calls.append((hop.server.peer_id, hop.first, hop.last, tuple(hidden.shape)))
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)

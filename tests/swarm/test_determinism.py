@@ -39,7 +39,7 @@ class Blocks:
         self.calls: list[tuple[str, int, int, int]] = []  # server, first, last, tokens
         self.down: set[str] = set()
 
-    async def forward(self, hop, hidden, prompts):
+    async def forward(self, hop, hidden, prompts, *, lossless=False):
         name = hop.server.peer_id
         self.calls.append((name, hop.first, hop.last, hidden.shape[0] * hidden.shape[1]))
         await asyncio.sleep(0)
@@ -392,7 +392,7 @@ def test_checks_cost_less_than_a_hundredth_of_the_tokens_of_ten_thousand_example
     """TREC's length: 10,000 questions of about 20 tokens with 8 prompt tokens, in micro-batches of 1,024."""
 
     class Echo(Blocks):
-        async def forward(self, hop, hidden, prompts):
+        async def forward(self, hop, hidden, prompts, *, lossless=False):
             await asyncio.sleep(0)
             return Answer(hidden, 0.001, 8, 8)
 

@@ -278,7 +278,7 @@ def test_servers_that_fail_in_turns_end_at_the_deadline_too():
 
 def test_a_call_that_hangs_ends_at_the_deadline():
     class Hanging(FakeCalls):
-        async def forward(self, hop, hidden, prompts):
+        async def forward(self, hop, hidden, prompts, *, lossless=False):
             await asyncio.sleep(60)
 
     started = time.monotonic()
