@@ -89,6 +89,13 @@ class Flow:
         """It will not come back."""
         self.in_flight = max(0.0, self.in_flight - sent.work)
 
+    def slowed_down(self) -> None:
+        """What was measured holds no more: a call took far longer than it lets expect. Believe a third of the rate."""
+        if self._rates:
+            when, rate = self._rates[-1]
+            self._rates.clear()
+            self._rates.append((when, rate / 3))
+
     def came_back(self, sent: Sent, now: float) -> None:
         self.lost(sent)
         self._delivered += sent.work

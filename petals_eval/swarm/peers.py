@@ -51,6 +51,7 @@ class PeerHistory:
     bytes_sent: int = 0
     bytes_received: int = 0
     in_flight: int = 0  # tokens it is working on for us
+    overtaken: int = 0  # calls that another server, asked later, was done with first
     flow: Flow = field(default_factory=Flow)  # its rate and its window
     spans: set[tuple[int, int]] = field(default_factory=set)
 
@@ -119,3 +120,9 @@ class PeerBook:
         history.tokens += tokens
         history.bytes_sent += sent
         history.bytes_received += received
+
+    def overtaken(self, peer_id: str) -> None:
+        """Another server, asked later, was done first."""
+        history = self.of(peer_id)
+        history.overtaken += 1
+        history.flow.slowed_down()

@@ -2,8 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,29 +14,22 @@ from petals_eval.errors import (
     PeerError,
     PeerNondeterministicError,
     PeerRefusedError,
-    PeerTimeoutError,
-    PeerUnreachableError,
     RequestTooLargeError,
 )
-from petals_eval.swarm.calls import Answer, BlockCalls
+from petals_eval.swarm.calls import BlockCalls
 from petals_eval.swarm.directory import Directory
+from petals_eval.swarm.hop_calls import HopCalls
 from petals_eval.swarm.limits import USUAL_MAX_TOKENS, TokenLimits
 from petals_eval.swarm.lines import Line, Lines
 from petals_eval.swarm.missing import spans_text, what_is_missing, within
 from petals_eval.swarm.peers import PeerBook, short_peer
 from petals_eval.swarm.records import SpanServer
 from petals_eval.swarm.routing import Hop, hold_all, next_hop
-from petals_eval.swarm.rpc import together
 from petals_eval.swarm.sessions import RouteSession
 from petals_eval.swarm.sizes import MicroBatchSize
 from petals_eval.swarm.unequal import UnequalServer, stop_text, warning_text
 
 __all__ = ["USUAL_MAX_TOKENS", "Pipeline", "ServedHop", "SwarmStatus", "short_peer", "spans_text"]
-
-HOP_OVERHEAD = 0.02
-"""Seconds a hop costs before any token is computed, as long as nothing was measured."""
-UNMEASURED = 1e-5
-"""Seconds per token and block of a server not called yet: optimistic, so that every server gets its first call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +71,7 @@ class Pipeline:
         self._limits = TokenLimits(settings.max_tokens_per_call)
         self.lines = Lines()
         self.sizes = MicroBatchSize()
-        self._stepping: dict[str, asyncio.Lock] = {}  # by server
+        self._hop_calls = HopCalls(calls, peers, self._limits, self.lines)
         self._waiting: dict[object, str] = {}
         self._notices: list[str] = []
         self._unequal: dict[str, UnequalServer] = {}
@@ -109,17 +101,62 @@ class Pipeline:
                 give_up = give_up or time.monotonic() + self._settings.deadline  # waiting in line is nobody's failure
                 hop = await self._hop_with_room(position, last, hidden.shape[0], seq, give_up, line)
             span_prompts = None if prompts is None else prompts[hop.first - first : hop.last - first]
-            try:
-                async with self._at_most_until(give_up, hop.server.peer_id):
-                    hidden = await self._call(hop, hidden, span_prompts)
-            except PeerError as error:
-                if not self._is_too_small(hop, error, 1, seq):
-                    self._failed(hop, error)
+            served = await self._compute(hop, hidden, span_prompts, give_up)
+            if served is None:
                 continue
+            hop, hidden = served
             route.append(_served(hop, hidden))
             position = hop.last
             give_up = None
         return hidden, tuple(route)
+
+    async def _compute(
+        self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, give_up: float
+    ) -> tuple[Hop, torch.Tensor] | None:
+        """The hop's answer, with who gave it; None where it failed.
+
+        Where its server takes far longer than was to be expected and another one is free, that one is asked, too, and
+        the first answer counts: one straggler would otherwise hold up the end of a run.
+        """
+        patience: float | None = self._hop_calls.patience(hop, hidden)
+        under_way = {self._hop_calls.start(hop, hidden, prompts, give_up): hop}
+        try:
+            while under_way:
+                done, _ = await asyncio.wait(under_way, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    patience = None
+                    other = self._free_hop_like(hop, hidden)
+                    if other is not None:
+                        under_way[self._hop_calls.start(other, hidden, prompts, give_up)] = other
+                for call in done:
+                    asked = under_way.pop(call)
+                    try:
+                        answer = call.result()
+                    except PeerError as error:
+                        if not self._is_too_small(asked, error, 1, hidden.shape[1]):
+                            self._failed(asked, error)
+                    else:
+                        for slower in under_way.values():
+                            self.peers.overtaken(slower.server.peer_id)
+                        return asked, answer
+            return None
+        finally:
+            for call in under_way:
+                call.cancel()
+
+    def _free_hop_like(self, hop: Hop, hidden: torch.Tensor) -> Hop | None:
+        """The same blocks on the server that would be done soonest, of those that could begin at once."""
+        candidates = [
+            Hop(server, hop.first, hop.last)
+            for server in self._trusted()
+            if server.peer_id != hop.server.peer_id
+            and server.start <= hop.first
+            and hop.last <= server.end
+            and self.peers.may_be_called(server.peer_id)
+            and self._limits.row_too_large(server.peer_id, hidden.shape[1]) is None
+            and self._hop_calls.has_room_for(Hop(server, hop.first, hop.last), hidden.shape[0] * hidden.shape[1])
+        ]
+        return min(candidates, key=lambda other: self._hop_calls.seconds_for(other, hidden), default=None)
 
     async def _hop_with_room(self, position: int, last: int, rows: int, seq: int, give_up: float, line: Line) -> Hop:
         """The hop that would be done soonest, once its server has room for another call."""
@@ -127,8 +164,7 @@ class Pipeline:
             hop = await self._find_hop(
                 position, last, rows * seq, give_up, lambda peer: self._limits.row_too_large(peer, seq)
             )
-            blocks = hop.last - hop.first
-            if self._settings.window or self.peers.of(hop.server.peer_id).flow.has_room(rows * seq * blocks, blocks):
+            if self._settings.window or self._hop_calls.has_room_for(hop, rows * seq):
                 return hop
             await line.news(give_up - time.monotonic())
 
@@ -253,78 +289,8 @@ class Pipeline:
             self._warn_of(self._unequal[known.server.peer_id], others=0)
         return hop
 
-    @asynccontextmanager
-    async def _at_most_until(self, give_up: float, peer_id: str) -> AsyncIterator[None]:
-        """No call goes on after the deadline, however long a call may take. Raises PeerTimeoutError."""
-        try:
-            async with asyncio.timeout(give_up - time.monotonic()):
-                yield
-        except TimeoutError as error:
-            before = f"; before: {self.peers.of(peer_id).last_error}" if self.peers.is_failing(peer_id) else ""
-            raise PeerTimeoutError(f"nothing by the deadline{before}") from error
-
     def _cost(self, server: SpanServer, blocks: int, tokens: int) -> float:
-        return HOP_OVERHEAD + self.peers.of(server.peer_id).flow.seconds_for(float(tokens * blocks), UNMEASURED)
-
-    async def _call(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
-        """One hop, in as many calls as the server's token limit asks for, all of them together.
-
-        A row that is longer than a call may be goes through a session, in steps.
-        """
-        peer_id = hop.server.peer_id
-        history = self.peers.of(peer_id)
-        rows, seq = hidden.shape[:2]
-        while True:
-            # Only a limit that was set or told is held against a single row: servers of grouped-query models take more
-            # than the usual number, and the refusal of one that does not names its own.
-            known = self._limits.per_call(peer_id)
-            in_steps = known is not None and seq > known
-            limit = known or USUAL_MAX_TOKENS
-            step = max(1, limit // seq)
-            parts = [slice(start, start + step) for start in range(0, rows, step)]
-            history.in_flight += rows * seq
-            sent = history.flow.send(rows * seq * (hop.last - hop.first), time.monotonic())
-            try:
-                if in_steps:
-                    answers = await self._call_in_steps(hop, hidden, prompts, parts, limit)
-                else:
-                    answers = await together([self._call_part(hop, hidden, prompts, part) for part in parts])
-            except BaseException as error:
-                history.flow.lost(sent)
-                learnt = isinstance(error, PeerRefusedError) and self._limits.learn_per_call(
-                    peer_id, error, limit if in_steps else step * seq
-                )
-                if not learnt:
-                    raise
-                continue
-            finally:
-                history.in_flight -= rows * seq
-                self.lines.tell_news()
-            history.flow.came_back(sent, time.monotonic())
-            history.spans.add((hop.server.start, hop.server.end))
-            for part, answer in zip(parts, answers, strict=True):
-                self.peers.succeeded(
-                    peer_id,
-                    tokens=len(range(*part.indices(rows))) * seq,
-                    sent=answer.bytes_sent,
-                    received=answer.bytes_received,
-                )
-            return answers[0].hidden if len(answers) == 1 else torch.cat([answer.hidden for answer in answers])
-
-    async def _call_part(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, part: slice) -> Answer:
-        return await self._calls.forward(hop, hidden[part], _rows_of(prompts, part))
-
-    async def _call_in_steps(
-        self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, parts: Sequence[slice], step: int
-    ) -> list[Answer]:
-        peer_id = hop.server.peer_id
-        # One session at a time: a server may have no room for a second one of this length.
-        async with self._stepping.setdefault(peer_id, asyncio.Lock()):
-            if not self.peers.is_usable(peer_id):
-                raise PeerUnreachableError("it failed while this input waited for its turn")
-            return [
-                await self._calls.forward_in_steps(hop, hidden[part], _rows_of(prompts, part), step) for part in parts
-            ]
+        return self._hop_calls.seconds(server, blocks, tokens)
 
     def _what_is_missing(self, position: int, last: int, left: float) -> str:
         since = time.time() - (self._settings.deadline - left)
@@ -348,10 +314,6 @@ def _served(hop: Hop, answer: torch.Tensor) -> ServedHop:
     record = hop.server.record
     dtype = str(answer.dtype).removeprefix("torch.")
     return ServedHop(hop.server.peer_id, hop.first, hop.last, record.version, dtype, record.quant_type)
-
-
-def _rows_of(prompts: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
-    return prompts if prompts is None or prompts.shape[1] == 1 else prompts[:, rows]
 
 
 def _minutes(seconds: float) -> str:

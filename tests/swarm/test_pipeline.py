@@ -326,3 +326,54 @@ def test_a_server_that_failed_is_tried_with_one_micro_batch():
     assert all(isinstance(result, DeadlineError) for result in results)
     assert len(tried) > 9
     assert set(tried[8:]) == {1}, "after the first eight, which were in flight together, one at a time"
+
+
+def test_a_stragglers_work_is_done_elsewhere_and_it_is_given_less():
+    calls = FakeCalls()
+
+    async def run_both() -> tuple[list[str], float]:
+        held = asyncio.Event()
+        slow = {"on": False}
+        forward = calls.forward
+
+        async def slow_forward(hop, hidden, prompts, **how):
+            if hop.server.peer_id == "a" and slow["on"]:
+                await held.wait()
+            return await forward(hop, hidden, prompts, **how)
+
+        calls.forward = slow_forward
+        pipe = pipeline(FakeDirectory(1, server("a", 0, 1), server("b", 0, 1)), calls, deadline=30.0)
+        while not all(pipe.peers.of(name).flow.rate for name in "ab"):
+            await asyncio.gather(*(pipe.forward(HIDDEN, None, 0, 1) for _ in range(4)))
+        slow["on"] = True
+        started = time.monotonic()
+        done = await asyncio.gather(*(pipe.forward(HIDDEN, None, 0, 1) for _ in range(8)))
+        assert all(torch.equal(hidden, torch.ones_like(HIDDEN)) for hidden, _ in done)
+        assert pipe.peers.of("a").overtaken > 0
+        await asyncio.sleep(0.05)  # what was cancelled ends
+        assert pipe.peers.of("a").in_flight == 0
+        assert pipe.peers.retries == 0
+        return [hops[0].peer_id for _, hops in done], time.monotonic() - started
+
+    servers, seconds = asyncio.run(run_both())
+    assert set(servers) == {"b"}
+    assert seconds < 10
+
+
+def test_a_stragglers_answer_counts_where_nobody_else_holds_its_blocks():
+    calls = FakeCalls()
+    forward = calls.forward
+
+    async def slow_forward(hop, hidden, prompts, **how):
+        if len(calls.calls) > 2:
+            await asyncio.sleep(1.5)
+        return await forward(hop, hidden, prompts, **how)
+
+    calls.forward = slow_forward
+    pipe = pipeline(FakeDirectory(1, server("a", 0, 1)), calls, deadline=30.0)
+
+    async def several() -> list[str]:
+        return [(await pipe.forward(HIDDEN, None, 0, 1))[1][0].peer_id for _ in range(4)]
+
+    assert asyncio.run(several()) == ["a"] * 4
+    assert pipe.peers.of("a").overtaken == 0
