@@ -8,8 +8,8 @@ from hivemind.compression.serialization import serialize_torch_tensor
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 
-from petals_eval.local_swarm.blocks import BlockSpan
 from petals_eval.local_swarm.settings import ServerSettings
+from petals_eval.model.blocks import BlockSpan
 from petals_eval.swarm.wire import encode_tensor
 
 __all__ = ["ServedBlocks", "given", "read_metadata", "unpacked"]
