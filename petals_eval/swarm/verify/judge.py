@@ -16,7 +16,7 @@ from petals_eval.swarm.peers import PeerBook
 from petals_eval.swarm.records import Snapshot, SpanServer
 from petals_eval.swarm.routing import Hop, plan_route
 from petals_eval.swarm.rpc import together
-from petals_eval.swarm.verify.tolerance import Kind, excess, relative_difference
+from petals_eval.swarm.verify.tolerance import Kind, allowed, excess, relative_difference
 
 __all__ = ["BlocksAtHome", "Claim", "Finding", "Judge", "Sight"]
 
@@ -131,7 +131,7 @@ class Judge:
         opinion = await self._opinion(claim, {claim.peer_id}, unable)
         if opinion is None:
             return at_home
-        if _agree(claim, opinion):
+        if await _agree(claim, opinion):
             return ()
         return await self._settle(claim, opinion, unable)
 
@@ -148,9 +148,10 @@ class Judge:
             if third is None:
                 break
             asked |= _servers(third)
-            with_claim, with_other = _agree(claim, third), _alike(claim.question, _last(other), third)
+            with_claim = await _agree(claim, third)
+            with_other = await _agree(_answering(claim.question, other), third)
             if with_other and not with_claim:
-                return (_liar(claim, (*other, *third), _last(other)),)
+                return (_liar(claim, (*other, *third), _answering(claim.question, other)),)
             if with_claim and not with_other:
                 found = await self._liar_among(other, claim, third)
                 if found is not None:
@@ -163,7 +164,7 @@ class Judge:
             again = await self._ask(claim.hop, claim)
         except PeerError:
             return None
-        if _agree(claim, (again,)):
+        if await _agree(claim, (again,)):
             return None
         return _liar(claim, (again,), again, witness="itself")
 
@@ -177,7 +178,7 @@ class Judge:
                 held_against = await self._ask(Hop(claim.hop.server, part.hop.first, part.hop.last), part)
             except PeerError:
                 return None
-            if not _agree(part, (held_against,)):
+            if not await _agree(part, (held_against,)):
                 return _liar(part, (held_against, *third), held_against)
         return None
 
@@ -289,7 +290,7 @@ class Judge:
         async with self._at_home:  # one at a time: they share this machine's processor with the work
             own = await asyncio.to_thread(home.forward, claim.question, claim.prompts, first=first, last=last)
         kinds = (claim.kind, Kind.of(own.dtype, None))
-        found = excess(claim.question, claim.answer, own, kinds)
+        found = await asyncio.to_thread(excess, claim.question, claim.answer, own, kinds)
         if found <= 1:
             return ()
         apart = relative_difference(claim.question, claim.answer, own)
@@ -303,21 +304,21 @@ def _blocks_of(claim: Claim, hop: Hop, question: torch.Tensor) -> Claim:
     return Claim(hop, question, prompts, question, claim.step, claim.seconds)
 
 
-def _agree(claim: Claim, opinion: Opinion) -> bool:
-    return _excess(claim.question, claim, opinion) <= 1
+async def _agree(claim: Claim, opinion: Opinion) -> bool:
+    """In a thread: for a large model that is a second's work, and the loop has others to serve."""
+    return await asyncio.to_thread(_excess, claim.question, claim, opinion) <= 1
 
 
-def _alike(question: torch.Tensor, claim: Claim, opinion: Opinion) -> bool:
-    return _excess(question, claim, opinion) <= 1
+def _answering(question: torch.Tensor, opinion: Opinion) -> Claim:
+    """Servers in a row as one that answers the first one's question; of the coarsest kind among them."""
+    coarsest = max(opinion, key=lambda part: allowed(part.kind, part.kind))
+    last = opinion[-1]
+    return Claim(coarsest.hop, question, None, last.answer.to(coarsest.answer.dtype), last.step, last.seconds)
 
 
 def _excess(question: torch.Tensor, claim: Claim, opinion: Opinion) -> float:
     """Against the coarsest kind that took part in the opinion."""
     return min(excess(question, claim.answer, opinion[-1].answer, (claim.kind, part.kind)) for part in opinion)
-
-
-def _last(opinion: Opinion) -> Claim:
-    return opinion[-1]
 
 
 def _servers(opinion: Opinion) -> set[str]:

@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Kind", "Parts", "excess", "measure", "relative_difference"]
+__all__ = ["Kind", "Parts", "allowed", "excess", "measure", "relative_difference"]
 
 UNIT: Mapping[torch.dtype, float] = {torch.float32: 1.4e-3, torch.float16: 6e-3, torch.bfloat16: 4.5e-2}
 """What rounding in a dtype does, relative to what the blocks do: TF32's for float32, which a GPU may use for it."""
@@ -79,7 +79,7 @@ def excess(question: torch.Tensor, first: torch.Tensor, second: torch.Tensor, ki
     """
     if first.dtype == second.dtype and torch.equal(first, second):
         return 0.0
-    unit, last_bit = _allowed(*kinds)
+    unit, last_bit = allowed(*kinds)
     parts = measure(question, first, second, unit, last_bit)
     return max(parts.whole / WHOLE, parts.token / TOKEN, parts.value / VALUE)
 
@@ -92,15 +92,32 @@ def measure(question: torch.Tensor, first: torch.Tensor, second: torch.Tensor, u
         A token's share is taken from its median, for trained models keep a few channels a thousand times as large.
     last_bit: relative to the value itself.
     """
-    question, first, second = question.float(), first.float(), second.float()
-    mean = first / 2 + second / 2  # a flipped bit can come close to the largest number there is
-    done = (mean - question).abs()
-    of_token = 1.4826 * done.median(dim=-1, keepdim=True).values  # 1.4826: a normal distribution's deviation by median
-    of_token = torch.maximum(of_token, 0.1 * of_token.median())  # a token the blocks left alone is rounded all the same
-    usual = unit * torch.sqrt(of_token.double().square() / 2 + done.double().square() / 2)
-    usual = usual + last_bit * mean.abs() + torch.finfo(torch.float32).tiny
-    squares = ((first.double() - second.double()) / usual).square()
-    return Parts(math.sqrt(squares.mean()), math.sqrt(squares.mean(dim=-1).max()), math.sqrt(squares.max()))
+    size = question.shape[-1]
+    triples = [tensor.reshape(-1, size).split(max(1, _AT_ONCE // size)) for tensor in (question, first, second)]
+    parts = list(zip(*triples, strict=True))
+    # 1.4826: a normal distribution's deviation by its median
+    of_tokens = [1.4826 * _done(*part)[1].median(dim=-1, keepdim=True).values for part in parts]
+    least = 0.1 * torch.cat(of_tokens).median()  # a token the blocks left alone is rounded all the same
+    total, token, value = 0.0, 0.0, 0.0
+    for part, of_token in zip(parts, of_tokens, strict=True):
+        mean, done = _done(*part)
+        usual = unit * torch.sqrt((torch.maximum(of_token, least).square() + done.square()) / 2)
+        usual = usual + last_bit * mean.abs() + torch.finfo(torch.float32).tiny
+        squares = ((part[1].double() - part[2].double()) / usual).square()
+        total += float(squares.sum())
+        token = max(token, float(squares.mean(dim=-1).max()))
+        value = max(value, float(squares.max()))
+    return Parts(math.sqrt(total / question.numel()), math.sqrt(token), math.sqrt(value))
+
+
+_AT_ONCE = 1 << 20
+"""Values compared together: in float64, for a flipped bit can come close to the largest float32 there is."""
+
+
+def _done(question: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of two answers, and how far it is from the question. float64 (tokens, hidden)."""
+    mean = (first.double() + second.double()) / 2
+    return mean, (mean - question.double()).abs()
 
 
 def relative_difference(question: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> float:
@@ -110,7 +127,7 @@ def relative_difference(question: torch.Tensor, first: torch.Tensor, second: tor
     return float(torch.linalg.vector_norm(first - second)) / done if done else math.inf
 
 
-def _allowed(first: Kind, second: Kind) -> tuple[float, float]:
+def allowed(first: Kind, second: Kind) -> tuple[float, float]:
     """The unit and the last bit that fit two kinds: errors of two servers add up as independent ones do."""
     if first.quant == second.quant:
         quantised = QUANTISED_ALIKE.get(first.quant, max(QUANTISED.values()))
