@@ -181,7 +181,15 @@ def load_local(
     )
 
 
-def load_blocks(model: str, blocks: tuple[int, int], settings: SwarmSettings, **where: str | None) -> "BlockSpan":
+def load_blocks(
+    model: str,
+    blocks: tuple[int, int],
+    settings: SwarmSettings,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+) -> "BlockSpan":
     """Blocks first:last at home, to hold servers against. Raises ModelError, ConfigError."""
     if settings.active_adapter is not None:
         raise ConfigError(
@@ -190,7 +198,7 @@ def load_blocks(model: str, blocks: tuple[int, int], settings: SwarmSettings, **
         )
     from petals_eval.model.blocks import BlockSpan
 
-    return BlockSpan.load(model, *blocks, **where)
+    return BlockSpan.load(model, *blocks, revision=revision, token=token, cache_dir=cache_dir)
 
 
 def default_dht_prefix(model: str, local: "LocalModel") -> str:
