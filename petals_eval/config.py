@@ -105,6 +105,20 @@ def _identity(name: str) -> str:
     return name
 
 
+def _blocks(value: object) -> object:
+    """Blocks first:last as people write them, "0:3"."""
+    if isinstance(value, str):
+        parts = value.split(":")
+        if len(parts) == 2 and all(part.strip().isdecimal() for part in parts):
+            value = (int(parts[0]), int(parts[1]))
+    if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(part, int) for part in value):
+        raise ValueError("expected blocks FIRST:LAST such as 0:3, the last one not among them")
+    if not 0 <= value[0] < value[1]:
+        raise ValueError("expected blocks FIRST:LAST with 0 <= FIRST < LAST")
+    return tuple(value)
+
+
+Blocks = Annotated[tuple[int, int], BeforeValidator(_blocks)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Identities = Annotated[tuple[Annotated[str, AfterValidator(_identity)], ...], BeforeValidator(_listed)]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -138,6 +152,9 @@ class SwarmSettings(Settings):
     window: int | None = Field(default=None, gt=0)  # micro-batches in flight at once; None: found out, per server
     wire: Wire | None = None  # lossy code of hidden states, to save bytes; None: lossless
     recheck_share: float = Field(default=0.003, ge=0, le=1)  # of a server's tokens, to ask it again during the run
+    verify: float = Field(
+        default=0.02, ge=0, le=1
+    )  # of a server's micro-batches, to have computed elsewhere too; 0: none, nor on a lossy wire
 
 
 class RunSettings(Settings):
@@ -173,6 +190,8 @@ class RunSettings(Settings):
     allow_server: Identities = ()  # use only these servers: identities, whole or their last letters
     deny_server: Identities = ()  # leave these out
     allow_nondeterministic: bool = False  # where nobody else holds the blocks, use servers that run in training mode
+    verify: float = Field(default=SwarmSettings.model_fields["verify"].default, ge=0, le=1)  # share computed twice
+    verify_local: Blocks | None = None  # blocks first:last to keep at home, and hold their servers against
     deadline: Seconds = SwarmSettings.model_fields["deadline"].default  # seconds to wait for a server, per hop
     request_timeout: Seconds = SwarmSettings.model_fields["request_timeout"].default  # seconds for one call
     window: int | None = Field(default=None, gt=0)  # micro-batches in flight; None: found out, per server

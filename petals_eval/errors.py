@@ -19,7 +19,9 @@
     │   ├── PeerTimeoutError                      no answer in time
     │   ├── PeerRefusedError                      it answered with an error
     │   ├── PeerAnswerError                       wrong count, shape or dtype, or not finite
-    │   └── PeerNondeterministicError             two answers to one question: left out for good
+    │   └── PeerDistrustedError                   caught with something that does not pass: left out for good
+    │       ├── PeerNondeterministicError         two answers to one question
+    │       └── PeerDisagreesError                another answer than those who compute the same
     ├── MachineError ........................ 4   this machine cannot: disk, memory, permissions
     └── InterruptedRunError ......... 130 or 143  SIGINT or SIGTERM; what was scored is kept
 
@@ -38,6 +40,8 @@ __all__ = [
     "MissingBlocksError",
     "ModelError",
     "PeerAnswerError",
+    "PeerDisagreesError",
+    "PeerDistrustedError",
     "PeerError",
     "PeerNondeterministicError",
     "PeerRefusedError",
@@ -140,15 +144,23 @@ class PeerAnswerError(PeerError):
     """The answer has a wrong count, shape or dtype, or holds values that are not finite."""
 
 
-class PeerNondeterministicError(PeerError):
-    """The server gave two answers to one question: its blocks run in training mode.
+class PeerDistrustedError(PeerError):
+    """The server was caught with something that no backing off mends.
 
-    difference: of the two, relative to what the blocks did to the question.
+    difference: of two answers, relative to what the blocks did to the question.
     """
 
     def __init__(self, message: str, difference: float):
         super().__init__(message)
         self.difference = difference
+
+
+class PeerNondeterministicError(PeerDistrustedError):
+    """The server gave two answers to one question: its blocks run in training mode."""
+
+
+class PeerDisagreesError(PeerDistrustedError):
+    """The server's answer differs from those of others that compute the same: it is wrong."""
 
 
 class MachineError(PetalsEvalError):

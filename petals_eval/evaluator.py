@@ -146,6 +146,7 @@ class _Run:
         self.distrusted: set[str] = set()
         self._said: set[str] = set()
         self._withdrawn = False
+        self._disputed: set[str] = set()
 
     def score_all(self, variants: "Sequence[tuple[str, Adapter | None]]") -> None:
         """Score the variants in turn, and once more what servers had computed that were caught later."""
@@ -162,6 +163,7 @@ class _Run:
                 self.done, self._withdrawn = 0, False
                 for name, adapter in variants:
                     self.score(name, adapter)
+                self.model.blocks.settle(on_tick=self.tick)
                 if not self._withdrawn:
                     return
         except (SwarmError, CallerError, KeyboardInterrupt):
@@ -234,7 +236,9 @@ class _Run:
             self.progress.update(self.done, status.retries, len(status.servers), message=line)
 
     def _distrust(self, status: "SwarmStatus") -> None:
-        """Note the servers in training mode, and withdraw what was scored by those that are left out."""
+        """Note the servers whose answers differ, and withdraw what was scored by those that are left out."""
+        disputed = {each.server.peer_id for each in status.unequal if each.verdict == "disputed"}
+        cleared, self._disputed = self._disputed - disputed, disputed
         if not status.unequal:
             return
         caught = {each.server.peer_id for each in status.unequal if not each.is_used}
@@ -244,15 +248,19 @@ class _Run:
             self._withdrawn = self._withdrawn or withdrawn > 0
         self.distrusted = caught
         self.folder.note_noisy(
-            NoisyServer(
-                each.server.peer_id,
-                each.server.start,
-                each.server.end,
-                each.server.record.version,
-                each.difference,
-                each.is_used,
-            )
-            for each in status.unequal
+            (
+                NoisyServer(
+                    each.server.peer_id,
+                    each.server.start,
+                    each.server.end,
+                    each.server.record.version,
+                    each.difference,
+                    each.is_used,
+                    each.verdict,
+                )
+                for each in status.unequal
+            ),
+            cleared=cleared,
         )
 
 
@@ -320,6 +328,7 @@ def _manifest(
             "deny_servers": list(model.blocks.settings.deny_servers),
             "window": model.blocks.settings.window,
             "deadline": model.blocks.settings.deadline,
+            "verify": model.blocks.settings.verify,
             "request_timeout": model.blocks.settings.request_timeout,
             "tokens_per_micro_batch": tokens_per_micro_batch,
         },

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from petals_eval.model import Adapter, LocalModel, LocalPart
+    from petals_eval.model.blocks import BlockSpan
     from petals_eval.swarm import RemoteSequential, ServedHop, SwarmConnection
 
 __all__ = ["Answered", "RemoteModel", "default_dht_prefix", "load_local"]
@@ -70,6 +71,7 @@ class RemoteModel:
         dtype: "torch.dtype | None" = None,
         device: str = "cpu",
         cache_dir: str | None = None,
+        verify_local: tuple[int, int] | None = None,
         **swarm_settings: Any,
     ) -> "RemoteModel":
         """Load what stays at home and connect to the swarm.
@@ -78,6 +80,7 @@ class RemoteModel:
         adapter: one or several prompt-tuned checkpoints (file, folder or hub name).
         dht_prefix: the name the servers announce; by default Petals' own rule for the hub name.
         dtype: of the computation at home; the checkpoint's own by default.
+        verify_local: blocks first:last to load here, too, and hold the servers of these blocks against.
         swarm_settings: more fields of petals_eval.config.SwarmSettings, such as active_adapter or deadline.
 
         Raises ModelError, AdapterError, ConfigError, SwarmUnreachableError.
@@ -92,6 +95,10 @@ class RemoteModel:
         connection = SwarmConnection.connect(settings)
         try:
             blocks = connection.remote_sequential(prefix, local.num_blocks)
+            if verify_local is not None:
+                blocks.verify_at_home(
+                    load_blocks(model, verify_local, settings, revision=revision, token=token, cache_dir=cache_dir)
+                )
         except BaseException:
             connection.close()
             raise
@@ -176,6 +183,26 @@ def load_local(
     return local, tuple(
         load_adapter(name, family=local.family, config=local.config, token=token, cache_dir=cache_dir) for name in names
     )
+
+
+def load_blocks(
+    model: str,
+    blocks: tuple[int, int],
+    settings: SwarmSettings,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+) -> "BlockSpan":
+    """Blocks first:last at home, to hold servers against. Raises ModelError, ConfigError."""
+    if settings.active_adapter is not None:
+        raise ConfigError(
+            f"blocks at home (--verify-local) have no LoRA adapter, and the servers' apply {settings.active_adapter}: "
+            "leave one of the two out"
+        )
+    from petals_eval.model.blocks import BlockSpan
+
+    return BlockSpan.load(model, *blocks, revision=revision, token=token, cache_dir=cache_dir)
 
 
 def default_dht_prefix(model: str, local: "LocalModel") -> str:

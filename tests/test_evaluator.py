@@ -37,7 +37,10 @@ class FakeModel:
         self.until = until
         self.local = SimpleNamespace(tokenizer=Tokenizer(), fingerprint=fingerprint)
         self.blocks = SimpleNamespace(
-            settings=settings(**swarm_settings), dht_prefix="tiny", status=lambda: SwarmStatus(0, ("a",), None)
+            settings=settings(**swarm_settings),
+            dht_prefix="tiny",
+            status=lambda: SwarmStatus(0, ("a",), None),
+            settle=lambda on_tick: on_tick(),
         )
 
     def compute(self, requests, adapter, *, on_tick, **options):

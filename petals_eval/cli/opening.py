@@ -51,6 +51,8 @@ def open_model(settings: RunSettings) -> Iterator[RemoteModel]:
             initial_peers=initial_peers,
             dht_prefix=dht_prefix,
             **whom_to_use(settings),
+            verify=settings.verify,
+            verify_local=settings.verify_local,
             deadline=settings.deadline,
             request_timeout=settings.request_timeout,
             window=settings.window,

@@ -96,6 +96,18 @@ def run(
             "--allow-nondeterministic",
         ),
     ] = None,
+    verify: Annotated[
+        float | None,
+        _option(
+            SERVERS,
+            "SHARE",
+            "Of each server's work, computed on another server too and compared. 0: none. Default: 0.02.",
+        ),
+    ] = None,
+    verify_local: Annotated[
+        str | None,
+        _option(SERVERS, "FIRST:LAST", "Load these blocks here, and hold their servers against them."),
+    ] = None,
     deadline: Annotated[
         float | None, _option(SERVERS, "SECONDS", "Wait this long for a server that can take the work. Default: 600.")
     ] = None,

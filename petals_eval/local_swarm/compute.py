@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from petals_eval.local_swarm.blocks import BlockSpan
+from petals_eval.model.blocks import BlockSpan
 
 if TYPE_CHECKING:
     from transformers import Cache

@@ -15,12 +15,14 @@ from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.streaming import combine_from_streaming, split_for_streaming
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
-from petals_eval.local_swarm.blocks import BlockSpan
 from petals_eval.local_swarm.cache import CacheBudget
 from petals_eval.local_swarm.compute import Compute, Work
+from petals_eval.local_swarm.faults import VersionLie
+from petals_eval.local_swarm.faulty import Switchboard
 from petals_eval.local_swarm.messages import ServedBlocks, decoded, given, read_metadata, unpacked
 from petals_eval.local_swarm.sessions import Sessions
 from petals_eval.local_swarm.settings import ServerSettings
+from petals_eval.model.blocks import BlockSpan
 
 __all__ = ["TransformerConnectionHandler"]
 
@@ -28,24 +30,34 @@ __all__ = ["TransformerConnectionHandler"]
 class TransformerConnectionHandler(ServicerBase):
     """Named as Petals names it: the class name is part of the RPC's address."""
 
-    def __init__(self, settings: ServerSettings, span: BlockSpan, compute: Compute, budget: CacheBudget, p2p: P2P):
+    def __init__(
+        self,
+        settings: ServerSettings,
+        span: BlockSpan,
+        compute: Compute,
+        budget: CacheBudget,
+        p2p: P2P,
+        faults: Switchboard,
+    ):
         self._settings = settings
         self._span = span
         self._blocks = ServedBlocks(settings, span)
         self._compute = compute
         self._budget = budget
+        self._faults = faults
 
         def push(peer_id: PeerID, request: runtime_pb2.ExpertRequest) -> Awaitable[object]:
             return self.get_stub(p2p, peer_id).rpc_push(request)
 
-        self._sessions = Sessions(settings, span, compute, budget, push)
+        self._sessions = Sessions(settings, span, compute, budget, push, faults)
 
     async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
         """Version and cache left; for the uid of a block also the tensors it takes and gives."""
         if request.uid and request.uid not in self._blocks.uids:
             raise KeyError(request.uid)
+        lie = self._faults.of(VersionLie)
         info: dict[str, Any] = {
-            "version": self._settings.version,
+            "version": self._settings.version if lie is None else lie.version,
             "dht_client_mode": False,
             "cache_tokens_available": self._budget.bytes_left // self._span.cache_bytes_per_token,
         }
@@ -65,11 +77,15 @@ class TransformerConnectionHandler(ServicerBase):
 
     async def rpc_forward(self, request: runtime_pb2.ExpertRequest, context: P2PContext) -> runtime_pb2.ExpertResponse:
         """Hidden states and deep prompts in one message, hidden states in one message back."""
-        async with asyncio.timeout(self._settings.request_timeout):
-            tensors = [decoded(tensor, self._settings) for tensor in request.tensors]
-            metadata = read_metadata(request)
-            output = await self._forward("rpc_forward", request.uid, tensors, metadata, context)
-            return runtime_pb2.ExpertResponse(tensors=[self._blocks.encoded(output, metadata)])
+        with self._faults.under_way():
+            async with asyncio.timeout(self._settings.request_timeout):
+                tensors = [decoded(tensor, self._settings) for tensor in request.tensors]
+                metadata = read_metadata(request)
+                output = await self._forward("rpc_forward", request.uid, tensors, metadata, context)
+                answer = await self._faults.sending(self._blocks.encoded(output, metadata), str(context.remote_id))
+                if self._faults.hangs_in_mid_answer():
+                    await self._faults.for_ever()
+                return runtime_pb2.ExpertResponse(tensors=[answer])
 
     async def rpc_forward_stream(
         self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
@@ -91,9 +107,15 @@ class TransformerConnectionHandler(ServicerBase):
             if first is None:
                 raise ValueError("expected a request, found an empty stream")
             metadata = read_metadata(first)
-            output = await self._forward("rpc_forward_stream", first.uid, tensors, metadata, context)
-            for part in split_for_streaming(self._blocks.encoded(output, metadata), DEFAULT_MAX_MSG_SIZE):
-                yield runtime_pb2.ExpertResponse(tensors=[part])
+            with self._faults.under_way():
+                output = await self._forward("rpc_forward_stream", first.uid, tensors, metadata, context)
+                answer = await self._faults.sending(self._blocks.encoded(output, metadata), str(context.remote_id))
+                hangs = self._faults.hangs_in_mid_answer()
+                most = len(answer.buffer) // 2 if hangs else DEFAULT_MAX_MSG_SIZE
+                for part in split_for_streaming(answer, most):
+                    yield runtime_pb2.ExpertResponse(tensors=[part])
+                    if hangs:
+                        await self._faults.for_ever()
 
     async def _forward(
         self, method: str, uid: str, tensors: Sequence[torch.Tensor], metadata: dict[str, Any], context: P2PContext

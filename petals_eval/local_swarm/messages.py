@@ -8,8 +8,8 @@ from hivemind.compression.serialization import deserialize_torch_tensor, seriali
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 
-from petals_eval.local_swarm.blocks import DTYPES, BlockSpan
 from petals_eval.local_swarm.settings import ServerSettings
+from petals_eval.model.blocks import DTYPES, BlockSpan
 from petals_eval.swarm import codecs
 from petals_eval.swarm.wire import encode_tensor
 

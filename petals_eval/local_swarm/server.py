@@ -1,17 +1,21 @@
 """One block server: a libp2p peer, a span of blocks and the RPCs over them, in one event loop."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
+from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
+
 from petals_eval.local_swarm.announce import announce
-from petals_eval.local_swarm.blocks import DTYPES, BlockSpan
 from petals_eval.local_swarm.cache import CacheBudget
 from petals_eval.local_swarm.compute import Middleware, SpanThread, wrapped
+from petals_eval.local_swarm.faults import Fault, TrainingMode
+from petals_eval.local_swarm.faulty import Switchboard
 from petals_eval.local_swarm.handler import TransformerConnectionHandler
 from petals_eval.local_swarm.peer import Peer
 from petals_eval.local_swarm.settings import ServerSettings
+from petals_eval.model.blocks import DTYPES, BlockSpan
 from petals_eval.swarm.records import ServerState
 
 __all__ = ["BlockServer"]
@@ -29,8 +33,11 @@ class BlockServer:
         self.span = span
         self.budget = CacheBudget(settings.cache_tokens * span.cache_bytes_per_token * (span.last - span.first))
         self._thread = SpanThread(span, settings.max_batch_size, settings.max_chunk_bytes)
-        compute = wrapped(self._thread, middleware)
-        self.handler = TransformerConnectionHandler(settings, span, compute, self.budget, peer.p2p)
+        self.faults = Switchboard(self._crash, self._reset)
+        self.faults.switch(settings.first_faults)
+        compute = wrapped(self._thread, (*middleware, self.faults.around(span)))
+        self.handler = TransformerConnectionHandler(settings, span, compute, self.budget, peer.p2p, self.faults)
+        self.on_crash: Callable[[], Awaitable[None]] = self.abort
         self._announcing: asyncio.Task[None] | None = None
 
     @classmethod
@@ -65,7 +72,6 @@ class BlockServer:
         try:
             await announce(peer.node, settings, ServerState.JOINING)
             span = await loading
-            span.drop_out(settings.dropout)
             server = cls(settings, peer, span, middleware)
             await server.handler.add_p2p_handlers(peer.p2p)
             await server.announce(ServerState.ONLINE)
@@ -86,7 +92,23 @@ class BlockServer:
             num_blocks=self.span.num_blocks,
             torch_dtype=str(self.span.dtype).removeprefix("torch."),
             cache_tokens_left=self.budget.bytes_left // bytes_per_token,
+            faults=self.faults,
         )
+
+    async def switch(self, faults: Sequence[Fault]) -> None:
+        """These faults and no others from now on; what it says of itself is announced anew at once."""
+        trained = self.faults.of(TrainingMode)
+        self.faults.switch(faults)
+        if trained is not None and self.faults.of(TrainingMode) is None:
+            self.span.drop_out(0.0)
+        await self.announce(ServerState.ONLINE)
+
+    async def _crash(self) -> None:
+        """End as a crash does, in a task of its own: whoever asked for it is ended with the rest."""
+        self._crashing = asyncio.ensure_future(self.on_crash())
+
+    async def _reset(self, remote: str) -> None:
+        await self.peer.p2p._client.disconnect(PeerID.from_base58(remote))
 
     async def _keep_announcing(self) -> None:
         while True:

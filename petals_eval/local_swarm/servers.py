@@ -16,12 +16,14 @@ from typing import IO, Protocol
 
 import petals_eval
 from petals_eval.errors import MachineError, ModelError
+from petals_eval.local_swarm.faults import AnyFault, Faults, Hits
 from petals_eval.local_swarm.loop_thread import LoopThread
 from petals_eval.local_swarm.settings import ServerSettings
 
 __all__ = ["LocalServer", "Nursery", "ProcessServer", "ThreadServer"]
 
 _STOP_TIMEOUT = 15.0  # seconds for a server to say goodbye before it is killed
+_ANSWER_TIMEOUT = 30.0  # seconds for a server to hear what it is told
 _POLL = 0.005  # seconds
 
 
@@ -48,6 +50,12 @@ class LocalServer(Protocol):
         """The process it runs in; its daemon is a child of that."""
 
     def is_alive(self) -> bool: ...
+
+    def switch(self, *faults: AnyFault) -> None:
+        """These faults and no others from now on; none: it is well again. Returns when it knows."""
+
+    def hits(self) -> dict[str, Hits]:
+        """What its faults have hit since it started, by their names; also after one has ended it."""
 
     def wait_ready(self, deadline: float) -> None:
         """Wait until it serves; raises MachineError or ModelError when it cannot.
@@ -137,6 +145,8 @@ class ProcessServer(_Served):
     def __init__(self, settings: ServerSettings, nursery: Nursery, deadline: float):
         super().__init__(settings)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
+        self._hits: dict[str, Hits] = {}
+        self._received = b""
         self._control, theirs = socket.socketpair()
         with theirs:
             self._pid = nursery.fork(settings, theirs, self._log, deadline)
@@ -165,11 +175,48 @@ class ProcessServer(_Served):
             return False
         self._control.settimeout(0)
         try:
-            return self._control.recv(1) != b""
+            while part := self._control.recv(4096):
+                self._received += part  # the last words of one that crashed
+            return False
         except BlockingIOError:
             return True
         except OSError:
             return False
+
+    def switch(self, *faults: AnyFault) -> None:
+        self._say(Faults.dump_json(faults))
+
+    def hits(self) -> dict[str, Hits]:
+        if self.is_alive():
+            with suppress(MachineError):  # it crashes just now
+                self._say(b"null")
+        self._read_hits()
+        return self._hits
+
+    def _say(self, line: bytes) -> None:
+        """Send it a line and wait for its answer. Raises MachineError when it is gone."""
+        deadline = time.monotonic() + _ANSWER_TIMEOUT
+        self._received = b""
+        try:
+            self._control.settimeout(_ANSWER_TIMEOUT)
+            self._control.sendall(line + b"\n")
+            while not self._received.endswith(b"\n"):
+                self._control.settimeout(max(0.001, deadline - time.monotonic()))
+                part = self._control.recv(4096)
+                if not part:
+                    break
+                self._received += part
+        except OSError as error:  # TimeoutError is one
+            raise MachineError(f"{self._name} does not listen to its launcher ({error!r})") from error
+        if not self._received.endswith(b"\n"):
+            raise MachineError(f"{self._name} has ended")
+        self._read_hits()
+
+    def _read_hits(self) -> None:
+        """The last whole line it wrote."""
+        lines = self._received.split(b"\n")
+        if len(lines) > 1:
+            self._hits = {name: Hits(**hits) for name, hits in json.loads(lines[-2]).items()}
 
     def request_stop(self) -> None:
         """Tell it to end, without waiting."""
@@ -234,6 +281,7 @@ class ThreadServer(_Served):
         except FutureTimeoutError:
             self._opening.cancel()
             raise MachineError(f"{self._name} did not serve in time") from None
+        self._server.on_crash = self._crash
         self.peer_id, self.maddrs = self._server.peer.peer_id, self._server.peer.maddrs
 
     @property
@@ -242,6 +290,20 @@ class ThreadServer(_Served):
 
     def is_alive(self) -> bool:
         return self._server is not None
+
+    def switch(self, *faults: AnyFault) -> None:
+        if self._server is None:
+            raise MachineError(f"{self._name} has ended")
+        self._loop.run(self._server.switch(faults), _ANSWER_TIMEOUT)
+
+    def hits(self) -> dict[str, Hits]:
+        opened = self._opening.result() if self._opening.done() and not self._opening.cancelled() else None
+        return {} if opened is None else {name: hits.model_copy() for name, hits in opened.faults.hits.items()}
+
+    async def _crash(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            await server.abort()
 
     def request_stop(self) -> None:
         server, self._server = self._server, None

@@ -15,11 +15,12 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 
-from petals_eval.local_swarm.blocks import BlockSpan
 from petals_eval.local_swarm.cache import CacheBudget
 from petals_eval.local_swarm.compute import Compute, Work
+from petals_eval.local_swarm.faulty import Switchboard
 from petals_eval.local_swarm.messages import ServedBlocks, decoded, given, read_metadata, unpacked
 from petals_eval.local_swarm.settings import ServerSettings
+from petals_eval.model.blocks import BlockSpan
 
 __all__ = ["Sessions"]
 
@@ -34,13 +35,22 @@ class Sessions:
     compute: runs a step. push: sends a step's output to the session of the next server.
     """
 
-    def __init__(self, settings: ServerSettings, span: BlockSpan, compute: Compute, budget: CacheBudget, push: Push):
+    def __init__(
+        self,
+        settings: ServerSettings,
+        span: BlockSpan,
+        compute: Compute,
+        budget: CacheBudget,
+        push: Push,
+        faults: Switchboard,
+    ):
         self._settings = settings
         self._span = span
         self._blocks = ServedBlocks(settings, span)
         self._compute = compute
         self._budget = budget
         self._push = push
+        self._faults = faults
         self._pushed: dict[str, asyncio.Queue[runtime_pb2.ExpertRequest]] = {}  # by session id
         self._pushing: set[asyncio.Task[None]] = set()
 
@@ -69,8 +79,11 @@ class Sessions:
                 async with aclosing(self._steps(opening, requests, metadata.get("session_id"))) as steps:
                     async for request, step in steps:
                         work = session.work(request, step, active_adapter, remote)
-                        output = await self._compute(work) if work.hidden.numel() else work.hidden
-                        answer = self._blocks.encoded(output, {})
+                        with self._faults.under_way():
+                            output = await self._compute(work) if work.hidden.numel() else work.hidden
+                            answer = await self._faults.sending(self._blocks.encoded(output, {}), remote)
+                            if self._faults.hangs_in_mid_answer():
+                                await self._faults.for_ever()
                         if work.prompts is None:
                             self._push_on(request, answer, step)
                         yield runtime_pb2.ExpertResponse(tensors=[answer])

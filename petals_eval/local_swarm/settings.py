@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from petals_eval.local_swarm.faults import AnyFault, TrainingMode
+
 __all__ = ["ServerSettings"]
 
 
@@ -43,7 +45,8 @@ class ServerSettings(BaseModel):
     # Whether the code BLOCKWISE_8BIT is taken and given: hivemind leaves it to bitsandbytes. This server has its own.
     has_bitsandbytes: bool = True
 
-    # A fault: the blocks run in training mode with this dropout, as those of a Petals server do with their config's.
+    # What is wrong with it from the start; `LocalServer.switch` changes that. dropout: short for TrainingMode.
+    faults: tuple[AnyFault, ...] = ()
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
     request_timeout: float = Field(default=180.0, gt=0)  # seconds
@@ -63,6 +66,11 @@ class ServerSettings(BaseModel):
         if "." in self.dht_prefix or " " in self.dht_prefix or not self.dht_prefix:
             raise ValueError(f"expected a DHT prefix without dots and spaces, found {self.dht_prefix!r}")
         return self
+
+    @property
+    def first_faults(self) -> tuple[AnyFault, ...]:
+        """Those it starts with."""
+        return (*self.faults, *([TrainingMode(dropout=self.dropout)] if self.dropout else []))
 
     @property
     def session_tokens(self) -> int:

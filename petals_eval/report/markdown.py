@@ -34,6 +34,7 @@ def markdown_report(result: RunResult, manifest: Manifest, servers: Sequence[tup
         _servers(servers),
         _wire(result.wire),
         _noisy(result.noisy_servers),
+        _wrong(result.noisy_servers),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -100,7 +101,40 @@ def _wire(wire: WireRecord | None) -> str:
     return "\n\n".join([title, said, *([_table(["server", ""], rows)] if rows else [])])
 
 
+def _wrong(servers: Sequence[NoisyServer]) -> str:
+    """Those that were held against others."""
+    wrong = [each for each in servers if each.verdict != "noisy"]
+    if not wrong:
+        return ""
+    disputed = any(each.verdict == "disputed" for each in wrong)
+    rows = [
+        [
+            each.peer_id,
+            f"{each.first}:{each.end}",
+            each.version or "not said",
+            f"{each.difference:.2g}",
+            "they do not agree, and nobody could say who is right"
+            if each.verdict == "disputed"
+            else "wrong, left out: nothing it computed is counted",
+        ]
+        for each in wrong
+    ]
+    what_to_do = (
+        " Examples that servers in dispute took part in are marked as disputed in the predictions. Another server of "
+        "their blocks would settle it, or these blocks at home (--verify-local)."
+        if disputed
+        else ""
+    )
+    heads = ["server", "blocks", "version", "difference", ""]
+    return (
+        "## Servers that answered otherwise than others\n\nA share of what servers compute is computed elsewhere, too. "
+        "The difference of two answers is relative to what the blocks did, and larger than rounding explains."
+        f"{what_to_do}\n\n{_table(heads, rows)}"
+    )
+
+
 def _noisy(servers: Sequence[NoisyServer]) -> str:
+    servers = [each for each in servers if each.verdict == "noisy"]
     if not servers:
         return ""
     rows = [

@@ -92,8 +92,15 @@ def swarm_line(result: RunResult) -> str:
 
 
 def noise_line(result: RunResult) -> str | None:
-    """That some servers used gave two answers to one question: another run would give other numbers."""
-    used = [each for each in result.noisy_servers if each.is_used]
+    """That some servers used gave unequal answers: another run would give other numbers."""
+    disputed = [each for each in result.noisy_servers if each.verdict == "disputed"]
+    used = [each for each in result.noisy_servers if each.is_used and each.verdict == "noisy"]
+    if disputed:
+        largest = max(each.difference for each in disputed)
+        return (
+            f"in doubt: {plural(len(disputed), 'server')} that took part do not agree (difference up to {largest:.2g}) "
+            "and nobody could say who is right; the examples are marked in the predictions"
+        )
     if not used:
         return None
     largest = max(each.difference for each in used)

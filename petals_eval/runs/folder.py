@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from typing import Self
 
 from petals_eval.errors import MachineError, RunFolderError
 from petals_eval.runs.disk import TEMPORARY_SUFFIX, blame_the_machine, write_atomically
+from petals_eval.runs.disputed import disputed_keys
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, WireRecord, difference
 from petals_eval.runs.results import RunResult
@@ -88,9 +89,12 @@ class RunFolder:
         self.manifest = self.manifest.finish(server for server, _ in self.journal.servers())
         self.manifest.write(self.path / "manifest.json")
 
-    def note_noisy(self, found: Iterable[NoisyServer]) -> None:
-        """Note on disk, for a resumed run too, who gave two answers to one question. Raises MachineError."""
-        manifest = self.manifest.with_noisy(found)
+    def note_noisy(self, found: Iterable[NoisyServer], *, cleared: Collection[str] = ()) -> None:
+        """Note on disk, for a resumed run too, whose answers were unequal. Raises MachineError.
+
+        cleared: peer ids that were disputed, and are no more.
+        """
+        manifest = self.manifest.with_noisy(found, cleared)
         if manifest != self.manifest:
             self.manifest = manifest
             manifest.write(self.path / "manifest.json")
@@ -131,8 +135,9 @@ class RunFolder:
         return files
 
     def _prediction_lines(self, adapter: str) -> Iterator[str]:
+        disputed = disputed_keys(self.journal, adapter, self.manifest.noisy_servers)
         for each in self.journal.predictions(adapter):
-            line = {
+            line: dict[str, object] = {
                 "schema_version": PREDICTIONS_SCHEMA,
                 "key": each.key,
                 "label": each.label,
@@ -140,6 +145,8 @@ class RunFolder:
                 "probabilities": each.probabilities,
                 "n_tokens": each.n_tokens,
             }
+            if each.key in disputed:
+                line["disputed"] = True
             yield json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
 
     def _failure_lines(self, result: RunResult) -> Iterator[str]:

@@ -2,11 +2,11 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, ValidationError
 
@@ -65,11 +65,13 @@ class ServerUsed:
 
 @dataclass(frozen=True, slots=True)
 class NoisyServer:
-    """A server that gave two answers to one question: its blocks run in training mode.
+    """A server whose answers were unequal, to one question ("noisy": its blocks run in training mode) or to those of
+    others ("liar": found to be wrong; "disputed": nobody could settle who is).
 
     first, end: its blocks [first, end). version: its own word.
-    difference: of the two answers, relative to what its blocks did to the question.
+    difference: of two answers, relative to what its blocks did to the question.
     is_used: whether it computed all the same; otherwise nothing it computed is counted.
+    verdict: "noisy", "liar" or "disputed".
     """
 
     peer_id: str
@@ -78,6 +80,7 @@ class NoisyServer:
     version: str | None
     difference: float
     is_used: bool
+    verdict: Literal["noisy", "liar", "disputed"] = "noisy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +220,13 @@ class Manifest(_Record):
         """The same run, done, with the servers that computed it."""
         return self.model_copy(update={"finished": _now(), "servers": tuple(servers)})
 
-    def with_noisy(self, found: Iterable[NoisyServer]) -> "Manifest":
-        """The same run with these servers noted; of each the last word counts."""
-        noted = {(each.peer_id, each.first, each.end): each for each in (*self.noisy_servers, *found)}
+    def with_noisy(self, found: Iterable[NoisyServer], cleared: Collection[str] = ()) -> "Manifest":
+        """The same run with these servers noted; of each the last word counts.
+
+        cleared: peer ids that were disputed, and are no more.
+        """
+        before = [each for each in self.noisy_servers if each.verdict != "disputed" or each.peer_id not in cleared]
+        noted = {(each.peer_id, each.first, each.end): each for each in (*before, *found)}
         return self.model_copy(update={"noisy_servers": tuple(noted.values())})
 
     def write(self, path: Path) -> None:

@@ -86,7 +86,8 @@ class RunResult:
     without_prompts: the same examples without tuned prompts, where that was asked for.
     retries: micro-batches that were sent again. servers: how many computed something.
     computed_in: in which dtypes, quantisations and versions, the most common first.
-    noisy_servers: that gave two answers to one question, by how much, and whether they were used all the same.
+    noisy_servers: whose answers were unequal, to one question or to those of others, by how much, and whether they
+        were used all the same.
     wire: how far a lossy wire moved answers, and who did not take it; None for a lossless one.
     """
 

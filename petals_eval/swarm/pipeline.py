@@ -11,8 +11,8 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import (
     DeadlineError,
     MissingBlocksError,
+    PeerDistrustedError,
     PeerError,
-    PeerNondeterministicError,
     PeerRefusedError,
     RequestTooLargeError,
 )
@@ -205,16 +205,38 @@ class Pipeline:
     def _failed(self, hop: Hop, error: PeerError) -> None:
         """Leave the hop's server alone for a while, or for good when it answers otherwise each time."""
         peer_id = hop.server.peer_id
-        if not isinstance(error, PeerNondeterministicError):
+        if not isinstance(error, PeerDistrustedError):
             self._calls.forget(peer_id)
             self.peers.failed(peer_id, error)
-        elif not self.peers.is_left_out(peer_id):
-            self.peers.leave_out(peer_id, error)
-            self._unequal[peer_id] = UnequalServer(hop.server, error.difference)
-            trusted = self._trusted()
-            others = [server for server in trusted if server.start <= hop.first and hop.last <= server.end]
-            if not self._settings.allow_nondeterministic or hold_all(trusted, hop.first, hop.last):
-                self._warn_of(self._unequal[peer_id], others=len(others))
+        else:
+            self.distrust(hop, error)
+
+    def distrust(self, hop: Hop, error: PeerDistrustedError) -> None:
+        """Leave the hop's server out for good, and tell of it."""
+        if not self.peers.is_left_out(hop.server.peer_id):
+            self.peers.leave_out(hop.server.peer_id, error)
+            self.note_unequal(UnequalServer(hop.server, error.difference, blocks=(hop.first, hop.last)))
+
+    def note_unequal(self, unequal: UnequalServer) -> None:
+        """Tell of a server whose answers cannot be counted on; whoever found out has left it out where it is to be."""
+        peer_id = unequal.server.peer_id
+        known = self._unequal.get(peer_id)
+        if unequal.verdict == "disputed" and known is not None:
+            return  # told already
+        self._unequal[peer_id] = unequal
+        if unequal.verdict == "disputed":
+            if not any(other in self._unequal for other in unequal.others):  # one warning names them all
+                self._warn_of(unequal, others=0)
+            return
+        # Whoever was in dispute with nobody but this one is cleared.
+        for other in [each for each in self._unequal.values() if each.verdict == "disputed"]:
+            if set(other.others) <= {peer_id}:
+                del self._unequal[other.server.peer_id]
+        first, last = unequal.blocks or (unequal.server.start, unequal.server.end)
+        trusted = self._trusted()
+        others = [server for server in trusted if server.start <= first and last <= server.end]
+        if unequal.verdict == "liar" or not self._settings.allow_nondeterministic or hold_all(trusted, first, last):
+            self._warn_of(unequal, others=len(others))
 
     def _trusted(self) -> list[SpanServer]:
         every = self._directory.snapshot.servers.values()
@@ -270,18 +292,21 @@ class Pipeline:
 
         Raises MissingBlocksError where they do not: waiting would not help.
         """
-        left_out = frozenset(self._unequal)
-        if not self._settings.allow_nondeterministic:
+        left_out = frozenset(peer_id for peer_id in self._unequal if self.peers.is_left_out(peer_id))
+        liars = {peer_id for peer_id, each in self._unequal.items() if each.verdict == "liar"}
+        tolerable = [server for server in servers if server.peer_id not in liars]
+        if not self._settings.allow_nondeterministic or not hold_all(tolerable, position, last):
             held_by_them_alone = within(self._directory.snapshot.missing(without=left_out), position, last)
             caught = [
                 each
-                for each in self._unequal.values()
-                if any(each.server.start < end and start < each.server.end for start, end in held_by_them_alone)
+                for peer_id, each in self._unequal.items()
+                if peer_id in left_out
+                and any(each.server.start < end and start < each.server.end for start, end in held_by_them_alone)
             ]
             message = stop_text(spans_text(held_by_them_alone), caught, self.config_dropout)
             raise MissingBlocksError(message, held_by_them_alone)
         # Those left out cost more than any route around them, so that they are used for what nobody else holds.
-        usable = [server for server in servers if self.peers.is_usable(server.peer_id, even_left_out=True)]
+        usable = [server for server in tolerable if self.peers.is_usable(server.peer_id, even_left_out=True)]
         hop = next_hop(usable, position, last, lambda server, blocks: 1e6 * blocks * (server.peer_id in left_out))
         known = None if hop is None else self._unequal.get(hop.server.peer_id)
         if known is not None and not known.is_used:

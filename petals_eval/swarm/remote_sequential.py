@@ -1,6 +1,7 @@
 """RemoteSequential: the swarm's blocks as a torch module that computes no gradients."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import wait
 from contextlib import closing
 from typing import Any, TypeVar
 
@@ -19,6 +20,9 @@ from petals_eval.swarm.inference_session import InferenceSession
 from petals_eval.swarm.peers import PeerBook, PeerHistory
 from petals_eval.swarm.pipeline import USUAL_MAX_TOKENS, Pipeline, SwarmStatus
 from petals_eval.swarm.records import Snapshot
+from petals_eval.swarm.unequal import unequal_by
+from petals_eval.swarm.verify.judge import BlocksAtHome
+from petals_eval.swarm.verify.verified_calls import Checks, VerifiedCalls
 from petals_eval.swarm.wire import LOSSY, itemsize_of
 from petals_eval.swarm.wire_book import WireBook
 
@@ -38,12 +42,19 @@ class RemoteSequential(nn.Module):
     """
 
     def __init__(
-        self, connection: SwarmConnection, directory: Directory, pipeline: Pipeline, first: int, last: int
+        self,
+        connection: SwarmConnection,
+        directory: Directory,
+        pipeline: Pipeline,
+        first: int,
+        last: int,
+        verified: VerifiedCalls,
     ) -> None:
         super().__init__()
         self._connection = connection
         self._directory = directory
         self._pipeline = pipeline
+        self._verified = verified
         self.first = first
         self.last = last
 
@@ -54,10 +65,13 @@ class RemoteSequential(nn.Module):
         directory = Directory(connection.dht, dht_prefix, num_blocks, settings)
         peers = PeerBook(settings)
         calls = CheckedCalls(RemoteCalls(connection.p2p, dht_prefix, settings, connection.wires), peers, settings)
-        pipeline = Pipeline(calls, directory, peers, settings)
+        verified = VerifiedCalls(calls, directory, peers, settings)
+        pipeline = Pipeline(verified, directory, peers, settings)
+        verified.on_distrusted = pipeline.distrust
+        verified.on_finding = lambda finding: pipeline.note_unequal(unequal_by(finding))
         connection.run(directory.refresh)
         connection.start_background(directory.keep_fresh)
-        return cls(connection, directory, pipeline, 0, num_blocks)
+        return cls(connection, directory, pipeline, 0, num_blocks, verified)
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -72,7 +86,12 @@ class RemoteSequential(nn.Module):
         if step != 1:
             raise CallerError(f"blocks run in order: expected a slice with step 1, found step {step}")
         return RemoteSequential(
-            self._connection, self._directory, self._pipeline, self.first + start, self.first + max(start, stop)
+            self._connection,
+            self._directory,
+            self._pipeline,
+            self.first + start,
+            self.first + max(start, stop),
+            self._verified,
         )
 
     def forward(self, hidden: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
@@ -135,6 +154,30 @@ class RemoteSequential(nn.Module):
                     on_tick()
                 while back:
                     yield back.pop()  # held by nothing but who gets it: a generator's variables live on meanwhile
+
+    def settle(self, *, on_tick: Callable[[], object] | None = None, tick: float = 0.2) -> None:
+        """Wait until every check of what was computed is done; `status()` then tells what they came to.
+
+        on_tick: called about every `tick` seconds, and at the end.
+        """
+        future = self._connection.start(self._verified.settle)
+        try:
+            while not wait([future], timeout=tick).done:
+                if on_tick is not None:
+                    on_tick()
+            future.result()
+        finally:
+            future.cancel()
+        if on_tick is not None:
+            on_tick()
+
+    def verify_at_home(self, blocks: BlocksAtHome) -> None:
+        """Hold servers of these blocks against blocks at home, such as a `petals_eval.model.blocks.BlockSpan`."""
+        self._verified.keep_at_home(blocks)
+
+    def checks(self) -> Checks:
+        """How much of what was computed was computed elsewhere, too."""
+        return self._verified.checks()
 
     def inference_session(self, max_length: int, *, batch: int = 1) -> InferenceSession:
         """A session through the blocks, for `batch` rows of at most `max_length` positions; use it with `with`.

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from petals_eval.errors import ModelError
-from petals_eval.local_swarm.blocks import BlockSpan
+from petals_eval.model.blocks import BlockSpan
 from tests.tiny_models import FAMILIES, make_tiny
 
 BLOCKS = 4

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from petals_eval.errors import ModelError
-from petals_eval.local_swarm.weights import load_block
+from petals_eval.model.block_weights import load_block
 from petals_eval.model.checkpoint import Checkpoint
 from petals_eval.model.families import Family
 
@@ -106,6 +106,17 @@ class BlockSpan:
                         if "dropout" in name and isinstance(value, (int, float)):
                             setattr(owner, name, p)
             block.train(p > 0)
+
+    def shuffled(self, seed: int) -> "BlockSpan":
+        """Blocks of the same sizes and other weights: the rows of each matrix in another order, drawn by `seed`."""
+        other = copy.copy(self)
+        other._model = copy.deepcopy(self._model)
+        other._views = {(self.first, self.last): other._model}
+        draws = torch.Generator().manual_seed(seed)
+        for parameter in _blocks_of(other._model, self.family).parameters():
+            if parameter.ndim > 1:
+                parameter.data = parameter.data[torch.randperm(len(parameter), generator=draws)]
+        return other
 
     @torch.inference_mode()
     def forward(

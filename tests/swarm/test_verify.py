@@ -1,0 +1,461 @@
+"""Checks on strangers without a network: who is checked, who is named, and who never is."""
+
+import asyncio
+import doctest
+import math
+import random
+
+import pytest
+import torch
+
+from petals_eval.errors import MissingBlocksError, PeerNondeterministicError, PeerUnreachableError
+from petals_eval.swarm.calls import Answer
+from petals_eval.swarm.peers import PeerBook
+from petals_eval.swarm.pipeline import Pipeline
+from petals_eval.swarm.unequal import unequal_by
+from petals_eval.swarm.verify import sampling
+from petals_eval.swarm.verify.sampling import Sampler, catch_probability
+from petals_eval.swarm.verify.verified_calls import VerifiedCalls
+from tests.swarm.fakes import FakeDirectory, server, settings
+
+SIZE = 32
+BLOCKS = 4
+
+
+class Servers:
+    """Servers of a model of residual blocks, each in the dtype it announces; `spoil[name]` changes its answers."""
+
+    def __init__(self):
+        self.weights = torch.randn(BLOCKS, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) / math.sqrt(SIZE)
+        self.spoil = {}
+        self.down = set()
+        self.hanging = set()
+        self.calls = []
+
+    def truth(self, hidden, first, last, dtype=torch.float32, prompts=None):
+        states = hidden.to(dtype)
+        for block in range(first, last):
+            if prompts is not None:
+                states = states.clone()
+                states[:, : prompts.shape[2]] += prompts[block - first].to(dtype)
+            normed = torch.nn.functional.layer_norm(states, states.shape[-1:])
+            states = states + 0.3 * torch.tanh(normed @ self.weights[block].to(dtype))
+        return states
+
+    async def forward(self, hop, hidden, prompts):
+        name = hop.server.peer_id
+        self.calls.append((name, hop.first, hop.last))
+        await asyncio.sleep(0)
+        if name in self.down:
+            raise PeerUnreachableError("gone")
+        if name in self.hanging:
+            await asyncio.sleep(3600)
+        dtype = getattr(torch, hop.server.record.torch_dtype or "float32")
+        answer = self.truth(hidden, hop.first, hop.last, dtype, prompts)
+        if name in self.spoil:
+            answer = self.spoil[name](answer, hidden)
+        return Answer(answer, 0.001, 8, 8)
+
+    async def forward_in_steps(self, hop, hidden, prompts, step):
+        return await self.forward(hop, hidden, prompts)
+
+    def forget(self, peer_id):
+        pass
+
+
+def noise(size=0.01, seed=0, repeats=True):
+    """Of a relative size; the same for the same question."""
+    sequence = torch.Generator().manual_seed(seed)
+
+    def spoil(answer, question):
+        asked = int(question.double().abs().sum() * 1e6) % 2**31
+        draws = torch.Generator().manual_seed(seed + asked) if repeats else sequence
+        usual = answer.float().square().mean(dim=-1, keepdim=True).sqrt()
+        return (answer + size * usual * torch.randn(answer.shape, generator=draws)).to(answer.dtype)
+
+    return spoil
+
+
+def states(seed, rows=2, positions=8):
+    return torch.randn(rows, positions, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+class Run:
+    """A pipeline over servers; `go` sends micro-batches through it, and settles."""
+
+    def __init__(self, calls, *servers, seed=0, **values):
+        chosen = settings(**{"deadline": 2, "min_backoff": 0.001, **values})
+        self.calls = calls
+        self.directory = FakeDirectory(BLOCKS, *servers)
+        self.peers = PeerBook(chosen)
+        self.verified = VerifiedCalls(calls, self.directory, self.peers, chosen, seed=seed)
+        self.pipe = Pipeline(self.verified, self.directory, self.peers, chosen)
+        self.verified.on_finding = lambda finding: self.pipe.note_unequal(unequal_by(finding))
+
+    def go(self, count=20, at_once=4, prompts=None, last=BLOCKS):
+        async def everything():
+            turns = asyncio.Semaphore(at_once)
+
+            async def one(seed):
+                async with turns:
+                    return await self.pipe.forward(states(seed), prompts, 0, last)
+
+            answers = await asyncio.gather(*(one(seed) for seed in range(count)))
+            await self.verified.settle()
+            return answers
+
+        return asyncio.run(everything())
+
+    @property
+    def verdicts(self):
+        return {each.server.peer_id: each.verdict for each in self.pipe.status().unequal}
+
+    @property
+    def notices(self):
+        return self.pipe.status().notices
+
+
+def float32(name, first=0, last=BLOCKS):
+    return server(name, first, last, torch_dtype="float32")
+
+
+def bfloat16(name, first=0, last=BLOCKS):
+    return server(name, first, last, torch_dtype="bfloat16")
+
+
+# -- which micro-batches
+
+
+def test_the_examples_hold():
+    result = doctest.testmod(sampling)
+    assert result.attempted == 2 and result.failed == 0
+
+
+@pytest.mark.parametrize(("n", "p", "share"), [(1, 0.5, 0.1), (2, 0.3, 0.1), (10, 0.2, 0.02), (60, 0.05, 0.1)])
+def test_the_probability_of_catching_is_what_a_simulation_finds(n, p, share):
+    draws, caught, rounds = random.Random(0), 0, 20_000
+    for _ in range(rounds):
+        sampler = Sampler(share, draws)
+        corrupted = [draws.random() < p for _ in range(n)]
+        checked = [index for index in range(n) if sampler.chooses(index)]
+        checked += [index for index in [sampler.last_choice()] if index is not None]
+        assert len(checked) == len(set(checked)) >= min(n, 2)
+        caught += any(corrupted[index] for index in checked)
+    expected = catch_probability(p, n, share)
+    assert abs(caught / rounds - expected) < 4 * math.sqrt(expected * (1 - expected) / rounds)
+
+
+@pytest.mark.parametrize(("n", "p", "share"), [(12, 0.3, 0.05), (30, 0.1, 0.1)])
+def test_the_formula_holds_through_the_seam(n, p, share):
+    """A server is wrong in some of its micro-batches, and is asked about nobody else's."""
+    caught, rounds = 0, 200
+    for seed in range(rounds):
+        calls, draws = Servers(), random.Random(seed)
+        calls.spoil["wrong"] = lambda answer, question, d=draws: (
+            noise(0.1)(answer, question) if d.random() < p else answer
+        )
+        # It is asked once more where it differs, honestly this time or not: it is named either way.
+        run = Run(calls, float32("wrong"), seed=seed, verify=share)
+        answered = FakeDirectory(BLOCKS, float32("wrong"), float32("a"), float32("b"))
+
+        async def everything(run=run, answered=answered):
+            for index in range(n):
+                run.directory.snapshot = FakeDirectory(BLOCKS, float32("wrong")).snapshot  # nobody else to route to
+                task = asyncio.ensure_future(run.pipe.forward(states(index), None, 0, BLOCKS))
+                await asyncio.sleep(0)
+                run.directory.snapshot = answered.snapshot
+                await asyncio.wait([task])
+                if run.verified.findings():
+                    break
+            await run.verified.settle()
+
+        asyncio.run(everything())
+        assert set(run.verdicts) <= {"wrong"}
+        caught += run.verdicts == {"wrong": "liar"}
+    expected = catch_probability(p, n, share)
+    assert abs(caught / rounds - expected) < 4 * math.sqrt(expected * (1 - expected) / rounds)
+
+
+def test_every_server_is_checked_twice_and_the_first_time_early():
+    for seed in range(20):
+        calls = Servers()
+        run = Run(calls, float32("a", 0, 2), float32("a2", 0, 2), float32("b", 2, 4), float32("b2", 2, 4), seed=seed)
+        run.go(10)
+        checks = run.verified.checks()
+        used = [peer for peer in ("a", "a2", "b", "b2") if run.peers.of(peer).calls]
+        at_least = sum(min(2, run.peers.of(peer).calls) for peer in used)
+        assert checks.computed == 20
+        assert at_least <= checks.done <= at_least + 4
+        assert checks.under_way == checks.impossible == 0
+        assert run.verdicts == {}
+
+
+def test_nothing_is_checked_where_nobody_else_holds_the_blocks_or_it_is_turned_off():
+    for values, servers in [({}, [float32("a")]), ({"verify": 0}, [float32("a"), float32("b")])]:
+        run = Run(Servers(), *servers, **values)
+        run.go(5)
+        assert len(run.calls.calls) == 5
+        assert run.verified.checks().done == 0
+
+
+def test_a_replica_that_comes_later_finds_the_server_checked_at_once():
+    calls = Servers()
+    calls.spoil["a"] = noise()
+    run = Run(calls, float32("a"))
+    run.go(5)
+    assert run.verdicts == {}
+    run.directory.snapshot = FakeDirectory(BLOCKS, float32("a"), float32("b"), float32("c")).snapshot
+    run.go(3)
+    assert run.verdicts == {"a": "liar"}
+
+
+# -- who is named
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+@pytest.mark.parametrize("repeats", [True, False])
+def test_noise_of_a_hundredth_is_named_whoever_of_three_it_is(name, repeats):
+    for seed in range(10):
+        calls = Servers()
+        calls.spoil[name] = noise(seed=seed, repeats=repeats)
+        run = Run(calls, float32("a"), float32("b"), float32("c"), seed=seed)
+        for _ in range(3):  # work goes to whoever is quickest: let everybody have some
+            run.go(8)
+            for peer in ("a", "b", "c"):
+                if not run.peers.of(peer).calls and not run.peers.is_left_out(peer):
+                    run.peers.of(peer).seconds_per_token_block = 1e-9
+        assert run.verdicts in ({name: "liar"}, {})
+        if run.peers.of(name).calls:
+            assert run.verdicts == {name: "liar"}
+            assert run.peers.is_left_out(name)
+            assert run.peers.of(name).last_error.startswith("PeerDisagreesError: it answered otherwise")
+
+
+@pytest.mark.parametrize("spoil", ["noise", "bit", "row", "other", "swapped"])
+@pytest.mark.parametrize("kinds", ["float32", "bfloat16", "mixed"])
+def test_what_is_wrong_is_found_in_every_dtype_but_noise_below_rounding(spoil, kinds):
+    calls, before = Servers(), []
+
+    def wrong(answer, question):
+        if spoil == "noise":
+            return noise(0.5 if kinds != "float32" else 0.01)(answer, question)
+        answer = answer.clone()
+        if spoil == "bit":  # the highest of the exponent
+            integers = torch.int32 if answer.dtype.itemsize == 4 else torch.int16
+            answer.view(integers)[0, 3, 5] ^= 1 << (8 * answer.dtype.itemsize - 2)
+        elif spoil == "row":
+            answer[1] = answer[1].flip(0)
+        elif spoil == "other":
+            answer = (question + (answer - question).flip(-1)).to(answer.dtype)
+        else:
+            before.append(answer)
+            answer = before[max(0, len(before) - 2)]
+        return answer
+
+    calls.spoil["a"] = wrong
+    other = float32 if kinds == "float32" else bfloat16
+    run = Run(calls, float32("a") if kinds == "mixed" else other("a"), other("b"), other("c"))
+    run.peers.of("a").seconds_per_token_block = 1e-9
+    run.go(12)
+    assert run.verdicts == {"a": "liar"}
+
+
+def test_two_replicas_that_disagree_are_both_named_and_both_used():
+    calls = Servers()
+    calls.spoil["a"] = noise()
+    run = Run(calls, float32("a", 0, 2), float32("b", 0, 2), float32("c", 2, 4))
+    run.go(10)
+    assert run.verdicts == {"a": "disputed", "b": "disputed"}
+    assert all(each.is_used for each in run.pipe.status().unequal)
+    (notice,) = run.notices
+    assert "do not agree on blocks 0:2" in notice and "--verify-local 0:2" in notice
+    assert not run.peers.is_left_out("a") and not run.peers.is_left_out("b")
+
+    # One more of these blocks settles it.
+    run.directory.snapshot = FakeDirectory(
+        BLOCKS, float32("a", 0, 2), float32("b", 0, 2), float32("d", 0, 2), float32("c", 2, 4)
+    ).snapshot
+    for _ in range(40):
+        run.go(5)
+        if run.verdicts == {"a": "liar"}:
+            break
+    assert run.verdicts == {"a": "liar"}
+    assert "answered otherwise than others" in run.notices[-1]
+
+
+def test_a_server_that_contradicts_itself_needs_no_third():
+    calls = Servers()
+    calls.spoil["a"] = noise(repeats=False)
+    run = Run(calls, float32("a"), float32("b"))
+    run.go(10)
+    assert run.verdicts == {"a": "liar"}
+    assert "otherwise again when it was asked once more" in run.notices[0]
+
+
+@pytest.mark.parametrize("wrong", ["whole", "first", "second"])
+def test_blocks_nobody_else_holds_alone_are_checked_by_two_in_a_row(wrong):
+    for seed in range(10):
+        calls = Servers()
+        calls.spoil[wrong] = noise(seed=seed)
+        run = Run(calls, float32("whole"), float32("first", 0, 2), float32("second", 2, 4), float32("third"), seed=seed)
+        for peer in ("whole", "first", "second"):
+            run.peers.of(peer).seconds_per_token_block = 1e-7
+        run.go(20)
+        if run.peers.of(wrong).calls:
+            assert run.verdicts == {wrong: "liar"}, seed
+        assert set(run.verdicts) <= {wrong}
+
+
+def test_nobody_honest_is_ever_named():
+    for seed in range(20):
+        run = Run(
+            Servers(),
+            float32("a", 0, 3),
+            bfloat16("b", 0, 3),
+            server("c", 0, 4, torch_dtype="float16"),
+            bfloat16("d"),
+            float32("e", 3, 4),
+            seed=seed,
+            verify=0.5,
+        )
+        run.go(20)
+        assert run.verdicts == {} and run.notices == ()
+        assert run.verified.checks().done >= 4
+
+
+def test_servers_of_the_same_kind_are_preferred():
+    run = Run(Servers(), float32("a"), *(bfloat16(f"b{index}") for index in range(5)), float32("z"), verify=1.0)
+    for peer in [f"b{index}" for index in range(5)] + ["z"]:
+        run.peers.of(peer).seconds_per_token_block = 1.0  # work goes to "a"
+    run.go(10)
+    assert {name for name, _, _ in run.calls.calls} == {"a", "z"}
+
+
+def test_a_liar_is_used_no_more_and_what_it_still_answers_is_computed_elsewhere():
+    calls = Servers()
+    calls.spoil["a"] = noise()
+    run = Run(calls, float32("a"), float32("b"), float32("c"))
+    run.peers.of("a").seconds_per_token_block = 1e-9
+    run.go(5)
+    assert run.verdicts == {"a": "liar"}
+    count = sum(name == "a" for name, _, _ in calls.calls)
+    answers = run.go(5)
+    assert sum(name == "a" for name, _, _ in calls.calls) == count
+    for seed, (hidden, hops) in enumerate(answers):
+        assert {hop.peer_id for hop in hops} <= {"b", "c"}
+        assert torch.equal(hidden, calls.truth(states(seed), 0, BLOCKS))
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_run_stops_where_a_liar_alone_is_left_whatever_is_allowed(allow):
+    """--allow-nondeterministic is for training mode."""
+    calls = Servers()
+    calls.spoil["a"] = noise()
+    run = Run(calls, float32("a"), float32("b"), float32("c"), allow_nondeterministic=allow)
+    run.peers.of("a").seconds_per_token_block = 1e-9
+    run.go(5)
+    run.directory.snapshot = FakeDirectory(BLOCKS, float32("a")).snapshot
+    with pytest.raises(MissingBlocksError, match=r"no server that is trusted holds blocks 0:4") as stopped:
+        run.go(1)
+    assert "its answers are wrong" in str(stopped.value)
+    assert "allow-nondeterministic" not in str(stopped.value)
+
+
+# -- that it is in nobody's way
+
+
+def test_a_checker_that_is_gone_or_hangs_is_passed_over():
+    calls = Servers()
+    calls.spoil["a"] = noise()
+    calls.down = {"b"}
+    run = Run(calls, float32("a"), float32("b"), float32("c"), float32("d"))
+    for peer in "bcd":
+        run.peers.of(peer).seconds_per_token_block = 1.0
+    run.go(10)
+    assert run.verdicts == {"a": "liar"}
+    assert run.peers.retries == 0
+
+    calls = Servers()
+    calls.hanging = {"b"}
+    run = Run(calls, float32("a"), float32("b"), request_timeout=0.05)
+    run.peers.of("b").seconds_per_token_block = 1.0
+    run.go(5)
+    checks = run.verified.checks()
+    assert checks.done == 0 and checks.impossible >= 1 and run.verdicts == {}
+
+
+def test_no_answer_waits_for_a_check():
+    """The checker hangs; every answer is there all the same."""
+    calls = Servers()
+    calls.hanging = {"b"}
+    run = Run(calls, float32("a"), float32("b"), deadline=0.2)
+    run.peers.of("b").seconds_per_token_block = 1.0
+
+    async def everything():
+        answers = await asyncio.gather(*(run.pipe.forward(states(seed), None, 0, BLOCKS) for seed in range(30)))
+        assert run.verified.checks().under_way > 0
+        await run.verified.settle()  # gives up at the deadline
+        return answers
+
+    assert len(asyncio.run(everything())) == 30
+    assert run.verified.checks().impossible > 0
+
+
+def test_deep_prompts_go_to_the_checker_too():
+    prompts = torch.randn(BLOCKS, 1, 3, SIZE, generator=torch.Generator().manual_seed(9))
+    run = Run(Servers(), float32("a"), float32("b", 0, 1), float32("c", 1, 4), float32("d", 0, 4), verify=1.0)
+    run.go(10, prompts=prompts)
+    assert run.verdicts == {} and run.verified.checks().done >= 10
+
+
+# -- blocks at home
+
+
+class AtHome:
+    def __init__(self, calls, first, last, dtype=torch.float32):
+        self.calls, self.first, self.last, self.dtype = calls, first, last, dtype
+
+    def forward(self, hidden, prompts, *, first, last):
+        assert self.first <= first < last <= self.last
+        return self.calls.truth(hidden, first, last, self.dtype, prompts)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 4), (0, 1), (3, 4), (1, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_at_home_name_the_only_server_there_is(first, last, dtype):
+    prompts = torch.randn(BLOCKS, 1, 3, SIZE, generator=torch.Generator().manual_seed(9))
+    for size, verdicts in [(0.5, {"a": "liar"}), (None, {})]:
+        calls = Servers()
+        if size is not None:
+            calls.spoil["a"] = noise(size)
+        run = Run(calls, float32("a"))
+        run.verified.keep_at_home(AtHome(calls, first, last, dtype))
+        if size is None:
+            run.go(5, prompts=prompts)
+            assert run.verified.checks().done >= 2
+        else:
+            with pytest.raises(MissingBlocksError, match="that is trusted") as stopped:
+                run.go(5, prompts=prompts)
+                run.go(1)
+            assert "than the same blocks at home" in str(stopped.value)
+        assert run.verdicts == verdicts
+
+
+def test_a_server_that_a_check_finds_in_training_mode_is_told_of():
+    """It has computed something before, and is not called again but for the check."""
+    calls, modes = Servers(), {"b": False}
+
+    class Checked(Servers):
+        async def forward(self, hop, hidden, prompts):
+            if modes.get(hop.server.peer_id):
+                raise PeerNondeterministicError("it gave two answers to one question", 0.3)
+            return await calls.forward(hop, hidden, prompts)
+
+    run = Run(Checked(), float32("a"), float32("b"), float32("c"), verify=1.0)
+    run.verified.on_distrusted = run.pipe.distrust
+    for peer in "bc":
+        run.peers.of(peer).seconds_per_token_block = 1.0
+    modes["b"] = True
+    run.go(6)
+    assert run.verdicts == {"b": "noisy"}
+    assert run.peers.is_left_out("b")
