@@ -35,16 +35,26 @@ class FakeModel:
         self.config_dropout = {}
         fingerprint = {"model": "tiny", "revision": None, "dtype": "float32", "sha256": "aa", "lm_head_sha256": None}
         self.until = until
-        self.local = SimpleNamespace(tokenizer=Tokenizer(), fingerprint=fingerprint)
+        self.local = SimpleNamespace(tokenizer=Tokenizer(), fingerprint=fingerprint, check_length=self.check_length)
+        self.sent = []
         self.blocks = SimpleNamespace(
             settings=settings(**swarm_settings), dht_prefix="tiny", status=lambda: SwarmStatus(0, ("a",), None)
         )
 
+    def check_length(self, tokens, prefix):
+        pass
+
     def compute(self, requests, adapter, *, on_tick, **options):
         on_tick()
-        yield from answers_of("a", itertools.islice(requests, self.until))
+        yield from answers_of("a", self.noted(itertools.islice(requests, self.until)))
         if self.until < ROWS:
             raise DeadlineError("stopped at the deadline")
+
+
+    def noted(self, requests):
+        for request in requests:
+            self.sent.append((request.key, request.part))
+            yield request
 
 
 def answers_of(name, requests):
@@ -77,7 +87,7 @@ def test_a_run_does_not_go_on_with_answers_of_servers_that_it_refuses_now(evalua
 
 def test_what_is_kept_counts_every_adapter_also_while_the_first_is_computed_again(evaluate):
     """A server is caught once both adapters are scored, and nobody else holds its blocks."""
-    adapters = [SimpleNamespace(name=name, kind="ptune", sha256=name) for name in ("first", "second")]
+    adapters = [SimpleNamespace(name=name, kind="ptune", sha256=name, prefix_length=0) for name in ("first", "second")]
     model = FakeModel(adapters=adapters)
     caught = SwarmStatus(0, ("a",), None, unequal=(UnequalServer(server("a", 0, 4), 0.1),))
     compute = model.compute
@@ -111,7 +121,7 @@ def test_deep_prompts_are_rounded_to_the_dtype_at_home_as_petals_does():
 
     sent = []
     blocks = SimpleNamespace(
-        stream=lambda work, on_tick: iter(sent.extend(work) or ()), warn_of_dropout=lambda found: 0
+        stream=lambda work, **options: iter(sent.extend(work) or ()), warn_of_dropout=lambda found: 0
     )
     adapter = Adapter("a", "deep_ptune", torch.rand(1, 2), torch.rand(4, 1, 1, 2))
     assert list(RemoteModel(Local(), blocks).compute([Request("0", 0, (1, 2))], adapter)) == []

@@ -11,7 +11,16 @@ from petals_eval.runs.manifest import (
     ServerUsed,
     difference,
 )
-from petals_eval.runs.results import WITHOUT_PROMPTS, AdapterResult, ComputedIn, RunResult, computed_in, summarise
+from petals_eval.runs.results import (
+    WITHOUT_PROMPTS,
+    AdapterResult,
+    ComputedIn,
+    RunResult,
+    computed_in,
+    run_result,
+    summarise,
+)
+from petals_eval.runs.shard import Shard
 
 __all__ = [
     "WITHOUT_PROMPTS",
@@ -29,7 +38,9 @@ __all__ = [
     "RunResult",
     "ScoredArrays",
     "ServerUsed",
+    "Shard",
     "computed_in",
     "difference",
+    "run_result",
     "summarise",
 ]

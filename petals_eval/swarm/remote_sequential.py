@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import CallerError
+from petals_eval.errors import CallerError, ExampleError
 from petals_eval.swarm.calls import RemoteCalls
 from petals_eval.swarm.checked_calls import CheckedCalls
 from petals_eval.swarm.connection import SwarmConnection
@@ -124,22 +124,25 @@ class RemoteSequential(nn.Module):
         *,
         window: int | None = None,
         on_tick: Callable[[], object] | None = None,
+        on_error: Callable[[T, ExampleError], Iterable[Work[T]]] | None = None,
         tick: float = 0.2,
     ) -> Iterator[Computed[T]]:
         """Send micro-batches and yield them as they come back, in any order.
 
         At most `window` (default: the settings') are in flight; the next one is taken from `work` only when one has
         come back, so memory is bounded by the window. `on_tick` is called about every `tick` seconds, and whenever one
-        comes back. The first error cancels the rest and is raised.
+        comes back. The first error cancels the rest and is raised; but for a micro-batch that nobody can compute
+        `on_error` says what to send in its place, if anything.
         """
         window = window or self.settings.window
         pending: dict[Future[_Answer], T] = {}
         source = iter(work)
+        again: list[Work[T]] = []
         exhausted = False
         try:
             while True:
-                while not exhausted and len(pending) < window:
-                    item = next(source, None)
+                while (again or not exhausted) and len(pending) < window:
+                    item = again.pop() if again else next(source, None)
                     if item is None:
                         exhausted = True
                         break
@@ -151,8 +154,12 @@ class RemoteSequential(nn.Module):
                 done = wait(pending, timeout=tick, return_when=FIRST_COMPLETED).done
                 if on_tick is not None:
                     on_tick()
+                failed = {} if on_error is None else _that_nobody_can_compute(done)
+                done.difference_update(failed)
                 while done:
                     yield _computed(pending, done.pop())
+                for future, error in failed.items():
+                    again += on_error(pending.pop(future), error) if on_error is not None else ()
         finally:
             for future in pending:
                 future.cancel()
@@ -247,6 +254,11 @@ def _computed(pending: "dict[Future[_Answer], T]", future: "Future[_Answer]") ->
     tag = pending.pop(future)
     hidden, hops = future.result()
     return Computed(tag, hidden, hops)
+
+
+def _that_nobody_can_compute(done: "Iterable[Future[_Answer]]") -> "dict[Future[_Answer], ExampleError]":
+    errors = ((future, future.exception()) for future in done)
+    return {future: error for future, error in errors if isinstance(error, ExampleError)}
 
 
 def _rows_of(prompts: torch.Tensor | None, rows: slice) -> torch.Tensor | None:

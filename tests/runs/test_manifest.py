@@ -56,7 +56,7 @@ def test_no_path_host_user_or_token_gets_in(tmp_path: Path) -> None:
     assert made.model.name == "stories260K-hf"
     assert made.adapters[0].name == "trec-ptune"
     assert made.data.name == "test.txt"
-    assert made.task["data"] == {"path": "test.txt"}
+    assert made.task["data"] == {"path": "test.txt", "token": "[removed]"}
     assert made.run_settings == {"cache_dir": tmp_path.name, "windows": "runs", "out": "sst2"}
 
 
