@@ -6,18 +6,17 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from petals_eval.errors import MachineError, RunFolderError
+from petals_eval.holding import undisturbed
 from petals_eval.runs.copying import copy_rows
-from petals_eval.runs.holding import undisturbed
 from petals_eval.runs.manifest import ServerUsed
+from petals_eval.runs.rows import Counts, Failure, Row, ScoredArrays, packed, unpacked
 from petals_eval.runs.schema import blame_sqlite, connect
 from petals_eval.runs.small_tables import SmallTables
 from petals_eval.tasks.requests import Prediction
@@ -29,54 +28,7 @@ __all__ = ["Counts", "Failure", "Journal", "ScoredArrays", "commit_what_waits"]
 COMMIT_ROWS = 256
 COMMIT_SECONDS = 0.5
 READ_ROWS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Of one adapter's valid rows. truncated and n_tokens (text tokens) are those of the scored examples."""
-
-    scored: int
-    failed: int
-    truncated: int
-    n_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An example that could not be computed. It is never counted as a wrong answer."""
-
-    key: str
-    label: int
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class ScoredArrays:
-    """One adapter's scored examples in source order.
-
-    labels, predictions: int64 (n,). probabilities: float64 (n, labels).
-    """
-
-    labels: NDArray[np.int64]
-    predictions: NDArray[np.int64]
-    probabilities: NDArray[np.float64]
-
-
-class _Row(NamedTuple):
-    """A row as it waits for its commit. Floats are little-endian float64: what comes back is what went in."""
-
-    adapter: str
-    key: str
-    status: str
-    label: int
-    prediction: int | None
-    scores: bytes | None
-    probabilities: bytes | None
-    n_tokens: int
-    truncated: bool
-    servers: tuple[ServerUsed, ...]
-    reason: str | None
-    time: float
+COMMIT_PATIENCE = 1.0  # seconds for a commit at the last moment, while another thread holds the journal
 
 
 class Journal:
@@ -90,7 +42,7 @@ class Journal:
         """Raises RunFolderError where there is no journal (and `create` is False), or one of a newer release."""
         self.path = path
         self._lock = threading.RLock()
-        self._pending: list[_Row] = []
+        self._pending: list[Row] = []
         self._session: tuple[int, float] | None = None  # row, monotonic start
         self._last_commit = float("-inf")
         self._closed = False
@@ -105,14 +57,14 @@ class Journal:
     ) -> None:
         """Record a scored example. A valid row of the same key is superseded; it stays for the record."""
         self._append(
-            _Row(
+            Row(
                 adapter,
                 prediction.key,
                 "ok",
                 prediction.label,
                 prediction.prediction,
-                _packed(prediction.scores),
-                _packed(prediction.probabilities),
+                packed(prediction.scores),
+                packed(prediction.probabilities),
                 prediction.n_tokens,
                 truncated,
                 tuple(servers),
@@ -134,7 +86,7 @@ class Journal:
     ) -> None:
         """Record an example that could not be computed, and why."""
         self._append(
-            _Row(
+            Row(
                 adapter,
                 key,
                 "failed",
@@ -173,7 +125,7 @@ class Journal:
             for other in others:
                 copy_rows(other._select, self._connection, self._tables)
 
-    def _append(self, row: _Row) -> None:
+    def _append(self, row: Row) -> None:
         with self._lock:
             self._pending.append(row)
             if len(self._pending) >= COMMIT_ROWS:
@@ -288,7 +240,7 @@ class Journal:
         """Scored examples in source order, a few in memory at a time."""
         sql = f"SELECT key, label, prediction, scores, probabilities, n_tokens {_VALID} AND status = 'ok' {_IN_ORDER}"
         for key, label, prediction, scores, probabilities, n_tokens in self._select(sql, (adapter,)):
-            yield Prediction(key, label, prediction, _unpacked(scores), _unpacked(probabilities), n_tokens)
+            yield Prediction(key, label, prediction, unpacked(scores), unpacked(probabilities), n_tokens)
 
     def failures(self, adapter: str) -> Iterator[Failure]:
         """In source order."""
@@ -347,7 +299,7 @@ class Journal:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    def _insert(self, row: _Row) -> None:
+    def _insert(self, row: Row) -> None:
         execute = self._connection.execute
         adapter = self._tables.adapter(row.adapter)
         found = execute(
@@ -383,20 +335,14 @@ class Journal:
 def commit_what_waits() -> None:
     """Commit what waits in every open journal: for whoever ends this process without ceremony."""
     for journal in list(_OPEN):
-        # It may be closed, or its disk full: there is nothing else to be done.
-        with contextlib.suppress(MachineError, sqlite3.Error):
-            journal.flush()
+        if journal._lock.acquire(timeout=COMMIT_PATIENCE):
+            # It may be closed, or its disk full: there is nothing else to be done.
+            with contextlib.suppress(MachineError, sqlite3.Error):
+                journal.flush()
+            journal._lock.release()
 
 
 _OPEN: "weakref.WeakSet[Journal]" = weakref.WeakSet()
 _VALID = "FROM scored WHERE adapter = (SELECT id FROM adapters WHERE name = ?) AND valid = 1"
 # Keys are positions in the source, as text. Others sort after their number, or by their letters.
 _IN_ORDER = "ORDER BY CAST(key AS INTEGER), key"
-
-
-def _packed(values: Sequence[float]) -> bytes:
-    return np.asarray(values, dtype="<f8").tobytes()
-
-
-def _unpacked(blob: bytes) -> tuple[float, ...]:
-    return tuple(np.frombuffer(blob, dtype="<f8").tolist())
