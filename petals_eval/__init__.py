@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from petals_eval.data import DataSource
     from petals_eval.evaluator import evaluate
     from petals_eval.local_swarm import LocalSwarm
+    from petals_eval.merger import merge
     from petals_eval.remote_model import RemoteModel
     from petals_eval.runs.results import AdapterResult, RunResult
     from petals_eval.swarm import RemoteSequential, SwarmConnection
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "errors",
     "evaluate",
+    "merge",
 ]
 
 _HOMES = {
@@ -50,6 +52,7 @@ _HOMES = {
     "AdapterResult": "petals_eval.runs.results",
     "RunResult": "petals_eval.runs.results",
     "evaluate": "petals_eval.evaluator",
+    "merge": "petals_eval.merger",
     "RemoteSequential": "petals_eval.swarm",
     "SwarmConnection": "petals_eval.swarm",
     "ClassificationTask": "petals_eval.tasks",

@@ -179,6 +179,7 @@ class RunSettings(Settings):
     limit: int | None = Field(default=None, gt=0)  # examples, drawn by the seed; None: all
     seed: int = 0  # of the sample and of the bootstrap intervals
     max_length: int | None = Field(default=None, gt=0)  # tokens of text; None: the task's
+    shard: str | None = None  # "2/3": the second of three parts of the examples; None: all of them
 
     # where
     initial_peers: Annotated[tuple[Multiaddress, ...], BeforeValidator(_split)] = ()  # bootstrap peers
@@ -201,6 +202,8 @@ class RunSettings(Settings):
 
     # what comes of it
     out: str | None = None  # run folder; None: runs/<task>-<time>
+    max_failed: int = Field(default=0, ge=0)  # examples that may fail before the exit code is 1
+    fail_under: Names = ()  # METRIC=NUMBER; below it the exit code is 1
     dry_run: bool = False  # show what would be sent, and send nothing
     json_output: bool = Field(default=False, alias="json")  # print metrics.json alone on stdout
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from petals_eval.data import Rows, micro_batches
+from petals_eval.errors import ExampleError
 from petals_eval.swarm.sizes import START
 from petals_eval.tasks import Task, show_example
-from petals_eval.tasks.requests import Example
+from petals_eval.tasks.requests import Example, Request
 
 if TYPE_CHECKING:
     from petals_eval.model import Adapter, LocalModel
@@ -22,6 +23,7 @@ class DryRun:
     """What one adapter's evaluation would send.
 
     shown: the first examples as text and as tokens, with prompt and pooling positions.
+    n_failed: examples that cannot be computed, among all n_examples; why_failed: the first of them.
     n_text_tokens: without prompts and padding; n_positions: with them.
     hidden_bytes: of the hidden states, in the dtype at home or the lossy wire's; they travel to each hop and back.
     prompt_bytes: of the deep prompts, which travel once, split among the hops.
@@ -33,6 +35,8 @@ class DryRun:
     n_requests: int
     n_micro_batches: int
     n_truncated: int
+    n_failed: int
+    why_failed: str
     n_text_tokens: int
     n_positions: int
     hidden_bytes: int
@@ -57,7 +61,8 @@ def dry_run(
 ) -> DryRun:
     """Prepare every example as a run would, and count. wire: as `SwarmSettings.wire`.
 
-    Raises what a run would raise before it sends anything.
+    Raises what a run would raise before it sends anything. Examples that cannot be computed are counted, as a run notes
+    them as failures.
     """
     from petals_eval.swarm.wire import LOSSY
 
@@ -69,10 +74,19 @@ def dry_run(
     first = list(itertools.islice(examples, show))
     shown = tuple(show_example(example, tokenizer, prefix, task.label_names) for example in first)
     counted = _Counted()
-    requests = (request for example in counted.over(itertools.chain(first, examples)) for request in example.requests)
+
+    def requests() -> Iterator[Request]:
+        for example in counted.over(itertools.chain(first, examples)):
+            try:
+                for request in example.requests:
+                    local.check_length(len(request.input_ids), prefix)
+            except ExampleError as error:
+                counted.fail(error)
+            else:
+                yield from example.requests
+
     batches = positions = n_requests = 0
-    for batch in micro_batches(requests, max_tokens=at_once, prefix=prefix):
-        local.check_length(batch.input_ids.shape[1], prefix)
+    for batch in micro_batches(requests(), max_tokens=at_once, prefix=prefix):
         batches += 1
         n_requests += len(batch.requests)
         positions += len(batch.requests) * (prefix + batch.input_ids.shape[1])
@@ -83,6 +97,8 @@ def dry_run(
         n_requests=n_requests,
         n_micro_batches=batches,
         n_truncated=counted.truncated,
+        n_failed=counted.failed,
+        why_failed=counted.why_failed,
         n_text_tokens=counted.tokens,
         n_positions=positions,
         hidden_bytes=positions * local.hidden_size * value_bytes,
@@ -95,6 +111,12 @@ class _Counted:
     examples: int = 0
     tokens: int = 0
     truncated: int = 0
+    failed: int = 0
+    why_failed: str = ""
+
+    def fail(self, error: ExampleError) -> None:
+        self.failed += 1
+        self.why_failed = self.why_failed or str(error)
 
     def over(self, examples: Iterable[Example]) -> Iterator[Example]:
         for example in examples:

@@ -9,7 +9,9 @@
     │   ├── TaskError                             the task's own definition
     │   ├── RunFolderError                        the run folder belongs to another run
     │   ├── GradientError                         autograd asked of the remote path
-    │   └── RequestTooLargeError                  more tokens than any server takes
+    │   └── ExampleError                          one example; in a run it is a failure, and the others go on
+    │       ├── RequestTooLargeError              more tokens than the model reads or any server takes
+    │       └── NotFiniteError                    its answer holds NaN or infinity, whoever computes it
     ├── SwarmError .......................... 3   the swarm cannot, not even by waiting
     │   ├── SwarmUnreachableError                 no bootstrap peer answered
     │   ├── MissingBlocksError                    no server holds these blocks
@@ -34,11 +36,13 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DeadlineError",
+    "ExampleError",
     "GradientError",
     "InterruptedRunError",
     "MachineError",
     "MissingBlocksError",
     "ModelError",
+    "NotFiniteError",
     "PeerAnswerError",
     "PeerDisagreesError",
     "PeerDistrustedError",
@@ -96,8 +100,16 @@ class GradientError(CallerError):
     """A gradient was asked of the remote path, which computes none."""
 
 
-class RequestTooLargeError(CallerError):
-    """An input holds more tokens than the servers take."""
+class ExampleError(CallerError):
+    """One example cannot be computed, whoever tries; the others may be. A run notes it as a failure and goes on."""
+
+
+class RequestTooLargeError(ExampleError):
+    """An input holds more tokens than the model reads or the servers take."""
+
+
+class NotFiniteError(ExampleError):
+    """An answer holds values that are not finite, whoever computes it."""
 
 
 class SwarmError(PetalsEvalError):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from petals_eval.config import SwarmSettings
 from petals_eval.data.batching import MicroBatch, micro_batches
-from petals_eval.errors import ConfigError
+from petals_eval.errors import ConfigError, ExampleError
 from petals_eval.tasks.requests import Request
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class RemoteModel:
         *,
         tokens_per_micro_batch: int | None = None,
         on_tick: Callable[[], object] | None = None,
+        on_failed: Callable[[Request, ExampleError], object] | None = None,
     ) -> Generator[Answered]:
         """Answer requests as they come back from the swarm, in any order.
 
@@ -119,6 +120,9 @@ class RemoteModel:
 
         Requests are taken as the swarm asks for them: memory is bounded by the window and the look-ahead of the
         batches, not by their number. Each local step runs in eval mode under inference mode.
+
+        on_failed: told of each request that the swarm cannot compute whoever tries (too long for every server); the
+            others go on. None: the first such error is raised.
         """
         from petals_eval.model import evaluating
         from petals_eval.swarm import Work
@@ -141,7 +145,19 @@ class RemoteModel:
             with evaluating(self.local):
                 return self.local.embed(batch.input_ids, adapter)
 
-        for computed in self.blocks.stream(outgoing(), on_tick=on_tick):
+        def instead(batch: MicroBatch[Request], error: ExampleError) -> Iterator[Work[MicroBatch[Request]]]:
+            """What to send in place of a micro-batch that nobody can compute: its rows one by one, for the shorter
+            ones may fit."""
+            if on_failed is None:
+                raise error
+            if len(batch.requests) == 1:
+                on_failed(batch.requests[0], error)
+                return
+            for request in batch.requests:
+                alone = MicroBatch.of([request])
+                yield Work(alone, embedded(alone), deep_prompts)
+
+        for computed in self.blocks.stream(outgoing(), on_tick=on_tick, on_error=instead):
             with evaluating(self.local):
                 answers = self.local.head(computed.hidden, computed.tag, adapter)
             requests_back, hops = computed.tag.requests, computed.hops

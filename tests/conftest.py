@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--client-kills", type=int, default=4, help="kills of the client in tests/chaos")
+    parser.addoption("--client-seed", type=int, default=1, help="of their moments")
+
+
 @pytest.fixture(scope="session")
 def realdata() -> Path:
     """The folder of real weights, data and prompts (its README says what they are)."""

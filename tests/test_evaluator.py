@@ -1,71 +1,25 @@
 """The evaluator and the model by themselves: what a run may go on with, says and sends. No swarm."""
 
-import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import petals_eval
-from petals_eval.data import DataSource
 from petals_eval.errors import DeadlineError, RunFolderError
 from petals_eval.model import Adapter
-from petals_eval.remote_model import Answered, RemoteModel
-from petals_eval.swarm import ServedHop, SwarmStatus
+from petals_eval.remote_model import RemoteModel
+from petals_eval.swarm import SwarmStatus
 from petals_eval.swarm.unequal import UnequalServer
-from petals_eval.tasks import ClassificationTask
 from petals_eval.tasks.requests import Request
-from tests.swarm.fakes import server, settings
-
-ROWS = 6
-
-
-class Tokenizer:
-    truncation_side = "right"
-
-    def __call__(self, texts, **options):
-        return {"input_ids": [[1, 2, 3] for _ in texts]}
-
-
-class FakeModel:
-    """Answers `until` requests of each adapter, then finds no server any more."""
-
-    def __init__(self, until=ROWS, adapters=(), **swarm_settings):
-        self.adapters = adapters
-        self.config_dropout = {}
-        fingerprint = {"model": "tiny", "revision": None, "dtype": "float32", "sha256": "aa", "lm_head_sha256": None}
-        self.until = until
-        self.local = SimpleNamespace(tokenizer=Tokenizer(), fingerprint=fingerprint)
-        self.blocks = SimpleNamespace(
-            settings=settings(**swarm_settings),
-            dht_prefix="tiny",
-            status=lambda: SwarmStatus(0, ("a",), None),
-            settle=lambda on_tick: on_tick(),
-        )
-
-    def compute(self, requests, adapter, *, on_tick, **options):
-        on_tick()
-        yield from answers_of("a", itertools.islice(requests, self.until))
-        if self.until < ROWS:
-            raise DeadlineError("stopped at the deadline")
-
-
-def answers_of(name, requests):
-    for request in requests:
-        yield Answered(request, torch.tensor([0.0, 1.0]), (ServedHop(name, 0, 4, "2.2.0", "float32", None),))
+from tests.fake_model import ROWS, FakeModel, answers_of, write_rows
+from tests.fake_model import evaluate as evaluate_rows
+from tests.swarm.fakes import server
 
 
 @pytest.fixture
 def evaluate(tmp_path):
-    data = tmp_path / "rows.csv"
-    data.write_text("text,label\n" + "fine,good\n" * ROWS)
-    task = ClassificationTask(name="tiny", text="{text}", label_column="label", label_names=("bad", "good"))
-
-    def run(model):
-        source = DataSource(path=str(data))
-        return petals_eval.evaluate(model, task=task, data=source, out=tmp_path / "run")
-
-    return run
+    source = write_rows(tmp_path / "rows.csv")
+    return lambda model: evaluate_rows(model, source, tmp_path / "run")
 
 
 def test_a_run_does_not_go_on_with_answers_of_servers_that_it_refuses_now(evaluate):
@@ -80,7 +34,7 @@ def test_a_run_does_not_go_on_with_answers_of_servers_that_it_refuses_now(evalua
 
 def test_what_is_kept_counts_every_adapter_also_while_the_first_is_computed_again(evaluate):
     """A server is caught once both adapters are scored, and nobody else holds its blocks."""
-    adapters = [SimpleNamespace(name=name, kind="ptune", sha256=name) for name in ("first", "second")]
+    adapters = [SimpleNamespace(name=name, kind="ptune", sha256=name, prefix_length=0) for name in ("first", "second")]
     model = FakeModel(adapters=adapters)
     caught = SwarmStatus(0, ("a",), None, unequal=(UnequalServer(server("a", 0, 4), 0.1),))
     compute = model.compute
@@ -115,7 +69,7 @@ def test_deep_prompts_are_rounded_to_the_dtype_at_home_as_petals_does():
 
     sent = []
     blocks = SimpleNamespace(
-        stream=lambda work, on_tick: iter(sent.extend(work) or ()),
+        stream=lambda work, **options: iter(sent.extend(work) or ()),
         warn_of_dropout=lambda found: 0,
         positions_at_once=lambda hidden_size, dtype: 100,
         micro_batch_bytes=1000,

@@ -7,7 +7,7 @@ from typer.core import TyperCommand
 
 __all__ = ["GroupedCommand", "repeat_flag"]
 
-SEVERAL_VALUES = ("--initial-peers", "--adapter", "--allow-server", "--deny-server")
+SEVERAL_VALUES = ("--initial-peers", "--adapter", "--allow-server", "--deny-server", "--fail-under")
 
 
 class GroupedCommand(TyperCommand):

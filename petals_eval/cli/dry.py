@@ -25,8 +25,11 @@ def show_dry_run(settings: RunSettings, task: "Task", source: "DataSource") -> i
     from petals_eval.data import load_rows, sample
     from petals_eval.dry_run import dry_run
     from petals_eval.remote_model import load_local
+    from petals_eval.runs import Shard
 
     rows = sample(load_rows(source), settings.limit, settings.seed)
+    if settings.shard is not None:
+        rows = Shard.parse(settings.shard).of(rows)
     local, adapters = load_local(settings.model, settings.adapter, **local_options(settings))
     for adapter in adapters or (None,):
         plan = dry_run(
@@ -47,12 +50,13 @@ def show_dry_run(settings: RunSettings, task: "Task", source: "DataSource") -> i
 def _amounts(plan: "DryRun") -> str:
     cut = f" ({plural(plan.n_truncated, 'text')} cut)" if plan.n_truncated else ""
     deep = f", and {_size(plan.prompt_bytes)} of deep prompts over all hops" if plan.prompt_bytes else ""
+    failed = f"\n  {plural(plan.n_failed, 'example')} cannot be computed: {plan.why_failed}" if plan.n_failed else ""
     return (
         f"would send {plural(plan.n_examples, 'example')}{cut} as {plural(plan.n_requests, 'request')} in "
         f"{plural(plan.n_micro_batches, 'micro-batch', 'micro-batches')}:\n"
         f"  {plural(plan.n_text_tokens, 'text token')}, {plural(plan.n_positions, 'position')} with prompts and "
         "padding\n"
-        f"  {_size(plan.hidden_bytes)} of hidden states to each hop and as much back{deep}"
+        f"  {_size(plan.hidden_bytes)} of hidden states to each hop and as much back{deep}{failed}"
     )
 
 

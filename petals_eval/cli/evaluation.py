@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +14,13 @@ from petals_eval.config import RunSettings
 from petals_eval.errors import ConfigError
 
 if TYPE_CHECKING:
-    from petals_eval.data import DataSource
+    from petals_eval.data import DataSource, Rows
     from petals_eval.model import Adapter
+    from petals_eval.runs import RunResult
+    from petals_eval.runs.bars import Bar
     from petals_eval.tasks import Task
 
-__all__ = ["execute"]
+__all__ = ["execute", "show_result"]
 
 
 def execute(settings: RunSettings) -> int:
@@ -57,15 +60,22 @@ def _source(settings: RunSettings, task: "Task") -> "DataSource":
 
 
 def _evaluate(settings: RunSettings, task: "Task", source: "DataSource") -> int:
-    from petals_eval.data import load_rows
+    from petals_eval.data import load_rows, sample
     from petals_eval.evaluator import evaluate
-    from petals_eval.report import ProgressDisplay, console_for, print_result
+    from petals_eval.report import ProgressDisplay
+    from petals_eval.runs import Shard
+    from petals_eval.runs.bars import Bar
 
     local_options(settings)  # a device this machine lacks shows before a swarm is started
-    n_rows = len(load_rows(source))
-    n_examples = min(n_rows, settings.limit or n_rows)
+    bars = [Bar.parse(text, task.label_names) for text in settings.fail_under]
+    task = _with_metrics(task, [bar.metric for bar in bars])
+    rows = sample(load_rows(source), settings.limit, settings.seed)
+    _check(task, rows)
+    part = None if settings.shard is None else Shard.parse(settings.shard)
+    n_examples = len(rows if part is None else part.of(rows))
     variants = max(1, len(settings.adapter)) + bool(settings.without_prompts and settings.adapter)
-    out = Path(settings.out) if settings.out else _default_folder(task.name)
+    suffix = "" if part is None else f"-{part.index}of{part.count}"
+    out = Path(settings.out) if settings.out else _default_folder(f"{task.name}{suffix}")
     with open_model(settings) as model:
         _say(f"{_prompts_text(model.adapters)} · task {task.name} · {n_examples:,} examples")
         with ProgressDisplay(n_examples * variants) as progress:
@@ -75,17 +85,45 @@ def _evaluate(settings: RunSettings, task: "Task", source: "DataSource") -> int:
                 data=source,
                 limit=settings.limit,
                 seed=settings.seed,
+                shard=settings.shard,
                 without_prompts=settings.without_prompts,
                 out=out,
                 tokens_per_micro_batch=settings.tokens_per_micro_batch,
                 progress=progress,
             )
-    if settings.json_output:
+    return show_result(result, out, bars, max_failed=settings.max_failed, as_json=settings.json_output)
+
+
+def show_result(result: "RunResult", folder: Path, bars: "Sequence[Bar]", *, max_failed: int, as_json: bool) -> int:
+    """Print the result, and on stderr what is below a bar. Returns the exit code: 1 where something is."""
+    from petals_eval.report import console_for, print_result
+    from petals_eval.runs.bars import below
+
+    if as_json:
         typer.echo(json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
-        _say(f"run folder: {out}")
+        _say(f"run folder: {folder}")
     else:
-        print_result(result, console_for(sys.stdout), folder=out)
-    return 0
+        print_result(result, console_for(sys.stdout), folder=folder)
+    missed = below(result, bars, max_failed)
+    for line in missed:
+        _say(line)
+    return 1 if missed else 0
+
+
+def _with_metrics(task: "Task", names: "Sequence[str]") -> "Task":
+    """The task with these metrics computed, too."""
+    from petals_eval.tasks import ClassificationTask
+
+    if not names or not isinstance(task, ClassificationTask):
+        return task
+    return task.model_copy(update={"metrics": tuple(dict.fromkeys([*task.metrics, *names]))})
+
+
+def _check(task: "Task", rows: "Rows") -> None:
+    """Missing columns and wrong labels show before a swarm is started."""
+    check = getattr(task, "check", None)
+    if check is not None:
+        check(rows)
 
 
 def _default_folder(name: str) -> Path:

@@ -10,8 +10,8 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 
+from petals_eval.cli.signals import ending_signals, how_it_ended, interrupted_code
 from petals_eval.errors import InterruptedRunError, MachineError, PetalsEvalError
 
 __all__ = ["run_command"]
@@ -26,17 +26,17 @@ def run_command(command: Callable[[], int]) -> int:
     Codes: 0 done, 1 below a bar that was set, 2 the caller's mistake, 3 the swarm cannot, 4 this machine cannot, 70 a
     bug of ours, 130 interrupted (Ctrl-C), 143 terminated, 129 the terminal was closed, 141 nobody reads our output.
     """
-    with _quiet_libraries(), _ending_signals() as received:
+    with _quiet_libraries(), ending_signals() as received:
         try:
             code = command()
             sys.stdout.flush()
             return code
         except InterruptedRunError as error:
-            _say("\n".join([_how_it_ended(received), *getattr(error, "__notes__", ())]))
-            return _interrupted_code(received)
+            _say("\n".join([how_it_ended(received), *getattr(error, "__notes__", ())]))
+            return interrupted_code(received)
         except KeyboardInterrupt:
-            _say(_how_it_ended(received))
-            return _interrupted_code(received)
+            _say(how_it_ended(received))
+            return interrupted_code(received)
         except PetalsEvalError as error:
             _say("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
             return error.exit_code
@@ -53,36 +53,6 @@ def run_command(command: Callable[[], int]) -> int:
                 f"  traceback kept in {_keep_traceback()}: please report it"
             )
             return PetalsEvalError.exit_code
-
-
-@contextlib.contextmanager
-def _ending_signals() -> Iterator[list[int]]:
-    """SIGTERM, as batch schedulers send it, and SIGHUP, of a closed terminal, end a run the way Ctrl-C does.
-
-    Yields the signals that came. KeyboardInterrupt, because libraries do not catch that on the way.
-    """
-    received: list[int] = []
-
-    def end(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    # A signal that is ignored stays so: that is how nohup lets a run outlive its terminal.
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, end) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _how_it_ended(received: list[int]) -> str:
-    return "interrupted" if not received else f"ended by {signal.Signals(received[0]).name}"
-
-
-def _interrupted_code(received: list[int]) -> int:
-    return 128 + (received[0] if received else signal.SIGINT)
 
 
 def _is_the_machines(error: Exception) -> bool:

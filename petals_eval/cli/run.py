@@ -65,6 +65,9 @@ def run(
     limit: Annotated[int | None, _option(TASK, "N", "Evaluate this many examples, drawn by --seed.")] = None,
     seed: Annotated[int | None, _option(TASK, "S", "Of the sample and the intervals. Default: 0.")] = None,
     max_length: Annotated[int | None, _option(TASK, "N", "Tokens of text at most. Default: the task's.")] = None,
+    shard: Annotated[
+        str | None, _option(TASK, "I/N", "Evaluate part I of N, from 1/N to N/N; petals-eval merge joins them.")
+    ] = None,
     initial_peers: Annotated[
         list[str] | None, _option(SWARM, "MADDR...", "Multiaddresses of bootstrap peers; one that answers is enough.")
     ] = None,
@@ -130,6 +133,12 @@ def run(
     ] = None,
     out: Annotated[
         str | None, _option(OUTPUT, "FOLDER", "Run folder; an unfinished run goes on. Default: runs/<task>-<time>.")
+    ] = None,
+    max_failed: Annotated[
+        int | None, _option(OUTPUT, "N", "Exit code 1 if more examples than this fail. Default: 0.")
+    ] = None,
+    fail_under: Annotated[
+        list[str] | None, _option(OUTPUT, "METRIC=X...", "Exit code 1 if a metric is below this; repeatable.")
     ] = None,
     dry_run: Annotated[
         bool | None, _option(OUTPUT, None, "Show what would be sent; send nothing.", "--dry-run")

@@ -1,13 +1,18 @@
 """Where files come from: a local folder, or a repository of the hub. Both give one file at a time, when asked."""
 
 import re
+import socket
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from petals_eval.data.problems import closest
 from petals_eval.errors import CallerError
 
 __all__ = ["Folder", "HubRepository", "Source", "first_found", "open_source"]
 
+_KNOCK_SECONDS = 3.0
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -68,6 +73,7 @@ class HubRepository:
                 revision=self.revision,
                 token=self.token,
                 cache_dir=self.cache_dir,
+                local_files_only=not _hub_answers(),
             )
         except LocalEntryNotFoundError as error:  # also an EntryNotFoundError: the hub could not be asked
             raise self._unreachable(filename, error) from error
@@ -85,6 +91,8 @@ class HubRepository:
         """The names of the files at the top of the repository, sorted."""
         import huggingface_hub
 
+        if not _hub_answers():
+            raise self._unreachable("its list of files", ConnectionError())
         try:
             files = huggingface_hub.HfApi().list_repo_files(self.name, revision=self.revision, token=self.token)
         except (OSError, ValueError) as error:
@@ -96,15 +104,37 @@ class HubRepository:
         return self.name, {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
 
     def _unreachable(self, what: str, error: Exception) -> CallerError:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not _hub_answers():
+            reason = "it cannot be reached, and the cache of an earlier download does not have it"
+        here = Path(self.name).expanduser()
+        beside = [str(each) for each in here.parent.iterdir()] if here.parent.is_dir() else []
         return self.error(
-            f"cannot get {what} of {self} from the hub: {reason[0]}\n"
-            "  Expected a local folder or the name of a hub repository. Check the name and the revision, the token if "
-            "the repository is gated or private, and the network."
+            f"cannot get {what} of {self} from the hub: {reason}\n"
+            f"  There is no {self.name} on this machine.{closest(self.name, beside)} Expected a local folder or the "
+            "name of a hub repository. Check the name and the revision, the token if the repository is gated or "
+            "private, and the network."
         )
 
 
 Source = Folder | HubRepository
+
+
+def _hub_answers() -> bool:
+    """Whether somebody answers at the hub's address. Its own client asks for twenty seconds before it gives up.
+
+    True where a proxy stands between, and where the client is told to stay offline: then it knows better.
+    """
+    import huggingface_hub
+
+    address = urlsplit(huggingface_hub.constants.ENDPOINT)
+    if huggingface_hub.constants.HF_HUB_OFFLINE or getproxies():
+        return True
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=_KNOCK_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def open_source(

@@ -14,7 +14,16 @@ from petals_eval.runs.manifest import (
     WireSample,
     difference,
 )
-from petals_eval.runs.results import WITHOUT_PROMPTS, AdapterResult, ComputedIn, RunResult, computed_in, summarise
+from petals_eval.runs.results import (
+    WITHOUT_PROMPTS,
+    AdapterResult,
+    ComputedIn,
+    RunResult,
+    computed_in,
+    run_result,
+    summarise,
+)
+from petals_eval.runs.shard import Shard
 
 __all__ = [
     "WITHOUT_PROMPTS",
@@ -33,9 +42,11 @@ __all__ = [
     "RunResult",
     "ScoredArrays",
     "ServerUsed",
+    "Shard",
     "WireRecord",
     "WireSample",
     "computed_in",
     "difference",
+    "run_result",
     "summarise",
 ]

@@ -184,9 +184,9 @@ class RunFolder:
             self._unlock()
 
     def _holds_nothing(self) -> bool:
+        """What was scored and withdrawn stays for the record; failures alone are tried again by any later run."""
         with contextlib.suppress(MachineError):
-            counts = [self.journal.counts(adapter) for adapter in self.journal.adapters()]
-            return not any(each.scored or each.failed for each in counts)
+            return self.journal.is_blank()
         return False
 
     def _remove(self) -> None:

@@ -1,77 +1,34 @@
 """The journal: every scored example is a row under its own key, in a transaction. Metrics come from it alone."""
 
 import contextlib
+import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from petals_eval.errors import MachineError, RunFolderError
+from petals_eval.holding import undisturbed
+from petals_eval.runs.copying import copy_rows
 from petals_eval.runs.manifest import ServerUsed
+from petals_eval.runs.rows import Counts, Failure, Row, ScoredArrays, packed, unpacked
 from petals_eval.runs.schema import blame_sqlite, connect
+from petals_eval.runs.small_tables import SmallTables
 from petals_eval.tasks.requests import Prediction
 
-__all__ = ["Counts", "Failure", "Journal", "ScoredArrays"]
+__all__ = ["Counts", "Failure", "Journal", "ScoredArrays", "commit_what_waits"]
 
 # A commit costs a few milliseconds of waiting for the disk, so rows are committed together: at most this many, and
 # none waits for longer than this while others arrive. What is not committed when the process dies is computed again.
 COMMIT_ROWS = 256
 COMMIT_SECONDS = 0.5
 READ_ROWS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Of one adapter's valid rows. truncated and n_tokens (text tokens) are those of the scored examples."""
-
-    scored: int
-    failed: int
-    truncated: int
-    n_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An example that could not be computed. It is never counted as a wrong answer."""
-
-    key: str
-    label: int
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class ScoredArrays:
-    """One adapter's scored examples in source order.
-
-    labels, predictions: int64 (n,). probabilities: float64 (n, labels).
-    """
-
-    labels: NDArray[np.int64]
-    predictions: NDArray[np.int64]
-    probabilities: NDArray[np.float64]
-
-
-class _Row(NamedTuple):
-    """A row as it waits for its commit. Floats are little-endian float64: what comes back is what went in."""
-
-    adapter: str
-    key: str
-    status: str
-    label: int
-    prediction: int | None
-    scores: bytes | None
-    probabilities: bytes | None
-    n_tokens: int
-    truncated: bool
-    servers: tuple[ServerUsed, ...]
-    reason: str | None
-    time: float
+COMMIT_PATIENCE = 1.0  # seconds for a commit at the last moment, while another thread holds the journal
 
 
 class Journal:
@@ -85,12 +42,13 @@ class Journal:
         """Raises RunFolderError where there is no journal (and `create` is False), or one of a newer release."""
         self.path = path
         self._lock = threading.RLock()
-        self._pending: list[_Row] = []
-        self._ids: dict[tuple[str, object], int] = {}
+        self._pending: list[Row] = []
         self._session: tuple[int, float] | None = None  # row, monotonic start
         self._last_commit = float("-inf")
         self._closed = False
         self._connection = connect(path, create=create, read_only=read_only)
+        self._tables = SmallTables(self._connection)
+        _OPEN.add(self)
 
     # -- writing
 
@@ -99,14 +57,14 @@ class Journal:
     ) -> None:
         """Record a scored example. A valid row of the same key is superseded; it stays for the record."""
         self._append(
-            _Row(
+            Row(
                 adapter,
                 prediction.key,
                 "ok",
                 prediction.label,
                 prediction.prediction,
-                _packed(prediction.scores),
-                _packed(prediction.probabilities),
+                packed(prediction.scores),
+                packed(prediction.probabilities),
                 prediction.n_tokens,
                 truncated,
                 tuple(servers),
@@ -128,7 +86,7 @@ class Journal:
     ) -> None:
         """Record an example that could not be computed, and why."""
         self._append(
-            _Row(
+            Row(
                 adapter,
                 key,
                 "failed",
@@ -158,7 +116,16 @@ class Journal:
             with self._transaction():
                 return sum(self._connection.execute(sql, (peer_id,)).rowcount for peer_id in peer_ids)
 
-    def _append(self, row: _Row) -> None:
+    def absorb(self, others: Iterable["Journal"]) -> None:
+        """Copy all rows of other journals, the superseded ones and the sessions too, in one transaction.
+
+        No two of the journals may hold a valid row of the same adapter and key.
+        """
+        with self._lock, self._transaction():
+            for other in others:
+                copy_rows(other._select, self._connection, self._tables)
+
+    def _append(self, row: Row) -> None:
         with self._lock:
             self._pending.append(row)
             if len(self._pending) >= COMMIT_ROWS:
@@ -177,15 +144,16 @@ class Journal:
         with self._lock:
             if not self._pending and self._session is None:
                 return
-            with self._transaction():
-                for row in self._pending:
-                    self._insert(row)
-                if self._session is not None:
-                    session, started = self._session
-                    seconds = time.monotonic() - started
-                    self._connection.execute("UPDATE sessions SET seconds = ? WHERE id = ?", (seconds, session))
-            self._pending.clear()
-            self._last_commit = time.monotonic()
+            with undisturbed():
+                with self._transaction():
+                    for row in self._pending:
+                        self._insert(row)
+                    if self._session is not None:
+                        session, started = self._session
+                        seconds = time.monotonic() - started
+                        self._connection.execute("UPDATE sessions SET seconds = ? WHERE id = ?", (seconds, session))
+                self._pending.clear()
+                self._last_commit = time.monotonic()
 
     @contextlib.contextmanager
     def session(self, adapter: str) -> Iterator[None]:
@@ -194,7 +162,7 @@ class Journal:
             with self._transaction():
                 cursor = self._connection.execute(
                     "INSERT INTO sessions (adapter, started, seconds) VALUES (?, ?, 0)",
-                    (self._adapter_id(adapter), time.time()),
+                    (self._tables.adapter(adapter), time.time()),
                 )
             self._session = (int(cursor.lastrowid or 0), time.monotonic())
         try:
@@ -214,12 +182,9 @@ class Journal:
             try:
                 self.flush()
             finally:
-                self._close()
-
-    def _close(self) -> None:
-        self._closed = True
-        with blame_sqlite(self.path):
-            self._connection.close()
+                self._closed = True
+                with blame_sqlite(self.path):
+                    self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -242,6 +207,20 @@ class Journal:
         sql = f"SELECT key {_VALID} AND status = 'ok'"
         return {key for (key,) in self._select(sql, (adapter,))}
 
+    def keys(self, adapter: str) -> Iterator[str]:
+        """Of all valid rows, the failed ones too."""
+        return (key for (key,) in self._select(f"SELECT key {_VALID}", (adapter,)))
+
+    def is_blank(self) -> bool:
+        """Whether nothing was ever scored; rows that were withdrawn were."""
+        return next(self._select("SELECT NOT EXISTS (SELECT 1 FROM scored WHERE status = 'ok')"))[0] == 1
+
+    def committed(self) -> int:
+        """Valid scored rows on the disk, without those that wait: a full disk can still be read."""
+        with self._lock, blame_sqlite(self.path):
+            sql = "SELECT count(*) FROM scored WHERE valid = 1 AND status = 'ok'"
+            return int(self._connection.execute(sql).fetchone()[0])
+
     def counts(self, adapter: str) -> Counts:
         sql = (
             "SELECT count(*), coalesce(sum(status = 'ok'), 0), coalesce(sum(status = 'ok' AND truncated), 0),"
@@ -261,7 +240,7 @@ class Journal:
         """Scored examples in source order, a few in memory at a time."""
         sql = f"SELECT key, label, prediction, scores, probabilities, n_tokens {_VALID} AND status = 'ok' {_IN_ORDER}"
         for key, label, prediction, scores, probabilities, n_tokens in self._select(sql, (adapter,)):
-            yield Prediction(key, label, prediction, _unpacked(scores), _unpacked(probabilities), n_tokens)
+            yield Prediction(key, label, prediction, unpacked(scores), unpacked(probabilities), n_tokens)
 
     def failures(self, adapter: str) -> Iterator[Failure]:
         """In source order."""
@@ -309,23 +288,26 @@ class Journal:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with blame_sqlite(self.path):
-            self._connection.execute("BEGIN IMMEDIATE")
+        with blame_sqlite(self.path), undisturbed():
             try:
+                self._connection.execute("BEGIN IMMEDIATE")
                 yield
                 self._connection.execute("COMMIT")
             except BaseException:
-                self._ids.clear()  # ids given out in this transaction are gone with it
+                self._tables.forget()
                 if self._connection.in_transaction:  # SQLite rolls back by itself when the disk is full
                     self._connection.execute("ROLLBACK")
                 raise
 
-    def _insert(self, row: _Row) -> None:
+    def _insert(self, row: Row) -> None:
         execute = self._connection.execute
-        adapter = self._adapter_id(row.adapter)
-        old = execute(
-            "SELECT id FROM scored WHERE adapter = ? AND key = ? AND valid = 1", (adapter, row.key)
+        adapter = self._tables.adapter(row.adapter)
+        found = execute(
+            "SELECT id, time FROM scored WHERE adapter = ? AND key = ? AND valid = 1", (adapter, row.key)
         ).fetchone()
+        if found is not None and found[1] == row.time:
+            return  # this very row: an interrupt came between its commit and our taking note
+        old = found[:1] if found is not None else None
         if old is not None:
             execute("UPDATE scored SET valid = 0 WHERE id = ?", old)
         cursor = execute(
@@ -341,7 +323,7 @@ class Journal:
                 row.probabilities,
                 row.n_tokens,
                 row.truncated,
-                self._server_set_id(row.servers),
+                self._tables.server_set(row.servers),
                 row.reason,
                 row.time,
             ),
@@ -349,52 +331,18 @@ class Journal:
         if old is not None:
             execute("UPDATE scored SET superseded_by = ? WHERE id = ?", (cursor.lastrowid, *old))
 
-    def _adapter_id(self, name: str) -> int:
-        return self._id(("adapter", name), "adapters", "name = ?", ("name",), (name,))
 
-    def _server_set_id(self, servers: Iterable[ServerUsed]) -> int | None:
-        used = frozenset(servers)
-        if not used:
-            return None
-        known = self._ids.get(("set", used))
-        if known is not None:
-            return known
-        members = sorted(self._server_id(server) for server in used)
-        text = ",".join(map(str, members))
-        identity = self._id(("set", used), "server_sets", "members = ?", ("members",), (text,))
-        self._connection.executemany(
-            "INSERT OR IGNORE INTO server_set_members VALUES (?, ?)", [(identity, member) for member in members]
-        )
-        return identity
-
-    def _server_id(self, server: ServerUsed) -> int:
-        columns = ("peer_id", "first", '"end"', "version", "dtype", "quant")
-        values = (server.peer_id, server.first, server.end, server.version, server.dtype, server.quant)
-        same = " AND ".join(f"{column} IS ?" for column in columns)  # IS: unknown equals unknown
-        return self._id(("server", server), "servers", same, columns, values)
-
-    def _id(
-        self, cached: tuple[str, object], table: str, same: str, columns: Sequence[str], values: tuple[object, ...]
-    ) -> int:
-        """The row's id in one of the small tables; made where there is none."""
-        if cached not in self._ids:
-            found = self._connection.execute(f"SELECT id FROM {table} WHERE {same}", values).fetchone()
-            if found is None:
-                marks = ", ".join("?" * len(columns))
-                sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})"
-                found = (self._connection.execute(sql, values).lastrowid,)
-            self._ids[cached] = int(found[0] or 0)
-        return self._ids[cached]
+def commit_what_waits() -> None:
+    """Commit what waits in every open journal: for whoever ends this process without ceremony."""
+    for journal in list(_OPEN):
+        if journal._lock.acquire(timeout=COMMIT_PATIENCE):
+            # It may be closed, or its disk full: there is nothing else to be done.
+            with contextlib.suppress(MachineError, sqlite3.Error):
+                journal.flush()
+            journal._lock.release()
 
 
+_OPEN: "weakref.WeakSet[Journal]" = weakref.WeakSet()
 _VALID = "FROM scored WHERE adapter = (SELECT id FROM adapters WHERE name = ?) AND valid = 1"
 # Keys are positions in the source, as text. Others sort after their number, or by their letters.
 _IN_ORDER = "ORDER BY CAST(key AS INTEGER), key"
-
-
-def _packed(values: Sequence[float]) -> bytes:
-    return np.asarray(values, dtype="<f8").tobytes()
-
-
-def _unpacked(blob: bytes) -> tuple[float, ...]:
-    return tuple(np.frombuffer(blob, dtype="<f8").tolist())

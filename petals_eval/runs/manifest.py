@@ -1,6 +1,8 @@
 """What a run was: enough to check it and to go on with it, and nothing that may not be shared."""
 
+import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -138,12 +140,17 @@ class AdapterRecord(_Record):
 
 
 class DataRecord(_Record):
-    """fingerprint: of the content, the same on every machine. limit, seed: of the sample; limit None is everything."""
+    """fingerprint: of the content, the same on every machine. limit, seed: of the sample; limit None is everything.
+
+    rows: how many are to be evaluated; with a shard (index from 1, count) this run does a part of them.
+    """
 
     name: _Name
     fingerprint: str
     limit: int | None = None
     seed: int = 0
+    rows: int | None = None
+    shard: tuple[int, int] | None = None
 
 
 class Manifest(_Record):
@@ -151,7 +158,7 @@ class Manifest(_Record):
 
     answer_settings: whatever else changes an answer (dtype, lossy compression, ...); a resume needs the same.
     run_settings: what changes only how the run goes (batch sizes, deadlines, ...).
-    task: the task's own fingerprint. seeds: by what they seed.
+    task: the task's own fingerprint; task_sha256: of it as the task gave it. seeds: by what they seed.
     created, finished: UTC, ISO 8601; finished is None while the run is under way.
     servers: filled at the end. noisy_servers: as they are found. wire: what a lossy wire did; None on a lossless one.
 
@@ -165,6 +172,7 @@ class Manifest(_Record):
     adapters: tuple[AdapterRecord, ...]
     data: DataRecord
     task: _Settings
+    task_sha256: str | None = None
     answer_settings: _Settings = {}
     run_settings: _Settings = {}
     seeds: dict[str, int] = {}
@@ -202,6 +210,8 @@ class Manifest(_Record):
             adapters=tuple(adapters),
             data=data,
             task=task,
+            # What may not be shared is not in `task`, but it may make two tasks differ.
+            task_sha256=hashlib.sha256(json.dumps(task, sort_keys=True, default=str).encode()).hexdigest(),
             answer_settings=answer_settings or {},
             run_settings=run_settings or {},
             seeds=seeds or {},
@@ -290,6 +300,7 @@ def _answering(manifest: Manifest) -> dict[str, JsonValue]:
         _flatten(f"adapter {adapter.name}", adapter.model_dump(exclude={"name"}), flat)
     _flatten("data", data, flat)
     _flatten("task", manifest.task, flat)
+    flat["task.sha256"] = manifest.task_sha256
     _flatten("setting", manifest.answer_settings, flat)
     _flatten("package", {name: manifest.packages.get(name) for name in ANSWERING_PACKAGES}, flat)
     return flat

@@ -29,12 +29,15 @@ def shareable_name(name: str) -> str:
 
 
 def shareable_settings(settings: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """Settings without paths and secrets: keys that name a secret go, of paths the last part stays.
+    """Settings without paths and secrets: what has a secret's name is removed, of paths the last part stays.
 
     >>> shareable_settings({"token": "hf_abc", "cache": "/home/ada/.cache/hub", "text": "{a} / {b}", "dtype": None})
-    {'cache': 'hub', 'text': '{a} / {b}', 'dtype': None}
+    {'token': '[removed]', 'cache': 'hub', 'text': '{a} / {b}', 'dtype': None}
     """
-    return {key: _shareable(value) for key, value in settings.items() if key.lower() not in _SECRET_KEYS}
+    return {
+        _shareable_text(key): _REMOVED if key.lower() in _SECRET_KEYS else _shareable(value)
+        for key, value in settings.items()
+    }
 
 
 def _shareable(value: JsonValue) -> JsonValue:

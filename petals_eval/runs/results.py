@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from petals_eval.metrics import METRICS, Metric, compute_metrics, confusion_matrix
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import NoisyServer, ServerUsed, WireRecord
 
-__all__ = ["WITHOUT_PROMPTS", "AdapterResult", "ComputedIn", "RunResult", "computed_in", "summarise"]
+if TYPE_CHECKING:
+    from petals_eval.runs.folder import RunFolder
+
+__all__ = ["WITHOUT_PROMPTS", "AdapterResult", "ComputedIn", "RunResult", "computed_in", "run_result", "summarise"]
 
 SCHEMA_VERSION = 1
 TESTED_PETALS = ("2.2.", "2.3.")  # lines of Petals whose wire was tested; of others only the forward path is relied on
@@ -138,6 +142,28 @@ def computed_in(servers: Sequence[tuple[ServerUsed, int]]) -> tuple[ComputedIn, 
         peers.setdefault((server.dtype, server.quant, server.version), set()).add(server.peer_id)
     kinds = [ComputedIn(*kind, servers=len(found)) for kind, found in peers.items()]
     return tuple(sorted(kinds, key=lambda kind: (-kind.servers, str(kind))))
+
+
+def run_result(
+    folder: "RunFolder", *, task: str, metrics: Sequence[str], label_names: Sequence[str], retries: int
+) -> RunResult:
+    """The result of a run, from its journal. Raises as `summarise` does."""
+    manifest, journal = folder.manifest, folder.journal
+    seed = manifest.seeds.get("bootstrap", 0)
+    results = {
+        adapter.name: summarise(journal, adapter.name, metrics, label_names, seed=seed) for adapter in manifest.adapters
+    }
+    used = journal.servers()
+    return RunResult(
+        task=task,
+        without_prompts=results.pop(WITHOUT_PROMPTS, None),
+        adapters=results,
+        retries=retries,
+        servers=len({server.peer_id for server, _ in used}),
+        computed_in=computed_in(used),
+        noisy_servers=manifest.noisy_servers,
+        wire=manifest.wire,
+    )
 
 
 def summarise(

@@ -7,7 +7,8 @@ wake-up of the loop and at most one of the caller's thread.
 import asyncio
 import queue
 import time
-from concurrent.futures import CancelledError, Future
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -16,7 +17,7 @@ import torch
 from petals_eval.swarm.connection import SwarmConnection
 from petals_eval.swarm.pipeline import Pipeline, ServedHop
 
-__all__ = ["Computed", "Flight", "Work"]
+__all__ = ["Computed", "Failed", "Flight", "Work"]
 
 T = TypeVar("T")
 
@@ -55,6 +56,14 @@ class Computed(Generic[T]):
 
 
 @dataclass(frozen=True, eq=False)
+class Failed(Generic[T]):
+    """A micro-batch that does not come back, and why."""
+
+    tag: T
+    error: Exception
+
+
+@dataclass(frozen=True, eq=False)
 class _Out(Generic[T]):
     """A micro-batch on its way to the event loop. cargo: its hidden states, to be taken out."""
 
@@ -70,11 +79,8 @@ class _Out(Generic[T]):
 class _Back(Generic[T]):
     """What came of a micro-batch, on its way to the caller's thread."""
 
-    tag: T
     bytes: int
-    hidden: torch.Tensor | None
-    hops: tuple[ServedHop, ...]
-    error: BaseException | None
+    what: Computed[T] | Failed[T]
 
 
 class Flight(Generic[T]):
@@ -122,10 +128,10 @@ class Flight(Generic[T]):
         if self._loop is not None and self._wake is not None:
             self._loop.call_soon_threadsafe(self._wake.set)
 
-    def next(self, timeout: float) -> list[Computed[T]]:
+    def next(self, timeout: float, on_failed: Callable[[Failed[T]], object]) -> list[Computed[T]]:
         """The next micro-batch that is back; nothing when none is within `timeout` seconds, or there is room for more.
 
-        Raises its error where it has failed, and SwarmError when the connection has ended.
+        Raises SwarmError when the connection has ended.
         """
         try:
             back = self._inbox.get(timeout=timeout)
@@ -137,11 +143,10 @@ class Flight(Generic[T]):
             return []
         self.in_flight -= 1
         self._bytes -= back.bytes
-        if back.error is not None:
-            raise back.error
-        if back.hidden is None:
-            raise CancelledError
-        return [Computed(back.tag, back.hidden, back.hops)]
+        if isinstance(back.what, Failed):
+            on_failed(back.what)
+            return []
+        return [back.what]
 
     def close(self) -> None:
         """Cancel what is in flight."""
@@ -173,11 +178,9 @@ class Flight(Generic[T]):
             hidden, hops = await self._pipeline.forward(out.cargo.pop(), out.prompts, self._first, self._last)
             if out.made_for is not None:
                 self._pipeline.sizes.came_back(out.made_for, out.positions, time.monotonic())
-            back = _Back(out.tag, out.bytes, hidden, hops, None)
-        except asyncio.CancelledError:
-            raise
+            back: _Back[T] = _Back(out.bytes, Computed(out.tag, hidden, hops))
         except Exception as error:  # noqa: BLE001 - it is raised again in the thread that waits for the answer
-            back = _Back(out.tag, out.bytes, None, (), error)
+            back = _Back(out.bytes, Failed(out.tag, error))
         self._inbox.put(back)
 
     def _tell_of_room(self) -> None:

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import CallerError
+from petals_eval.errors import CallerError, ExampleError
 from petals_eval.swarm.calls import RemoteCalls
 from petals_eval.swarm.checked_calls import CheckedCalls
 from petals_eval.swarm.connection import SwarmConnection
 from petals_eval.swarm.directory import Directory
-from petals_eval.swarm.flight import Computed, Flight, Work
+from petals_eval.swarm.flight import Computed, Failed, Flight, Work
 from petals_eval.swarm.gradients import refuse_gradients
 from petals_eval.swarm.inference_session import InferenceSession
 from petals_eval.swarm.peers import PeerBook, PeerHistory
@@ -120,6 +120,7 @@ class RemoteSequential(nn.Module):
         *,
         window: int | None = None,
         on_tick: Callable[[], object] | None = None,
+        on_error: Callable[[T, ExampleError], Iterable[Work[T]]] | None = None,
         tick: float = 0.2,
     ) -> Iterator[Computed[T]]:
         """Send micro-batches and yield them as they come back, in any order.
@@ -128,16 +129,24 @@ class RemoteSequential(nn.Module):
             decide, see `petals_eval.swarm.flow`). The next one is taken from `work` only when there is room for it, so
             memory is bounded.
         on_tick: called about every `tick` seconds, and whenever one comes back.
-        The first error cancels the rest and is raised.
+        on_error: says what to send in the place of a micro-batch that nobody can compute, if anything. Any other error,
+            and without it this one too, cancels the rest and is raised.
         """
+
+        again: list[Work[T]] = []
+
+        def failed(failure: Failed[T]) -> None:
+            if on_error is None or not isinstance(failure.error, ExampleError):
+                raise failure.error
+            again.extend(on_error(failure.tag, failure.error))
 
         source = iter(work)
         exhausted = False
         flight = Flight[T](self._connection, self._pipeline, self.first, self.last, window or self.settings.window)
         with closing(flight):
             while True:
-                if not exhausted and flight.has_room():
-                    item = next(source, None)
+                if (again or not exhausted) and flight.has_room():
+                    item = again.pop() if again else next(source, None)
                     if item is None:
                         exhausted = True
                         continue
@@ -149,7 +158,7 @@ class RemoteSequential(nn.Module):
                     timeout = tick
                 else:
                     return
-                back = flight.next(timeout)
+                back = flight.next(timeout, failed)
                 if on_tick is not None and (back or timeout):
                     on_tick()
                 while back:

@@ -17,7 +17,8 @@ class Task(Protocol):
     """Turns rows into requests and answers into predictions. Any object with these members is a task.
 
     A task may also have `data: DataSource | None`, what it evaluates unless told otherwise, and
-    `formats: Mapping[str, FileReading]`, how it reads a local file of each format.
+    `formats: Mapping[str, FileReading]`, how it reads a local file of each format; and `check(rows)`, which raises
+    DataError for rows that `examples` would refuse, so that these show before a swarm is asked for anything.
     """
 
     @property
@@ -43,7 +44,10 @@ class Task(Protocol):
         ...
 
     def predict(self, example: Example, answers: "Sequence[torch.Tensor]") -> Prediction:
-        """The prediction from one float32 tensor a request of `example`, in the order of `part`."""
+        """The prediction from one float32 tensor a request of `example`, in the order of `part`.
+
+        Raises ExampleError where these answers give none: the run notes a failure and goes on.
+        """
         ...
 
     def fingerprint(self) -> dict[str, object]:

@@ -18,7 +18,7 @@ from pydantic import (
 from petals_eval.data.problems import closest, explain
 from petals_eval.data.rows import Row, Rows
 from petals_eval.data.source import DataSource, FileFormat, FileReading
-from petals_eval.errors import AdapterError, DataError, ModelError, PetalsEvalError, TaskError
+from petals_eval.errors import AdapterError, DataError, NotFiniteError, PetalsEvalError, TaskError
 from petals_eval.tasks.labels import Labels, plain
 from petals_eval.tasks.requests import Example, Prediction, Request
 from petals_eval.tasks.template import Template
@@ -131,15 +131,11 @@ class ClassificationTask(BaseModel):
     def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
         """Examples in the order of `rows`, tokenised a few hundred at a time as they are asked for.
 
-        All labels and texts are checked before the first example comes out: a wrong label in the last row should
-        not end a run of hours. Raises DataError, which names the row, what was found there and what was expected.
+        All of them are checked before the first one comes out. Raises DataError as `check` does.
         """
+        self.check(rows)
         template = Template.parse(self.text)
-        self._check_columns(rows, template)
-        labels = Labels(self.label_names, self.label_map, rows.class_names.get(self.label_column))
-        for row in rows:
-            self._label(row, labels, rows)
-            template.render(row.columns, where=_where(rows, row))
+        labels = self._labels(rows)
         source = iter(rows)
         while chunk := list(islice(source, _CHUNK_ROWS)):
             found = [self._label(row, labels, rows) for row in chunk]
@@ -148,19 +144,30 @@ class ClassificationTask(BaseModel):
             else:
                 yield from self._for_label_words(rows, chunk, found, template, tokenizer, self.label_words)
 
+    def check(self, rows: Rows) -> None:
+        """Look at the columns, labels and texts of all rows: a wrong label in the last one should not end a run of
+        hours. Raises DataError, which names the row, what was found there and what was expected.
+        """
+        template = Template.parse(self.text)
+        self._check_columns(rows, template)
+        labels = self._labels(rows)
+        for row in rows:
+            self._label(row, labels, rows)
+            template.render(row.columns, where=_where(rows, row))
+
     def predict(self, example: Example, answers: "Sequence[torch.Tensor]") -> Prediction:
         """The label with the highest score (the first of equals), and the softmax of the scores in float64.
 
         answers: one float32 tensor a request: (labels,) logits of the trained head or one log-likelihood a label;
             or, where a label word has several tokens, one tensor (tokens,) a label.
-        Raises AdapterError when the head has another number of labels, and ModelError for scores that are not finite:
-        servers' answers are checked before they get here, so these come from the local norm or head.
+        Raises AdapterError when the head has another number of labels, and NotFiniteError for scores that are not
+        finite: servers' answers are checked before they get here, so these come from the local norm or head.
         """
         import numpy as np
 
         scores = self._scores(example, [answer.detach().double().cpu().numpy() for answer in answers])
         if not np.isfinite(scores).all():
-            raise ModelError(
+            raise NotFiniteError(
                 f"example {example.key}: expected finite scores, found {scores.tolist()}. The local norm or head "
                 "overflowed, or its weights are damaged: try --dtype float32, and check the adapter and the model."
             )
@@ -198,6 +205,9 @@ class ClassificationTask(BaseModel):
                     f"{rows.name} has no column {column}, which task {self.name} reads. "
                     f"Columns found: {', '.join(rows.columns)}.{closest(column, rows.columns)}"
                 )
+
+    def _labels(self, rows: Rows) -> Labels:
+        return Labels(self.label_names, self.label_map, rows.class_names.get(self.label_column))
 
     def _label(self, row: Row, labels: Labels, rows: Rows) -> int:
         return labels.index(row.columns[self.label_column], where=_where(rows, row), column=self.label_column)

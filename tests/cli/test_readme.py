@@ -169,6 +169,10 @@ def _interrupted(swarm: LocalSwarm) -> None:
 @pytest.mark.parametrize("command", OURS, ids=[" ".join(each.words)[:60] for each in OURS])
 def test_a_command_of_the_readme(command: Typed) -> None:
     words = command.words
+    if words[1] == "merge":
+        for part in OURS:
+            if "--shard" in part.words:
+                assert run_typed(part.words).code == 0
     if "$PEERS" in words:
         with LocalSwarm("my-llama", servers=2, mode="thread") as swarm:
             at = words.index("$PEERS")

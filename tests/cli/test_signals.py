@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from tests.cli.conftest import Stage
 from tests.cli.invoking import invoke
+from tests.cli.test_run import NOBODY
 
 SECONDS = 90  # until a step of another process must be done; the machine may be busy
 
@@ -110,6 +112,123 @@ def test_ctrl_c_before_anything_is_scored_leaves_nothing(stage: Stage) -> None:
     assert out == ""
     assert err.splitlines()[-1] == "interrupted"
     assert not Path("r").exists()
+
+
+def journal_of(process: subprocess.Popen, path: Path, at_least: int) -> None:
+    wait_for(lambda: scored(path) >= at_least, process)
+
+
+def end(process: subprocess.Popen, *numbers: signal.Signals) -> float:
+    """Send these to the command alone, as a batch scheduler does; returns the seconds until it has ended."""
+    started = time.monotonic()
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.3)
+    process.wait(SECONDS)
+    return time.monotonic() - started
+
+
+def test_sigterm_while_it_connects(stage: Stage) -> None:
+    """To an address where nobody is: it would try for 30 seconds."""
+    command = [*stage.on_task("trec", stage.trec), "--adapter", stage.adapter(), "--dht-prefix", "x", "--out", "r"]
+    process = start(*command, "--initial-peers", NOBODY)
+    wait_for(lambda: psutil.Process(process.pid).children(), process)  # the libp2p daemon
+    assert end(process, signal.SIGTERM) < 10
+    _, err = finish(process)
+    assert process.returncode == 143
+    assert err.splitlines()[-1].startswith("ended by SIGTERM")
+    assert not Path("r").exists()
+
+
+def test_sigterm_while_a_local_swarm_starts(stage: Stage) -> None:
+    process = start(*stage.on_task("trec", stage.trec), "--adapter", stage.adapter(), "--local-swarm", 2, "--out", "r")
+    wait_for(lambda: psutil.Process(process.pid).children(), process)  # the process that servers are forked from
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert end(process, signal.SIGTERM) < 10
+    _, err = finish(process)
+    assert process.returncode == 143
+    assert err.splitlines()[-1].startswith("ended by SIGTERM")
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert not Path("r").exists()
+
+
+def test_sigterm_while_metrics_are_computed(stage: Stage) -> None:
+    """Everything is scored; the same command makes the report."""
+    process = start(*stage.run("--out", "r", "--fail-under", "roc_auc=0", "f1_weighted=0", "precision[human]=0"))
+    journal_of(process, Path("r/journal.sqlite"), 500)
+    assert end(process, signal.SIGTERM) < 10
+    _, err = finish(process)
+    assert process.returncode == 143
+    assert "500 of 500 examples are scored and kept in r. Run the same command again to go on." in err
+    assert not Path("r/report.md").exists()
+    assert invoke(*stage.run("--out", "r")).code == 0
+    assert scored(Path("r/journal.sqlite")) == 500
+    assert json.loads(Path("r/metrics.json").read_text())["metrics"]["accuracy"]["value"] == 0.7360
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGINT, signal.SIGTERM]], ids=["one", "two"])
+def test_a_way_out_that_hangs_is_cut_short(stage: Stage, numbers: list[signal.Signals]) -> None:
+    """The libp2p daemon is frozen, so letting go of the swarm takes its five seconds and more."""
+    process = start(*stage.run("--out", "r", "--window", 1, "--tokens-per-micro-batch", 64))
+    journal_of(process, Path("r/journal.sqlite"), 10)
+    [daemon] = psutil.Process(process.pid).children()
+    daemon.suspend()
+    try:
+        took = end(process, *numbers)
+    finally:
+        daemon.resume()
+    _, err = finish(process)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "interrupted, at once"
+    assert took < (5 + 5 if len(numbers) == 1 else 4), "the second one ends it before the first one's patience is over"
+    psutil.wait_procs([daemon], timeout=10)
+    assert not daemon.is_running()
+    kept = scored(Path("r/journal.sqlite"))
+    assert kept >= 10
+    assert invoke(*stage.run("--out", "r")).code == 0
+    assert scored(Path("r/journal.sqlite")) == 500
+
+
+def test_two_signals_at_once_keep_what_waits_to_be_committed(tmp_path: Path) -> None:
+    script = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from petals_eval.cli.signals import ending_signals
+        from petals_eval.runs import Journal
+        from petals_eval.tasks.requests import Prediction
+        with ending_signals():
+            journal = Journal(Path(sys.argv[1]), create=True)
+            for key in range(100):
+                journal.add("a", Prediction(str(key), 0, 1, (0.1, 0.2), (0.4, 0.6), 5))
+            assert journal._pending, "nothing waits"
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+    """
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "j")], capture_output=True, timeout=SECONDS)
+    assert (ended.returncode, ended.stderr) == (130, b"interrupted, at once\n")
+    assert scored(tmp_path / "j") == 100
+
+
+def test_a_disk_that_fills_in_mid_run_ends_it_with_4_and_loses_nothing(stage: Stage) -> None:
+    """No file of the process may grow any more, as on a full disk."""
+    process = start(*stage.run("--out", "r", "--window", 1, "--tokens-per-micro-batch", 64))
+    journal_of(process, Path("r/journal.sqlite"), 20)
+    size = Path("r/journal.sqlite-wal").stat().st_size
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+    committed = scored(Path("r/journal.sqlite"))
+    out, err = finish(process)
+    assert process.returncode == 4
+    assert out == ""
+    assert "error: Expected to use the journal r/journal.sqlite; found: " in err
+    assert "run the same command again" in err or "run the command again" in err
+    kept = scored(Path("r/journal.sqlite"))
+    assert committed <= kept < 500
+    assert f"{kept} of 500 examples are scored and kept in r. Run the same command again to go on." in err
+    assert invoke(*stage.run("--out", "r")).code == 0
+    assert scored(Path("r/journal.sqlite")) == 500
+    assert json.loads(Path("r/metrics.json").read_text())["metrics"]["accuracy"]["value"] == 0.7360
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

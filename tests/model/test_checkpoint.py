@@ -147,7 +147,7 @@ class FakeHub:
         self.snapshot = snapshots / "snapshots" / COMMIT
         self.asked: list[tuple[str, str, str | None, str | None]] = []
 
-    def download(self, repository, filename, *, revision=None, token=None, cache_dir=None):
+    def download(self, repository, filename, *, revision=None, token=None, cache_dir=None, local_files_only=False):
         from huggingface_hub.utils import EntryNotFoundError
 
         self.asked.append((repository, filename, revision, token))
@@ -161,6 +161,7 @@ class FakeHub:
 def hub(tmp_path, monkeypatch) -> FakeHub:
     fake = FakeHub(tmp_path / "remote", tmp_path / "cache")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fake.download)
+    monkeypatch.setattr("petals_eval.model.sources._hub_answers", lambda: True)
     return fake
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,23 @@ def test_a_run_with_other_answers_is_refused_with_the_difference(tmp_path: Path)
     assert "setting.dtype: was float32, now bfloat16" in str(refused.value)
     assert "setting.compression: was none, now nothing" in str(refused.value)
     RunFolder.create(tmp_path, manifest(), task="trec").close()  # the refusal let go of the folder
+
+
+def test_a_run_that_failed_leaves_nothing_unless_something_was_scored(tmp_path: Path) -> None:
+    """Rows that were withdrawn were scored: they stay for the record. Failures alone are tried again anyway."""
+    with pytest.raises(ZeroDivisionError), RunFolder.create(tmp_path / "failed", manifest(), task="trec") as folder:
+        folder.journal.add_failure("trec-ptune", "1", 0, "too long")
+        raise ZeroDivisionError
+    assert not (tmp_path / "failed").exists()
+    with pytest.raises(ZeroDivisionError), RunFolder.create(tmp_path / "caught", manifest(), task="trec") as folder:
+        score(folder, keys=range(3))
+        assert folder.journal.withdraw([SERVERS[0].peer_id]) == 3
+        raise ZeroDivisionError
+    with RunFolder.open(tmp_path / "caught") as folder:
+        assert folder.journal.counts("trec-ptune").scored == 0
+    connection = sqlite3.connect(tmp_path / "caught" / "journal.sqlite")
+    assert connection.execute("SELECT count(*), sum(valid) FROM scored").fetchone() == (3, 0)
+    connection.close()
 
 
 def test_finished_and_foreign_folders_are_refused(tmp_path: Path) -> None:

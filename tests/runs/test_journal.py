@@ -14,8 +14,10 @@ import pytest
 from run_samples import SERVERS, prediction, reachable_folder, unprivileged
 
 from petals_eval.errors import MachineError, RunFolderError
+from petals_eval.holding import now_or_soon
 from petals_eval.runs import Counts, Journal, ServerUsed
 from petals_eval.runs import journal as journal_module
+from petals_eval.runs.rows import Row
 
 
 @pytest.fixture
@@ -180,6 +182,104 @@ def test_several_threads_write_at_once(path: Path) -> None:
         for thread in threads:
             thread.join()
         assert journal.done_keys("a") == {str(key) for key in range(800)}
+
+
+def test_a_journal_takes_up_all_rows_of_others(path: Path, tmp_path: Path) -> None:
+    others = [tmp_path / "one.sqlite", tmp_path / "two.sqlite"]
+    for number, other in enumerate(others):
+        with Journal(other, create=True) as journal, journal.session("a"):
+            journal.add("b", prediction(number), servers=[SERVERS[number], SERVERS[2]])
+            journal.add("a", prediction(number, n_tokens=1), servers=SERVERS[:1])
+            journal.flush()
+            journal.add("a", prediction(number, n_tokens=2), servers=[SERVERS[number]])
+            journal.add_failure("a", str(10 + number), 1, "too long")
+    with Journal(path, create=True) as journal:
+        with Journal(others[0], read_only=True) as one, Journal(others[1], read_only=True) as two:
+            journal.absorb([one, two])
+        assert list(journal.predictions("a")) == [prediction(0, n_tokens=2), prediction(1, n_tokens=2)]
+        assert list(journal.predictions("b")) == [prediction(0), prediction(1)]
+        assert [each.key for each in journal.failures("a")] == ["10", "11"]
+        assert dict(journal.servers()) == {SERVERS[0]: 2, SERVERS[1]: 2, SERVERS[2]: 2}
+        assert journal.seconds("a") > 0
+    kept = rows(path, "SELECT old.n_tokens, new.n_tokens FROM scored old JOIN scored new ON old.superseded_by = new.id")
+    assert kept == [(1, 2), (1, 2)]
+    assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_taking_up_others_is_done_whole_or_not_at_all(path: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        with Journal(tmp_path / name, create=True) as journal:
+            journal.add("a", prediction(name == "two"))
+            journal.add("a", prediction("in both"))
+    with Journal(path, create=True) as journal:
+        with Journal(tmp_path / "one") as one, Journal(tmp_path / "two") as two, pytest.raises(sqlite3.IntegrityError):
+            journal.absorb([one, two])
+        assert journal.is_blank()
+        journal.add("a", prediction(5))
+    assert rows(path, "SELECT key FROM scored") == [("5",)]
+
+
+def test_an_interrupt_at_any_line_of_a_commit_doubles_nothing(path: Path) -> None:
+    """Ctrl-C as Python itself raises it, at every line of a flush in turn; then the journal is closed."""
+    folder = path.parent
+    lines = 0
+    while True:
+        path = folder / f"{lines}.sqlite"
+        journal = Journal(path, create=True)
+        for key in range(3):
+            journal._pending.append(_waiting(key))
+        countdown = lines
+
+        def trace(frame, event, argument):
+            nonlocal countdown
+            if frame.f_code.co_filename != journal_module.__file__:
+                return None
+            if event == "line":
+                countdown -= 1
+                if countdown < 0:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace
+
+        interrupted = False
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            journal.flush()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(before)
+        journal.close()
+        assert rows(path, "SELECT count(*), sum(valid) FROM scored") == [(3, 3)], lines
+        if not interrupted:
+            break
+        lines += 1
+    assert lines > 10
+
+
+def _waiting(key: int) -> Row:
+    return Row("a", str(key), "ok", 0, 1, b"", b"", 1, False, SERVERS[:2], None, float(key))
+
+
+def test_a_signal_waits_until_a_commit_is_done(path: Path) -> None:
+    """What the command's handler of a second Ctrl-C does, called in the middle of a transaction."""
+    happened = []
+    with Journal(path, create=True) as journal:
+        journal.add("a", prediction(0))
+        journal._pending.append(_waiting(1))
+        real = journal._insert
+
+        def insert(row: Row) -> None:
+            now_or_soon(lambda: happened.append(rows(path, "SELECT count(*) FROM scored")[0][0]))
+            assert not happened
+            real(row)
+
+        journal._insert = insert  # type: ignore[method-assign]
+        journal.flush()
+        assert happened == [2], "not before the commit"
+        now_or_soon(lambda: happened.append(0))
+        assert happened == [2, 0]
 
 
 def test_sessions_add_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,8 +56,26 @@ def test_no_path_host_user_or_token_gets_in(tmp_path: Path) -> None:
     assert made.model.name == "stories260K-hf"
     assert made.adapters[0].name == "trec-ptune"
     assert made.data.name == "test.txt"
-    assert made.task["data"] == {"path": "test.txt"}
+    assert made.task["data"] == {"path": "test.txt", "token": "[removed]"}
     assert made.run_settings == {"cache_dir": tmp_path.name, "windows": "runs", "out": "sst2"}
+
+
+@pytest.mark.parametrize("key", ["token", "secret", "password", "Auth"])
+def test_tasks_that_differ_where_a_secret_could_be_differ(tmp_path: Path, key: str) -> None:
+    """A label may be called token, and a text may look like a path: the task is another one all the same."""
+    task = {"name": "words", "label_map": {key: "noun", "go": "verb"}, "text": "/a/ {word}"}
+    before = manifest(task=task)
+    assert key in before.task["label_map"]
+    for other in (
+        {**task, "label_map": {key: "verb", "go": "verb"}},
+        {**task, "label_map": {"go": "verb"}},
+        {**task, "label_map": {key: "noun", "go": "verb", "./x": "noun"}},
+    ):
+        lines = difference(before, manifest(task=other))
+        assert any(line.startswith("task.sha256: was ") for line in lines)
+    assert difference(before, manifest(task=dict(reversed(task.items())))) == []
+    before.write(tmp_path / "manifest.json")
+    assert difference(Manifest.read(tmp_path / "manifest.json"), before) == []
 
 
 def test_names_of_hubs_and_templates_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,17 @@
-"""The examples in the docstrings are run."""
+"""The examples in the docstrings are true."""
 
 import doctest
+from types import ModuleType
 
+import pytest
+
+import petals_eval.runs.bars
 import petals_eval.runs.privacy
+import petals_eval.runs.shard
 
 
-def test_examples_in_docstrings_hold() -> None:
-    result = doctest.testmod(petals_eval.runs.privacy)
-    assert result.attempted >= 2
-    assert result.failed == 0
+@pytest.mark.parametrize("module", [petals_eval.runs.bars, petals_eval.runs.privacy, petals_eval.runs.shard])
+def test_examples_in_docstrings(module: ModuleType) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert not result.failed

@@ -1,6 +1,7 @@
 """A swarm without a network: it plugs in at the seam between "which server next" and "send it"."""
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import torch
@@ -89,3 +90,9 @@ class FakeCalls:
 def pipeline(directory: FakeDirectory, calls: FakeCalls, **values: object) -> Pipeline:
     chosen = settings(**values)
     return Pipeline(calls, directory, PeerBook(chosen), chosen)
+
+
+def set_pace(peers: PeerBook, peer_id: str, seconds_per_token_block: float) -> None:
+    """Let the server seem to have answered at this pace just now."""
+    flow, now = peers.of(peer_id).flow, time.monotonic()
+    flow.came_back(flow.send(1.0, now - seconds_per_token_block), now)

@@ -16,7 +16,7 @@ from petals_eval.swarm.unequal import unequal_by
 from petals_eval.swarm.verify import sampling
 from petals_eval.swarm.verify.sampling import Sampler, catch_probability
 from petals_eval.swarm.verify.verified_calls import VerifiedCalls
-from tests.swarm.fakes import FakeDirectory, server, settings
+from tests.swarm.fakes import FakeDirectory, server, set_pace, settings
 
 SIZE = 32
 BLOCKS = 4
@@ -42,7 +42,7 @@ class Servers:
             states = states + 0.3 * torch.tanh(normed @ self.weights[block].to(dtype))
         return states
 
-    async def forward(self, hop, hidden, prompts):
+    async def forward(self, hop, hidden, prompts, *, lossless=False):
         name = hop.server.peer_id
         self.calls.append((name, hop.first, hop.last))
         await asyncio.sleep(0)
@@ -223,7 +223,7 @@ def test_noise_of_a_hundredth_is_named_whoever_of_three_it_is(name, repeats):
             run.go(8)
             for peer in ("a", "b", "c"):
                 if not run.peers.of(peer).calls and not run.peers.is_left_out(peer):
-                    run.peers.of(peer).seconds_per_token_block = 1e-9
+                    set_pace(run.peers, peer, 1e-9)
         assert run.verdicts in ({name: "liar"}, {})
         if run.peers.of(name).calls:
             assert run.verdicts == {name: "liar"}
@@ -255,7 +255,7 @@ def test_what_is_wrong_is_found_in_every_dtype_but_noise_below_rounding(spoil, k
     calls.spoil["a"] = wrong
     other = float32 if kinds == "float32" else bfloat16
     run = Run(calls, float32("a") if kinds == "mixed" else other("a"), other("b"), other("c"))
-    run.peers.of("a").seconds_per_token_block = 1e-9
+    set_pace(run.peers, "a", 1e-9)
     run.go(12)
     assert run.verdicts == {"a": "liar"}
 
@@ -299,7 +299,7 @@ def test_blocks_nobody_else_holds_alone_are_checked_by_two_in_a_row(wrong):
         calls.spoil[wrong] = noise(seed=seed)
         run = Run(calls, float32("whole"), float32("first", 0, 2), float32("second", 2, 4), float32("third"), seed=seed)
         for peer in ("whole", "first", "second"):
-            run.peers.of(peer).seconds_per_token_block = 1e-7
+            set_pace(run.peers, peer, 1e-7)
         run.go(20)
         if run.peers.of(wrong).calls:
             assert run.verdicts == {wrong: "liar"}, seed
@@ -326,7 +326,7 @@ def test_nobody_honest_is_ever_named():
 def test_servers_of_the_same_kind_are_preferred():
     run = Run(Servers(), float32("a"), *(bfloat16(f"b{index}") for index in range(5)), float32("z"), verify=1.0)
     for peer in [f"b{index}" for index in range(5)] + ["z"]:
-        run.peers.of(peer).seconds_per_token_block = 1.0  # work goes to "a"
+        set_pace(run.peers, peer, 1.0)  # work goes to "a"
     run.go(10)
     assert {name for name, _, _ in run.calls.calls} == {"a", "z"}
 
@@ -335,7 +335,7 @@ def test_a_liar_is_used_no_more_and_what_it_still_answers_is_computed_elsewhere(
     calls = Servers()
     calls.spoil["a"] = noise()
     run = Run(calls, float32("a"), float32("b"), float32("c"))
-    run.peers.of("a").seconds_per_token_block = 1e-9
+    set_pace(run.peers, "a", 1e-9)
     run.go(5)
     assert run.verdicts == {"a": "liar"}
     count = sum(name == "a" for name, _, _ in calls.calls)
@@ -352,7 +352,7 @@ def test_a_run_stops_where_a_liar_alone_is_left_whatever_is_allowed(allow):
     calls = Servers()
     calls.spoil["a"] = noise()
     run = Run(calls, float32("a"), float32("b"), float32("c"), allow_nondeterministic=allow)
-    run.peers.of("a").seconds_per_token_block = 1e-9
+    set_pace(run.peers, "a", 1e-9)
     run.go(5)
     run.directory.snapshot = FakeDirectory(BLOCKS, float32("a")).snapshot
     with pytest.raises(MissingBlocksError, match=r"no server that is trusted holds blocks 0:4") as stopped:
@@ -370,7 +370,7 @@ def test_a_checker_that_is_gone_or_hangs_is_passed_over():
     calls.down = {"b"}
     run = Run(calls, float32("a"), float32("b"), float32("c"), float32("d"))
     for peer in "bcd":
-        run.peers.of(peer).seconds_per_token_block = 1.0
+        set_pace(run.peers, peer, 1.0)
     run.go(10)
     assert run.verdicts == {"a": "liar"}
     assert run.peers.retries == 0
@@ -378,7 +378,7 @@ def test_a_checker_that_is_gone_or_hangs_is_passed_over():
     calls = Servers()
     calls.hanging = {"b"}
     run = Run(calls, float32("a"), float32("b"), request_timeout=0.05)
-    run.peers.of("b").seconds_per_token_block = 1.0
+    set_pace(run.peers, "b", 1.0)
     run.go(5)
     checks = run.verified.checks()
     assert checks.done == 0 and checks.impossible >= 1 and run.verdicts == {}
@@ -389,7 +389,7 @@ def test_no_answer_waits_for_a_check():
     calls = Servers()
     calls.hanging = {"b"}
     run = Run(calls, float32("a"), float32("b"), deadline=0.2)
-    run.peers.of("b").seconds_per_token_block = 1.0
+    set_pace(run.peers, "b", 1.0)
 
     async def everything():
         answers = await asyncio.gather(*(run.pipe.forward(states(seed), None, 0, BLOCKS) for seed in range(30)))
@@ -446,7 +446,7 @@ def test_a_server_that_a_check_finds_in_training_mode_is_told_of():
     calls, modes = Servers(), {"b": False}
 
     class Checked(Servers):
-        async def forward(self, hop, hidden, prompts):
+        async def forward(self, hop, hidden, prompts, *, lossless=False):
             if modes.get(hop.server.peer_id):
                 raise PeerNondeterministicError("it gave two answers to one question", 0.3)
             return await calls.forward(hop, hidden, prompts)
@@ -454,7 +454,7 @@ def test_a_server_that_a_check_finds_in_training_mode_is_told_of():
     run = Run(Checked(), float32("a"), float32("b"), float32("c"), verify=1.0)
     run.verified.on_distrusted = run.pipe.distrust
     for peer in "bc":
-        run.peers.of(peer).seconds_per_token_block = 1.0
+        set_pace(run.peers, peer, 1.0)
     modes["b"] = True
     run.go(6)
     assert run.verdicts == {"b": "noisy"}

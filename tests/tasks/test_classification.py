@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from petals_eval.data import load_rows, rows_of
-from petals_eval.errors import AdapterError, DataError, ModelError, PetalsEvalError, TaskError
+from petals_eval.errors import AdapterError, DataError, NotFiniteError, PetalsEvalError, TaskError
 from petals_eval.tasks import ClassificationTask, Example, Request, Task, load_task, resolve_source
 
 
@@ -143,7 +143,7 @@ def test_large_scores_do_not_overflow_and_equal_ones_take_the_first():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_scores_that_are_not_finite(bad):
-    with pytest.raises(ModelError, match=r"example 7: expected finite scores, found .* --dtype float32"):
+    with pytest.raises(NotFiniteError, match=r"example 7: expected finite scores, found .* --dtype float32"):
         task_of().predict(example(), [torch.tensor([0.0, bad])])
 
 

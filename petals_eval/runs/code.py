@@ -1,0 +1,36 @@
+"""The code that gives answers, as a hash: between two releases a version number says too little."""
+
+import hashlib
+import inspect
+from pathlib import Path
+
+import petals_eval
+
+__all__ = ["answering_code", "task_code"]
+
+# From rows to answers. Neither metrics nor reports: these are made anew from the journal.
+_ANSWERING = ("data", "tasks", "model", "swarm", "remote_model.py")
+
+
+def answering_code() -> str:
+    """SHA-256 over the sources of this package that an answer comes out of, the same on every machine."""
+    root = Path(petals_eval.__file__).parent
+    digest = hashlib.sha256()
+    for name in _ANSWERING:
+        place = root / name
+        files = [place] if place.is_file() else sorted(place.rglob("*.py"))
+        for file in files:
+            digest.update(f"{file.relative_to(root).as_posix()}\n".encode())
+            digest.update(file.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()
+
+
+def task_code(task: object) -> str | None:
+    """SHA-256 over the source of a task's class that is not of this package; None where it is, or has no source."""
+    kind = type(task)
+    if kind.__module__.partition(".")[0] == "petals_eval":
+        return None
+    try:
+        return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()
+    except (OSError, TypeError):
+        return None

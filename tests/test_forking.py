@@ -1,0 +1,73 @@
+"""A data loader that forks beside a connected client does no harm."""
+
+import os
+import signal
+
+import psutil
+import pytest
+from datasets import Dataset
+
+import petals_eval
+from petals_eval.local_swarm import LocalSwarm
+
+
+def test_datasets_map_with_processes_in_the_middle_of_a_run(realdata, tmp_path):
+    """The workers copy a process with an event loop, a libp2p daemon and an open journal, and end by a signal."""
+    mapped = []
+
+    class Progress:
+        def update(self, done, retries=0, servers=0, message=None):
+            if done >= 100 and len(mapped) < 2:
+                rows = Dataset.from_dict({"x": list(range(100))})
+                found = rows.map(lambda row: {"y": row["x"] ** 2, "pid": os.getpid()}, num_proc=2)
+                mapped.append(found["y"][:] == [x * x for x in range(100)])
+                assert os.getpid() not in found["pid"][:], "it did not fork"
+
+        def waiting(self, message):
+            pass
+
+    with (
+        LocalSwarm(realdata / "stories260K-hf", spans=[(0, 3), (3, 5)], mode="thread") as swarm,
+        petals_eval.RemoteModel.from_pretrained(
+            str(realdata / "stories260K-hf"),
+            adapter=str(realdata / "adapters" / "trec-deep_ptune"),
+            initial_peers=swarm.initial_peers,
+            dht_prefix=swarm.dht_prefix,
+            window=2,
+        ) as model,
+    ):
+        result = petals_eval.evaluate(
+            model,
+            task="trec",
+            data=str(realdata / "trec" / "TREC.test.all"),
+            out=tmp_path / "run",
+            progress=Progress(),
+            tokens_per_micro_batch=160,
+        )
+        assert mapped == [True, True]
+        assert result.metrics["accuracy"].value == 0.7360
+        assert result.retries == 0
+        # The connection still answers, and a fork of the plain kind leaves it alone, too.
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        again = petals_eval.evaluate(model, task="trec", data=str(realdata / "trec" / "TREC.test.all"), limit=20)
+        assert again.first.n_scored == 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_forked_worker_is_not_one_to_the_command(number):
+    from petals_eval.cli.signals import ending_signals
+
+    with ending_signals() as received:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.pause()
+            finally:
+                os._exit(99)
+        psutil.Process(pid).send_signal(number)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 128 + number
+        assert received == []
