@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from petals_eval.config import PUBLIC_SWARM, SwarmSettings
     from petals_eval.data import DataSource
     from petals_eval.evaluator import evaluate
+    from petals_eval.health import HealthReport, check_health
     from petals_eval.local_swarm import LocalSwarm
     from petals_eval.remote_model import RemoteModel
     from petals_eval.runs.results import AdapterResult, RunResult
@@ -30,6 +31,7 @@ __all__ = [
     "AdapterResult",
     "ClassificationTask",
     "DataSource",
+    "HealthReport",
     "LocalSwarm",
     "RemoteModel",
     "RemoteSequential",
@@ -37,6 +39,7 @@ __all__ = [
     "SwarmConnection",
     "SwarmSettings",
     "__version__",
+    "check_health",
     "errors",
     "evaluate",
 ]
@@ -50,6 +53,8 @@ _HOMES = {
     "AdapterResult": "petals_eval.runs.results",
     "RunResult": "petals_eval.runs.results",
     "evaluate": "petals_eval.evaluator",
+    "HealthReport": "petals_eval.health",
+    "check_health": "petals_eval.health",
     "RemoteSequential": "petals_eval.swarm",
     "SwarmConnection": "petals_eval.swarm",
     "ClassificationTask": "petals_eval.tasks",
