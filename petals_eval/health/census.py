@@ -11,7 +11,7 @@ from hivemind.dht.node import DHTNode
 from petals_eval.report.text import printable
 from petals_eval.swarm import wire
 from petals_eval.swarm.directory import LOOK_TIMEOUT, read_announcements
-from petals_eval.swarm.records import Announcement, ServerRecord, ServerState
+from petals_eval.swarm.records import Announcement, ServerRecord, ServerState, newest_readable
 
 __all__ = [
     "AnnouncedModel",
@@ -131,23 +131,16 @@ def claims_in(announcements: Iterable[Announcement], now: float) -> tuple[tuple[
             by_peer.setdefault(each.peer_id, []).append(each)
     claims, dropped = [], 0
     for peer_id, found in by_peer.items():
-        found.sort(key=lambda each: (-each.expiration, each.block))
-        newest: Announcement | None = None
-        for each in found:
-            try:
-                record = ServerRecord.from_wire(each.value)
-            except ValueError:
-                dropped += 1
-                continue
-            newest = each
-            break
-        if newest is None or record.state is ServerState.OFFLINE:
+        record, unreadable = newest_readable(found)
+        dropped += unreadable
+        if record is None or record.state is ServerState.OFFLINE:
             continue
+        ends = max(each.expiration for each in found)
         # The records of one announcement are stored together and end at the same moment; a second allows for rounding.
-        current = sorted(each.block for each in found if each.expiration > newest.expiration - 1)
+        current = sorted(each.block for each in found if each.expiration > ends - 1)
         start, end = _span(record, current)
-        older = tuple(sorted(each.block for each in found if each.block not in current))
-        claims.append(Claim(peer_id, start, end, record, newest.expiration - now, tuple(current), older))
+        older = tuple(sorted(each.block for each in found if each.expiration <= ends - 1))
+        claims.append(Claim(peer_id, start, end, record, ends - now, tuple(current), older))
     return tuple(sorted(claims, key=lambda claim: (claim.start, claim.end, claim.peer_id))), dropped
 
 
