@@ -40,6 +40,8 @@ def _option(group: str, metavar: str | None, help: str, *names: str) -> Any:
     return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=group, show_default=False)
 
 
+# Flags that are not fields of HealthSettings under the same name.
+_OWN = ("public_swarm", "json_output", "html", "watch", "serve", "every", "history", "dht_prefix")
 SWARM, PROBES, BUDGET, OUTPUT = "Swarm", "Probes", "Budget", "Output"
 
 
@@ -82,8 +84,7 @@ def health(
     ] = 60.0,
     history: Annotated[Path | None, _option(OUTPUT, "FILE", "SQLite file of --serve. Default: in memory.")] = None,
 ) -> int:
-    outputs = ("public_swarm", "json_output", "html", "watch", "serve", "every", "history", "dht_prefix")
-    flags = {name: value for name, value in locals().items() if name not in outputs and value not in (None, [])}
+    flags = {name: value for name, value in locals().items() if name not in _OWN and value not in (None, [])}
     from petals_eval.config import PUBLIC_SWARM
     from petals_eval.errors import ConfigError
     from petals_eval.health import HealthSettings
