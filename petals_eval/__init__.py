@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from petals_eval.config import PUBLIC_SWARM, SwarmSettings
     from petals_eval.data import DataSource
     from petals_eval.evaluator import evaluate
+    from petals_eval.health import HealthReport, check_health
     from petals_eval.local_swarm import LocalSwarm
     from petals_eval.merger import merge
     from petals_eval.remote_model import RemoteModel
@@ -31,6 +32,7 @@ __all__ = [
     "AdapterResult",
     "ClassificationTask",
     "DataSource",
+    "HealthReport",
     "LocalSwarm",
     "RemoteModel",
     "RemoteSequential",
@@ -38,6 +40,7 @@ __all__ = [
     "SwarmConnection",
     "SwarmSettings",
     "__version__",
+    "check_health",
     "errors",
     "evaluate",
     "merge",
@@ -53,6 +56,8 @@ _HOMES = {
     "RunResult": "petals_eval.runs.results",
     "evaluate": "petals_eval.evaluator",
     "merge": "petals_eval.merger",
+    "HealthReport": "petals_eval.health",
+    "check_health": "petals_eval.health",
     "RemoteSequential": "petals_eval.swarm",
     "SwarmConnection": "petals_eval.swarm",
     "ClassificationTask": "petals_eval.tasks",

@@ -11,16 +11,19 @@ import typer
 
 from petals_eval.cli.opening import local_options, open_model
 from petals_eval.config import RunSettings
-from petals_eval.errors import ConfigError
+from petals_eval.errors import CallerError, ConfigError
 
 if TYPE_CHECKING:
     from petals_eval.data import DataSource, Rows
     from petals_eval.model import Adapter
+    from petals_eval.remote_model import RemoteModel
     from petals_eval.runs import RunResult
     from petals_eval.runs.bars import Bar
     from petals_eval.tasks import Task
 
 __all__ = ["execute", "show_result"]
+
+_ROWS_FOR_OUTLOOK = 50
 
 
 def execute(settings: RunSettings) -> int:
@@ -78,6 +81,8 @@ def _evaluate(settings: RunSettings, task: "Task", source: "DataSource") -> int:
     out = Path(settings.out) if settings.out else _default_folder(f"{task.name}{suffix}")
     with open_model(settings) as model:
         _say(f"{_prompts_text(model.adapters)} · task {task.name} · {n_examples:,} examples")
+        if settings.local_swarm is None:  # what an embedded swarm claims is made up
+            _say_outlook(model, task, source, n_examples * variants)
         with ProgressDisplay(n_examples * variants) as progress:
             result = evaluate(
                 model,
@@ -124,6 +129,28 @@ def _check(task: "Task", rows: "Rows") -> None:
     check = getattr(task, "check", None)
     if check is not None:
         check(rows)
+
+
+def _say_outlook(model: "RemoteModel", task: "Task", source: "DataSource", n_examples: int) -> None:
+    """One line: can the swarm do it, and how long will it take? Reckoned from the length of the first rows.
+
+    n_examples: over all variants.
+    """
+    import numpy as np
+
+    from petals_eval.data import load_rows
+    from petals_eval.health.outlook import outlook
+
+    rows = load_rows(source)
+    first = rows.at(np.arange(min(len(rows), _ROWS_FOR_OUTLOOK)))
+    try:
+        shown = list(task.examples(first, model.local.tokenizer))
+    except CallerError:
+        return  # a wrong row is the evaluation's to report
+    prefix = max((adapter.prefix_length for adapter in model.adapters), default=0)
+    requests = [request for example in shown for request in example.requests]
+    positions = sum(len(request.input_ids) + prefix for request in requests) / max(1, len(shown))
+    _say(outlook(model.blocks.snapshot, round(positions * n_examples)))
 
 
 def _default_folder(name: str) -> Path:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -26,7 +27,17 @@ from petals_eval.swarm.rpc import (
 )
 from petals_eval.swarm.wire_book import WireBook
 
-__all__ = ["Answer", "BlockCalls", "RemoteCalls"]
+__all__ = ["Answer", "Asked", "BlockCalls", "RemoteCalls"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A server's answer to rpc_info, the seconds it took and the bytes of the messages."""
+
+    info: wire.ServerInfo
+    seconds: float
+    bytes_sent: int
+    bytes_received: int
 
 
 class BlockCalls(Protocol):
@@ -96,11 +107,17 @@ class RemoteCalls:
         if task is not None and task.done():
             del self._infos[peer_id]
 
-    async def _ask_info(self, peer_id: str, block: int) -> wire.ServerInfo:
+    async def ask_info(self, peer_id: str, block: int) -> Asked:
+        """Ask now, whatever was asked before: what the server says of itself and of this block. Raises PeerError."""
         request = runtime_pb2.ExpertUID(uid=wire.block_uid(self._prefix, block))
+        started = time.monotonic()
         with as_peer_errors(self._settings.connect_timeout):
             answer = await self._stub(peer_id).rpc_info(request, timeout=self._settings.connect_timeout)
-        info = wire.read_info(answer.serialized_info)
+        seconds = time.monotonic() - started
+        return Asked(wire.read_info(answer.serialized_info), seconds, request.ByteSize(), answer.ByteSize())
+
+    async def _ask_info(self, peer_id: str, block: int) -> wire.ServerInfo:
+        info = (await self.ask_info(peer_id, block)).info
         wanted = self._settings.require_dtype
         if wanted is not None and wire.dtype_name(info.output_dtype) != wanted:
             raise PeerAnswerError(f"it announces {wanted}, but computes in {wire.dtype_name(info.output_dtype)}")

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from petals_eval.config import SwarmSettings
 from petals_eval.swarm import wire
 from petals_eval.swarm.records import Announcement, Choice, Snapshot, read_snapshot
 
-__all__ = ["Directory"]
+__all__ = ["LOOK_TIMEOUT", "Directory", "read_announcements"]
 
 _log = logging.getLogger(__name__)
 
@@ -66,37 +66,50 @@ class Directory:
     async def _read(self) -> None:
         """Take in what the DHT says now. A record holds until it expires, also when the DHT cannot be asked: the nodes
         that kept it may be gone while its server is well."""
-        malformed = 0
         now = get_dht_time()
         known = {key: record for key, record in self._announcements.items() if record.expiration > now}
-        for uid, entry in (await self._look()).items():
-            if entry is None:
-                continue
-            if not isinstance(entry.value, dict):
-                malformed += 1
-                continue
-            for peer_id, value in entry.value.items():
-                # A stranger may have put a plain value in the place of the servers' records, a dictionary, too.
-                if not _is_peer_id(peer_id) or not hasattr(value, "expiration_time"):
-                    malformed += 1
-                    continue
-                found = Announcement(self._uids[uid], peer_id, value.value, float(value.expiration_time))
-                before = known.get((found.block, peer_id))
-                if before is None or before.expiration <= found.expiration:
-                    known[found.block, peer_id] = found
+        announcements, malformed = await read_announcements(self._dht, self._uids)
+        for found in announcements:
+            before = known.get((found.block, found.peer_id))
+            if before is None or before.expiration <= found.expiration:
+                known[found.block, found.peer_id] = found
         self._announcements = known
         snapshot = read_snapshot(known.values(), self._num_blocks, self._choice)
         self.snapshot = replace(snapshot, dropped=snapshot.dropped + malformed)
         self._refreshed_at = time.monotonic()
 
-    async def _look(self) -> Mapping[str, Any]:
-        """What the DHT holds under each block's key; nothing when it does not answer."""
-        try:
-            async with asyncio.timeout(LOOK_TIMEOUT):
-                # An expiration of infinity asks for the newest record there is, not the first one found.
-                return await self._dht.get_many(list(self._uids), math.inf, num_workers=min(32, len(self._uids)))
-        except TimeoutError:
-            return {}
+
+async def read_announcements(dht: DHTNode, uids: Mapping[str, int]) -> tuple[list[Announcement], int]:
+    """What the DHT holds under these keys, and how many entries are none of a server's.
+
+    uids: block by key.
+    """
+    found: list[Announcement] = []
+    malformed = 0
+    for uid, entry in (await _look(dht, uids)).items():
+        if entry is None:
+            continue
+        if not isinstance(entry.value, dict):
+            malformed += 1
+            continue
+        for peer_id, value in entry.value.items():
+            # A stranger may have put a plain value in the place of the servers' records, a dictionary, too.
+            if not _is_peer_id(peer_id) or not hasattr(value, "expiration_time"):
+                malformed += 1
+                continue
+            found.append(Announcement(uids[uid], peer_id, value.value, float(value.expiration_time)))
+    return found, malformed
+
+
+async def _look(dht: DHTNode, uids: Iterable[str]) -> Mapping[str, Any]:
+    """What the DHT holds under each key; nothing when it does not answer."""
+    keys = list(uids)
+    try:
+        async with asyncio.timeout(LOOK_TIMEOUT):
+            # An expiration of infinity asks for the newest record there is, not the first one found.
+            return await dht.get_many(keys, math.inf, num_workers=min(32, len(keys)))
+    except TimeoutError:
+        return {}
 
 
 def _is_peer_id(text: object) -> bool:

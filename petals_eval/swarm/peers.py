@@ -9,7 +9,7 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerAnswerError, PeerRefusedError, PeerTimeoutError, PeerUnreachableError
 from petals_eval.swarm.flow import Flow
 
-__all__ = ["PeerBook", "PeerHistory", "short_peer"]
+__all__ = ["PeerBook", "PeerHistory", "in_words", "short_peer"]
 
 
 def short_peer(peer_id: str) -> str:
@@ -27,7 +27,7 @@ _WHAT_IT_DOES: dict[type[Exception], str] = {
 _DIALLING = re.compile(r"^(Connect failed\. msg=)?(failed to dial:? ?)*(\w+: )?")
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
     """A failure for a person to read: what the server does, and what came from it or from libp2p."""
     text = str(error)
     if isinstance(error, PeerUnreachableError) and "failed to dial" in text:
@@ -106,7 +106,7 @@ class PeerBook:
         now = self._clock()
         history.failures += 1
         self.retries += 1
-        history.last_error = _in_words(error)
+        history.last_error = in_words(error)
         if history.blocked_until > now:
             return  # calls that were in flight together fail together: that is one failure, not many
         history.failures_in_a_row += 1

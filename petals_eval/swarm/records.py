@@ -6,11 +6,21 @@ Source: the layout of `petals.data_structures.ServerInfo.to_tuple()` in Petals 2
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from operator import attrgetter
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
-__all__ = ["Announcement", "Choice", "ServerRecord", "ServerState", "Snapshot", "SpanServer", "read_snapshot"]
+__all__ = [
+    "Announcement",
+    "Choice",
+    "ServerRecord",
+    "ServerState",
+    "Snapshot",
+    "SpanServer",
+    "newest_readable",
+    "read_snapshot",
+]
 
 
 class ServerState(IntEnum):
@@ -154,28 +164,23 @@ def read_snapshot(announcements: Iterable[Announcement], num_blocks: int, choice
     """Turn announcements into servers with spans.
 
     A server that moved has left old records under its old blocks, which live on for minutes: only its newest record
-    counts, and the span named there. Records without a span hold the blocks they were found under.
+    counts, and the span named there. Records without a span hold the blocks they were found under. Older records than
+    a server's newest readable one are not read: on a large swarm reading them all takes ten times as long.
     """
-    newest: dict[str, tuple[float, ServerRecord]] = {}
-    found_under: dict[str, list[int]] = {}
-    dropped = 0
+    by_peer: dict[str, list[Announcement]] = {}
     for announcement in announcements:
-        try:
-            record = ServerRecord.from_wire(announcement.value)
-        except ValueError:
-            dropped += 1
-            continue
-        found_under.setdefault(announcement.peer_id, []).append(announcement.block)
-        if announcement.peer_id not in newest or announcement.expiration > newest[announcement.peer_id][0]:
-            newest[announcement.peer_id] = (announcement.expiration, record)
+        by_peer.setdefault(announcement.peer_id, []).append(announcement)
 
     choice = choice or Choice()
+    dropped = 0
     servers: dict[str, SpanServer] = {}
     left_out: dict[str, tuple[SpanServer, str]] = {}
-    for peer_id, (_, record) in newest.items():
-        if record.state is not ServerState.ONLINE:
+    for peer_id, found in by_peer.items():
+        record, unreadable = newest_readable(found)
+        dropped += unreadable
+        if record is None or record.state is not ServerState.ONLINE:
             continue
-        start, end = _span(record, sorted(set(found_under[peer_id])))
+        start, end = _span(record, found)
         end = min(end, num_blocks)
         if start >= end:
             dropped += 1
@@ -189,9 +194,30 @@ def read_snapshot(announcements: Iterable[Announcement], num_blocks: int, choice
     return Snapshot(num_blocks, servers, dropped, left_out)
 
 
-def _span(record: ServerRecord, blocks: list[int]) -> tuple[int, int]:
+def newest_readable(announcements: list[Announcement]) -> tuple[ServerRecord | None, int]:
+    """The newest of one server's records that can be read, and how many could not."""
+    dropped = 0
+    newest = max(announcements, key=_expiration)  # nearly always it will do, and the rest need not be sorted
+    try:
+        return ServerRecord.from_wire(newest.value), dropped
+    except ValueError:
+        dropped += 1
+    for announcement in sorted(announcements, key=_expiration, reverse=True):
+        if announcement is not newest:
+            try:
+                return ServerRecord.from_wire(announcement.value), dropped
+            except ValueError:
+                dropped += 1
+    return None, dropped
+
+
+_expiration = attrgetter("expiration")
+
+
+def _span(record: ServerRecord, found: list[Announcement]) -> tuple[int, int]:
     if record.start_block is not None and record.end_block is not None:
         return record.start_block, record.end_block
+    blocks = sorted({announcement.block for announcement in found})
     end = blocks[0] + 1
     while end in blocks:
         end += 1

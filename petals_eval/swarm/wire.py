@@ -83,12 +83,14 @@ class ServerInfo:
 
     input_dtype, output_dtype: what it computes in and answers with.
     version: of its petals package, as it says.
+    hidden_size: of the hidden states it takes; None where its descriptor does not say.
     """
 
     version: str | None
     input_dtype: torch.dtype
     output_dtype: torch.dtype
     cache_tokens_available: int | None
+    hidden_size: int | None = None
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -269,7 +271,9 @@ def read_info(serialized: bytes) -> ServerInfo:
     try:
         info: Any = MSGPackSerializer.loads(serialized)
         (inputs, _), output = info["forward_schema"], info["outputs_schema"]
-        input_dtype, output_dtype = _descriptor(inputs).dtype, _descriptor(output).dtype
+        hidden = _descriptor(inputs)
+        input_dtype, output_dtype = hidden.dtype, _descriptor(output).dtype
+        size = hidden.size[-1] if hidden.size else None
         version, cache = info.get("version"), info.get("cache_tokens_available")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise PeerAnswerError(f"its rpc_info cannot be read: {type(error).__name__}: {error}"[:200]) from error
@@ -280,6 +284,7 @@ def read_info(serialized: bytes) -> ServerInfo:
         input_dtype=input_dtype,
         output_dtype=output_dtype,
         cache_tokens_available=cache if isinstance(cache, int) else None,
+        hidden_size=size if isinstance(size, int) and size > 0 else None,
     )
 
 

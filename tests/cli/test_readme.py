@@ -190,7 +190,10 @@ def test_a_command_of_the_readme(command: Typed) -> None:
         assert "2 servers hold these 3 blocks" in outcome.out
     if "--out" in words:
         assert Path(words[words.index("--out") + 1], "metrics.json").exists()
-    if "--json" in words:
+    if "--html" in words:
+        assert "<!doctype html>" in Path("health.html").read_text()
+        assert json.loads(outcome.out)["verdict"] == "healthy"
+    elif "--json" in words:
         assert json.loads(outcome.out)["n_examples"] == 50  # the flag's limit, not the file's
 
 
@@ -240,7 +243,7 @@ def test_the_readme_names_what_there_is() -> None:
     assert all(family.title in README for family in FAMILIES.values())
     for name in ("reviews.yaml", "questions.yaml", "words.yaml"):
         assert load_task(name).name == Path(name).stem
-    shown = invoke("run", "--help").out
+    shown = invoke("run", "--help").out + invoke("health", "--help").out
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--help", "--version", "--servers"}
     assert [flag for flag in sorted(flags) if flag not in shown] == []
     for name in petals_eval.metrics.METRICS:

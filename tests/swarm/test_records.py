@@ -155,3 +155,16 @@ def test_a_span_outside_the_model_is_cut_or_dropped():
     snapshot = read_snapshot([announce(2, "a", (2, 1.0, long)), announce(2, "b", (2, 1.0, beyond))], 4)
     assert (snapshot.servers["a"].start, snapshot.servers["a"].end) == (2, 4)
     assert snapshot.dropped == 1
+
+
+def test_the_newest_record_that_can_be_read_counts():
+    good, bad = {"start_block": 0, "end_block": 2}, {"start_block": "0"}
+    announcements = [
+        announce(0, "a", (2, 1.0, good), 10.0),
+        announce(1, "a", (2, 1.0, bad), 20.0),
+        announce(2, "a", (0, 1.0, good), 5.0),
+        announce(0, "b", (2, 1.0, bad), 10.0),
+    ]
+    snapshot = read_snapshot(announcements, 3)
+    assert (snapshot.servers["a"].start, snapshot.servers["a"].end) == (0, 2)
+    assert (set(snapshot.servers), snapshot.dropped) == ({"a"}, 2)

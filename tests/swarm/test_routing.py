@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals_eval.swarm.routing import hold_all, next_hop, plan_route
+from petals_eval.swarm.routing import RouteIndex, hold_all, next_hop, plan_route
 from tests.swarm.fakes import server
 
 
@@ -49,3 +49,36 @@ def test_a_route_is_contiguous_and_found_exactly_when_every_block_is_held(found)
     if route is not None:
         assert [block for hop in route for block in range(hop.first, hop.last)] == list(range(8))
         assert all(hop.server.start <= hop.first < hop.last <= hop.server.end for hop in route)
+
+
+@given(st.lists(st.tuples(spans, st.floats(0.1, 10)), max_size=8))
+def test_an_index_finds_the_cheapest_of_all_routes(found):
+    """Held against trying every way, with every server going on to the end of its span."""
+    servers = [server(f"s{index}", *span) for index, (span, _) in enumerate(found)]
+    seconds = {f"s{index}": each for index, (_, each) in enumerate(found)}
+    cost = per_block(**seconds)
+
+    def cheapest(block: int) -> float:
+        if block == 8:
+            return 0.0
+        ways = [cost(one, one.end - block) + cheapest(one.end) for one in servers if one.start <= block < one.end]
+        return min(ways, default=float("inf"))
+
+    index = RouteIndex(servers, 8)
+    index.plan(cost)
+    route = index.route(0, cost)
+    assert (route is None) == (cheapest(0) == float("inf"))
+    if route is not None:
+        assert abs(sum(cost(hop.server, hop.last - hop.first) for hop in route) - cheapest(0)) < 1e-6
+    assert hold_all(servers, 2, 6) == all(any(one.start <= b < one.end for one in servers) for b in range(2, 6))
+
+
+def test_an_index_picks_by_the_costs_of_now_and_leaves_out_who_cannot_be_used():
+    servers = [server("a", 0, 2), server("b", 0, 2), server("c", 2, 4)]
+    index = RouteIndex(servers, 4)
+    index.plan(per_block())
+    assert index.next_hop(0, per_block(a=5.0)).server.peer_id == "b"
+    assert index.next_hop(0, per_block(b=5.0)).server.peer_id == "a"
+    assert index.next_hop(0, per_block(), is_usable=lambda one: one.peer_id == "b").server.peer_id == "b"
+    assert index.next_hop(0, per_block(), is_usable=lambda one: False) is None
+    assert [one.peer_id for one in index.holders(1)] == ["a", "b"]

@@ -93,7 +93,7 @@ def info(**changes: object) -> bytes:
 
 def test_info_is_read():
     read = wire.read_info(info())
-    assert read == wire.ServerInfo("2.2.0", torch.bfloat16, torch.bfloat16, 10)
+    assert read == wire.ServerInfo("2.2.0", torch.bfloat16, torch.bfloat16, 10, 64)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+"""A look's way to a real swarm: the DHT, the calls, and a canary all the way."""
+
+import threading
+import time
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from hivemind.utils.timed_storage import get_dht_time
+
+from petals_eval.config import SwarmSettings
+from petals_eval.errors import PetalsEvalError
+from petals_eval.health.canary import canary_for
+from petals_eval.health.census import AnnouncedModel, Census, announced_models, count_blocks, take_census
+from petals_eval.health.findings import finding
+from petals_eval.health.results import Finding
+from petals_eval.health.settings import HealthSettings
+from petals_eval.swarm.calls import RemoteCalls
+from petals_eval.swarm.connection import SwarmConnection
+
+if TYPE_CHECKING:
+    from petals_eval.swarm.remote_sequential import RemoteSequential
+
+__all__ = ["LiveSwarm", "RouteTimes", "try_route"]
+
+
+class LiveSwarm:
+    """Over a connection made for this look: one that is kept open says nothing about who can be reached."""
+
+    def __init__(self, connection: SwarmConnection):
+        self._connection = connection
+
+    @staticmethod
+    def settings(health: HealthSettings) -> SwarmSettings:
+        """How to connect for a look."""
+        return SwarmSettings(
+            initial_peers=health.initial_peers,
+            active_adapter=health.active_adapter,
+            startup_timeout=health.startup_timeout,
+            connect_timeout=health.connect_timeout,
+            request_timeout=health.call_timeout,
+            deadline=health.time_limit,
+        )
+
+    async def models(self) -> tuple[list[AnnouncedModel], int]:
+        return await announced_models(self._connection.dht)
+
+    async def count_blocks(self, prefix: str) -> int:
+        return await count_blocks(self._connection.dht, prefix)
+
+    async def census(self, model: AnnouncedModel) -> Census:
+        return await take_census(self._connection.dht, model, get_dht_time())
+
+    def calls(self, prefix: str) -> "LiveCalls":
+        return LiveCalls(self._connection, prefix)
+
+
+class LiveCalls:
+    """Calls to the servers of one model."""
+
+    def __init__(self, connection: SwarmConnection, prefix: str):
+        self._connection = connection
+        self._prefix = prefix
+
+    def with_adapter(self, adapter: str | None) -> RemoteCalls:
+        settings = self._connection.settings.model_copy(update={"active_adapter": adapter})
+        return RemoteCalls(self._connection.p2p, self._prefix, settings)
+
+    async def is_connected(self, peer_id: str) -> bool:
+        return any(peer.peer_id.to_base58() == peer_id for peer in await self._connection.p2p.list_peers())
+
+
+@dataclass(frozen=True, slots=True)
+class RouteTimes:
+    """seconds: of a canary through all blocks, over connections that were there already."""
+
+    seconds: float
+    tokens_per_second: float
+
+
+def try_route(
+    connection: SwarmConnection, model: AnnouncedModel, hidden_size: int, positions: int, timeout: float
+) -> RouteTimes | Finding | None:
+    """A canary through all blocks, the way a run sends it, and once more with the clock on.
+
+    None where the time ran out first, which says nothing about the swarm.
+    """
+    hidden = canary_for((0, model.num_blocks), hidden_size, positions)
+    outcome: Future[float] = Future()
+    blocks = connection.remote_sequential(model.prefix, model.num_blocks)
+    # In a thread: a call that hangs ends with the connection, and must not outlast the time limit.
+    threading.Thread(target=_run, args=(blocks, hidden, outcome), daemon=True, name="health route").start()
+    try:
+        seconds = outcome.result(timeout)
+    except FutureTimeoutError:
+        return None
+    except PetalsEvalError as error:
+        return finding("route-fails", str(error))
+    return RouteTimes(seconds, hidden.shape[0] * hidden.shape[1] / max(1e-6, seconds))
+
+
+def _run(blocks: "RemoteSequential", hidden: torch.Tensor, outcome: "Future[float]") -> None:
+    try:
+        with torch.inference_mode():
+            blocks(hidden)
+            started = time.monotonic()
+            blocks(hidden)
+        outcome.set_result(time.monotonic() - started)
+    except BaseException as error:  # noqa: BLE001  # handed to whoever waits
+        outcome.set_exception(error)
