@@ -3,13 +3,13 @@
 
     scripts/bench_journal.py --model MODEL --adapter PROMPTS --task trec --data FILE [--repeat 3]
 
-Every call of the journal is timed while the rows are evaluated over an embedded swarm whose servers are processes, so
-that the client does not wait for their arithmetic. Commits wait for the disk, and that waiting counts.
+Every call of the journal is timed while the rows are evaluated over an embedded swarm whose servers are processes.
+Commits wait for the disk, and that waiting counts; so does the time in which other threads of the client, or other
+processes of a busy machine, have the processor meanwhile. The processor time of the calls alone is shown beside it.
 """
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -28,13 +28,14 @@ class Clock:
         self.inside = 0
         self.seconds: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
+        self.processor = 0.0
 
     def watch(self, name: str) -> None:
         real = getattr(Journal, name)
 
         def timed(journal: Journal, *arguments: object, **options: object) -> object:
             self.inside += 1
-            started = time.perf_counter()
+            started, processor = time.perf_counter(), time.thread_time()
             try:
                 return real(journal, *arguments, **options)
             finally:
@@ -42,6 +43,7 @@ class Clock:
                 if not self.inside:
                     self.seconds[name] += time.perf_counter() - started
                     self.calls[name] += 1
+                    self.processor += time.thread_time() - processor
 
         setattr(Journal, name, timed)
 
@@ -60,7 +62,7 @@ def main() -> None:
     clock = Clock()
     for name in METHODS:
         clock.watch(name)
-    shares = []
+    shares, processor = [], []
     with (
         tempfile.TemporaryDirectory(dir=given.out) as folder,
         petals_eval.LocalSwarm(given.model, servers=given.servers) as swarm,
@@ -71,6 +73,7 @@ def main() -> None:
         for repeat in range(given.repeat):
             clock.seconds.clear()
             clock.calls.clear()
+            clock.processor = 0.0
             out = Path(folder) / str(repeat)
             petals_eval.evaluate(model, task=given.task, data=given.data, limit=given.limit, out=out)
             with RunFolder.open(out) as opened:
@@ -78,14 +81,18 @@ def main() -> None:
                 rows, seconds = opened.journal.counts(adapter).scored, opened.journal.seconds(adapter)
             spent = sum(clock.seconds.values())
             shares.append(spent / seconds)
+            processor.append(clock.processor / seconds)
             print(
                 f"{rows:,} rows in {seconds:.2f} s ({rows / seconds:,.0f} ex/s); in the journal {1000 * spent:.0f} ms, "
-                f"{1e6 * spent / rows:.1f} us a row: {100 * spent / seconds:.2f}% of the run's time"
+                f"{1e6 * spent / rows:.1f} us a row: {100 * spent / seconds:.2f}% of the run's time, "
+                f"{100 * clock.processor / seconds:.2f}% of it processor time"
             )
     for name in sorted(clock.seconds, key=lambda name: -clock.seconds[name]):
         print(f"  {name:<13} {clock.calls[name]:>7,} calls  {1000 * clock.seconds[name]:>7.1f} ms")
-    print(f"median: {100 * statistics.median(shares):.2f}% of the run's time")
-    sys.exit(0 if statistics.median(shares) < 0.03 else 1)
+    print(
+        f"median: {100 * statistics.median(shares):.2f}% of the run's time, "
+        f"{100 * statistics.median(processor):.2f}% of it processor time"
+    )
 
 
 if __name__ == "__main__":

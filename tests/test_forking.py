@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import psutil
 import pytest
@@ -63,10 +64,9 @@ def test_a_signal_to_a_forked_worker_is_not_one_to_the_command(number):
     with ending_signals() as received:
         pid = os.fork()
         if pid == 0:
-            try:
-                signal.pause()
-            finally:
-                os._exit(99)
+            for _ in range(100):
+                time.sleep(0.1)
+            os._exit(99)
         psutil.Process(pid).send_signal(number)
         _, status = os.waitpid(pid, 0)
         assert os.waitstatus_to_exitcode(status) == 128 + number

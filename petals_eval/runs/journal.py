@@ -25,9 +25,10 @@ __all__ = ["Counts", "Failure", "Journal", "ScoredArrays", "commit_what_waits"]
 
 # A commit costs a few milliseconds of waiting for the disk, so rows are committed together: at most this many, and
 # none waits for longer than this while others arrive. What is not committed when the process dies is computed again.
-COMMIT_ROWS = 256
-COMMIT_SECONDS = 0.5
+COMMIT_ROWS = 2048
+COMMIT_SECONDS = 1.0
 READ_ROWS = 1024
+ROWS_TOGETHER = 80  # of one statement: some builds of SQLite take 999 values
 COMMIT_PATIENCE = 1.0  # seconds for a commit at the last moment, while another thread holds the journal
 
 
@@ -59,6 +60,7 @@ class Journal:
         self._append(
             Row(
                 adapter,
+                tuple(servers),
                 prediction.key,
                 "ok",
                 prediction.label,
@@ -67,7 +69,6 @@ class Journal:
                 packed(prediction.probabilities),
                 prediction.n_tokens,
                 truncated,
-                tuple(servers),
                 None,
                 time.time(),
             )
@@ -88,6 +89,7 @@ class Journal:
         self._append(
             Row(
                 adapter,
+                tuple(servers),
                 key,
                 "failed",
                 label,
@@ -96,7 +98,6 @@ class Journal:
                 None,
                 n_tokens,
                 truncated,
-                tuple(servers),
                 reason,
                 time.time(),
             )
@@ -146,8 +147,8 @@ class Journal:
                 return
             with undisturbed():
                 with self._transaction():
-                    for row in self._pending:
-                        self._insert(row)
+                    for start in range(0, len(self._pending), ROWS_TOGETHER):
+                        self._insert_together(self._pending[start : start + ROWS_TOGETHER])
                     if self._session is not None:
                         session, started = self._session
                         seconds = time.monotonic() - started
@@ -299,37 +300,36 @@ class Journal:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    def _insert(self, row: Row) -> None:
+    def _insert_together(self, rows: Sequence[Row]) -> None:
+        """In one statement: for each, Python lets other threads run and waits for its turn again."""
+        every = [self._values(row) for row in rows]
+        sql = f"{_INSERT} VALUES {', '.join([_MARKS] * len(rows))}"
+        try:
+            self._connection.execute(sql, [value for values in every for value in values])
+        except sqlite3.IntegrityError:  # there is a valid row of one of these keys
+            for values in every:
+                self._insert(values)
+
+    def _values(self, row: Row) -> tuple[object, ...]:
+        return (self._tables.adapter(row.adapter), self._tables.server_set(row.server_set), *row[2:])
+
+    def _insert(self, values: tuple[object, ...]) -> None:
+        """One row; what was valid of its key before is superseded."""
         execute = self._connection.execute
-        adapter = self._tables.adapter(row.adapter)
-        found = execute(
-            "SELECT id, time FROM scored WHERE adapter = ? AND key = ? AND valid = 1", (adapter, row.key)
-        ).fetchone()
-        if found is not None and found[1] == row.time:
-            return  # this very row: an interrupt came between its commit and our taking note
-        old = found[:1] if found is not None else None
-        if old is not None:
-            execute("UPDATE scored SET valid = 0 WHERE id = ?", old)
-        cursor = execute(
-            "INSERT INTO scored (adapter, key, status, label, prediction, scores, probabilities, n_tokens, truncated,"
-            " server_set, reason, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                adapter,
-                row.key,
-                row.status,
-                row.label,
-                row.prediction,
-                row.scores,
-                row.probabilities,
-                row.n_tokens,
-                row.truncated,
-                self._tables.server_set(row.servers),
-                row.reason,
-                row.time,
-            ),
-        )
-        if old is not None:
-            execute("UPDATE scored SET superseded_by = ? WHERE id = ?", (cursor.lastrowid, *old))
+        sql = f"{_INSERT} VALUES {_MARKS}"
+        try:
+            execute(sql, values)
+        except sqlite3.IntegrityError:
+            adapter, key, time = values[0], values[2], values[-1]
+            same = "SELECT id, time FROM scored WHERE adapter = ? AND key = ? AND valid = 1"
+            old, written = execute(same, (adapter, key)).fetchone() or (None, None)
+            if old is None:
+                raise
+            if written == time:
+                return  # this very row: an interrupt came between its commit and our taking note
+            execute("UPDATE scored SET valid = 0 WHERE id = ?", (old,))
+            new = execute(sql, values).lastrowid
+            execute("UPDATE scored SET superseded_by = ? WHERE id = ?", (new, old))
 
 
 def commit_what_waits() -> None:
@@ -343,6 +343,8 @@ def commit_what_waits() -> None:
 
 
 _OPEN: "weakref.WeakSet[Journal]" = weakref.WeakSet()
+_INSERT = f"INSERT INTO scored ({', '.join(Row._fields)})"
+_MARKS = f"({', '.join('?' * len(Row._fields))})"
 _VALID = "FROM scored WHERE adapter = (SELECT id FROM adapters WHERE name = ?) AND valid = 1"
 # Keys are positions in the source, as text. Others sort after their number, or by their letters.
 _IN_ORDER = "ORDER BY CAST(key AS INTEGER), key"

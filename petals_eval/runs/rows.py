@@ -1,5 +1,6 @@
 """What the journal holds, row by row and summed up."""
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -44,9 +45,13 @@ class ScoredArrays:
 
 
 class Row(NamedTuple):
-    """A row as it waits for its commit. Floats are little-endian float64: what comes back is what went in."""
+    """A row as it waits for its commit, by the names of its columns; adapter and servers have no number yet.
+
+    Floats are little-endian float64: what comes back is what went in.
+    """
 
     adapter: str
+    server_set: tuple[ServerUsed, ...]
     key: str
     status: str
     label: int
@@ -55,13 +60,12 @@ class Row(NamedTuple):
     probabilities: bytes | None
     n_tokens: int
     truncated: bool
-    servers: tuple[ServerUsed, ...]
     reason: str | None
     time: float
 
 
 def packed(values: Sequence[float]) -> bytes:
-    return np.asarray(values, dtype="<f8").tobytes()
+    return struct.pack(f"<{len(values)}d", *values)
 
 
 def unpacked(blob: bytes) -> tuple[float, ...]:

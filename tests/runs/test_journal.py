@@ -144,10 +144,10 @@ def test_rows_are_committed_together_by_number_and_by_time(path: Path, monkeypat
         assert committed() == 1  # after a quiet time at once
         journal.add("a", prediction(1))
         assert committed() == 1
-        clock[0] += 0.4
+        clock[0] += 0.8 * journal_module.COMMIT_SECONDS
         journal.flush_if_due()
         assert committed() == 1
-        clock[0] += 0.2
+        clock[0] += 0.4 * journal_module.COMMIT_SECONDS
         journal.flush_if_due()
         assert committed() == 2
         for key in range(2, 2 + journal_module.COMMIT_ROWS):
@@ -259,7 +259,7 @@ def test_an_interrupt_at_any_line_of_a_commit_doubles_nothing(path: Path) -> Non
 
 
 def _waiting(key: int) -> Row:
-    return Row("a", str(key), "ok", 0, 1, b"", b"", 1, False, SERVERS[:2], None, float(key))
+    return Row("a", SERVERS[:2], str(key), "ok", 0, 1, b"", b"", 1, False, None, float(key))
 
 
 def test_a_signal_waits_until_a_commit_is_done(path: Path) -> None:
@@ -268,14 +268,14 @@ def test_a_signal_waits_until_a_commit_is_done(path: Path) -> None:
     with Journal(path, create=True) as journal:
         journal.add("a", prediction(0))
         journal._pending.append(_waiting(1))
-        real = journal._insert
+        real = journal._insert_together
 
-        def insert(row: Row) -> None:
+        def insert(row: list[Row]) -> None:
             now_or_soon(lambda: happened.append(rows(path, "SELECT count(*) FROM scored")[0][0]))
             assert not happened
             real(row)
 
-        journal._insert = insert  # type: ignore[method-assign]
+        journal._insert_together = insert  # type: ignore[method-assign]
         journal.flush()
         assert happened == [2], "not before the commit"
         now_or_soon(lambda: happened.append(0))
@@ -364,7 +364,7 @@ def test_rows_refused_by_a_full_disk_wait_and_can_be_committed_later(path: Path)
         pages = journal._connection.execute("PRAGMA page_count").fetchone()[0]
         journal._connection.execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(MachineError):
-            for key in range(2000):
+            for key in range(5000):
                 journal.add("a", prediction(key), servers=SERVERS)
                 last = key + 1
         journal._connection.execute("PRAGMA max_page_count = 100000")
