@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from hivemind.p2p import P2P, PeerID
@@ -83,6 +83,7 @@ class RemoteCalls:
         self._metadata = {code: wire.forward_metadata(settings.active_adapter, code) for code in codes}
         self._infos: dict[str, asyncio.Task[wire.ServerInfo]] = {}
         self._rolls_back: dict[str, bool] = {}
+        self._stubs: dict[str, Any] = {}
 
     async def info(self, hop: Hop) -> wire.ServerInfo:
         """What the server says of itself, asked once and kept; concurrent callers share the question."""
@@ -221,7 +222,12 @@ class RemoteCalls:
         return self._rolls_back[peer_id]
 
     def _stub(self, peer_id: str):  # type: ignore[no-untyped-def]  # hivemind makes the stub's class at run time
-        return TransformerConnectionHandler.get_stub(self._p2p, PeerID.from_base58(peer_id))
+        """Kept: reading an identity from base58 takes longer than sending a small message."""
+        stub = self._stubs.get(peer_id)
+        if stub is None:
+            stub = TransformerConnectionHandler.get_stub(self._p2p, PeerID.from_base58(peer_id))
+            self._stubs[peer_id] = stub
+        return stub
 
 
 async def _send(

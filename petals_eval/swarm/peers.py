@@ -66,7 +66,10 @@ class PeerBook:
         self.retries = 0
 
     def of(self, peer_id: str) -> PeerHistory:
-        return self.histories.setdefault(peer_id, PeerHistory())
+        history = self.histories.get(peer_id)
+        if history is None:
+            history = self.histories[peer_id] = PeerHistory()
+        return history
 
     def is_usable(self, peer_id: str, *, even_left_out: bool = False) -> bool:
         """Whether the server is neither left out nor being left alone after a failure."""
