@@ -7,7 +7,7 @@ import petals_eval
 from petals_eval.data import load_rows
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.model import Adapter, load_adapter
-from petals_eval.swarm import SwarmConnection
+from petals_eval.swarm import SwarmConnection, Work
 from petals_eval.tasks import load_task, resolve_source
 from tests.interop.conftest import STORIES
 from tests.interop.petals_folders import block_states, petals_copy
@@ -53,6 +53,12 @@ def reference_logits(model, stories_dir, adapter: Adapter, requests) -> dict[str
     return {request.key: local_answers(blocks, model.local, adapter, [request])[0] for request in requests}
 
 
+def in_one_call(blocks, hidden, prompts=None):
+    """As one micro-batch, where calling the module would send several."""
+    (computed,) = blocks.stream([Work(0, hidden, prompts)])
+    return computed.hidden
+
+
 @pytest.mark.parametrize("prompted", [False, True], ids=["plain", "deep prompts"])
 @pytest.mark.parametrize(
     ("rows", "seq", "call"), [(3, 17, "rpc_forward"), (4, 300, "rpc_forward_stream")], ids=["unary", "stream"]
@@ -62,7 +68,7 @@ def test_tiny_families_on_overlapping_spans(tiny, rows, seq, call, prompted):
     prompts = some_prompts(3, 256) if prompted else None
     entering, *_, leaving = block_states(tiny.model_dir, input_ids, prompts)
     with connect(tiny) as connection:
-        hidden = connection.remote_sequential(tiny.dht_prefix, 3)(entering, prompts)
+        hidden = in_one_call(connection.remote_sequential(tiny.dht_prefix, 3), entering, prompts)
     assert close(hidden, leaving, 1e-5)
     assert any(f"{call}(" in server.log() for server in tiny.servers)
 
@@ -85,7 +91,7 @@ def test_a_call_over_one_mebibyte_to_a_grouped_query_model(stories, stories_dir)
     input_ids = some_tokens(16, 300)
     entering, *_, leaving = block_states(stories_dir, input_ids)
     with connect(stories, max_tokens_per_call=8192) as connection:
-        hidden = connection.remote_sequential(STORIES, 5)(entering)
+        hidden = in_one_call(connection.remote_sequential(STORIES, 5), entering)
     torch.testing.assert_close(hidden, leaving, rtol=0, atol=1e-4)
     assert all("rpc_forward_stream(" in server.log() for server in stories.servers)
 
