@@ -3,13 +3,14 @@
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from petals_eval.errors import ConfigError, RunFolderError
 from petals_eval.evaluator import finish
 from petals_eval.runs.disk import blame_the_machine
 from petals_eval.runs.folder import RunFolder
-from petals_eval.runs.manifest import Manifest, difference
+from petals_eval.runs.manifest import Manifest, WireRecord, difference
 from petals_eval.runs.results import RunResult, run_result
 from petals_eval.runs.shard import Shard
 
@@ -78,8 +79,19 @@ def _whole(parts: Sequence[RunFolder]) -> Manifest:
         update={
             "created": min(part.manifest.created for part in parts),
             "run_settings": {**same, "merged_parts": count},
+            "wire": _wire([part.manifest.wire for part in parts]),
         }
     )
+
+
+def _wire(records: Sequence[WireRecord | None]) -> WireRecord | None:
+    """What is known of a lossy wire from all parts; the sample is the first one's, for all drew the same."""
+    known = [record for record in records if record is not None]
+    if not known:
+        return None
+    lossless = {server.peer_id: server for record in known for server in record.lossless}
+    taken_by = dict.fromkeys(peer for record in known for peer in record.taken_by)
+    return replace(known[0], lossless=tuple(lossless.values()), taken_by=tuple(taken_by))
 
 
 def _without_shard(manifest: Manifest, *, keep_count: bool = True) -> Manifest:
