@@ -33,8 +33,10 @@ def command(realdata, swarm, limit, out):
         *("--model", str(realdata / "stories260K-hf"), "--data", str(realdata / "trec" / "TREC.train.all")),
         *("--adapter", str(realdata / "adapters" / "trec-deep_ptune"), "--limit", str(limit)),
         *("--initial-peers", swarm.initial_peers[0], "--dht-prefix", swarm.dht_prefix),
-        *("--window", "1", "--tokens-per-micro-batch", "100"),
     ]
+
+
+SLOWLY = ("--window", "1", "--tokens-per-micro-batch", "100")  # so that there is a middle of the run
 
 
 def rows(journal):
@@ -82,7 +84,12 @@ def test_a_client_killed_at_random_moments_scores_every_example_exactly_once(rea
     in_flight = 0
     for _ in range(kills):
         process = subprocess.Popen(
-            run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+            [*run, *SLOWLY],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
         )
         try:
             in_flight += kill_at_a_random_moment(process, journal, dice)
