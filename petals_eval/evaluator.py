@@ -88,7 +88,7 @@ def evaluate(
         with _told_what_is_kept(run, kept=out is not None):
             if folder.resumed:
                 run.say_what_is_left([name for name, _ in variants])
-            note_sample(model, task, here, variants[0], folder, seed=seed, on_tick=run.tick)
+            note_sample(model, task, rows, variants[0], folder, seed=seed, on_tick=run.tick)
             run.score_all(variants)
             retries = model.blocks.status().retries - retries_before
             result = run_result(
