@@ -15,6 +15,7 @@ a container as strictly, without any network, and prints what it prints.
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -62,8 +63,9 @@ class Network:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in self.addresses:
-            run("ip", "netns", "delete", f"pe-{name}", check=False)  # its end of the pair goes with it
+        for number, name in enumerate(self.addresses):
+            run("ip", "link", "delete", f"pe-veth{number}", check=False)  # and its other end
+            run("ip", "netns", "delete", f"pe-{name}", check=False)
         run("ip", "link", "delete", BRIDGE, check=False)
 
 
@@ -153,6 +155,13 @@ class Container:
             raise SystemExit(f"error: {self.name} ended with {self._process.returncode}\n{self.last_words()}")
         return self.execute(*(["sh", "-c", *test] if kind == "CMD-SHELL" else test)).returncode == 0
 
+    def until_healthy(self) -> None:
+        deadline = time.monotonic() + HEALTHY_WITHIN
+        while not self.is_healthy():
+            if time.monotonic() > deadline:
+                raise SystemExit(f"error: {self.name} did not become healthy\n{self.last_words()}")
+            time.sleep(0.5)
+
     def wait(self, timeout: float) -> int:
         if self._process is None:
             raise SystemExit(f"error: {self.name} was not started")
@@ -168,8 +177,9 @@ class Container:
             if self._process.poll() is None:
                 run("runc", "kill", self.id, "TERM", check=False)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                code = self._process.wait(20)
+                self._process.wait(20)
             run("runc", "delete", "--force", self.id, check=False)
+            code = self._process.wait(20)
         run("buildah", "rm", self._working, check=False)
         return code
 
@@ -186,19 +196,19 @@ def _bind(source: Path, inside: str, *mode: str) -> dict[str, Any]:
     return {"destination": inside, "type": "bind", "source": str(source), "options": ["bind", *mode]}
 
 
-def in_order(services: dict[str, Any]) -> list[str]:
-    """Every service after those it depends on."""
-    order: list[str] = []
-    while len(order) < len(services):
+def in_waves(services: dict[str, Any]) -> list[list[str]]:
+    """Services that may start together, each after those it depends on."""
+    waves: list[list[str]] = []
+    while len(done := [name for wave in waves for name in wave]) < len(services):
         ready = [
             name
             for name, service in services.items()
-            if name not in order and all(other in order for other in service.get("depends_on", ()))
+            if name not in done and all(other in done for other in service.get("depends_on", ()))
         ]
         if not ready:
             raise SystemExit("error: services depend on each other in a circle")
-        order += ready
-    return order
+        waves.append(ready)
+    return waves
 
 
 def compose(folder: Path, image: str, *others: str) -> int:
@@ -212,18 +222,16 @@ def compose(folder: Path, image: str, *others: str) -> int:
         lines = [f"{address} {name}\n" for name, address in network.addresses.items()]
         hosts.write_text("127.0.0.1 localhost\n" + "".join(lines))
         running: dict[str, Container] = {}
-        for name in in_order(services):
-            container = running[name] = Container(name, services[name], images[name], folder, hosts)
-            stack.callback(lambda each=container: note(f"{each.name}: ended with {each.close()}"))
-            container.start()
-            if "healthcheck" in services[name]:
-                deadline = time.monotonic() + HEALTHY_WITHIN
-                while not container.is_healthy():
-                    if time.monotonic() > deadline:
-                        raise SystemExit(f"error: {name} did not become healthy\n{container.last_words()}")
-                    time.sleep(0.5)
-            state = "healthy" if "healthcheck" in services[name] else "started"
-            note(f"{name}: {state} after {time.monotonic() - began:.1f} s as {container.execute('id').stdout.strip()}")
+        for wave in in_waves(services):
+            for name in wave:
+                container = running[name] = Container(name, services[name], images[name], folder, hosts)
+                stack.callback(lambda each=container: note(f"{each.name}: ended with {each.close()}"))
+                container.start()
+            for name in wave:
+                if "healthcheck" in services[name]:
+                    running[name].until_healthy()
+                    user = running[name].execute("id", "-u").stdout.strip()
+                    note(f"{name}: healthy after {time.monotonic() - began:.1f} s, user {user}")
         code = running["evaluation"].wait(RUN_WITHIN)
         sys.stdout.write(running["evaluation"].out.read_text())
         sys.stdout.flush()
@@ -247,9 +255,9 @@ def alone(folder: Path, image: str, *arguments: str) -> int:
 
 
 def seen_by_prometheus(inside: Container) -> int:
-    """Whether Prometheus has the exporter's metrics; asked from the exporter's container, which has Python."""
+    """Whether Prometheus has heard from the exporter that the swarm is healthy; asked in the exporter's container."""
     found = ""
-    for query in ('up{job="petals-eval"}', "count by (__name__) ({job='petals-eval', __name__=~'petals.*'})"):
+    for query in ('up{job="petals-eval"}', 'petals_model_verdict{model="demo",verdict="healthy"}'):
         url = "http://prometheus:9090/api/v1/query?query=" + urllib.parse.quote(query)
         script = f"import urllib.request; print(urllib.request.urlopen({url!r}, timeout=5).read().decode())"
         deadline = time.monotonic() + 90
@@ -270,4 +278,5 @@ if __name__ == "__main__":
     commands = {"compose": compose, "alone": alone}
     if len(sys.argv) < 4 or sys.argv[1] not in commands:
         raise SystemExit(__doc__)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # containers and network end with it
     sys.exit(commands[sys.argv[1]](Path(sys.argv[2]).resolve(), *sys.argv[3:]))
