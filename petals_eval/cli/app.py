@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
-from petals_eval.cli import bench, demo, health, merge, run, swarm, tasks
+from petals_eval.cli import bench, bootstrap, demo, health, merge, run, swarm, tasks
 from petals_eval.cli.command import GroupedCommand
 from petals_eval.cli.exits import run_command
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.command(name="run", help=run.HELP, short_help=run.SHORT, cls=GroupedCommand)(run.run)
 app.command(name="demo", help=demo.HELP, short_help=demo.SHORT, cls=GroupedCommand)(demo.demo)
 app.command(name="swarm", help=swarm.HELP, short_help=swarm.SHORT, cls=GroupedCommand)(swarm.swarm)
+app.command(name="bootstrap", help=bootstrap.HELP, short_help=bootstrap.SHORT, cls=GroupedCommand)(bootstrap.bootstrap)
 app.command(name="merge", help=merge.HELP, short_help=merge.SHORT, cls=GroupedCommand)(merge.merge)
 app.command(name="health", help=health.HELP, short_help=health.SHORT, cls=GroupedCommand)(health.health)
 app.add_typer(bench.app, name="bench", help=bench.SHORT)

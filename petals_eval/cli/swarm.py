@@ -1,22 +1,37 @@
 """`petals-eval swarm MODEL`: a local swarm in the foreground."""
 
 import shlex
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+
+from petals_eval.cli.listening import (
+    LOOPBACK,
+    Announce,
+    Identity,
+    Listen,
+    PeersFile,
+    checked_peers,
+    kept_in_file,
+    own_address,
+)
 
 __all__ = ["HELP", "SHORT", "swarm"]
 
 SHORT = "Serve a model's blocks on this machine, for tests and trials."
 HELP = """Serve a model's blocks on this machine until Ctrl-C, and print the peers to connect to.
 
-It listens on the loopback address only: the servers are for this machine.
+It listens on the loopback address only, unless --listen says otherwise.
 
 \b
 Three servers, the blocks split evenly among them:
   petals-eval swarm ./my-llama --servers 3
 Two servers that both hold block 3:
   petals-eval swarm ./my-llama --span 0:4 --span 3:6
+One server of another swarm, the same one after a restart:
+  petals-eval swarm ./my-llama --span 0:2 --initial-peers /ip4/... \\
+      --listen /ip4/0.0.0.0/tcp/31331 --identity ./server.key
 """
 
 
@@ -39,6 +54,13 @@ def swarm(
     token: Annotated[
         str | None, typer.Option(metavar="TOKEN", help="Hub token for gated repositories (or set HF_TOKEN).")
     ] = None,
+    initial_peers: Annotated[
+        list[str] | None, typer.Option(metavar="MADDR", help="Join the swarm of these peers. Default: a new one.")
+    ] = None,
+    listen: Listen = LOOPBACK,
+    announce: Announce = None,
+    identity: Identity = None,
+    peers_file: PeersFile = None,
 ) -> int:
     from petals_eval.errors import MachineError
     from petals_eval.local_swarm import LocalSwarm
@@ -48,9 +70,11 @@ def swarm(
         servers=servers,
         spans=_spans(span) if span else None,
         dht_prefix=dht_prefix,
+        initial_peers=checked_peers(initial_peers or []),
         dtype=dtype,
         revision=revision,
         token=token,
+        **_address_of_one(len(span) if span else servers, listen, announce, identity),
     ) as running:
         typer.echo(f"serving {running.num_blocks} blocks as {running.dht_prefix}:")
         for server in running.servers:
@@ -62,7 +86,8 @@ def swarm(
         )
         typer.echo("Ctrl-C ends it.")
         try:
-            ended = running.wait()
+            with kept_in_file(peers_file, running.initial_peers):
+                ended = running.wait()
         except KeyboardInterrupt:
             typer.echo("stopping")
             return 0
@@ -70,6 +95,16 @@ def swarm(
     raise MachineError(
         f"the server of blocks {first}:{last} ({ended.peer_id}) ended by itself, so the swarm was stopped."
     )
+
+
+def _address_of_one(servers: int, listen: str, announce: str | None, identity: Path | None) -> dict[str, Any]:
+    from petals_eval.errors import ConfigError
+
+    if servers > 1 and (announce is not None or identity is not None or not listen.endswith("/tcp/0")):
+        raise ConfigError(
+            f"a port of --listen, --announce and --identity are one server's, found {servers} servers: give one --span"
+        )
+    return own_address(listen, announce, identity)
 
 
 def _spans(texts: list[str]) -> list[tuple[int, int]]:

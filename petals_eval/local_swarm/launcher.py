@@ -31,6 +31,8 @@ _POLL = 0.2  # seconds
 class LocalSwarm:
     """Block servers over a model, on loopback, with a DHT node of the launcher's own as the swarm's address.
 
+    Or, with `initial_peers`, more servers of a swarm that is there already.
+
     A context manager; `start` and `stop` do the same by hand.
     """
 
@@ -41,6 +43,7 @@ class LocalSwarm:
         servers: int = 3,
         spans: Sequence[tuple[int, int]] | None = None,
         dht_prefix: str | None = None,
+        initial_peers: Sequence[str] = (),
         mode: Literal["process", "thread"] = "process",
         network: "EmulatedNetwork | None" = None,
         links: "LinkProfile | Sequence[LinkProfile] | None" = None,
@@ -55,6 +58,7 @@ class LocalSwarm:
         servers: how many, the blocks split evenly among them; or else
         spans: the blocks first:last of each server. They may overlap, and the same span may come twice.
         dht_prefix: what the blocks are announced under; by default the folder's name, or Petals' rule for a repository.
+        initial_peers: addresses of the swarm that the servers join; empty: they are a swarm of their own.
         mode: "process": killable, and each with a processor of its own; "thread": quicker to start.
         network: put a relay of this network, which must be running, before each server and before the bootstrap peer.
         links: the link of each server, or one profile for all of them; None: free ones. The bootstrap peer's has the
@@ -77,7 +81,7 @@ class LocalSwarm:
         self._network = network
         self._links = _links(links, len(self._spans), network)
         self.servers: list[LocalServer] = []
-        self.initial_peers: list[str] = []
+        self.initial_peers: list[str] = list(initial_peers)
         self._bootstrap: Peer | None = None
         self._loop: LoopThread | None = None
         self._nursery: Nursery | None = None
@@ -92,8 +96,9 @@ class LocalSwarm:
             if self.mode == "process":
                 self._nursery = Nursery(self._model_type)  # first: its imports take longest
             self._loop = LoopThread("local swarm")
-            self._bootstrap = self._loop.run(self._open_bootstrap(), _BOOTSTRAP_TIMEOUT)
-            self.initial_peers = list(self._bootstrap.maddrs)
+            if not self.initial_peers:
+                self._bootstrap = self._loop.run(self._open_bootstrap(), _BOOTSTRAP_TIMEOUT)
+                self.initial_peers = list(self._bootstrap.maddrs)
             for settings, link in zip(self._planned, self._links, strict=True):
                 self.servers.append(self._launch(settings, link, self._loop, deadline))
             for server in self.servers:

@@ -56,6 +56,11 @@ class Peer:
     def peer_id(self) -> str:
         return self.p2p.peer_id.to_base58()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its daemon runs."""
+        return self.p2p._child is not None and self.p2p._child.returncode is None
+
     async def close(self) -> None:
         daemon = self.p2p._child
         if daemon is None or daemon.returncode is not None:

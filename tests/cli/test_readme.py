@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HUB = {"bigscience/bloom": "bloom", "meta-llama/Llama-2-70b-hf": "llama"}
-SET_UP = ("scripts/demo.sh", "scripts/test.sh", "python3.11", ".venv/bin/pip")
+SET_UP = ("scripts/demo.sh", "scripts/test.sh", "scripts/build_container.sh", "python3.11", ".venv/bin/pip", "docker")
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,8 @@ def test_set_up_commands_are_there() -> None:
     for each in typed():
         if each not in OURS:
             assert each.words[0] in SET_UP
+        if each.words[0] == "docker":
+            assert (ROOT / each.words[each.words.index("-f") + 1]).is_file()
         if each.words[0].startswith("scripts/"):
             assert os.access(ROOT / each.words[0], os.X_OK)
             subprocess.run(["bash", "-n", ROOT / each.words[0]], check=True)
@@ -243,7 +245,7 @@ def test_the_readme_names_what_there_is() -> None:
     assert all(family.title in README for family in FAMILIES.values())
     for name in ("reviews.yaml", "questions.yaml", "words.yaml"):
         assert load_task(name).name == Path(name).stem
-    shown = invoke("run", "--help").out + invoke("health", "--help").out
+    shown = "".join(invoke(command, "--help").out for command in ("run", "health", "swarm", "bootstrap"))
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--help", "--version", "--servers"}
     assert [flag for flag in sorted(flags) if flag not in shown] == []
     for name in petals_eval.metrics.METRICS:
