@@ -12,7 +12,7 @@ Work is counted in tokens times blocks: a server may be asked for a part of its 
 from collections import deque
 from dataclasses import dataclass
 
-__all__ = ["MOST_TOKENS", "Flow", "Sent"]
+__all__ = ["LEAST_CALLS", "MOST_TOKENS", "Flow", "Sent"]
 
 MOST_TOKENS = 16_384
 """Tokens in flight at one server at most, whatever it could take: it is somebody's machine, and others use it too."""

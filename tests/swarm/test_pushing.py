@@ -226,6 +226,7 @@ def test_pushed_answers_are_checked_against_others(realdata, ordinary):
                 blocks(hidden_states(2, 10 + number))
             blocks.settle()
             assert blocks.histories[lying.servers[2].peer_id].is_left_out
+            assert sent_to(blocks, lying)[1] == 0  # it was a pushed answer that was found out
             hidden = hidden_states(2, 30)
             assert close(blocks(hidden), ordinary(hidden))
 
