@@ -123,6 +123,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Identities = Annotated[tuple[Annotated[str, AfterValidator(_identity)], ...], BeforeValidator(_listed)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Wire = Literal["float16", "blockwise8", "uniform8"]
+Push = Literal["auto", "always", "never"]
 
 
 class SwarmSettings(Settings):
@@ -151,6 +152,7 @@ class SwarmSettings(Settings):
     max_tokens_per_call: int | None = Field(default=None, gt=0)  # tokens (rows x positions); None: the server's default
     window: int | None = Field(default=None, gt=0)  # micro-batches in flight at once; None: found out, per server
     wire: Wire | None = None  # lossy code of hidden states, to save bytes; None: lossless
+    push: Push = "auto"  # let servers pass hidden states on to each other, to save the uplink; "auto": where it pays
     recheck_share: float = Field(default=0.003, ge=0, le=1)  # of a server's tokens, to ask it again during the run
     verify: float = Field(
         default=0.02, ge=0, le=1
@@ -199,6 +201,7 @@ class RunSettings(Settings):
     max_tokens_per_call: int | None = Field(default=None, gt=0)  # tokens a server takes; None: found out
     tokens_per_micro_batch: int | None = Field(default=None, gt=0)  # positions sent together; None: found out
     wire: Wire | None = None  # lossy code of hidden states, to save bytes; None: lossless
+    push: Push = "auto"  # let servers pass hidden states on to each other; "auto": where it pays
 
     # what comes of it
     out: str | None = None  # run folder; None: runs/<task>-<time>

@@ -186,6 +186,7 @@ def _manifest(
             "deadline": model.blocks.settings.deadline,
             "verify": model.blocks.settings.verify,
             "request_timeout": model.blocks.settings.request_timeout,
+            "push": model.blocks.settings.push,
             "tokens_per_micro_batch": tokens_per_micro_batch,
         },
         seeds={"sample": data.seed, "bootstrap": data.seed},

@@ -298,12 +298,14 @@ def say_pair(pair: int, first: dict, second: dict, ratio: float, agreement: dict
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=Workloads.names(), required=True)
+    parser.add_argument("--workload", choices=[*Workloads.names(), "push"], required=True)
     parser.add_argument("--pairs", type=int, default=3, help="interleaved pairs (default: 3)")
     parser.add_argument("--rows", type=int, help="only so many of the workload's rows (for a try)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="batch sizes Petals' loop is tried with")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
     arguments = parser.parse_args()
+    if arguments.workload == "push":
+        return finish("push", measure_push(arguments.pairs, arguments.rows), arguments.json)
     if not os.access(petals_python_path(), os.X_OK):
         print(NO_PETALS.format(petals_python_path()), file=sys.stderr)
         return 4
@@ -316,9 +318,22 @@ def main() -> int:
             result = compare_with_itself(workload, Path(folder), arguments.pairs, arguments.rows)
         else:
             result = compare(workload, Path(folder), arguments.pairs, arguments.rows, arguments.batch_sizes)
-    result |= {"workload": arguments.workload, "processors": os.cpu_count()}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    return finish(arguments.workload, result, arguments.json)
+
+
+def measure_push(pairs: int, limit: int | None) -> dict:
+    """Needs no Petals."""
+    from bench_push import compare_pushing
+
+    with tempfile.TemporaryDirectory(prefix="bench-push-") as folder:
+        return compare_pushing(Workloads(Path(folder)).push(), Path(folder), pairs, limit)
+
+
+def finish(name: str, result: dict, file: Path | None) -> int:
+    """Write what was measured; the exit code says whether all predictions agree."""
+    result |= {"workload": name, "processors": os.cpu_count()}
+    if file:
+        file.write_text(json.dumps(result, indent=2) + "\n")
     different = sum(each["different"] for each in result["agreement"])
     if different:
         print(f"error: {different} predictions differ", file=sys.stderr)

@@ -43,6 +43,22 @@ class Workload:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class PushWorkload:
+    """What our client evaluates with and without pushing, on servers of a local swarm.
+
+    uplink: Mbit/s that leave the client, to all servers together.
+    """
+
+    model: Path
+    adapter: Path
+    task: str
+    data: Path
+    spans: tuple[tuple[int, int], ...] = ((0, 2), (2, 4), (4, 6), (6, 8))
+    dtype: str = "float32"
+    uplink: float = 20.0
+
+
 @dataclass
 class Workloads:
     """Makes a workload by its name; what has to be written for it goes to `folder`."""
@@ -52,6 +68,10 @@ class Workloads:
 
     def make(self, name: str) -> Workload:
         return self._makers()[name]()
+
+    def push(self) -> PushWorkload:
+        model, adapter = make_llama(self.folder / "wide", hidden=1024)
+        return PushWorkload(model, adapter, *make_task(self.folder / "letters", rows=128, tokens=(16, 128)))
 
     @classmethod
     def names(cls) -> list[str]:

@@ -58,6 +58,7 @@ def open_model(settings: RunSettings) -> Iterator[RemoteModel]:
             window=settings.window,
             max_tokens_per_call=settings.max_tokens_per_call,
             wire=settings.wire,
+            push=settings.push,
             **local_options(settings),
         ) as model,
     ):

@@ -131,6 +131,15 @@ def run(
             "answers. Default: lossless.",
         ),
     ] = None,
+    push: Annotated[
+        str | None,
+        _option(
+            SERVERS,
+            "WHEN",
+            "Let servers pass hidden states on to each other, so that each leaves here once: auto (where that is "
+            "faster), always or never. Default: auto.",
+        ),
+    ] = None,
     out: Annotated[
         str | None, _option(OUTPUT, "FOLDER", "Run folder; an unfinished run goes on. Default: runs/<task>-<time>.")
     ] = None,

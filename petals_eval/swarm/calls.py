@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +13,10 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.proto import runtime_pb2
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import PeerAnswerError, PeerRefusedError, PeerUnreachableError
+from petals_eval.errors import PeerAnswerError, PeerError, PeerRefusedError, PeerUnreachableError
 from petals_eval.swarm import wire
 from petals_eval.swarm.hop_session import PROOF_TOKENS, HopSession, proves_rolling_back
+from petals_eval.swarm.pushing import Pushed, push_through
 from petals_eval.swarm.routing import Hop
 from petals_eval.swarm.rpc import (
     MOST_WORDS,
@@ -55,6 +56,13 @@ class BlockCalls(Protocol):
 
     async def forward_in_steps(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, step: int) -> Answer:
         """What `forward` answers, through a session and `step` positions at a time. Raises PeerError."""
+        ...
+
+    async def push(self, hops: Sequence[Hop], hidden: torch.Tensor, timeout: float) -> Pushed:
+        """Run hidden (batch, seq, hidden) through all these hops, each server passing its answer on to the next.
+
+        timeout: seconds for all of it. Raises nothing: what comes back says how far it went, and why no further.
+        """
         ...
 
     async def session(self, hop: Hop, batch: int, max_length: int) -> HopSession:
@@ -191,6 +199,21 @@ class RemoteCalls:
             sum(answer.bytes_sent for answer in answers),
             sum(answer.bytes_received for answer in answers),
         )
+
+    async def push(self, hops: Sequence[Hop], hidden: torch.Tensor, timeout: float) -> Pushed:
+        batch, seq = hidden.shape[:2]
+        sessions = []
+        for index, hop in enumerate(hops):
+            try:
+                version = (await self.info(hop)).version
+                if not wire.may_push(version):
+                    raise PeerRefusedError(f"petals {version or 'of no version'} does not push on what it was pushed")
+                # No waiting for room in its cache: micro-batches that wait for each other's would never end.
+                sessions.append(await self._session(hop, batch, seq, alloc_timeout=0.0))
+            except PeerError as error:
+                return Pushed((), error, index)
+        ends = [(hop.server.peer_id, hop.first, hop.last) for hop in hops]
+        return await push_through(sessions, ends, hidden, timeout)
 
     async def session(self, hop: Hop, batch: int, max_length: int) -> HopSession:
         return await self._session(hop, batch, max_length, alloc_timeout=self._settings.connect_timeout)

@@ -2,17 +2,19 @@
 
 import asyncio
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import PeerNondeterministicError, PeerRefusedError
+from petals_eval.errors import PeerError, PeerNondeterministicError, PeerRefusedError
 from petals_eval.swarm.calls import BlockCalls
 from petals_eval.swarm.determinism import TOLERANCE, difference, question_from
 from petals_eval.swarm.hop_session import HopSession
 from petals_eval.swarm.limits import USUAL_MAX_TOKENS, TokenLimits
 from petals_eval.swarm.peers import PeerBook
+from petals_eval.swarm.pushing import Pushed
 from petals_eval.swarm.routing import Hop
 from petals_eval.swarm.rpc import Answer, together
 
@@ -70,6 +72,25 @@ class CheckedCalls:
         self._refuse_if_caught(hop)
         self._computed(hop, hidden)
         return answer
+
+    async def push(self, hops: Sequence[Hop], hidden: torch.Tensor, timeout: float) -> Pushed:
+        """Only the first server is asked before: what the others are given is known when they have answered."""
+        try:
+            await self._clear(hops[0], hidden)
+        except PeerError as error:
+            return Pushed((), error, 0)
+        pushed = await self._calls.push(hops, hidden, timeout)
+        for index, answer in enumerate(pushed.answers):
+            hop = hops[index]
+            try:
+                if index > 0:
+                    await self._clear(hop, hidden)
+                self._refuse_if_caught(hop)
+            except PeerError as error:
+                return Pushed(pushed.answers[:index], error, index)
+            self._computed(hop, hidden)
+            hidden = answer.hidden
+        return pushed
 
     async def session(self, hop: Hop, batch: int, max_length: int) -> HopSession:
         session = await self._calls.session(hop, batch, max_length)

@@ -6,7 +6,6 @@ wake-up of the loop and at most one of the caller's thread.
 
 import asyncio
 import queue
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -171,13 +170,13 @@ class Flight(Generic[T]):
             for task in tasks:
                 task.cancel()
             self._pipeline.lines.listeners.discard(self._tell_of_room)
-            self._pipeline.sizes.pause()
+            self._pipeline.pause()
 
     async def _carry(self, out: "_Out[T]") -> None:
         try:
             hidden, hops = await self._pipeline.forward(out.cargo.pop(), out.prompts, self._first, self._last)
             if out.made_for is not None:
-                self._pipeline.sizes.came_back(out.made_for, out.positions, time.monotonic())
+                self._pipeline.size_came_back(out.made_for, out.positions)
             back: _Back[T] = _Back(out.bytes, Computed(out.tag, hidden, hops))
         except Exception as error:  # noqa: BLE001 - it is raised again in the thread that waits for the answer
             back = _Back(out.bytes, Failed(out.tag, error))

@@ -12,7 +12,7 @@ Work is counted in tokens times blocks: a server may be asked for a part of its 
 from collections import deque
 from dataclasses import dataclass
 
-__all__ = ["MOST_TOKENS", "Flow", "Sent"]
+__all__ = ["LEAST_CALLS", "MOST_TOKENS", "Flow", "Sent"]
 
 MOST_TOKENS = 16_384
 """Tokens in flight at one server at most, whatever it could take: it is somebody's machine, and others use it too."""
@@ -96,7 +96,8 @@ class Flow:
             self._rates.clear()
             self._rates.append((when, rate / 3))
 
-    def came_back(self, sent: Sent, now: float) -> None:
+    def came_back(self, sent: Sent, now: float, *, timed: bool = True) -> None:
+        """timed: whether the time it took says how quick the server is, and not only how much it delivers."""
         self.lost(sent)
         self._delivered += sent.work
         self._delivered_at = now
@@ -104,7 +105,9 @@ class Flow:
         rate = (self._delivered - sent.delivered) / max(1e-6, now - min(sent.at, sent.delivered_at))
         _keep(self._rates, now, rate)
         took = now - sent.at
-        if self._quickest is None or took <= self._quickest or (self._probing and sent.alone):
+        if not timed:
+            pass
+        elif self._quickest is None or took <= self._quickest or (self._probing and sent.alone):
             self._quickest, self._quickest_at, self._probing = took, now, False
         elif now - self._quickest_at > MEMORY:
             self._probing = True

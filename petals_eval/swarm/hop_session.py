@@ -1,9 +1,10 @@
 """An inference session on one server: a stream of steps over a key-value cache. No retries, no other servers."""
 
 import asyncio
+import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -22,6 +23,8 @@ PROOF_TOKENS = 18
 
 _GOODBYE_TIMEOUT = 2.0  # seconds for a server to end its side of the stream
 _OPENINGS = 3  # times a session is opened: when a server refuses one, its reason now and then is lost on the way
+
+_WITHOUT_A_WORD = "it ended the session without a word"
 
 OpenStream = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 
@@ -60,17 +63,27 @@ class HopSession:
         self._is_over = False
         self._start_from: int | None = None
 
+    @property
+    def id(self) -> str:
+        """By which other servers push into it; known once it has had its first step."""
+        return self._id
+
     def roll_back(self, position: int) -> None:
         """Let the next step begin at this position. Only for servers that are known to do it."""
         self.position = self._start_from = position
 
     async def step(
-        self, hidden: torch.Tensor, prompts: torch.Tensor | None = None, hypo_ids: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        prompts: torch.Tensor | None = None,
+        hypo_ids: torch.Tensor | None = None,
+        next_servers: Sequence[tuple[str, str, int, int]] = (),
     ) -> Answer:
         """Run hidden (batch, seq, hidden) after the positions so far; zero positions only reserve the cache.
 
         prompts: (blocks, batch or 1, prefix, hidden), added to the first `prefix` of these positions.
-        hypo_ids: int64 (batch,): row i goes on from what row hypo_ids[i] was. Raises PeerError.
+        hypo_ids: int64 (batch,): row i goes on from what row hypo_ids[i] was.
+        next_servers: of `wire.step_metadata`; not in the first step. Raises PeerError.
         """
         if self._is_over:
             raise PeerUnreachableError("the session is over")
@@ -86,22 +99,39 @@ class HopSession:
         ]
         with as_peer_errors(self._timeout):
             async with asyncio.timeout(self._timeout):
-                response = await self._exchange(tensors)
-        answer = wire.read_answer(response.tensors, tuple(hidden.shape), self._info.output_dtype)
+                response = await self._exchange(tensors, next_servers)
+        sent = sum(len(tensor.buffer) for tensor in tensors)
+        return self._answer(response, tuple(hidden.shape), started, sent)
+
+    async def pushed_step(self, seq: int, hidden_size: int) -> Answer:
+        """The answer to a step of `seq` positions that another server pushes, after the first one. Raises PeerError."""
+        if self._is_over or self._stream is None:
+            raise PeerUnreachableError("the session is over")
+        self._is_over = True  # until the answer is there
+        started = time.monotonic()
+        shape = (self.batch, seq, hidden_size)
+        with as_peer_errors(self._timeout):
+            async with asyncio.timeout(self._timeout):
+                response = await _hear(self._stream[0], 4 * math.prod(shape) + MOST_WORDS)
+        return self._answer(response, shape, started, sent=0)
+
+    def _answer(
+        self, response: runtime_pb2.ExpertResponse, shape: tuple[int, ...], started: float, sent: int
+    ) -> Answer:
+        """A step's answer, checked; the session goes on from there."""
+        answer = wire.read_answer(response.tensors, shape, self._info.output_dtype)
         self._is_over = False
         self._start_from = None
-        self.position += hidden.shape[1]
-        return Answer(
-            answer,
-            time.monotonic() - started,
-            sum(len(tensor.buffer) for tensor in tensors),
-            sum(len(tensor.buffer) for tensor in response.tensors),
-        )
+        self.position += shape[1]
+        received = sum(len(tensor.buffer) for tensor in response.tensors)
+        return Answer(answer, time.monotonic() - started, sent, received)
 
-    async def _exchange(self, tensors: list[runtime_pb2.Tensor]) -> runtime_pb2.ExpertResponse:
+    async def _exchange(
+        self, tensors: list[runtime_pb2.Tensor], next_servers: Sequence[tuple[str, str, int, int]]
+    ) -> runtime_pb2.ExpertResponse:
         """Send a step and wait for its answer; opens the stream for the first one."""
         if self._stream is not None:
-            metadata = wire.step_metadata(self._id, str(uuid.uuid4()), {}, self._start_from)
+            metadata = wire.step_metadata(self._id, str(uuid.uuid4()), {}, self._start_from, next_servers)
             return await self._ask(self._stream, tensors, metadata)
         openings = 0
         while True:
@@ -128,9 +158,9 @@ class HopSession:
         limit = 2 * len(tensors[0].buffer) + MOST_WORDS
         try:
             await P2P.send_protobuf(request, writer)
-            return await receive(reader, runtime_pb2.ExpertResponse, limit)
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise PeerUnreachableError("it ended the session without a word") from error
+        except ConnectionError as error:
+            raise PeerUnreachableError(_WITHOUT_A_WORD) from error
+        return await _hear(reader, limit)
 
     async def close(self) -> None:
         """End the session, so that the server frees its cache; where all is well, wait for that, but not for long."""
@@ -148,6 +178,13 @@ class HopSession:
                         await reader.read()
         finally:
             writer.close()
+
+
+async def _hear(reader: asyncio.StreamReader, limit: int) -> runtime_pb2.ExpertResponse:
+    try:
+        return await receive(reader, runtime_pb2.ExpertResponse, limit)
+    except (asyncio.IncompleteReadError, ConnectionError) as error:
+        raise PeerUnreachableError(_WITHOUT_A_WORD) from error
 
 
 async def proves_rolling_back(session: HopSession, hidden_size: int) -> bool:

@@ -1,6 +1,7 @@
 """The way of a micro-batch through the swarm: hop by hop, on to another server where one fails, under a deadline."""
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,8 +24,9 @@ from petals_eval.swarm.limits import USUAL_MAX_TOKENS, TokenLimits
 from petals_eval.swarm.lines import Line, Lines
 from petals_eval.swarm.missing import spans_text, what_is_missing, within
 from petals_eval.swarm.peers import PeerBook, short_peer
+from petals_eval.swarm.push_calls import PushCalls
 from petals_eval.swarm.records import SpanServer
-from petals_eval.swarm.routing import Hop, hold_all, next_hop
+from petals_eval.swarm.routing import Hop, hold_all, next_hop, plan_route
 from petals_eval.swarm.sessions import RouteSession
 from petals_eval.swarm.sizes import MicroBatchSize
 from petals_eval.swarm.unequal import UnequalServer, stop_text, warning_text
@@ -72,6 +74,9 @@ class Pipeline:
         self.lines = Lines()
         self.sizes = MicroBatchSize()
         self._hop_calls = HopCalls(calls, peers, self._limits, self.lines)
+        self._push_calls = PushCalls(
+            calls, peers, self._limits, self._hop_calls, self.lines, self.sizes, settings, failed=self._failed
+        )
         self._waiting: dict[object, str] = {}
         self._notices: list[str] = []
         self._unequal: dict[str, UnequalServer] = {}
@@ -92,23 +97,49 @@ class Pipeline:
         Raises MissingBlocksError or DeadlineError when a hop finds no server within the deadline, RequestTooLargeError
         when a single row is longer than the servers take, even in steps.
         """
-        seq = hidden.shape[1]
+        positions, seq = hidden.shape[0] * hidden.shape[1], hidden.shape[1]
         route: list[ServedHop] = []
         position = first
         give_up: float | None = None
-        while position < last:
-            async with self.lines.first(position) as line:
-                give_up = give_up or time.monotonic() + self._settings.deadline  # waiting in line is nobody's failure
-                hop = await self._hop_with_room(position, last, hidden.shape[0], seq, give_up, line)
-            span_prompts = None if prompts is None else prompts[hop.first - first : hop.last - first]
-            served = await self._compute(hop, hidden, span_prompts, give_up)
-            if served is None:
-                continue
-            hop, hidden = served
-            route.append(_served(hop, hidden))
-            position = hop.last
-            give_up = None
+        way = self._push_calls.sent(hidden, prompts)
+        try:
+            if way == "pushed":
+                plan = functools.partial(self._plan, first, last, positions)
+                for hop, hidden in await self._push_calls.through(plan, hidden, first, last):  # noqa: B020
+                    route.append(_served(hop, hidden))
+                    position = hop.last
+            while position < last:
+                async with self.lines.first(position) as line:
+                    # Waiting in line is nobody's failure.
+                    give_up = give_up or time.monotonic() + self._settings.deadline
+                    hop = await self._hop_with_room(position, last, hidden.shape[0], seq, give_up, line)
+                span_prompts = None if prompts is None else prompts[hop.first - first : hop.last - first]
+                served = await self._compute(hop, hidden, span_prompts, give_up)
+                if served is None:
+                    continue
+                hop, hidden = served
+                route.append(_served(hop, hidden))
+                position = hop.last
+                give_up = None
+        finally:
+            self._push_calls.ended(way)
+        self._push_calls.came_back(way, [hop.version for hop in route], positions)
         return hidden, tuple(route)
+
+    def _plan(self, first: int, last: int, tokens: int) -> tuple[Hop, ...] | None:
+        """The cheapest route among servers in good standing now."""
+        servers = [each for each in self._trusted() if self.peers.may_be_called(each.peer_id)]
+        return plan_route(servers, first, last, lambda server, blocks: self._cost(server, blocks, tokens))
+
+    def size_came_back(self, made_for: int, positions: int) -> None:
+        """A micro-batch made for this size is back: what the size brings, while all else stays as it is."""
+        if not self._push_calls.choice.is_on_trial:
+            self.sizes.came_back(made_for, positions, time.monotonic())
+
+    def pause(self) -> None:
+        """Nothing is in flight any more: what comes next is another stream's."""
+        self.sizes.pause()
+        self._push_calls.choice.pause()
 
     async def _compute(
         self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, give_up: float

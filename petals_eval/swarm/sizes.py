@@ -45,6 +45,11 @@ class MicroBatchSize:
         self._rest, self._next_rest = 0, 4
         self._epoch = _Epoch()
 
+    @property
+    def is_on_trial(self) -> bool:
+        """Whether another size than the one in use is being tried."""
+        return self._trial_of is not None
+
     def came_back(self, size: int, positions: int, now: float) -> None:
         """A micro-batch of `size` bytes' worth at the time it was made, with so many positions, is back."""
         if size != self.bytes:

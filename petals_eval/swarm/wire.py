@@ -21,6 +21,7 @@ from petals_eval.swarm import codecs
 
 __all__ = [
     "LOSSY",
+    "MAX_PUSH_BYTES",
     "MAX_UNARY_BYTES",
     "LossyCode",
     "ServerInfo",
@@ -31,6 +32,7 @@ __all__ = [
     "encode_tensor",
     "forward_metadata",
     "itemsize_of",
+    "may_push",
     "may_roll_back",
     "read_answer",
     "read_info",
@@ -42,6 +44,8 @@ __all__ = [
 
 MAX_UNARY_BYTES = MAX_UNARY_PAYLOAD_SIZE // 2
 """Raw tensor bytes above which both sides switch to the streaming call (1 MiB)."""
+MAX_PUSH_BYTES = DEFAULT_MAX_MSG_SIZE - (64 << 10)
+"""Raw tensor bytes that one server pushes to another: one message, with room for the words around them."""
 
 _CODES = runtime_pb2.CompressionType
 
@@ -200,12 +204,17 @@ def session_metadata(max_length: int, alloc_timeout: float, active_adapter: str 
 
 
 def step_metadata(
-    session_id: str, step_id: str, opening: Mapping[str, object], start_from_position: int | None = None
+    session_id: str,
+    step_id: str,
+    opening: Mapping[str, object],
+    start_from_position: int | None = None,
+    next_servers: Sequence[tuple[str, str, int, int]] = (),
 ) -> bytes:
     """Metadata of one step of a session.
 
     opening: `session_metadata` in the first step, nothing in the others.
     start_from_position: positions of the cache to go back to; only for servers that are known to do it.
+    next_servers: where the server is to push its answer: peer id, session id and blocks first:last of all that follow.
     """
     metadata = {
         **opening,
@@ -215,6 +224,8 @@ def step_metadata(
     }
     if start_from_position is not None:
         metadata["start_from_position"] = start_from_position
+    if next_servers:
+        metadata["next_servers"] = tuple(next_servers)
     return MSGPackSerializer.dumps(metadata)
 
 
@@ -223,8 +234,21 @@ def may_roll_back(version: str | None) -> bool:
 
     2.2.0 ignores it and appends, without an error.
     """
+    return _line_of(version) is None or may_push(version)
+
+
+def may_push(version: str | None) -> bool:
+    """Whether a server of this version of petals, as it says, passes on what it is pushed: from 2.3.0 on.
+
+    2.2.0 uses its session's first metadata for every push, the stale step_id included: a chain of three ends there.
+    """
+    line = _line_of(version)
+    return line is not None and line >= (2, 3)
+
+
+def _line_of(version: str | None) -> tuple[int, int] | None:
     found = re.match(r"(\d+)\.(\d+)", version or "")
-    return found is None or (int(found[1]), int(found[2])) >= (2, 3)
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def stream_parts(

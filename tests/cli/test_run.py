@@ -274,3 +274,22 @@ def test_several_addresses_after_one_flag_or_in_one_variable(stage: Stage) -> No
     prefix = ["--dht-prefix", "stories260K-hf"]
     assert invoke(*rest, "--initial-peers", NOBODY, stage.peer, *prefix, "--out", "a").code == 0
     assert invoke(*rest, "--initial-peers", f"{NOBODY} {stage.peer}", *prefix, "--out", "b").code == 0
+
+
+def test_pushing_gives_the_reference_score(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    came_through = []
+    push = RemoteCalls.push
+
+    async def counted(self, hops, hidden, timeout):
+        pushed = await push(self, hops, hidden, timeout)
+        came_through.append(len(pushed.answers) == len(hops) == 3)
+        return pushed
+
+    monkeypatch.setattr(RemoteCalls, "push", counted)
+    outcome = invoke(*stage.run("--out", "r", "--push", "always", adapter="trec-ptune"))
+    assert outcome.code == 0
+    assert read_json(Path("r/metrics.json"))["metrics"]["accuracy"]["value"] == 0.7180
+    assert read_json(Path("r/manifest.json"))["run_settings"]["push"] == "always"
+    assert any(came_through)
+    outcome = invoke(*stage.run("--push", "sometimes"))
+    assert outcome.code == 2 and "push" in outcome.err and "'always'" in outcome.err

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from petals_eval.errors import PeerDisagreesError, PeerDistrustedError
 from petals_eval.swarm.calls import BlockCalls
 from petals_eval.swarm.hop_session import HopSession
 from petals_eval.swarm.peers import PeerBook
+from petals_eval.swarm.pushing import Pushed
 from petals_eval.swarm.routing import Hop
 from petals_eval.swarm.rpc import Answer
 from petals_eval.swarm.verify.judge import BlocksAtHome, Claim, Finding, Judge, Sight
@@ -93,6 +94,19 @@ class VerifiedCalls:
         answer = await self._calls.forward_in_steps(hop, hidden, prompts, step)
         await self._seen(Claim(hop, hidden, prompts, answer.hidden, step, answer.seconds))
         return answer
+
+    async def push(self, hops: Sequence[Hop], hidden: torch.Tensor, timeout: float) -> Pushed:
+        for index, hop in enumerate(hops):
+            if (error := self._caught.get(hop.server.peer_id)) is not None:
+                return Pushed((), error, index)
+        pushed = await self._calls.push(hops, hidden, timeout)
+        for index, answer in enumerate(pushed.answers):
+            try:
+                await self._seen(Claim(hops[index], hidden, None, answer.hidden, None, answer.seconds))
+            except PeerDisagreesError as error:
+                return Pushed(pushed.answers[:index], error, index)
+            hidden = answer.hidden
+        return pushed
 
     async def session(self, hop: Hop, batch: int, max_length: int) -> HopSession:
         self._refuse_if_caught(hop)
