@@ -2,8 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -24,7 +23,7 @@ from petals_eval.swarm.rpc import (
     TransformerConnectionHandler,
     as_peer_errors,
     open_stream,
-    tensor_parts,
+    streamed,
 )
 from petals_eval.swarm.wire_book import WireBook
 
@@ -163,18 +162,17 @@ class RemoteCalls:
         metadata = self._metadata[code]
 
         uid = wire.block_uid(self._prefix, hop.first, hop.last)
-        stub = self._stub(hop.server.peer_id)
         timeout = self._settings.request_timeout
         with as_peer_errors(timeout):
             if sent <= wire.MAX_UNARY_BYTES:
                 request = runtime_pb2.ExpertRequest(uid=uid, tensors=tensors, metadata=metadata)
-                response = await stub.rpc_forward(request, timeout=timeout)
+                response = await self._stub(hop.server.peer_id).rpc_forward(request, timeout=timeout)
                 parts = list(response.tensors)
             else:
                 async with asyncio.timeout(timeout):
-                    responses = await stub.rpc_forward_stream(_send(uid, tensors, metadata))
-                    async with aclosing(responses):  # the stream ends now, not when the garbage collector comes by
-                        parts = await tensor_parts(responses, limit=4 * hidden.numel() + MOST_WORDS)
+                    stream = await open_stream(self._p2p, hop.server.peer_id, "rpc_forward_stream")
+                    requests = wire.stream_parts(uid, tensors, metadata)
+                    parts = await streamed(stream, requests, limit=4 * hidden.numel() + MOST_WORDS)
                 if not parts:
                     raise PeerUnreachableError("the connection ended before the answer came")
         read = partial(wire.read_answer, parts, tuple(hidden.shape), info.output_dtype, code)
@@ -251,10 +249,3 @@ class RemoteCalls:
             stub = TransformerConnectionHandler.get_stub(self._p2p, PeerID.from_base58(peer_id))
             self._stubs[peer_id] = stub
         return stub
-
-
-async def _send(
-    uid: str, tensors: list[runtime_pb2.Tensor], metadata: bytes
-) -> AsyncIterator[runtime_pb2.ExpertRequest]:
-    for part in wire.stream_parts(uid, tensors, metadata):
-        yield part

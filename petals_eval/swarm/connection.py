@@ -18,6 +18,7 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import SwarmError, SwarmUnreachableError
 from petals_eval.swarm.daemon import end_daemon, keep_reading, wait_until_lost
+from petals_eval.swarm.untrusted import bound_hivemind
 from petals_eval.swarm.wire_book import WireBook
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class SwarmConnection:
 
         Raises SwarmUnreachableError when no bootstrap peer answers or the clocks disagree.
         """
+        bound_hivemind()
         connection = cls(settings)
         connection._portal = connection._portal_context.__enter__()
         atexit.register(connection.close)

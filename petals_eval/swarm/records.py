@@ -20,6 +20,7 @@ __all__ = [
     "SpanServer",
     "newest_readable",
     "read_snapshot",
+    "shown",
 ]
 
 
@@ -31,13 +32,13 @@ class ServerState(IntEnum):
     ONLINE = 2
 
 
-def _shown(words: str) -> str:
+def shown(words: str) -> str:
     """A stranger's words, safe on a terminal and in a file: short, and without what moves the cursor or hides."""
     return "".join(character if character.isprintable() else " " for character in words[:_LONGEST_WORDS])
 
 
 _LONGEST_WORDS = 80  # characters
-_Words = Annotated[StrictStr, AfterValidator(_shown)]
+_Words = Annotated[StrictStr, AfterValidator(shown)]
 _Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Count = Annotated[StrictInt, Field(ge=0)]
 

@@ -1,10 +1,10 @@
 """The calls of a Petals server as hivemind makes them, and whose fault it is when one fails."""
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, AsyncIterator, TypeVar  # noqa: UP035 - hivemind takes a call for a stream by typing's alias only
+from typing import Any, TypeVar
 
 import torch
 from google.protobuf.message import Message
@@ -24,7 +24,7 @@ __all__ = [
     "as_peer_errors",
     "open_stream",
     "receive",
-    "tensor_parts",
+    "streamed",
     "together",
 ]
 
@@ -64,7 +64,7 @@ async def together(calls: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]
         await asyncio.wait(tasks)
 
 
-def _look_at_error(task: "asyncio.Task[Answer]") -> None:
+def _look_at_error(task: "asyncio.Task[Any]") -> None:
     """The first error is enough; asyncio would complain of others that nobody looked at."""
     if not task.cancelled():
         task.exception()
@@ -80,11 +80,6 @@ class TransformerConnectionHandler(ServicerBase):
         raise TypeError("this class only describes the calls; servers implement them")
 
     async def rpc_forward(self, request: runtime_pb2.ExpertRequest, context: P2PContext) -> runtime_pb2.ExpertResponse:
-        raise TypeError("this class only describes the calls; servers implement them")
-
-    def rpc_forward_stream(
-        self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
-    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
         raise TypeError("this class only describes the calls; servers implement them")
 
 
@@ -117,16 +112,45 @@ async def receive(reader: asyncio.StreamReader, message: type[M], limit: int) ->
     return message.FromString(content)
 
 
-async def tensor_parts(responses: AsyncIterator[runtime_pb2.ExpertResponse], limit: int) -> list[runtime_pb2.Tensor]:
-    """The tensors of a streamed answer, in parts. Raises PeerAnswerError above `limit` bytes: it may never end."""
+_PART = 64
+"""Bytes that a part costs beyond what it says: an answer of nothing but empty ones must end, too."""
+
+
+async def streamed(
+    stream: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+    requests: Iterable[runtime_pb2.ExpertRequest],
+    limit: int,
+) -> list[runtime_pb2.Tensor]:
+    """Send a request in parts over a bare stream; the tensors of the answer, in parts.
+
+    Not by hivemind's own stub: that one reads a message whole, whatever length a peer gives it.
+    Raises PeerAnswerError as soon as the answer is above `limit` bytes, PeerRefusedError, EOFError.
+    """
+    reader, writer = stream
+    sending = asyncio.create_task(_send(requests, writer))
+    sending.add_done_callback(_look_at_error)  # where it fails, reading ends, too
     parts: list[runtime_pb2.Tensor] = []
-    length = 0
-    async for response in responses:
-        length += response.ByteSize()
-        if length > limit:
-            raise PeerAnswerError(f"expected an answer of at most {limit} bytes, found one that goes on after {length}")
-        parts.extend(response.tensors)
-    return parts
+    try:
+        while True:
+            try:
+                response = await receive(reader, runtime_pb2.ExpertResponse, limit)
+            except asyncio.IncompleteReadError as ended:
+                if ended.partial:
+                    raise
+                return parts
+            limit -= response.ByteSize() + _PART * (1 + len(response.tensors))
+            parts.extend(response.tensors)
+            if limit < 0:
+                raise PeerAnswerError("its answer goes on after the bytes that it may have")
+    finally:
+        sending.cancel()
+        writer.close()
+
+
+async def _send(requests: Iterable[runtime_pb2.ExpertRequest], writer: asyncio.StreamWriter) -> None:
+    for request in requests:
+        await P2P.send_protobuf(request, writer)
+    await P2P.send_protobuf(P2P.END_OF_STREAM, writer)
 
 
 @contextmanager

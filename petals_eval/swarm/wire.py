@@ -14,10 +14,10 @@ import torch
 from hivemind.p2p.p2p_daemon_bindings.control import DEFAULT_MAX_MSG_SIZE, MAX_UNARY_PAYLOAD_SIZE
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
-from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 from petals_eval.errors import PeerAnswerError
-from petals_eval.swarm import codecs
+from petals_eval.swarm import codecs, untrusted
+from petals_eval.swarm.records import shown
 
 __all__ = [
     "LOSSY",
@@ -291,21 +291,29 @@ def read_answer(
     return tensor
 
 
+MOST_INFO_BYTES = 1 << 16
+"""Of an answer to rpc_info; Petals' own have some hundreds."""
+
+
 def read_info(serialized: bytes) -> ServerInfo:
     """Read an answer to rpc_info; raises PeerAnswerError when it is not one."""
+    if len(serialized) > MOST_INFO_BYTES:
+        raise PeerAnswerError(f"expected an rpc_info of at most {MOST_INFO_BYTES} bytes, found {len(serialized)}")
     try:
-        info: Any = MSGPackSerializer.loads(serialized)
+        info: Any = untrusted.loads(serialized)
         (inputs, _), output = info["forward_schema"], info["outputs_schema"]
         hidden = _descriptor(inputs)
-        input_dtype, output_dtype = hidden.dtype, _descriptor(output).dtype
-        size = hidden.size[-1] if hidden.size else None
+        named = hidden.dtype, _descriptor(output).dtype
+        size = hidden.size[-1] if isinstance(hidden.size, (tuple, list)) and len(hidden.size) > 1 else None
         version, cache = info.get("version"), info.get("cache_tokens_available")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-        raise PeerAnswerError(f"its rpc_info cannot be read: {type(error).__name__}: {error}"[:200]) from error
-    if input_dtype not in _NAMES or output_dtype not in _NAMES or not input_dtype.is_floating_point:
-        raise PeerAnswerError(f"its rpc_info names dtypes {input_dtype} and {output_dtype}, which no block computes in")
+        raise PeerAnswerError(f"its rpc_info cannot be read: {shown(f'{type(error).__name__}: {error}')}") from error
+    input_dtype, output_dtype = (_DTYPES.get(str(name).removeprefix("torch.")) for name in named)
+    if input_dtype is None or output_dtype is None or not input_dtype.is_floating_point:
+        said = " and ".join(shown(str(name))[:40] for name in named)
+        raise PeerAnswerError(f"its rpc_info names dtypes {said}, which no block computes in")
     return ServerInfo(
-        version=version if isinstance(version, str) else None,
+        version=shown(version) if isinstance(version, str) else None,
         input_dtype=input_dtype,
         output_dtype=output_dtype,
         cache_tokens_available=cache if isinstance(cache, int) else None,
@@ -313,9 +321,9 @@ def read_info(serialized: bytes) -> ServerInfo:
     )
 
 
-def _descriptor(schema: Any) -> BatchTensorDescriptor:
+def _descriptor(schema: Any) -> untrusted.Descriptor:
     """The first tensor descriptor of a schema, which is one or a sequence of them."""
     first = schema[0] if isinstance(schema, (tuple, list)) else schema
-    if not isinstance(first, BatchTensorDescriptor):
+    if not isinstance(first, untrusted.Descriptor):
         raise TypeError(f"expected a tensor descriptor, found {type(first).__name__}")
     return first

@@ -11,15 +11,7 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerAnswerError, PeerRefusedError
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.swarm import SwarmConnection
-from petals_eval.swarm.rpc import TransformerConnectionHandler, receive, tensor_parts, together
-
-
-def test_hivemind_takes_the_streams_for_streams():
-    TransformerConnectionHandler._collect_rpc_handlers()
-    handlers = {handler.method_name: handler for handler in TransformerConnectionHandler._rpc_handlers}
-    assert sorted(handlers) == ["rpc_forward", "rpc_forward_stream", "rpc_info"]
-    for name, handler in handlers.items():
-        assert handler.stream_input == handler.stream_output == (name == "rpc_forward_stream")
+from petals_eval.swarm.rpc import receive, streamed, together
 
 
 def test_a_call_over_one_mebibyte_streams(realdata):
@@ -72,16 +64,64 @@ def test_messages_of_a_bare_stream_are_bounded():
         asyncio.run(read(framed(b"\0", b"abc", 10)))
 
 
-def test_a_streamed_answer_that_never_ends_is_left():
-    sent = []
+class Written:
+    """The writing end of a stream that goes nowhere."""
 
-    async def answers(count: int):
-        for _ in range(count):
-            sent.append(runtime_pb2.ExpertResponse(tensors=[runtime_pb2.Tensor(buffer=b"x" * 1000)]))
-            yield sent[-1]
+    def __init__(self):
+        self.sent, self.is_closed = b"", False
 
-    assert len(asyncio.run(tensor_parts(answers(3), limit=4000))) == 3
-    sent.clear()
-    with pytest.raises(PeerAnswerError, match="at most 4000 bytes"):
-        asyncio.run(tensor_parts(answers(10**9), limit=4000))
-    assert len(sent) == 4
+    def write(self, part):
+        self.sent += part
+
+    async def drain(self):
+        await asyncio.sleep(0)
+
+    def close(self):
+        self.is_closed = True
+
+
+def framed(message, length=None):
+    content = message.SerializeToString()
+    return b"\0" + (len(content) if length is None else length).to_bytes(8, "big") + content
+
+
+@pytest.mark.parametrize(
+    ("sent", "error", "says"),
+    [
+        (framed(runtime_pb2.ExpertResponse(tensors=[runtime_pb2.Tensor(buffer=bytes(1000))])) * 9, PeerAnswerError, ""),
+        (framed(runtime_pb2.ExpertResponse()) * 100, PeerAnswerError, "goes on after"),
+        (
+            framed(runtime_pb2.ExpertResponse(), length=1 << 40),
+            PeerAnswerError,
+            "at most 4000 bytes, found one of 1099",
+        ),
+        (framed(runtime_pb2.ExpertResponse(metadata=b"hello"))[:-2], EOFError, ""),
+    ],
+    ids=["long", "endless and empty", "one long message", "cut"],
+)
+def test_a_streamed_answer_has_a_bound_that_no_peer_sets(sent, error, says):
+    async def read():
+        reader, writer = asyncio.StreamReader(), Written()
+        reader.feed_data(sent)
+        reader.feed_eof()
+        try:
+            return await streamed((reader, writer), [runtime_pb2.ExpertRequest(uid="m.0")] * 3, limit=4000)
+        finally:
+            assert writer.is_closed
+
+    with pytest.raises(error, match=says):
+        asyncio.run(read())
+
+
+def test_a_streamed_answer_is_read_to_its_end():
+    async def read():
+        reader, writer = asyncio.StreamReader(), Written()
+        for _ in range(3):
+            reader.feed_data(framed(runtime_pb2.ExpertResponse(tensors=[runtime_pb2.Tensor(buffer=bytes(1000))])))
+        asyncio.get_running_loop().call_later(0.05, reader.feed_eof)
+        parts = await streamed((reader, writer), [runtime_pb2.ExpertRequest(uid="m.0")] * 2, limit=4000)
+        return parts, writer.sent
+
+    parts, sent = asyncio.run(read())
+    assert len(parts) == 3
+    assert sent.count(b"m.0") == 2
