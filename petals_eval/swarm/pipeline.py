@@ -164,7 +164,11 @@ class Pipeline:
                     try:
                         answer = call.result()
                     except PeerError as error:
-                        if not self._is_too_small(asked, error, 1, hidden.shape[1]):
+                        seq = hidden.shape[1]
+                        left_aside = self._is_too_small(asked, error, 1, seq) and self._limits.row_too_large(
+                            asked.server.peer_id, seq
+                        )
+                        if not left_aside:  # it would be asked again at once, and for ever
                             self._failed(asked, error)
                     else:
                         for slower in under_way.values():

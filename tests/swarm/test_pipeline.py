@@ -377,3 +377,16 @@ def test_a_stragglers_answer_counts_where_nobody_else_holds_its_blocks():
 
     assert asyncio.run(several()) == ["a"] * 4
     assert pipe.peers.of("a").overtaken == 0
+
+
+def test_a_server_that_speaks_of_its_cache_though_none_is_needed_fails_as_any_other():
+    """It was asked again at once, thousands of times until the deadline, which then named no reason."""
+    calls = FakeCalls()
+
+    def refuse(hop: Hop, hidden: torch.Tensor) -> None:
+        raise PeerRefusedError("Could not allocate 1073741824 bytes, max cache size = 1024 bytes, 1024 in use")
+
+    calls.on_call = refuse
+    with pytest.raises(DeadlineError, match=r"every server of blocks 0:4 fails .*refuses \(Could not allocate"):
+        run(pipeline(FakeDirectory(4, server("a", 0, 4)), calls))
+    assert len(calls.calls) < 20
