@@ -2,8 +2,8 @@
 
     python scripts/chaos.py --schedules 200 --seed 0
 
-Ends with 1 when a run was lost, doubled or other than the quiet one, with 0 otherwise. --seconds ends it early, after the
-schedule under way; the next piece goes on with --seed.
+Ends with 1 when a run was lost, doubled or other than the quiet one, with 0 otherwise. --seconds ends it early, after
+the schedule under way; the next piece goes on with --seed.
 """
 
 import argparse
@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.chaos.schedules import Chaos, Outcome  # noqa: E402
-
 
 HEADS = f"{'seed':>5} {'seconds':>7} {'retries':>7}  {'faults':46} {'ended':44} result"
 

@@ -9,6 +9,7 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--client-kills", type=int, default=4, help="kills of the client in tests/chaos")
     parser.addoption("--client-seed", type=int, default=1, help="of their moments")
+    parser.addoption("--server-absence", type=float, default=10.0, help="seconds a server is away in tests/chaos")
 
 
 @pytest.fixture(scope="session")

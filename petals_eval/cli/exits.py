@@ -63,6 +63,8 @@ def _is_the_machines(error: Exception) -> bool:
 
 
 def _say(message: str) -> None:
+    """To stderr, without what moves the cursor, recolours or reorders: words of peers and of files are in it."""
+    message = "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in message)
     with contextlib.suppress(OSError):  # a closed terminal takes no message
         print(message, file=sys.stderr, flush=True)  # noqa: T201  # plain stderr: this must work when nothing else does
 

@@ -180,19 +180,17 @@ def read_settings(config: Path | None, flags: dict[str, Any]) -> RunSettings:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
+    from petals_eval.data.yaml_text import read_yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}. Expected a YAML file.") from error
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        where = f", line {place.line + 1}" if place is not None else ""
-        problem = getattr(error, "problem", None) or "it cannot be read"
-        raise ConfigError(f"--config {path}{where}: not valid YAML: {problem}.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config {path}: expected YAML in utf-8 ({error}).") from error
+    except ValueError as error:
+        comma = "," if str(error).startswith("line ") else ":"
+        raise ConfigError(f"--config {path}{comma} {error}.") from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -139,6 +139,8 @@ def _first_bad_line(path: Path, encoding: str) -> str | None:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
                 return f"line {number} is not JSON ({error.msg}): {shorten(line.rstrip())}."
+            except (RecursionError, ValueError):  # too deep, or a number of thousands of digits
+                return f"line {number} cannot be read: {shorten(line.rstrip())}."
             if not isinstance(value, dict):
                 return f"line {number} is no object: {shorten(line.rstrip())}."
     return None if any_row else "it has no rows."

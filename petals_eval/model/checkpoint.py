@@ -118,7 +118,9 @@ def _read_config(source: Source) -> Any:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         model_type = fields.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+        if not isinstance(model_type, str | None):
+            raise ValueError(f"its model_type is {str(model_type)[:80]}")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is not a model's config: {error}") from error
     family = family_of(SimpleNamespace(model_type=model_type))  # before transformers says it less plainly
 
@@ -129,7 +131,7 @@ def _read_config(source: Source) -> Any:
     invalid = getattr(getattr(huggingface_hub, "errors", None), "StrictDataclassError", ValueError)
     try:
         return transformers.AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, invalid) as error:
+    except (*_UNREADABLE, ArithmeticError, AttributeError, LookupError, RuntimeError, invalid) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"transformers {transformers.__version__} cannot read {path} ({family.title}): {reason}\n"

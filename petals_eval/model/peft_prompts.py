@@ -28,8 +28,8 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        kind = str(config["peft_type"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path} is not a PEFT config: expected JSON with a `peft_type`.") from error
     if kind in _KINDS:
         return config
@@ -38,8 +38,8 @@ def read_peft_config(path: Path) -> dict[str, Any]:
         "cannot take. Tune with PROMPT_TUNING, P_TUNING or Petals' deep_ptune instead.",
         "LORA": "LoRA runs on the servers; name it with --active-adapter.",
     }
-    reason = reasons.get(str(kind), "Only tuned prompts can be used with blocks that run elsewhere.")
-    raise AdapterError(f"{path} is a {kind} adapter; expected {' or '.join(_KINDS)}.\n  {reason}")
+    reason = reasons.get(kind, "Only tuned prompts can be used with blocks that run elsewhere.")
+    raise AdapterError(f"{path} is a {kind:.80} adapter; expected {' or '.join(_KINDS)}.\n  {reason}")
 
 
 def read_peft(reader: AdapterReader, config: dict[str, Any], name: str) -> Adapter:

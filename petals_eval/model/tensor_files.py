@@ -137,9 +137,14 @@ def open_index(source: Source, index: Path, error: type[CallerError]) -> Tensors
     """Open the shards that an index file (`*.index.json`) names. Raises `error` if it is no such file."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+        if not all(isinstance(filename, str) for filename in weight_map.values()):
+            raise TypeError("a file's name is no text")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise error(f"{index} is not an index of weight files: expected a `weight_map`.") from problem
     return _Sharded(source, weight_map, error)
+
+
+_LONGEST_NAME = 100  # characters of a tensor's name, which whoever wrote the file chose
 
 
 def describe(tensors: Tensors, limit: int = 8) -> str:
@@ -148,7 +153,8 @@ def describe(tensors: Tensors, limit: int = 8) -> str:
     parts = []
     for name in names[:limit]:
         shape = tensors.shape(name)
-        parts.append(name if shape is None else f"{name} {shape}")
+        shown = "".join(character if character.isprintable() else " " for character in name[:_LONGEST_NAME])
+        parts.append(shown if shape is None else f"{shown} {shape}")
     if len(names) > limit:
         parts.append(f"... and {len(names) - limit} more")
     return ", ".join(parts) or "no tensors"
@@ -172,6 +178,13 @@ def _unpickle(path: Path, error: type[CallerError]) -> list[Any]:
 
 
 def _load(file: Path | io.BytesIO, *, mmap: bool) -> Any:
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
+                # torch would unpack it whole, whatever comes out of it, or take it for numbers as it is
+                raise pickle.UnpicklingError("its parts are compressed, and torch compresses none")
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
     with torch.serialization.safe_globals(_ALLOWED):
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
 

@@ -5,10 +5,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from petals_eval.data.problems import closest, shorten
 from petals_eval.data.source import DataSource, FileReading, format_of, is_local
+from petals_eval.data.yaml_text import read_yaml
 from petals_eval.errors import ConfigError, TaskError
 from petals_eval.tasks.base import Task
 from petals_eval.tasks.classification import ClassificationTask
@@ -107,12 +106,10 @@ def _read(path: Path) -> str:
 
 def _parse(text: str, origin: str, *, name: str, folder: Path | None) -> ClassificationTask:
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        where = f", line {place.line + 1}" if place is not None else ""
-        problem = getattr(error, "problem", None) or "it cannot be read"
-        raise TaskError(f"{origin}{where}: not valid YAML: {problem}.") from None
+        values = read_yaml(text)
+    except ValueError as error:
+        comma = "," if str(error).startswith("line ") else ":"
+        raise TaskError(f"{origin}{comma} {error}.") from None
     if not isinstance(values, dict):
         raise TaskError(
             f"{origin}: expected keys and values (name, text, label_column, label_names, ...), found {shorten(values)}."

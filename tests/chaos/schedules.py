@@ -1,7 +1,7 @@
 """Seeded schedules of faults over runs with replicas, and what must come of each of them.
 
-One local swarm of server processes serves all schedules: faults are switched on in the middle of a run and off after it;
-a server that crashed, or whose wrong clock left a record for an hour, is replaced by a new one.
+One local swarm of server processes serves all schedules: faults are switched on in the middle of a run and off after
+it; a server that crashed, or whose wrong clock left a record for an hour, is replaced by a new one.
 """
 
 import random
@@ -67,8 +67,8 @@ class Planned:
 
     @property
     def is_certain(self) -> bool:
-        """Whether the default share of checks finds every lie: those of a server that does not lie always can be missed,
-        with a probability that is stated elsewhere."""
+        """Whether the default share of checks finds every lie: those of a server that does not lie always can be
+        missed, with a probability that is stated elsewhere."""
         lies = [each.fault for each in self.schedule.switched if isinstance(each.fault, LYING)]
         return all(lie.share == 1.0 and lie.after == 0 and not isinstance(lie, f.Swapped) for lie in lies)
 
@@ -127,7 +127,7 @@ class Outcome:
 
     @property
     def has_hit(self) -> bool:
-        """Whether every fault has hit a call under way; where all servers have the same one, whether one of them did."""
+        """Whether every fault has hit a call under way; of the same one on all servers, whether one of them did."""
         return (any if self.planned.nobody else all)(self.in_flight.values())
 
 
@@ -160,7 +160,8 @@ class Switcher:
         server = self._servers[each.server]
         if server.is_alive():
             try:
-                server.switch(each.fault)
+                # What it says goes out at once, and a call must be under way then.
+                server.switch(each.fault, *([f.Slow(delay=0.3)] if isinstance(each.fault, ANNOUNCED) else []))
             except MachineError:  # it crashes just now
                 if server.is_alive():
                     raise
