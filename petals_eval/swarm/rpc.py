@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from hivemind.p2p import P2P, PeerID, ServicerBase
 from hivemind.p2p.p2p_daemon import P2PContext
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError, P2PHandlerError
@@ -169,7 +169,7 @@ def as_peer_errors(timeout: float) -> Iterator[None]:
         raise PeerRefusedError(_one_line(error)) from error
     except (P2PDaemonError, ControlFailure, DispatchFailure, OSError, EOFError) as error:
         raise PeerUnreachableError(_one_line(error)) from error
-    except (ValueError, TypeError) as error:  # protobuf's DecodeError is a ValueError; hivemind raises TypeError
+    except (DecodeError, ValueError, TypeError) as error:  # protobuf's own is no ValueError; hivemind raises TypeError
         raise PeerRefusedError(f"its answer is no message: {_one_line(error)}") from error
 
 

@@ -11,7 +11,7 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerAnswerError, PeerRefusedError
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.swarm import SwarmConnection
-from petals_eval.swarm.rpc import receive, streamed, together
+from petals_eval.swarm.rpc import as_peer_errors, receive, streamed, together
 
 
 def test_a_call_over_one_mebibyte_streams(realdata):
@@ -125,3 +125,15 @@ def test_a_streamed_answer_is_read_to_its_end():
     parts, sent = asyncio.run(read())
     assert len(parts) == 3
     assert sent.count(b"m.0") == 2
+
+
+def test_an_answer_that_is_no_message_is_the_peers_fault():
+    """protobuf's DecodeError is no ValueError: it ended the run as a bug of ours."""
+
+    async def read():
+        reader = asyncio.StreamReader()
+        reader.feed_data(b"\0" + (3).to_bytes(8, "big") + b"\xff\xff\xff")
+        await receive(reader, runtime_pb2.ExpertResponse, 100)
+
+    with pytest.raises(PeerRefusedError, match="its answer is no message"), as_peer_errors(1):
+        asyncio.run(read())
