@@ -25,9 +25,9 @@ It holds a part of the swarm's directory and no blocks. It opens no port on your
 
 \b
 The same address after a restart, for servers and clients on other machines:
-  petals-eval bootstrap --listen /ip4/0.0.0.0/tcp/31330 --identity ./bootstrap.key
+  petals-eval bootstrap --listen /ip4/0.0.0.0/tcp/31330 --identity ./key
 One of two, which know each other:
-  petals-eval bootstrap --listen /ip4/0.0.0.0/tcp/31330 --initial-peers /ip4/...
+  petals-eval bootstrap --identity ./key --initial-peers /ip4/...
 """
 _TIMEOUT = 30.0  # seconds to start, and to end
 _POLL = 0.2  # seconds
