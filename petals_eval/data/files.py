@@ -182,6 +182,10 @@ def _text_rows(
             f"{path.name}: its first line should name the columns, each once; found {shorten(first[1], 200)}. "
             "If it is a row already, give column_names."
         )
+    if any("\0" in name for name in names):
+        raise DataError(
+            f"{path.name}: the name of a column holds a zero byte: {shorten(list(names), 200)}. Is it text?"
+        )
     return names, _fields(names, path, first, records)
 
 

@@ -33,7 +33,7 @@ _FOLDER = Path(tempfile.mkdtemp(prefix="petals-eval-hostile-", dir=_SHARED if os
 _CONFIG = SimpleNamespace(hidden_size=4, num_hidden_layers=2, max_position_embeddings=64, model_type="llama")
 _FORBIDDEN = (
     *("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "pty.spawn"),
-    *("socket.connect", "socket.bind", "os.symlink", "os.link", "os.chmod", "os.rename", "webbrowser.open"),
+    *("socket.connect", "socket.bind", "os.symlink", "os.link", "os.chmod", "webbrowser.open"),
 )
 _watching: list[list[str]] = []
 

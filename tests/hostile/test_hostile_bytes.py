@@ -166,6 +166,8 @@ def saved(value) -> bytes:
         ("jsonl", b'{"text": ' + b"[" * 100_000 + b"\n"),
         ("csv", b"a,b\n" + b"x" * 200_000 + b",1\n"),
         ("csv", b"a,b\n\x00,1\n"),
+        ("csv", b"te\x00xt,label\na,0\n"),
+        ("tsv", b"text\tlab\x00el\na\t0\n"),
     ],
     ids=lambda value: value if isinstance(value, str) else repr(value[:24]),
 )  # fmt: skip
