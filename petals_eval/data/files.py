@@ -51,6 +51,10 @@ def load_file(source: DataSource) -> "Dataset":
             "Say how it is written, such as encoding: latin-1."
         ) from None
     except OSError as error:
+        if error.errno is None:  # pyarrow's word for a damaged file
+            raise DataError(
+                f"{path.name} cannot be read as {kind}: {str(error).strip()[:200]} Is it complete?"
+            ) from error
         raise MachineError(f"cannot read {source.path} into a table in {_scratch_parent()}: {error}.") from error
 
 
