@@ -160,7 +160,8 @@ def test_an_answer_beyond_any_use_is_cut_off(path, hostile):
 
 def test_a_server_of_a_run_that_answers_at_sixteen_times_the_size_is_refused(realdata):
     hidden = torch.randn(4, 100, 64, generator=torch.Generator().manual_seed(0))
-    with LocalSwarm(realdata / "stories260K-hf", spans=[(0, 5)], mode="thread") as swarm:
+    spans = {"spans": [(0, 5)], "max_batch_size": 8192}  # above one MiB of hidden states, to be streamed
+    with LocalSwarm(realdata / "stories260K-hf", mode="thread", **spans) as swarm:
         server = swarm.servers[0]
         settings = SwarmSettings(initial_peers=tuple(swarm.initial_peers))
         record = ServerRecord(state=ServerState.ONLINE, throughput=1.0)
