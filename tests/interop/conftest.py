@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from petals_eval.swarm import RemoteSequential, Work
 from tests.interop.petals_folders import make_petals_tiny
 from tests.interop.real_petals import RealPetalsSwarm
 
@@ -29,3 +31,9 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = make_petals_tiny(request.param, tmp_path_factory.mktemp("tiny") / request.param, hidden=256)
     with RealPetalsSwarm(folder, [(0, 2), (1, 3)], dht_prefix=f"tiny-{request.param}") as swarm:
         yield swarm
+
+
+def in_one_call(blocks: RemoteSequential, hidden: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
+    """As one micro-batch, where calling the module would send several."""
+    (computed,) = blocks.stream([Work(0, hidden, prompts)])
+    return computed.hidden

@@ -7,9 +7,9 @@ import petals_eval
 from petals_eval.data import load_rows
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.model import Adapter, load_adapter
-from petals_eval.swarm import SwarmConnection, Work
+from petals_eval.swarm import SwarmConnection
 from petals_eval.tasks import load_task, resolve_source
-from tests.interop.conftest import STORIES
+from tests.interop.conftest import STORIES, in_one_call
 from tests.interop.petals_folders import block_states, petals_copy
 from tests.interop.real_petals import RealPetalsSwarm, run_petals_loop
 from tests.model.reference import causal_lm, close, local_answers
@@ -51,12 +51,6 @@ def reference_logits(model, stories_dir, adapter: Adapter, requests) -> dict[str
     """By the local parts and Hugging Face's blocks, one unpadded text at a time."""
     blocks = causal_lm(stories_dir)
     return {request.key: local_answers(blocks, model.local, adapter, [request])[0] for request in requests}
-
-
-def in_one_call(blocks, hidden, prompts=None):
-    """As one micro-batch, where calling the module would send several."""
-    (computed,) = blocks.stream([Work(0, hidden, prompts)])
-    return computed.hidden
 
 
 @pytest.mark.parametrize("prompted", [False, True], ids=["plain", "deep prompts"])

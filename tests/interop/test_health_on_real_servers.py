@@ -19,17 +19,21 @@ def test_real_servers_alone_are_healthy(stories: RealPetalsSwarm) -> None:
     assert {(server.version_seen, server.dtype_seen) for server in model.servers} == {("2.2.0.post1", "float32")}
 
 
-def test_mixed_with_the_stub_they_agree_and_a_liar_stands_out(stories: RealPetalsSwarm, stories_dir: Path) -> None:
-    with HostileSwarm(stories_dir, STORIES, stories.initial_peers) as ours:
+def test_mixed_with_the_stub_they_agree_and_a_liar_stands_out(stories_dir: Path) -> None:
+    """In a swarm of its own: records outlive their servers, and whoever comes later would meet the liar's."""
+    with (
+        RealPetalsSwarm(stories_dir, [(0, 2), (2, 4), (4, 5)], dht_prefix=STORIES) as real,
+        HostileSwarm(stories_dir, STORIES, real.initial_peers) as ours,
+    ):
         ours.add(0, 5)
         ours.add(1, 5, dtype="bfloat16")
-        clean = check_health(stories.initial_peers)
+        clean = check_health(real.initial_peers)
         assert (clean.verdict, findings(clean)) == (Verdict.HEALTHY, set())
         assert all(server.compared == server.end - server.start for server in clean.models[0].servers)
 
         liar = ours.add(0, 5, hostile.noise).peer.peer_id
-        report = check_health(stories.initial_peers)
+        report = check_health(real.initial_peers)
         assert findings(report, liar) == {"disagrees-with-replica"}
-        assert all(findings(report, server.peer_id) == set() for server in stories.servers)
-        assert server_of(report, stories.servers[0].peer_id).verdict is Verdict.HEALTHY
+        assert all(findings(report, server.peer_id) == set() for server in real.servers)
+        assert server_of(report, real.servers[0].peer_id).verdict is Verdict.HEALTHY
         assert report.verdict is Verdict.DEGRADED

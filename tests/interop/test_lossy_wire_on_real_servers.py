@@ -5,7 +5,7 @@ import torch
 
 import petals_eval
 from petals_eval.swarm import SwarmConnection
-from tests.interop.conftest import STORIES
+from tests.interop.conftest import STORIES, in_one_call
 from tests.interop.petals_folders import block_states
 from tests.interop.real_petals import RealPetalsSwarm
 
@@ -54,7 +54,7 @@ def test_bfloat16_servers(stories_dir):
         for wire in TOLERANCES:
             with connect(swarm, wire=wire, max_tokens_per_call=20_000) as connection:
                 blocks = connection.remote_sequential(STORIES, 5)
-                moved = blocks(entering) - leaving
+                moved = in_one_call(blocks, entering).float() - leaving
                 if wire == "float16":
                     assert blocks.wires.lossless == {peer_id: "it computes in bfloat16: float16 saves nothing"}
                 else:
