@@ -62,11 +62,16 @@ def test_a_signal_to_a_forked_worker_is_not_one_to_the_command(number):
     from petals_eval.cli.signals import ending_signals
 
     with ending_signals() as received:
+        is_there, there = os.pipe()
         pid = os.fork()
         if pid == 0:
+            os.write(there, b".")
             for _ in range(100):
                 time.sleep(0.1)
             os._exit(99)
+        os.read(is_there, 1)  # Python drops signals that come while it forks
+        os.close(is_there)
+        os.close(there)
         psutil.Process(pid).send_signal(number)
         _, status = os.waitpid(pid, 0)
         assert os.waitstatus_to_exitcode(status) == 128 + number
