@@ -311,6 +311,8 @@ async def _deliver(queue: "asyncio.Queue[tuple[float, bytes]]", writer: asyncio.
             if not writer.is_closing():  # the other side may be gone already
                 writer.write_eof()
             return
+        if writer.is_closing():  # the other side is gone, and this with it
+            return
         writer.write(data)
         await writer.drain()
 
