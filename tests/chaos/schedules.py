@@ -6,6 +6,7 @@ it; a server that crashed, or whose wrong clock left a record for an hour, is re
 
 import random
 import re
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -132,39 +133,48 @@ class Outcome:
 
 
 class Switcher:
-    """Progress that switches faults on: at a share of the examples, and again where an announcement met no call."""
+    """Progress that switches faults on, at a share of the examples. A context manager around the run."""
 
     def __init__(self, servers: Sequence, planned: Planned):
         self._servers = servers
         self._left = list(planned.schedule.switched)
-        self._on: dict[int, f.Switched] = {}
+        self._ended = threading.Event()
+        self._announcing: list[threading.Thread] = []
         self.before = [hits_of(server) for server in servers]
         self.messages: list[str] = []
+
+    def __enter__(self) -> "Switcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for thread in self._announcing:
+            thread.join()
 
     def update(self, done, retries=0, servers=0, message=None):
         if message is not None:
             self.messages.append(message)
         while self._left and done >= self._left[0].at * EXAMPLES:
             each = self._left.pop(0)
-            self._switch(each)
-            self._on[each.server] = each
-        for each in self._on.values():
-            if self.in_flight(each) == 0 and isinstance(each.fault, ANNOUNCED):
-                self._switch(each)
+            if isinstance(each.fault, ANNOUNCED):
+                # Aside: the run must go on, or no call would come.
+                self._announcing.append(threading.Thread(target=self._announce, args=(each,)))
+                self._announcing[-1].start()
+            else:
+                switch(self._servers[each.server], each.fault)
 
     def waiting(self, message):
         self.messages.append(message)
-        self.update(-1)
 
-    def _switch(self, each: f.Switched) -> None:
+    def _announce(self, each: f.Switched) -> None:
+        """What it says goes out at once, and a call must be under way then: afterwards there may be none any more."""
         server = self._servers[each.server]
-        if server.is_alive():
-            try:
-                # What it says goes out at once, and a call must be under way then.
-                server.switch(each.fault, *([f.Slow(delay=0.3)] if isinstance(each.fault, ANNOUNCED) else []))
-            except MachineError:  # it crashes just now
-                if server.is_alive():
-                    raise
+        before = server.hits().get("slow", f.Hits()).times
+        switch(server, SLOWED)
+        while server.is_alive() and server.hits().get("slow", f.Hits()).times == before:
+            if self._ended.wait(0.02):
+                return
+        switch(server, each.fault, SLOWED)
 
     def in_flight(self, each: f.Switched) -> int:
         """Calls under way that the fault hit in this run."""
@@ -173,7 +183,17 @@ class Switcher:
         )
 
 
+def switch(server, *faults: f.AnyFault) -> None:
+    try:
+        if server.is_alive():
+            server.switch(*faults)
+    except MachineError:  # it crashes just now
+        if server.is_alive():
+            raise
+
+
 ANNOUNCED = (f.RecordWithoutServer, f.ClaimsSpan, f.ClaimsDtype, f.VersionLie, f.ClockSkew, f.JoiningForEver)
+SLOWED = f.Slow(delay=0.5)
 
 
 def hits_of(server) -> dict[str, int]:
@@ -215,7 +235,7 @@ class Chaos:
     def run(self, seed: int) -> Outcome:
         """Run a seed's schedule; drawn again while one of its faults hit no call under way."""
         started = time.monotonic()
-        for attempt in range(4):
+        for attempt in range(8):
             outcome = self._run(plan(seed, attempt), self._folder / f"{seed}-{attempt}")
             outcome.attempts = attempt + 1
             if outcome.wrong or outcome.has_hit:
@@ -233,7 +253,7 @@ class Chaos:
         if not planned.is_certain:
             settings["verify"] = 1.0
         try:
-            with self._connected(**settings) as model:
+            with self._connected(**settings) as model, switcher:
                 try:
                     result = self._evaluate(model, folder, switcher)
                     outcome.ended, outcome.retries = "done", result.retries

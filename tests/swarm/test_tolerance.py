@@ -136,7 +136,7 @@ def test_a_channel_a_thousand_times_as_large_hides_nothing_and_accuses_nobody():
     kinds = (kind(BRAIN), kind(BRAIN))
     assert excess(question, answer, rounded, kinds) < 1
     wrong = answer.clone()
-    wrong[2, 3, 5] += 8
+    wrong[2, 3, 5] += 16
     assert excess(question, answer, wrong, kinds) > 1
     noisy = (question + done).clone()
     noisy += 0.01 * torch.randn(noisy.shape)
