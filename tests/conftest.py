@@ -1,7 +1,6 @@
 """Shared fixtures. The real data lies beside the project; in CI it must be there."""
 
 import os
-import random
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,8 @@ def realdata() -> Path:
 
 @pytest.fixture(autouse=True)
 def same_draws_every_time() -> None:
-    """A test that fails fails again: what it draws does not depend on which tests ran before it."""
-    random.seed(0)
+    """A test that fails fails again: what it draws does not depend on which tests ran before it.
+
+    Not `random`: hivemind draws the identities of DHT nodes from it, and two nodes of a swarm must not have the same.
+    """
     torch.manual_seed(0)

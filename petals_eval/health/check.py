@@ -1,6 +1,7 @@
 """A look at a swarm: census, probes level by level under one time limit, verdicts."""
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,6 +18,8 @@ from petals_eval.health.results import Finding, HealthReport, ModelHealth, Traff
 from petals_eval.health.settings import HealthSettings, Level
 
 __all__ = ["Looked", "Swarm", "check", "check_health", "look"]
+
+_log = logging.getLogger(__name__)
 
 _LEAST_FOR_A_ROUTE = 1.0  # seconds: with less left the route is not tried
 
@@ -155,10 +158,11 @@ class _ModelLook:
         try:
             in_time = await self._budget.spend(ask)
         except Exception as error:  # noqa: BLE001  # see below
-            # hivemind decodes a stranger's bytes in there; whatever that raises is this server's fault alone.
-            name = "info-unreadable" if level is Level.INFO else "wrong-answer"
-            probed.found(finding(name, f"{type(error).__name__}: {error}"))
-            probed.asked[level] = False
+            # What a stranger does wrong is a PeerError and was dealt with. This one is ours, and says nothing of the
+            # server; what was found out about the others holds all the same.
+            _log.exception("a probe of %s failed", probed.claim.peer_id)
+            probed.found(finding("probe-error", f"{type(error).__name__}: {error}", level=level))
+            probed.asked.pop(level, None)
             return
         if not in_time and len(probed.findings) == known:
             probed.asked.pop(level, None)

@@ -44,6 +44,7 @@ FINDINGS: dict[str, Kind] = {
     "dtype-mismatch": Kind("it computes in another dtype than its record says", _DEGRADED, Level.INFO),
     "version-mismatch": Kind("it runs another version than its record says", _DEGRADED, Level.INFO),
     "hidden-size-mismatch": Kind("its hidden size is not that of the model", _BROKEN, Level.INFO),
+    "probe-error": Kind("petals-eval failed while looking at it: please report this", _UNKNOWN, Level.INFO),
     # of what it computes
     "info-ok-forward-fails": Kind("it answers rpc_info, and fails to compute", _BROKEN, Level.FORWARD),
     "not-finite": Kind("its answer holds NaN or infinity", _BROKEN, Level.FORWARD),

@@ -97,6 +97,7 @@ class Flight(Generic[T]):
         self._bytes = 0
         self._sent = 0
         self._started = 0  # written by the loop alone
+        self._held_up = False
         self.in_flight = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Event | None = None
@@ -107,12 +108,15 @@ class Flight(Generic[T]):
         """Whether to make and send another micro-batch now."""
         if self._window is not None:
             return self.in_flight < self._window
-        waiting = self._pipeline.lines.waiting + self._sent - self._started
-        return (
-            waiting < AHEAD
-            and self.in_flight < MOST_MICRO_BATCHES
-            and (self._bytes < MOST_BYTES or self.in_flight == 0)
-        )
+        if self.in_flight >= MOST_MICRO_BATCHES or (self._bytes >= MOST_BYTES and self.in_flight):
+            return False  # until one is back
+        self._held_up = True  # before looking: whoever leaves a line after the look tells of it
+        self._held_up = self._waiting() >= AHEAD
+        return not self._held_up
+
+    def _waiting(self) -> int:
+        """Micro-batches that wait for a server, or for the loop."""
+        return self._pipeline.lines.waiting + self._sent - self._started
 
     def send(self, work: Work[T]) -> None:
         """Start a micro-batch on its way. Its hidden states are handed over: whoever waits for the answer would
@@ -184,5 +188,6 @@ class Flight(Generic[T]):
 
     def _tell_of_room(self) -> None:
         """The caller's thread stopped making micro-batches when `AHEAD` were waiting, and may sleep."""
-        if self._window is None and self._pipeline.lines.waiting == AHEAD - 1:
+        if self._held_up and self._waiting() < AHEAD:
+            self._held_up = False
             self._inbox.put(None)

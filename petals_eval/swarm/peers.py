@@ -6,7 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import PeerAnswerError, PeerRefusedError, PeerTimeoutError, PeerUnreachableError
+from petals_eval.errors import (
+    PeerAnswerError,
+    PeerDisagreesError,
+    PeerNondeterministicError,
+    PeerRefusedError,
+    PeerTimeoutError,
+    PeerUnreachableError,
+)
 from petals_eval.swarm.flow import Flow
 
 __all__ = ["PeerBook", "PeerHistory", "in_words", "short_peer"]
@@ -22,6 +29,8 @@ _WHAT_IT_DOES: dict[type[Exception], str] = {
     PeerTimeoutError: "does not answer",
     PeerRefusedError: "refuses",
     PeerAnswerError: "answers wrongly",
+    PeerNondeterministicError: "is left out",
+    PeerDisagreesError: "is left out",
 }
 # What hivemind and libp2p put before the reason, each its own; the peer is named already.
 _DIALLING = re.compile(r"^(Connect failed\. msg=)?(failed to dial:? ?)*(\w+: )?")
@@ -87,7 +96,7 @@ class PeerBook:
         """Use the server no more: what it did is no failure that passes."""
         history = self.of(peer_id)
         history.is_left_out = True
-        history.last_error = f"{type(error).__name__}: {error}"
+        history.last_error = in_words(error)
 
     def may_be_called(self, peer_id: str) -> bool:
         """Whether to send it work now: one that failed last time is tried with one micro-batch, not with all of them.

@@ -3,33 +3,30 @@
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import (
-    DeadlineError,
-    MissingBlocksError,
     PeerDistrustedError,
     PeerError,
     PeerRefusedError,
-    RequestTooLargeError,
 )
 from petals_eval.swarm.calls import BlockCalls
 from petals_eval.swarm.directory import Directory
+from petals_eval.swarm.distrust import Distrust
 from petals_eval.swarm.hop_calls import HopCalls
+from petals_eval.swarm.hop_finder import HopFinder
 from petals_eval.swarm.limits import USUAL_MAX_TOKENS, TokenLimits
 from petals_eval.swarm.lines import Line, Lines
-from petals_eval.swarm.missing import spans_text, what_is_missing, within
+from petals_eval.swarm.missing import spans_text
 from petals_eval.swarm.peers import PeerBook, short_peer
 from petals_eval.swarm.push_calls import PushCalls
-from petals_eval.swarm.records import SpanServer
-from petals_eval.swarm.routing import Hop, hold_all, next_hop, plan_route
+from petals_eval.swarm.routing import Hop
 from petals_eval.swarm.sessions import RouteSession
 from petals_eval.swarm.sizes import MicroBatchSize
-from petals_eval.swarm.unequal import UnequalServer, stop_text, warning_text
+from petals_eval.swarm.unequal import UnequalServer
 
 __all__ = ["USUAL_MAX_TOKENS", "Pipeline", "ServedHop", "SwarmStatus", "short_peer", "spans_text"]
 
@@ -68,7 +65,6 @@ class Pipeline:
 
     def __init__(self, calls: BlockCalls, directory: Directory, peers: PeerBook, settings: SwarmSettings):
         self._calls = calls
-        self._directory = directory
         self._settings = settings
         self._limits = TokenLimits(settings.max_tokens_per_call)
         self.lines = Lines()
@@ -77,11 +73,9 @@ class Pipeline:
         self._push_calls = PushCalls(
             calls, peers, self._limits, self._hop_calls, self.lines, self.sizes, settings, failed=self._failed
         )
-        self._waiting: dict[object, str] = {}
-        self._notices: list[str] = []
-        self._unequal: dict[str, UnequalServer] = {}
+        self.distrust = Distrust(directory, peers, allow_nondeterministic=settings.allow_nondeterministic)
+        self._finder = HopFinder(directory, peers, self.distrust, settings, self._hop_calls.seconds)
         self.peers = peers
-        self.config_dropout: Mapping[str, float] = {}  # what the model's config at home says, for the warnings
 
     async def forward(
         self,
@@ -104,10 +98,10 @@ class Pipeline:
         way = self._push_calls.sent(hidden, prompts)
         try:
             if way == "pushed":
-                plan = functools.partial(self._plan, first, last, positions)
-                for hop, hidden in await self._push_calls.through(plan, hidden, first, last):  # noqa: B020
-                    route.append(_served(hop, hidden))
-                    position = hop.last
+                plan = functools.partial(self._finder.plan, first, last, positions)
+                for hop, answer in await self._push_calls.through(plan, hidden, first, last):
+                    route.append(_served(hop, answer))
+                    position, hidden = hop.last, answer
             while position < last:
                 async with self.lines.first(position) as line:
                     # Waiting in line is nobody's failure.
@@ -125,11 +119,6 @@ class Pipeline:
             self._push_calls.ended(way)
         self._push_calls.came_back(way, [hop.version for hop in route], positions)
         return hidden, tuple(route)
-
-    def _plan(self, first: int, last: int, tokens: int) -> tuple[Hop, ...] | None:
-        """The cheapest route among servers in good standing now."""
-        servers = [each for each in self._trusted() if self.peers.may_be_called(each.peer_id)]
-        return plan_route(servers, first, last, lambda server, blocks: self._cost(server, blocks, tokens))
 
     def size_came_back(self, made_for: int, positions: int) -> None:
         """A micro-batch made for this size is back: what the size brings, while all else stays as it is."""
@@ -181,22 +170,19 @@ class Pipeline:
 
     def _free_hop_like(self, hop: Hop, hidden: torch.Tensor) -> Hop | None:
         """The same blocks on the server that would be done soonest, of those that could begin at once."""
-        candidates = [
-            Hop(server, hop.first, hop.last)
-            for server in self._trusted()
-            if server.peer_id != hop.server.peer_id
-            and server.start <= hop.first
-            and hop.last <= server.end
-            and self.peers.may_be_called(server.peer_id)
-            and self._limits.row_too_large(server.peer_id, hidden.shape[1]) is None
-            and self._hop_calls.has_room_for(Hop(server, hop.first, hop.last), hidden.shape[0] * hidden.shape[1])
+        rows, seq = hidden.shape[:2]
+        free = [
+            other
+            for other in self._finder.others_of(hop)
+            if self._limits.row_too_large(other.server.peer_id, seq) is None
+            and self._hop_calls.has_room_for(other, rows * seq)
         ]
-        return min(candidates, key=lambda other: self._hop_calls.seconds_for(other, hidden), default=None)
+        return min(free, key=lambda other: self._hop_calls.seconds_for(other, hidden), default=None)
 
     async def _hop_with_room(self, position: int, last: int, rows: int, seq: int, give_up: float, line: Line) -> Hop:
         """The hop that would be done soonest, once its server has room for another call."""
         while True:
-            hop = await self._find_hop(
+            hop = await self._finder.find(
                 position, last, rows * seq, give_up, lambda peer: self._limits.row_too_large(peer, seq)
             )
             if self._settings.window or self._hop_calls.has_room_for(hop, rows * seq):
@@ -207,7 +193,7 @@ class Pipeline:
         """An inference session on blocks first:last, for `batch` rows of up to `max_length` positions."""
 
         async def find_hop(position: int, last: int, tokens: int, give_up: float) -> Hop:
-            return await self._find_hop(
+            return await self._finder.find(
                 position,
                 last,
                 tokens,
@@ -244,141 +230,16 @@ class Pipeline:
             self._calls.forget(peer_id)
             self.peers.failed(peer_id, error)
         else:
-            self.distrust(hop, error)
-
-    def distrust(self, hop: Hop, error: PeerDistrustedError) -> None:
-        """Leave the hop's server out for good, and tell of it."""
-        if not self.peers.is_left_out(hop.server.peer_id):
-            self.peers.leave_out(hop.server.peer_id, error)
-            self.note_unequal(UnequalServer(hop.server, error.difference, blocks=(hop.first, hop.last)))
-
-    def note_unequal(self, unequal: UnequalServer) -> None:
-        """Tell of a server whose answers cannot be counted on; whoever found out has left it out where it is to be."""
-        peer_id = unequal.server.peer_id
-        known = self._unequal.get(peer_id)
-        if unequal.verdict == "disputed" and known is not None:
-            return  # told already
-        self._unequal[peer_id] = unequal
-        if unequal.verdict == "disputed":
-            if not any(other in self._unequal for other in unequal.others):  # one warning names them all
-                self._warn_of(unequal, others=0)
-            return
-        # Whoever was in dispute with nobody but this one is cleared.
-        for other in [each for each in self._unequal.values() if each.verdict == "disputed"]:
-            if set(other.others) <= {peer_id}:
-                del self._unequal[other.server.peer_id]
-        first, last = unequal.blocks or (unequal.server.start, unequal.server.end)
-        trusted = self._trusted()
-        others = [server for server in trusted if server.start <= first and last <= server.end]
-        if unequal.verdict == "liar" or not self._settings.allow_nondeterministic or hold_all(trusted, first, last):
-            self._warn_of(unequal, others=len(others))
-
-    def _trusted(self) -> list[SpanServer]:
-        every = self._directory.snapshot.servers.values()
-        return [server for server in every if not self.peers.is_left_out(server.peer_id)]
-
-    def _warn_of(self, unequal: UnequalServer, *, others: int) -> None:
-        self._notices.append(warning_text(unequal, others, self.config_dropout))
-
-    async def _find_hop(
-        self,
-        position: int,
-        last: int,
-        tokens: int,
-        give_up: float,
-        too_large: Callable[[str], RequestTooLargeError | None],
-    ) -> Hop:
-        """The next hop of the cheapest route among servers in good standing; waits for one until `give_up`.
-
-        too_large: why a server does not take what is to be computed, or None; raised where it leaves no route.
-        """
-        token = object()
-        looked_again = False
-        try:
-            while True:
-                every = list(self._directory.snapshot.servers.values())
-                refusals = {server.peer_id: error for server in every if (error := too_large(server.peer_id))}
-                fitting = [server for server in every if server.peer_id not in refusals]
-                if refusals and hold_all(every, position, last) and not hold_all(fitting, position, last):
-                    raise next(iter(refusals.values()))
-                servers = [server for server in fitting if self.peers.may_be_called(server.peer_id)]
-                hop = next_hop(servers, position, last, lambda server, blocks: self._cost(server, blocks, tokens))
-                left = give_up - time.monotonic()
-                if left <= 0:  # also with servers to try: two that fail in turns are never both left alone
-                    raise self._deadline_error(position, last)
-                if hop is not None:
-                    return hop
-                if hold_all(fitting, position, last) and not hold_all(self._trusted(), position, last):
-                    if not looked_again:  # somebody else may have come since
-                        looked_again = True
-                        await self._directory.refresh(older_than=self._settings.missing_update_period)
-                        continue
-                    hop = self._last_resort(fitting, position, last)
-                    if hop is not None:
-                        return hop
-                self._waiting[token] = f"{self._what_is_missing(position, last, left)}; deadline in {_minutes(left)}"
-                await asyncio.sleep(min(left, self._settings.missing_update_period / 4))
-                await self._directory.refresh(older_than=self._settings.missing_update_period)
-        finally:
-            self._waiting.pop(token, None)
-
-    def _last_resort(self, servers: Sequence[SpanServer], position: int, last: int) -> Hop | None:
-        """A hop on a server that was left out, where the settings allow it; None while that one is failing, too.
-
-        Raises MissingBlocksError where they do not: waiting would not help.
-        """
-        left_out = frozenset(peer_id for peer_id in self._unequal if self.peers.is_left_out(peer_id))
-        liars = {peer_id for peer_id, each in self._unequal.items() if each.verdict == "liar"}
-        tolerable = [server for server in servers if server.peer_id not in liars]
-        if not self._settings.allow_nondeterministic or not hold_all(tolerable, position, last):
-            held_by_them_alone = within(self._directory.snapshot.missing(without=left_out), position, last)
-            caught = [
-                each
-                for peer_id, each in self._unequal.items()
-                if peer_id in left_out
-                and any(each.server.start < end and start < each.server.end for start, end in held_by_them_alone)
-            ]
-            message = stop_text(spans_text(held_by_them_alone), caught, self.config_dropout)
-            raise MissingBlocksError(message, held_by_them_alone)
-        # Those left out cost more than any route around them, so that they are used for what nobody else holds.
-        usable = [server for server in tolerable if self.peers.is_usable(server.peer_id, even_left_out=True)]
-        hop = next_hop(usable, position, last, lambda server, blocks: 1e6 * blocks * (server.peer_id in left_out))
-        known = None if hop is None else self._unequal.get(hop.server.peer_id)
-        if known is not None and not known.is_used:
-            self._unequal[known.server.peer_id] = replace(known, is_used=True)
-            self._warn_of(self._unequal[known.server.peer_id], others=0)
-        return hop
-
-    def _cost(self, server: SpanServer, blocks: int, tokens: int) -> float:
-        return self._hop_calls.seconds(server, blocks, tokens)
-
-    def _what_is_missing(self, position: int, last: int, left: float) -> str:
-        since = time.time() - (self._settings.deadline - left)
-        return what_is_missing(self._directory, self.peers, position, last, since)
-
-    def _deadline_error(self, position: int, last: int) -> MissingBlocksError | DeadlineError:
-        reason = self._what_is_missing(position, last, 0.0)
-        message = f"stopped at the deadline ({_span_of_time(self._settings.deadline)}): {reason}"
-        absent = within(self._directory.snapshot.missing(), position, last)
-        return MissingBlocksError(message, absent) if absent else DeadlineError(message)
+            self.distrust.leave_out(hop, error)
 
     def status(self) -> SwarmStatus:
         """Safe to call from any thread: it only reads."""
         used = tuple(peer for peer, history in list(self.peers.histories.items()) if history.calls)
-        waiting = next(iter(list(self._waiting.values())), None)
-        unequal = list(self._unequal.values())
-        return SwarmStatus(self.peers.retries, used, waiting, tuple(self._notices), tuple(unequal))
+        distrust = self.distrust
+        return SwarmStatus(self.peers.retries, used, self._finder.waiting, distrust.notices, distrust.unequal)
 
 
 def _served(hop: Hop, answer: torch.Tensor) -> ServedHop:
     record = hop.server.record
     dtype = str(answer.dtype).removeprefix("torch.")
     return ServedHop(hop.server.peer_id, hop.first, hop.last, record.version, dtype, record.quant_type)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60:02d}:{int(seconds) % 60:02d}"
-
-
-def _span_of_time(seconds: float) -> str:
-    return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"

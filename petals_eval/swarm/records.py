@@ -6,6 +6,7 @@ Source: the layout of `petals.data_structures.ServerInfo.to_tuple()` in Petals 2
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from operator import attrgetter
 from typing import Annotated
 
@@ -132,7 +133,7 @@ def _named(peer_id: str, names: tuple[str, ...]) -> bool:
     return any(peer_id.endswith(name.lstrip(".")) for name in names)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Snapshot:
     """The directory at one moment.
 
@@ -145,6 +146,11 @@ class Snapshot:
     servers: Mapping[str, SpanServer]
     dropped: int = 0
     left_out: Mapping[str, tuple[SpanServer, str]] = field(default_factory=dict)
+
+    @cached_property
+    def dtypes(self) -> frozenset[str | None]:
+        """Those that the servers announce."""
+        return frozenset(server.record.torch_dtype for server in self.servers.values())
 
     def missing(self, without: frozenset[str] = frozenset()) -> tuple[tuple[int, int], ...]:
         """Blocks no server holds, as (first, last + 1) spans; servers in `without` do not count."""

@@ -67,8 +67,8 @@ class RemoteSequential(nn.Module):
         calls = CheckedCalls(RemoteCalls(connection.p2p, dht_prefix, settings, connection.wires), peers, settings)
         verified = VerifiedCalls(calls, directory, peers, settings)
         pipeline = Pipeline(verified, directory, peers, settings)
-        verified.on_distrusted = pipeline.distrust
-        verified.on_finding = lambda finding: pipeline.note_unequal(unequal_by(finding))
+        verified.on_distrusted = pipeline.distrust.leave_out
+        verified.on_finding = lambda finding: pipeline.distrust.note(unequal_by(finding))
         connection.run(directory.refresh)
         connection.start_background(directory.keep_fresh)
         return cls(connection, directory, pipeline, 0, num_blocks, verified)
@@ -210,7 +210,7 @@ class RemoteSequential(nn.Module):
 
     def warn_of_dropout(self, dropout: Mapping[str, float]) -> None:
         """What the model's config at home says of dropout in the blocks, to be named where servers answer unalike."""
-        self._pipeline.config_dropout = dict(dropout)
+        self._pipeline.distrust.config_dropout = dict(dropout)
 
     @property
     def snapshot(self) -> Snapshot:
@@ -244,8 +244,7 @@ class RemoteSequential(nn.Module):
     def positions_at_once(self, hidden_size: int, dtype: torch.dtype) -> int:
         """How many positions (rows x longest) of hidden states of this size and dtype to send at once."""
         limit = self.settings.max_tokens_per_call or USUAL_MAX_TOKENS
-        announced = {server.record.torch_dtype for server in self.snapshot.servers.values()}
-        itemsize = max((itemsize_of(name, dtype) for name in announced), default=dtype.itemsize)
+        itemsize = max((itemsize_of(name, dtype) for name in self.snapshot.dtypes), default=dtype.itemsize)
         if self.settings.wire is not None:
             itemsize = min(itemsize, LOSSY[self.settings.wire].bytes_per_value)
         return max(1, min(limit, self.micro_batch_bytes // (hidden_size * itemsize)))

@@ -24,11 +24,14 @@ REPLICAS = 3
 EXAMPLES = 160
 LYING = (f.FlippedBit, f.Noise, f.OtherWeights, f.Swapped, f.TrainingMode)
 """Answers that look right. A third replica is needed to say who is wrong, so that they hit one of three at most."""
+_SILENT = r"does not answer|no server holds|no server of blocks 3:5 has answered"
+_LEFT_OUT = r"every server of blocks 3:5 fails .*is left out"
+"""Where the record of a server that an earlier schedule ended is still there, and says that there is one more."""
 SAYS = {
     f.Crash: r"cannot be reached|no server holds|does not answer",
-    f.Hang: r"does not answer|no server holds",
-    f.InfoOnly: r"does not answer|no server holds",
-    f.Slow: r"does not answer|no server holds",
+    f.Hang: _SILENT,
+    f.InfoOnly: _SILENT,
+    f.Slow: _SILENT,
     f.Reset: r"cannot be reached|refuses",
     f.Refuse: r"refuses \(.*(overloaded|does not serve|adapter not found|Could not allocate)",
     f.StaleRecord: r"refuses \(.*does not serve|no server holds",
@@ -37,8 +40,8 @@ SAYS = {
     f.WrongShape: r"answers wrongly \(expected a tensor of shape",
     f.WrongDtype: r"answers wrongly \(expected float32, found 'float16'",
     f.NotFinite: r"answers wrongly \(1 of \d+ values are not finite",
-    f.Noise: r"no server that is trusted holds blocks 3:5",
-    f.TrainingMode: r"no server (in evaluation mode|that is trusted) holds blocks 3:5",
+    f.Noise: rf"no server that is trusted holds blocks 3:5|{_LEFT_OUT}",
+    f.TrainingMode: rf"no server (in evaluation mode|that is trusted) holds blocks 3:5|{_LEFT_OUT}",
 }
 """What a run must say that ends because all servers of blocks 3:5 have this fault."""
 SETTINGS = {
@@ -67,11 +70,10 @@ class Planned:
         return " + ".join(dict.fromkeys(each.fault.name for each in self.schedule.switched))
 
     @property
-    def is_certain(self) -> bool:
-        """Whether the default share of checks finds every lie: those of a server that does not lie always can be
-        missed, with a probability that is stated elsewhere."""
-        lies = [each.fault for each in self.schedule.switched if isinstance(each.fault, LYING)]
-        return all(lie.share == 1.0 and lie.after == 0 and not isinstance(lie, f.Swapped) for lie in lies)
+    def lies(self) -> bool:
+        """Whether a server gives answers that only look right. It begins to in mid-run, when its first answers were
+        found to be right; the default share of checks then finds it with a probability that is stated elsewhere."""
+        return any(isinstance(each.fault, LYING) for each in self.schedule.switched)
 
 
 def plan(seed: int, attempt: int = 0) -> Planned:
@@ -250,7 +252,7 @@ class Chaos:
         self._make_well()
         switcher = Switcher(self.servers, planned)
         settings = {"deadline": 4.0 if planned.nobody else 30.0}
-        if not planned.is_certain:
+        if planned.lies:
             settings["verify"] = 1.0
         try:
             with self._connected(**settings) as model, switcher:

@@ -90,7 +90,7 @@ def test_a_fault_has_its_own_name_and_is_never_green(name: str) -> None:
 def test_what_cannot_be_found_has_no_name() -> None:
     """Names are stable: each is given by a test here or in the tests of models below."""
     of_models = {"not-announced", "missing-blocks", "thin-blocks", "malformed-records", "route-fails"}
-    elsewhere = {"adapter-not-announced", "adapter-fails", "disputed"}
+    elsewhere = {"adapter-not-announced", "adapter-fails", "disputed", "probe-error"}
     assert set(FINDINGS) == set(FAULTS) | of_models | elsewhere
 
 
@@ -220,9 +220,14 @@ def test_the_route_counts_only_where_it_was_asked_for() -> None:
     assert failed.verdict is Verdict.BROKEN and failed.models[0].why == "stopped at the deadline"
 
 
-def test_something_unforeseen_in_a_strangers_bytes_is_that_strangers_fault() -> None:
-    report = report_on(FakeSwarm(4, **good(), bad=FakeServer(0, 4, info=raising(RecursionError("deep")))))
-    assert findings(report) == {"info-unreadable"} and report.verdict is Verdict.DEGRADED
+@pytest.mark.parametrize("method", ["info", "answer"])
+def test_a_fault_of_our_own_is_named_as_ours_and_leaves_the_rest_of_the_report_standing(method, caplog) -> None:
+    broken = FakeServer(0, 4, **{method: raising(KeyError("ours"))})
+    report = report_on(FakeSwarm(4, **good(), x=broken))
+    assert findings(report) == {"probe-error"}
+    assert server_of(report, "x").verdict is Verdict.UNKNOWN
+    assert all(server_of(report, name).verdict is Verdict.HEALTHY for name in good())
+    assert "KeyError: 'ours'" in caplog.text
 
 
 @pytest.mark.parametrize(

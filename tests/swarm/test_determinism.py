@@ -290,7 +290,7 @@ def test_a_server_that_is_caught_is_named_and_left_out_where_others_hold_its_blo
     pipe, _ = swarm(
         blocks, server("dropping", 0, 4, version="2.2.0"), server("a", 0, 4), server("b", 0, 2), server("c", 2, 4)
     )
-    pipe.config_dropout = {"hidden_dropout": 0.1}
+    pipe.distrust.config_dropout = {"hidden_dropout": 0.1}
     quiet, _ = swarm(Blocks(), server("a", 0, 4))
     batches = [hidden_states(4, 20, SIZE) + index for index in range(30)]
     answers = run_all(pipe, batches)
@@ -329,7 +329,7 @@ def test_somebody_who_has_come_since_the_last_look_is_used_instead():
     blocks.dropout["d"] = {0: 0.1}
     pipe, _ = swarm(blocks, server("d", 0, 4))
     newcomer = FakeDirectory(4, server("d", 0, 4), server("a", 0, 4)).snapshot
-    pipe._directory.on_look = lambda directory: setattr(directory, "snapshot", newcomer)
+    pipe.distrust._directory.on_look = lambda directory: setattr(directory, "snapshot", newcomer)
     _, hops = run(pipe, hidden_states(4, 20, SIZE))
     assert [hop.peer_id for hop in hops] == ["a"]
 

@@ -90,7 +90,7 @@ class Run:
         self.peers = PeerBook(chosen)
         self.verified = VerifiedCalls(calls, self.directory, self.peers, chosen, seed=seed)
         self.pipe = Pipeline(self.verified, self.directory, self.peers, chosen)
-        self.verified.on_finding = lambda finding: self.pipe.note_unequal(unequal_by(finding))
+        self.verified.on_finding = lambda finding: self.pipe.distrust.note(unequal_by(finding))
 
     def go(self, count=20, at_once=4, prompts=None, last=BLOCKS):
         async def everything():
@@ -230,7 +230,7 @@ def test_noise_of_a_hundredth_is_named_whoever_of_three_it_is(name, repeats):
         if run.peers.of(name).calls:
             assert run.verdicts == {name: "liar"}
             assert run.peers.is_left_out(name)
-            assert run.peers.of(name).last_error.startswith("PeerDisagreesError: it answered otherwise")
+            assert run.peers.of(name).last_error.startswith("is left out (it answered otherwise")
 
 
 @pytest.mark.parametrize("spoil", ["noise", "bit", "row", "other", "swapped"])
@@ -454,7 +454,7 @@ def test_a_server_that_a_check_finds_in_training_mode_is_told_of():
             return await calls.forward(hop, hidden, prompts)
 
     run = Run(Checked(), float32("a"), float32("b"), float32("c"), verify=1.0)
-    run.verified.on_distrusted = run.pipe.distrust
+    run.verified.on_distrusted = run.pipe.distrust.leave_out
     for peer in "bc":
         set_pace(run.peers, peer, 1.0)
     modes["b"] = True

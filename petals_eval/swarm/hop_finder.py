@@ -1,0 +1,162 @@
+"""Where a micro-batch goes next among servers in good standing, and the wait for one, under a deadline."""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from petals_eval.config import SwarmSettings
+from petals_eval.errors import DeadlineError, MissingBlocksError, RequestTooLargeError
+from petals_eval.swarm.directory import Directory
+from petals_eval.swarm.distrust import Distrust
+from petals_eval.swarm.missing import what_is_missing, within
+from petals_eval.swarm.peers import PeerBook
+from petals_eval.swarm.records import Snapshot, SpanServer
+from petals_eval.swarm.routing import Cost, Hop, RouteIndex, hold_all, next_hop, plan_route
+
+__all__ = ["HopFinder"]
+
+FEW = 64
+"""Servers of which every route is looked at anew for every micro-batch, which takes some tenths of a millisecond."""
+PLAN_SHARE = 0.05
+"""Of the time that planning ahead may take with more of them (`petals_eval.swarm.routing.RouteIndex`)."""
+
+TooLarge = Callable[[str], RequestTooLargeError | None]
+"""Why a server (peer id) does not take what is to be computed, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """The ways on to block `last` in a snapshot. until: when to plan anew, monotonic."""
+
+    index: RouteIndex
+    snapshot: Snapshot
+    last: int
+    until: float
+
+
+class HopFinder:
+    """Used from the connection's event loop only.
+
+    seconds: when a server would have computed a number of its blocks for a number of tokens.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        peers: PeerBook,
+        distrust: Distrust,
+        settings: SwarmSettings,
+        seconds: Callable[[SpanServer, int, int], float],
+    ):
+        self._directory = directory
+        self._peers = peers
+        self._distrust = distrust
+        self._settings = settings
+        self._seconds = seconds
+        self._waiting: dict[object, str] = {}
+        self._planned: _Planned | None = None
+
+    @property
+    def waiting(self) -> str | None:
+        """Why nothing moves, or None. Safe to read from any thread."""
+        return next(iter(list(self._waiting.values())), None)
+
+    async def find(
+        self,
+        position: int,
+        last: int,
+        tokens: int,
+        give_up: float,
+        too_large: TooLarge,
+    ) -> Hop:
+        """The next hop of the cheapest route among servers in good standing; waits for one until `give_up`.
+
+        tokens: of the micro-batch. too_large: its error is raised where it leaves no route.
+        """
+        token = object()
+        looked_again = False
+        try:
+            while True:
+                left = give_up - time.monotonic()
+                if left <= 0:  # also with servers to try: two that fail in turns are never both left alone
+                    raise self._deadline_error(position, last)
+                every = list(self._directory.snapshot.servers.values())
+                if len(every) > FEW and (hop := self._ahead(position, last, tokens, too_large)):
+                    return hop
+                refusals = {server.peer_id: error for server in every if (error := too_large(server.peer_id))}
+                fitting = [server for server in every if server.peer_id not in refusals]
+                if refusals and hold_all(every, position, last) and not hold_all(fitting, position, last):
+                    raise next(iter(refusals.values()))
+                servers = [server for server in fitting if self._peers.may_be_called(server.peer_id)]
+                hop = next_hop(servers, position, last, self._cost(tokens))
+                if hop is not None:
+                    return hop
+                if hold_all(fitting, position, last) and not hold_all(self._distrust.trusted(), position, last):
+                    if not looked_again:  # somebody else may have come since
+                        looked_again = True
+                        await self._directory.refresh(older_than=self._settings.missing_update_period)
+                        continue
+                    hop = self._distrust.last_resort(fitting, position, last)
+                    if hop is not None:
+                        return hop
+                self._waiting[token] = f"{self._what_is_missing(position, last, left)}; deadline in {_minutes(left)}"
+                await asyncio.sleep(min(left, self._settings.missing_update_period / 4))
+                await self._directory.refresh(older_than=self._settings.missing_update_period)
+        finally:
+            self._waiting.pop(token, None)
+
+    def _ahead(self, position: int, last: int, tokens: int, too_large: TooLarge) -> Hop | None:
+        """The hop by a plan that may be a little old; None where it leads nowhere, which is then to be looked into."""
+        snapshot, now = self._directory.snapshot, time.monotonic()
+        planned = self._planned
+        if planned is None or planned.snapshot is not snapshot or planned.last != last or now > planned.until:
+            index = RouteIndex(snapshot.servers.values(), last)
+            usable = self._peers.may_be_called
+            seconds = self._seconds
+            index.plan(lambda each, blocks: seconds(each, blocks, tokens) if usable(each.peer_id) else math.inf)
+            ended = time.monotonic()
+            planned = self._planned = _Planned(index, snapshot, last, until=ended + (ended - now) / PLAN_SHARE)
+
+        def fits(server: SpanServer) -> bool:
+            return self._peers.may_be_called(server.peer_id) and too_large(server.peer_id) is None
+
+        return planned.index.next_hop(position, self._cost(tokens), is_usable=fits)
+
+    def _cost(self, tokens: int) -> Cost:
+        return lambda server, blocks: self._seconds(server, blocks, tokens)
+
+    def plan(self, first: int, last: int, tokens: int) -> tuple[Hop, ...] | None:
+        """The cheapest route among servers in good standing now."""
+        servers = [each for each in self._distrust.trusted() if self._peers.may_be_called(each.peer_id)]
+        return plan_route(servers, first, last, self._cost(tokens))
+
+    def others_of(self, hop: Hop) -> list[Hop]:
+        """The same blocks on other servers in good standing."""
+        return [
+            Hop(server, hop.first, hop.last)
+            for server in self._distrust.trusted()
+            if server.peer_id != hop.server.peer_id
+            and server.start <= hop.first
+            and hop.last <= server.end
+            and self._peers.may_be_called(server.peer_id)
+        ]
+
+    def _what_is_missing(self, position: int, last: int, left: float) -> str:
+        since = time.time() - (self._settings.deadline - left)
+        return what_is_missing(self._directory, self._peers, position, last, since)
+
+    def _deadline_error(self, position: int, last: int) -> MissingBlocksError | DeadlineError:
+        reason = self._what_is_missing(position, last, 0.0)
+        message = f"stopped at the deadline ({_span_of_time(self._settings.deadline)}): {reason}"
+        absent = within(self._directory.snapshot.missing(), position, last)
+        return MissingBlocksError(message, absent) if absent else DeadlineError(message)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60:02d}:{int(seconds) % 60:02d}"
+
+
+def _span_of_time(seconds: float) -> str:
+    return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"

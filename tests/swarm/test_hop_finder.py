@@ -1,0 +1,95 @@
+"""Where a micro-batch goes next in a swarm of many servers, and that looking for it costs little there."""
+
+import asyncio
+import time
+
+import pytest
+import torch
+
+from petals_eval.errors import MissingBlocksError, PeerUnreachableError, RequestTooLargeError
+from petals_eval.swarm.hop_finder import FEW
+from petals_eval.swarm.records import Snapshot
+from tests.swarm.fakes import FakeCalls, FakeDirectory, pipeline, server, set_pace
+
+BLOCKS = 12
+SPANS = [(start, start + 3) for start in range(0, BLOCKS, 3)]
+MANY = [server(f"s{index}-{start}", start, end) for index in range(FEW) for start, end in SPANS]
+
+
+def find(pipe, position=0, tokens=16, too_large=lambda peer: None, seconds=0.5):
+    give_up = time.monotonic() + seconds
+    return asyncio.run(pipe._finder.find(position, BLOCKS, tokens, give_up, too_large))
+
+
+def test_the_quickest_of_many_is_found_and_what_it_was_found_slow_since_counts_at_once():
+    pipe = pipeline(FakeDirectory(BLOCKS, *MANY), FakeCalls())
+    for each in MANY:
+        set_pace(pipe.peers, each.peer_id, 1e-3)
+    set_pace(pipe.peers, "s7-0", 1e-6)
+    assert find(pipe).server.peer_id == "s7-0"
+    set_pace(pipe.peers, "s9-0", 1e-8)
+    assert find(pipe).server.peer_id == "s9-0"  # by the same plan: the way on did not change
+
+
+def test_the_way_on_counts_among_many_too():
+    """A quick server that leads to a slow one is no bargain."""
+    detour = server("quick", 0, 2), server("slow", 2, 3)
+    pipe = pipeline(FakeDirectory(BLOCKS, *MANY, *detour), FakeCalls())
+    for each in (*MANY, *detour):
+        set_pace(pipe.peers, each.peer_id, 1e-4)
+    set_pace(pipe.peers, "quick", 1e-6)
+    set_pace(pipe.peers, "slow", 1.0)
+    assert find(pipe).server.peer_id != "quick"
+
+
+def test_servers_that_fail_or_do_not_take_it_are_passed_over():
+    pipe = pipeline(FakeDirectory(BLOCKS, *MANY), FakeCalls())
+    for each in MANY:
+        if each.peer_id != "s3-0" and each.start == 0:
+            pipe.peers.failed(each.peer_id, PeerUnreachableError("gone"))
+    assert find(pipe).server.peer_id == "s3-0"
+
+    def too_large(peer):
+        return None if peer == "s5-3" else RequestTooLargeError("too long")
+
+    assert find(pipe, position=3, too_large=too_large).server.peer_id == "s5-3"
+    with pytest.raises(RequestTooLargeError):
+        find(pipe, position=6, too_large=too_large)
+
+
+def test_a_new_look_at_the_directory_is_a_new_plan_and_a_hole_is_said():
+    directory = FakeDirectory(BLOCKS, *MANY)
+    pipe = pipeline(directory, FakeCalls())
+    assert find(pipe).last == 3
+    left = {each.peer_id: each for each in MANY if each.start != 6}
+    directory.snapshot = Snapshot(BLOCKS, left)
+    with pytest.raises(MissingBlocksError, match="no server holds blocks 6:9"):
+        find(pipe)
+
+
+def test_every_block_runs_once_on_a_swarm_of_many():
+    pipe = pipeline(FakeDirectory(BLOCKS, *MANY), FakeCalls())
+    hidden, hops = asyncio.run(pipe.forward(torch.zeros(2, 3, 4), None, 0, BLOCKS))
+    assert [(hop.first, hop.last) for hop in hops] == SPANS
+    assert torch.equal(hidden, torch.full_like(hidden, float("1" * BLOCKS)))
+
+
+def test_a_search_looks_at_the_servers_of_one_block_and_plans_now_and_then():
+    pipe = pipeline(FakeDirectory(BLOCKS, *MANY), FakeCalls())
+    reckoned = 0
+    seconds = pipe._finder._seconds
+
+    def counted(each, blocks, tokens):
+        nonlocal reckoned
+        reckoned += 1
+        return seconds(each, blocks, tokens)
+
+    pipe._finder._seconds = counted
+    searches = 200
+    for _ in range(searches):
+        find(pipe)
+    assert reckoned - searches * FEW <= searches * len(MANY) * 3 * 0.3, "as many as if each search had planned anew"
+    pipe._finder._planned = None
+    before = reckoned
+    find(pipe)
+    assert reckoned - before > FEW + len(MANY)
