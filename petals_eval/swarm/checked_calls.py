@@ -175,6 +175,7 @@ class CheckedCalls:
             except PeerRefusedError as error:
                 if not self._limits.learn_per_call(peer_id, error, tokens):
                     raise
+        self._peers.of(peer_id).flow.measured(min(answer.seconds for answer in answers))
         self.tokens_asked += 2 * question.shape[0] * question.shape[1]
         first = torch.cat([answer.hidden for answer in answers[: len(parts)]])
         second = torch.cat([answer.hidden for answer in answers[len(parts) :]])

@@ -1,10 +1,14 @@
 """How much work one server should have in flight, found out from how it answers. Pure bookkeeping, no I/O.
 
 A window that is too small leaves the link or the server idle between two calls; one that is too large only makes them
-wait in a volunteer's queue. So, as TCP BBR does (Cardwell et al., "BBR: congestion-based congestion control", 2016):
-what a server delivers at its best, times what a call takes when nothing is in its way, is what keeps it busy; a small
-multiple of it is sent. Where more in flight delivers more, the rate grows and the window with it; where it only makes
-answers come later, the rate stays, and so does the window.
+wait in a volunteer's queue, and holds up all that share the link. So, as TCP BBR does (Cardwell et al., "BBR:
+congestion-based congestion control", 2016): what a server delivers at its best, times how far away it is, is what is on
+its way there and back; a small multiple of it is sent, and a few calls that it computes and unpacks meanwhile. Where
+more in flight delivers more, the rate grows and the window with it; where it only makes answers come later, the rate
+stays, and so does the window.
+
+How far away it is cannot be told from these calls: each has others before it on the link and in the server, and a
+window made from what they take asks for a longer one. A small question tells, asked before anything else is on its way.
 
 Work is counted in tokens times blocks: a server may be asked for a part of its span.
 """
@@ -16,13 +20,12 @@ __all__ = ["LEAST_CALLS", "MOST_TOKENS", "Flow", "Sent"]
 
 MOST_TOKENS = 16_384
 """Tokens in flight at one server at most, whatever it could take: it is somebody's machine, and others use it too."""
-LEAST_CALLS = 3
-"""Calls in flight that a server always may have: one that it computes, one each on its way there and back."""
+LEAST_CALLS = 4
+"""Calls in flight that a server always may have: one each on its way there, waiting, computed, on its way back."""
 GAIN = 2.0
-"""Times rate and quickest time: the second half covers what comes back in bunches, and lets the rate grow."""
+"""Times rate and distance: the second half covers what comes back in bunches, and lets the rate grow."""
 MEMORY = 10.0
-"""Seconds that the best rate and the quickest time are believed. Then a few calls go with nothing before them, to see
-how quick it is now: with a queue of our own making in front, each seems to take longer, and asks for a longer queue."""
+"""Seconds that the best rate is believed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,57 +36,59 @@ class Sent:
     at: float
     delivered: float
     delivered_at: float
-    alone: bool
 
 
 class Flow:
-    """One server's window. Times are seconds on one clock."""
+    """One server's window. Times are seconds on one clock.
+
+    distance: seconds that a small question to it takes, with nothing before it; 0 while that is not known.
+    """
 
     def __init__(self) -> None:
         self.in_flight = 0.0
+        self.distance = 0.0
         self._delivered = 0.0
         self._delivered_at = 0.0
         self._rates: deque[tuple[float, float]] = deque()  # (when, work per second), falling
-        self._quickest: float | None = None
-        self._quickest_at = 0.0
-        self._probing = False
         self._largest = 0.0  # work of one call, fading
+        self._since_idle = 0  # calls that came back since nothing was in flight
 
     @property
     def rate(self) -> float | None:
         """Work per second, the best of late; None before the first answer."""
         return self._rates[0][1] if self._rates else None
 
-    @property
-    def quickest(self) -> float:
-        """Seconds of the quickest call of late: the way there and back, and its own work."""
-        return self._quickest or 0.0
+    def measured(self, distance: float) -> None:
+        """What a small question took just now. The least counts: the others had something before them."""
+        self.distance = min(distance, self.distance or distance)
 
     def limit(self, blocks: int) -> float:
         """Work that may be in flight, for calls of so many blocks."""
         least = LEAST_CALLS * self._largest
-        best = 0.0 if self.rate is None or self._probing else GAIN * self.rate * self.quickest
-        return max(least, min(best, float(MOST_TOKENS * blocks)))
+        on_its_way = GAIN * (self.rate or 0.0) * self.distance
+        # After a pause one more for each that comes back: all at once would share the link, and all come late.
+        grown = least + self._since_idle * self._largest
+        return max(least, min(least + on_its_way, grown, float(MOST_TOKENS * blocks)))
 
     def has_room(self, work: float, blocks: int) -> bool:
         """Whether to send this now. A server with nothing in flight takes anything."""
         return self.in_flight == 0 or self.in_flight + work <= max(self.limit(blocks), LEAST_CALLS * work)
 
     def seconds_for(self, work: float, unmeasured: float) -> float:
-        """When the answer to this would come: after what is in flight, and as long as a call takes at least.
+        """When the answer to this would come: after what is in flight, and from as far away.
 
         unmeasured: seconds per work of a server that has not answered yet.
         """
         slowness = unmeasured if self.rate is None else 1 / self.rate
-        return self.quickest + (self.in_flight + work) * slowness
+        return self.distance + (self.in_flight + work) * slowness
 
     def send(self, work: float, now: float) -> Sent:
         """Count it as in flight; give what this returns to `came_back` or to `lost`."""
         if self.in_flight == 0:
             self._delivered_at = now  # an idle server delivers nothing, through no fault of its own
+            self._since_idle = 0
         self.in_flight += work
-        alone = self.in_flight <= max(LEAST_CALLS * self._largest, work)
-        return Sent(work, now, self._delivered, self._delivered_at, alone)
+        return Sent(work, now, self._delivered, self._delivered_at)
 
     def lost(self, sent: Sent) -> None:
         """It will not come back."""
@@ -96,21 +101,14 @@ class Flow:
             self._rates.clear()
             self._rates.append((when, rate / 3))
 
-    def came_back(self, sent: Sent, now: float, *, timed: bool = True) -> None:
-        """timed: whether the time it took says how quick the server is, and not only how much it delivers."""
+    def came_back(self, sent: Sent, now: float) -> None:
         self.lost(sent)
+        self._since_idle += 1
         self._delivered += sent.work
         self._delivered_at = now
         # Over the time this call was out: shorter ones would take a bunch of answers for a high rate.
         rate = (self._delivered - sent.delivered) / max(1e-6, now - min(sent.at, sent.delivered_at))
         _keep(self._rates, now, rate)
-        took = now - sent.at
-        if not timed:
-            pass
-        elif self._quickest is None or took <= self._quickest or (self._probing and sent.alone):
-            self._quickest, self._quickest_at, self._probing = took, now, False
-        elif now - self._quickest_at > MEMORY:
-            self._probing = True
         self._largest = max(sent.work, 0.95 * self._largest)
 
 

@@ -20,7 +20,10 @@ __all__ = ["HopCalls"]
 HOP_OVERHEAD = 0.02
 """Seconds a hop costs before any token is computed, as long as nothing was measured."""
 UNMEASURED = 1e-5
-"""Seconds per token and block of a server not called yet: optimistic, so that every server gets its first call."""
+"""Seconds per token and block of a server not called yet that claims no pace (`forward_rps` in its record): optimistic,
+so that every server gets its first call."""
+CLAIMED = 1e-6, 1e-4
+"""What a claim may come to: nobody draws all work by a word, and nobody is shut out by one."""
 
 PATIENCE, LEAST_PATIENCE = 3.0, 1.0
 """Times what a call was expected to take, and seconds at least, before another server is asked as well."""
@@ -39,8 +42,9 @@ class HopCalls:
         self._stepping: dict[str, asyncio.Lock] = {}  # by server
 
     def seconds(self, server: SpanServer, blocks: int, tokens: int) -> float:
-        """When the answer would come, by what was measured of the server so far."""
-        return HOP_OVERHEAD + self._peers.of(server.peer_id).flow.seconds_for(float(tokens * blocks), UNMEASURED)
+        """When the answer would come, by what was measured of the server so far, and before that by what it claims."""
+        flow = self._peers.of(server.peer_id).flow
+        return HOP_OVERHEAD + flow.seconds_for(float(tokens * blocks), _claimed(server))
 
     def seconds_for(self, hop: Hop, hidden: torch.Tensor) -> float:
         return self.seconds(hop.server, hop.last - hop.first, hidden.shape[0] * hidden.shape[1])
@@ -141,6 +145,13 @@ class HopCalls:
             return [
                 await self._calls.forward_in_steps(hop, hidden[part], _rows_of(prompts, part), step) for part in parts
             ]
+
+
+def _claimed(server: SpanServer) -> float:
+    """Seconds per token and block. Petals servers measure `forward_rps` as they start: tokens a second for a block."""
+    claim = server.record.forward_rps
+    least, most = CLAIMED
+    return UNMEASURED if not claim else min(most, max(least, 1 / claim))
 
 
 def _rows_of(prompts: torch.Tensor | None, rows: slice) -> torch.Tensor | None:

@@ -118,6 +118,7 @@ class Pipeline:
         finally:
             self._push_calls.ended(way)
         self._push_calls.came_back(way, [hop.version for hop in route], positions)
+        self.sizes.begin(max((self.peers.of(hop.peer_id).flow.distance for hop in route), default=0.0))
         return hidden, tuple(route)
 
     def size_came_back(self, made_for: int, positions: int) -> None:

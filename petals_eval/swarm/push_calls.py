@@ -105,6 +105,7 @@ class PushCalls:
                 hops = plan()
                 if hops is None or not self._takes(hops, hidden):
                     return []
+                flow.distance = sum(self._peers.of(hop.server.peer_id).flow.distance for hop in hops)
                 has_room = flow.has_room(work, last - first) or flow.in_flight < LEAST_CALLS * len(hops) * work
                 if self._settings.window or (has_room and self._has_cache(hops, hidden)):
                     break
@@ -121,7 +122,7 @@ class PushCalls:
                 self._ended(hop, hidden)
                 its = self._peers.of(hop.server.peer_id).flow
                 if index < len(pushed.answers):
-                    its.came_back(one, now, timed=False)  # most of the time it was on its way to the server
+                    its.came_back(one, now)
                 else:
                     its.lost(one)
             if len(pushed.answers) == len(hops):

@@ -19,6 +19,13 @@ class Simulated:
         return self.free_at + self.delay / 2
 
 
+def flow_to(server: Simulated) -> Flow:
+    """As it is after a small question was asked."""
+    flow = Flow()
+    flow.measured(server.delay)
+    return flow
+
+
 def drive(flow: Flow, server: Simulated, work: float, seconds: float, start: float = 0.0) -> tuple[float, float]:
     """Send as much as the window lets through; returns the work done per second in the second half, and its latency."""
     now, done, latencies = start, 0.0, []
@@ -40,16 +47,17 @@ def drive(flow: Flow, server: Simulated, work: float, seconds: float, start: flo
 
 @pytest.mark.parametrize(("rate", "delay"), [(20_000, 0.04), (20_000, 0.2), (5_000, 0.04), (50_000, 0.001)])
 def test_a_window_that_grows_keeps_its_server_busy_without_a_long_queue(rate, delay):
-    flow = Flow()
-    done, latency = drive(flow, Simulated(rate, delay), 500, 20.0)
+    server = Simulated(rate, delay)
+    flow = flow_to(server)
+    done, latency = drive(flow, server, 500, 20.0)
     possible = min(rate, MOST_TOKENS / (delay + 500 / rate))
     assert done > 0.9 * possible
     assert latency < 3 * (delay + 2 * 500 / rate) + LEAST_CALLS * 500 / rate
 
 
 def test_no_server_is_given_more_than_its_owner_should_bear():
-    flow = Flow()
     server = Simulated(1e6, 1.0)
+    flow = flow_to(server)
     under_way = []
     now = 0.0
     for _ in range(200):
@@ -62,7 +70,7 @@ def test_no_server_is_given_more_than_its_owner_should_bear():
 
 
 def test_a_server_that_became_slow_is_given_less():
-    flow = Flow()
+    flow = flow_to(Simulated(40_000, 0.1))
     drive(flow, Simulated(40_000, 0.1), 500, 20.0)
     before = flow.limit(1)
     drive(flow, Simulated(4_000, 0.1), 500, 40.0, start=20.0)
@@ -70,7 +78,7 @@ def test_a_server_that_became_slow_is_given_less():
 
 
 def test_a_slow_server_is_expected_later_than_a_fast_one():
-    fast, slow = Flow(), Flow()
+    fast, slow = flow_to(Simulated(20_000, 0.04)), flow_to(Simulated(4_000, 0.2))
     drive(fast, Simulated(20_000, 0.04), 500, 5.0)
     drive(slow, Simulated(4_000, 0.2), 500, 5.0)
     assert slow.seconds_for(500, 0.0) > 3 * fast.seconds_for(500, 0.0)
@@ -85,3 +93,41 @@ def test_what_is_lost_is_no_longer_in_flight_and_measures_nothing():
 
 def test_an_idle_server_takes_anything():
     assert Flow().has_room(1e9, 1)
+
+
+def test_after_a_pause_the_window_opens_as_answers_come():
+    server = Simulated(20_000, 0.2)
+    flow = flow_to(server)
+    drive(flow, server, 500, 20.0)
+
+    def fill(now: float) -> list:
+        sent = []
+        while flow.has_room(500, 1):
+            sent.append(flow.send(500, now))
+        return sent
+
+    assert flow.limit(1) > 3 * LEAST_CALLS * 500
+    at_first = fill(100.0)
+    assert len(at_first) == LEAST_CALLS, "all at once, they would share the link and all come late"
+    flow.came_back(at_first[0], 100.3)
+    assert len(fill(100.3)) == 2
+
+
+def test_of_small_questions_the_quickest_counts():
+    flow = Flow()
+    for seconds in (0.3, 0.1, 0.5):
+        flow.measured(seconds)
+    assert flow.distance == 0.1
+
+
+def test_answers_that_come_late_because_of_others_before_them_open_no_window():
+    """A link that all calls share: the more are in flight, the longer each takes."""
+    flow = Flow()
+    flow.measured(0.04)
+    rate, now, under_way = 700.0, 0.0, []
+    for _ in range(300):
+        while flow.has_room(130, 1):
+            under_way.append(flow.send(130, now))
+        now += 130 / rate
+        flow.came_back(under_way.pop(0), now)
+    assert flow.in_flight <= (LEAST_CALLS + 1) * 130

@@ -18,7 +18,7 @@ from petals_eval.errors import (
 from petals_eval.swarm.pipeline import ServedHop
 from petals_eval.swarm.records import Snapshot
 from petals_eval.swarm.routing import Hop
-from tests.swarm.fakes import FakeCalls, FakeDirectory, pipeline, server
+from tests.swarm.fakes import FakeCalls, FakeDirectory, pipeline, server, set_pace
 
 HIDDEN = torch.zeros(2, 3, 4)
 
@@ -390,3 +390,33 @@ def test_a_server_that_speaks_of_its_cache_though_none_is_needed_fails_as_any_ot
     with pytest.raises(DeadlineError, match=r"every server of blocks 0:4 fails .*refuses \(Could not allocate"):
         run(pipeline(FakeDirectory(4, server("a", 0, 4)), calls))
     assert len(calls.calls) < 20
+
+
+@pytest.mark.parametrize(
+    ("slow", "fast", "chosen"),
+    [
+        (30_000.0, 400_000.0, "fast"),  # what the directory claims
+        (30_000.0, None, "fast"),  # no claim: a pace that lets it be tried
+        (1e12, 1e9, "slow"),  # claims beyond belief are all the same
+        (0.0, 400_000.0, "fast"),
+        (1e-9, None, "fast"),
+    ],
+)
+def test_before_anything_is_measured_work_goes_by_what_the_directory_claims(slow, fast, chosen):
+    calls = FakeCalls()
+    pipe = pipeline(
+        FakeDirectory(4, server("slow", 0, 4, forward_rps=slow), server("fast", 0, 4, forward_rps=fast)), calls
+    )
+    run(pipe)
+    assert calls.calls[0][0] == chosen
+
+
+def test_what_was_measured_counts_more_than_any_claim():
+    calls = FakeCalls()
+    pipe = pipeline(
+        FakeDirectory(4, server("boasts", 0, 4, forward_rps=1e9), server("plain", 0, 4, forward_rps=1e5)), calls
+    )
+    set_pace(pipe.peers, "boasts", 1e-2)
+    set_pace(pipe.peers, "plain", 1e-3)
+    run(pipe)
+    assert calls.calls[0][0] == "plain"

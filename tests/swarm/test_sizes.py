@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from petals_eval.swarm.sizes import LARGEST, SMALLEST, START, MicroBatchSize
+from petals_eval.swarm.sizes import LARGEST, NEAR, NEAR_START, SMALLEST, START, MicroBatchSize
 
 BYTES_PER_POSITION = 256
 
@@ -49,3 +49,13 @@ def test_what_was_made_before_a_change_is_not_counted():
     for second in range(100):
         size.came_back(START - 1, 1000, float(second))
     assert size.bytes == START
+
+
+@pytest.mark.parametrize(("distance", "start"), [(NEAR / 2, NEAR_START), (2 * NEAR, START), (0.0, START)])
+def test_near_servers_are_sent_more_at_once_from_the_start(distance, start):
+    """A message above the stream window costs a round trip more: nothing, where that takes no time."""
+    size = MicroBatchSize()
+    size.begin(distance)
+    size.begin(0.5)  # the route of another micro-batch
+    size.begin(0.001)
+    assert size.bytes == start <= LARGEST
