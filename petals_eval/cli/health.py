@@ -59,6 +59,13 @@ def health(
     active_adapter: Annotated[
         str | None, _option(PROBES, "NAME", "LoRA adapter that every server should have.")
     ] = None,
+    model: Annotated[
+        str | None, _option(PROBES, "NAME", "Hub name or folder of the weights for --verify-local.")
+    ] = None,
+    verify_local: Annotated[
+        str | None,
+        _option(PROBES, "FIRST:LAST", "Load these blocks here, and hold their servers against them."),
+    ] = None,
     min_replicas: Annotated[int | None, _option(PROBES, "N", "Servers each block should have. Default: 1.")] = None,
     announce_period: Annotated[
         float | None, _option(PROBES, "SECONDS", "Between a server's announcements. Default: 120, as Petals'.")

@@ -12,6 +12,7 @@ from petals_eval.health.canary import Segment, canary_for, segments_of, shared_s
 from petals_eval.health.census import AnnouncedModel, Census
 from petals_eval.health.compare import Answered, Votes
 from petals_eval.health.findings import finding
+from petals_eval.health.home import Home, load_home
 from petals_eval.health.live import LiveSwarm, RouteTimes, try_route
 from petals_eval.health.probing import Calls, Probed, Prober
 from petals_eval.health.results import Finding, HealthReport, ModelHealth, Traffic, Verdict
@@ -40,7 +41,8 @@ def check_health(initial_peers: Sequence[str] = (), **settings: Any) -> HealthRe
     """Look at a swarm once, over a connection of its own.
 
     settings: fields of HealthSettings, such as models, level, time_limit and concurrency.
-    Raises ConfigError, and SwarmUnreachableError when no initial peer answers. What is wrong with servers is in the
+    Raises ConfigError, ModelError for blocks at home that cannot be loaded, and SwarmUnreachableError when no initial
+    peer answers. What is wrong with servers is in the
     report and raises nothing.
     """
     return check(HealthSettings(initial_peers=tuple(initial_peers), **settings))
@@ -50,9 +52,10 @@ def check(chosen: HealthSettings) -> HealthReport:
     """`check_health` with its settings in one piece."""
     from petals_eval.swarm import SwarmConnection
 
+    home = load_home(chosen)
     started, began = time.monotonic(), time.time()
     with SwarmConnection.connect(LiveSwarm.settings(chosen)) as connection:
-        looked = connection.run(look, LiveSwarm(connection), chosen, started + chosen.time_limit)
+        looked = connection.run(look, LiveSwarm(connection), chosen, started + chosen.time_limit, home)
         routes: dict[str, RouteTimes | Finding] = {}
         for model in looked.models if chosen.level >= Level.ROUTE else ():
             left = started + chosen.time_limit - time.monotonic()
@@ -86,8 +89,11 @@ class Looked:
         return HealthReport(began, seconds, self._settings.level, verdict, models, traffic, notes)
 
 
-async def look(swarm: Swarm, settings: HealthSettings, deadline: float) -> Looked:
-    """Ask every server of the models chosen, as far as the level says. deadline: on the monotonic clock."""
+async def look(swarm: Swarm, settings: HealthSettings, deadline: float, home: Home | None = None) -> Looked:
+    """Ask every server of the models chosen, as far as the level says.
+
+    deadline: on the monotonic clock. home: blocks of one of the models, to hold its servers against.
+    """
     announced, malformed = await swarm.models()
     notes = [f"{malformed} announced models cannot be read"] if malformed else []
     chosen = announced
@@ -95,7 +101,10 @@ async def look(swarm: Swarm, settings: HealthSettings, deadline: float) -> Looke
         known = {model.prefix: model for model in announced}
         chosen = [await _named(swarm, prefix, known.get(prefix), settings) for prefix in dict.fromkeys(settings.models)]
     budget = _Budget(settings.concurrency, deadline)
-    looks = [_ModelLook(await swarm.census(model), swarm.calls(model.prefix), settings, budget) for model in chosen]
+    looks = []
+    for model in chosen:
+        judge = home if home is not None and home.prefix == model.prefix else None
+        looks.append(_ModelLook(await swarm.census(model), swarm.calls(model.prefix), settings, budget, judge))
     await asyncio.gather(*(each.ask() for each in looks))
     return Looked(settings, looks, notes)
 
@@ -129,10 +138,11 @@ class _Budget:
 class _ModelLook:
     """The probes of one model's servers."""
 
-    def __init__(self, census: Census, calls: Calls, settings: HealthSettings, budget: _Budget):
+    def __init__(self, census: Census, calls: Calls, settings: HealthSettings, budget: _Budget, home: Home | None):
         self.census = census
         self.prober = Prober(calls, census.model.num_blocks, settings)
-        self.hidden_size = settings.hidden_size
+        self.hidden_size = settings.hidden_size or (home.hidden_size if home is not None else None)
+        self._home = home
         self._settings = settings
         self._budget = budget
         self._probed = [self.prober.record(claim) for claim in census.claims]
@@ -180,8 +190,11 @@ class _ModelLook:
                 probed.asked[Level.INFO] = False
 
     async def _compute(self, answering: Sequence[Probed]) -> None:
-        segments = segments_of(self._span(probed) for probed in answering)
-        holders = [sum(_within(segment, self._span(each)) for each in answering) for segment in segments]
+        held = [self._span(each) for each in answering]
+        if self._home is not None:
+            held.append(self._home.span)
+        segments = segments_of(held)
+        holders = [sum(_within(segment, span) for span in held) for segment in segments]
         votes = {segment: self._votes(segment) for segment, count in zip(segments, holders, strict=True) if count > 1}
         self._ballots = votes
         await asyncio.gather(
@@ -191,7 +204,10 @@ class _ModelLook:
             )
         )
         for segment, ballot in votes.items():
-            self._hold_against_others(segment, ballot)
+            if self._home is not None and _within(segment, self._home.span):
+                await self._hold_against_home(self._home, segment, ballot)
+            else:
+                self._hold_against_others(segment, ballot)
 
     def _votes(self, segment: Segment) -> Votes:
         question = canary_for(segment, self.hidden_size or 1, self._settings.canary_positions)
@@ -208,6 +224,15 @@ class _ModelLook:
             if hidden is None:
                 return
             self._ballots[segment].add(Answered(probed.claim.peer_id, hidden, probed.claim.record.quant_type))
+
+    async def _hold_against_home(self, home: Home, segment: Segment, ballot: Votes) -> None:
+        by_peer = {probed.claim.peer_id: probed for probed in self._probed}
+        contradicted = await home.contradicted(segment, ballot)
+        for peer_id in ballot.voters():
+            by_peer[peer_id].compared += segment[1] - segment[0]
+        for peer_id, apart in contradicted.items():
+            text = f"blocks {segment[0]}:{segment[1]} at home give another answer (difference {apart:.2g})"
+            self._failed(by_peer[peer_id], finding("disagrees-with-home", text))
 
     def _hold_against_others(self, segment: Segment, ballot: Votes) -> None:
         by_peer = {probed.claim.peer_id: probed for probed in self._probed}

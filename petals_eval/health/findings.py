@@ -53,6 +53,7 @@ FINDINGS: dict[str, Kind] = {
     "adapter-fails": Kind("it fails to compute with a LoRA adapter that it announces", _DEGRADED, Level.FORWARD),
     "nondeterministic": Kind("two answers to one question: its blocks run in training mode", _BROKEN, Level.FORWARD),
     "disagrees-with-replica": Kind("most other servers of these blocks compute something else", _BROKEN, Level.FORWARD),
+    "disagrees-with-home": Kind("blocks at home compute something else (--verify-local)", _BROKEN, Level.FORWARD),
     "disputed": Kind("servers of these blocks disagree, and there is no majority", _UNKNOWN, Level.FORWARD),
 }  # fmt: skip
 
@@ -98,8 +99,11 @@ def from_forward_error(error: PeerError, blocks: str) -> Finding:
 
 
 def _knows_no_address(text: str) -> bool:
-    """libp2p's words, in lower case, for a peer that neither we nor the swarm know an address of."""
-    return any(words in text for words in ("routing: not found", "no addresses", "failed to find any peer"))
+    """libp2p's words, in lower case, for a peer that neither we nor the swarm know an address of, and for an identity
+    that no peer can have."""
+    not_known = ("routing: not found", "no addresses", "failed to find any peer")
+    not_an_identity = ("length greater than remaining number of bytes", "multihash")
+    return any(words in text for words in not_known + not_an_identity)
 
 
 def _does_not_hold(text: str) -> bool:

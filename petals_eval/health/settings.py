@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from petals_eval.config import Multiaddress, Seconds, Settings
+from petals_eval.config import Blocks, Multiaddress, Seconds, Settings
 
 __all__ = ["HealthSettings", "Level"]
 
@@ -50,6 +50,8 @@ class HealthSettings(Settings):
     num_blocks: int | None = Field(default=None, gt=0, le=1000)  # of the models named; None: as announced
     hidden_size: int | None = Field(default=None, gt=0)  # of the canary; None: as the servers' own descriptors say
     active_adapter: str | None = None  # LoRA adapter every server should announce and compute with
+    model: str | None = None  # hub name or local folder of the blocks at home
+    verify_local: Blocks | None = None  # blocks first:last of it to load here, and to hold their servers against
     min_replicas: int = Field(default=1, gt=0)  # servers a block should have; fewer is a finding
     announce_period: Seconds = 120.0  # seconds between a server's announcements: Petals' default
 

@@ -96,5 +96,6 @@ async def announce(
 
 def nobody(peer_id: str) -> str:
     """The identity of a peer that does not exist, drawn from that of one that does."""
-    name = PeerID.from_base58(peer_id)
-    return PeerID(name.to_bytes()[:2] + hashlib.sha256(name.to_bytes()).digest()).to_base58()
+    sha256_multihash = b"\x12\x20"
+    digest = hashlib.sha256(PeerID.from_base58(peer_id).to_bytes()).digest()
+    return PeerID(sha256_multihash + digest).to_base58()

@@ -9,6 +9,7 @@ import torch
 from petals_eval.errors import PeerError, PeerRefusedError
 from petals_eval.health.census import AnnouncedModel, Census, claims_in
 from petals_eval.health.check import look
+from petals_eval.health.home import Home
 from petals_eval.health.results import HealthReport
 from petals_eval.health.settings import HealthSettings
 from petals_eval.swarm import wire
@@ -19,6 +20,24 @@ from tests.swarm.fakes import PEER
 
 HIDDEN = 32
 INFO_BYTES = 776  # of a stub's real answer to rpc_info
+
+
+def computed(hidden: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    for block in range(first, last):
+        hidden = hidden * (1 + block / 10) + 0.01
+    return hidden
+
+
+@dataclass
+class FakeBlocks:
+    """Blocks at home."""
+
+    first: int
+    last: int
+
+    def forward(self, hidden: torch.Tensor, prompts: None, *, first: int, last: int) -> torch.Tensor:
+        assert self.first <= first < last <= self.last
+        return computed(hidden, first, last)
 
 
 @dataclass
@@ -96,8 +115,7 @@ class _FakeCalls:
         self._swarm.adapters.append(self._adapter)
         self._swarm.forwards.append((hop.server.peer_id, hop.first, hop.last))
         server = await self._reach(hop.server.peer_id)
-        for block in range(hop.first, hop.last):
-            hidden = hidden * (1 + block / 10) + 0.01
+        hidden = computed(hidden, hop.first, hop.last)
         if server.answer is not None:
             hidden = server.answer(hidden)
         sent = hidden.numel() * server.dtype.itemsize
@@ -114,12 +132,15 @@ class _FakeCalls:
         return server
 
 
-def report_on(swarm: FakeSwarm, *, route: object = None, **settings: object) -> HealthReport:
-    """A look at it. route: what trying the route gave, as the verdict should see it."""
+def report_on(
+    swarm: FakeSwarm, *, route: object = None, home: FakeBlocks | None = None, **settings: object
+) -> HealthReport:
+    """A look at it. route: what trying the route gave, as the verdict should see it. home: blocks at home."""
     import time
 
     chosen = HealthSettings(initial_peers=(PEER,), **{"level": "forward", **settings})
-    looked = asyncio.run(look(swarm, chosen, time.monotonic() + chosen.time_limit))
+    judge = None if home is None else Home("tiny", home, HIDDEN)
+    looked = asyncio.run(look(swarm, chosen, time.monotonic() + chosen.time_limit, judge))
     return looked.report(
         0.0, 1.0, {} if route is None else {model.census.model.prefix: route for model in looked.models}
     )

@@ -9,7 +9,7 @@ from petals_eval.health.findings import finding, from_forward_error
 from petals_eval.health.live import RouteTimes
 from petals_eval.swarm import wire
 from petals_eval.swarm.records import Announcement
-from tests.health.fakes import HIDDEN, FakeServer, FakeSwarm, findings, raising, report_on, server_of
+from tests.health.fakes import HIDDEN, FakeBlocks, FakeServer, FakeSwarm, findings, raising, report_on, server_of
 
 WHOLE = {"good": (0, 4), "other": (0, 4)}
 
@@ -90,7 +90,7 @@ def test_a_fault_has_its_own_name_and_is_never_green(name: str) -> None:
 def test_what_cannot_be_found_has_no_name() -> None:
     """Names are stable: each is given by a test here or in the tests of models below."""
     of_models = {"not-announced", "missing-blocks", "thin-blocks", "malformed-records", "route-fails"}
-    elsewhere = {"adapter-not-announced", "adapter-fails", "disputed", "probe-error"}
+    elsewhere = {"disagrees-with-home", "adapter-not-announced", "adapter-fails", "disputed", "probe-error"}
     assert set(FINDINGS) == set(FAULTS) | of_models | elsewhere
 
 
@@ -220,6 +220,13 @@ def test_the_route_counts_only_where_it_was_asked_for() -> None:
     assert failed.verdict is Verdict.BROKEN and failed.models[0].why == "stopped at the deadline"
 
 
+@pytest.mark.parametrize("words", ["routing: not found", "length greater than remaining number of bytes in buffer"])
+def test_a_peer_that_cannot_be_there_is_a_record_without_a_server(words) -> None:
+    """No address of it, or an identity that is none."""
+    ghost = FakeServer(0, 4, info=raising(PeerUnreachableError(words)))
+    assert findings(report_on(FakeSwarm(4, **good(), ghost=ghost)), "ghost") == {"record-without-server"}
+
+
 @pytest.mark.parametrize("method", ["info", "answer"])
 def test_a_fault_of_our_own_is_named_as_ours_and_leaves_the_rest_of_the_report_standing(method, caplog) -> None:
     broken = FakeServer(0, 4, **{method: raising(KeyError("ours"))})
@@ -253,3 +260,38 @@ def test_a_span_is_cut_into_few_calls() -> None:
     asked = [swarm.forwards.count(call) for call in set(swarm.forwards)]
     assert max(asked) <= 2
     assert all(sum(name == peer for peer, _, _ in swarm.forwards) <= 10 for name in servers)
+
+
+def test_blocks_at_home_judge_a_server_that_has_no_replica() -> None:
+    swarm = FakeSwarm(4, good=FakeServer(0, 2), liar=FakeServer(2, 4, answer=noisy))
+    assert findings(report_on(swarm)) == set(), "nobody to hold it against"
+    report = report_on(swarm, home=FakeBlocks(0, 4))
+    assert findings(report) == {"disagrees-with-home", "missing-blocks"} and report.verdict is Verdict.BROKEN
+    assert server_of(report, "liar").verdict is Verdict.BROKEN
+    assert server_of(report, "good").verdict is Verdict.HEALTHY and server_of(report, "good").compared == 2
+
+
+def test_blocks_at_home_are_right_whatever_most_servers_say() -> None:
+    swarm = FakeSwarm(4, one=FakeServer(0, 4, answer=noisy), two=FakeServer(0, 4, answer=noisy), good=FakeServer(0, 4))
+    assert server_of(report_on(swarm), "good").verdict is Verdict.BROKEN
+    report = report_on(swarm, home=FakeBlocks(1, 3))
+    assert server_of(report, "good").verdict is not Verdict.HEALTHY, "blocks 0 and 3 are still put to the vote"
+    report = report_on(swarm, home=FakeBlocks(0, 4))
+    assert server_of(report, "good").verdict is Verdict.HEALTHY
+    assert {server_of(report, name).verdict for name in ("one", "two")} == {Verdict.BROKEN}
+    assert findings(report) == {"disagrees-with-home"}
+
+
+def test_blocks_at_home_settle_a_dispute_and_take_another_dtype_for_no_lie() -> None:
+    disputed = FakeSwarm(4, liar=FakeServer(0, 4, answer=noisy), good=FakeServer(0, 4, dtype=torch.bfloat16))
+    assert findings(report_on(disputed)) == {"disputed"}
+    report = report_on(disputed, home=FakeBlocks(0, 4))
+    assert server_of(report, "good").verdict is Verdict.HEALTHY
+    assert server_of(report, "liar").verdict is Verdict.BROKEN
+
+
+def test_servers_beside_the_blocks_at_home_are_compared_as_ever() -> None:
+    swarm = FakeSwarm(4, a=FakeServer(0, 4), b=FakeServer(2, 4), c=FakeServer(2, 4, answer=noisy))
+    report = report_on(swarm, home=FakeBlocks(0, 2))
+    assert findings(report) == {"disagrees-with-replica"}
+    assert server_of(report, "a").compared == 4
