@@ -20,7 +20,8 @@
     │   ├── PeerUnreachableError                  no connection, or the connection broke
     │   ├── PeerTimeoutError                      no answer in time
     │   ├── PeerRefusedError                      it answered with an error
-    │   ├── PeerAnswerError                       wrong count, shape or dtype, or not finite
+    │   ├── PeerAnswerError                       wrong count, shape or dtype
+    │   │   └── PeerNotFiniteError                    NaN or infinity
     │   └── PeerDistrustedError                   caught with something that does not pass: left out for good
     │       ├── PeerNondeterministicError         two answers to one question
     │       └── PeerDisagreesError                another answer than those who compute the same
@@ -48,6 +49,7 @@ __all__ = [
     "PeerDistrustedError",
     "PeerError",
     "PeerNondeterministicError",
+    "PeerNotFiniteError",
     "PeerRefusedError",
     "PeerTimeoutError",
     "PeerUnreachableError",
@@ -154,6 +156,10 @@ class PeerRefusedError(PeerError):
 
 class PeerAnswerError(PeerError):
     """The answer has a wrong count, shape or dtype, or holds values that are not finite."""
+
+
+class PeerNotFiniteError(PeerAnswerError):
+    """The answer holds NaN or infinity."""
 
 
 class PeerDistrustedError(PeerError):

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass
 
-from petals_eval.errors import PeerAnswerError, PeerError, PeerRefusedError, PeerTimeoutError, PeerUnreachableError
+from petals_eval.errors import (
+    PeerAnswerError,
+    PeerError,
+    PeerNotFiniteError,
+    PeerRefusedError,
+    PeerTimeoutError,
+    PeerUnreachableError,
+)
 from petals_eval.health.results import Finding, Verdict
 from petals_eval.health.settings import Level
 from petals_eval.report.text import printable
@@ -89,10 +96,9 @@ def from_forward_error(error: PeerError, blocks: str) -> Finding:
     """What a failed canary says of a server that answered rpc_info. blocks: those asked, for the message."""
     words = f"blocks {blocks}: {in_words(error)}"
     if isinstance(error, PeerAnswerError):
-        text = str(error)
-        if "not finite" in text:
+        if isinstance(error, PeerNotFiniteError):
             return finding("not-finite", words)
-        return finding("wrong-shape" if "of shape" in text else "wrong-answer", words)
+        return finding("wrong-shape" if "of shape" in str(error) else "wrong-answer", words)
     if isinstance(error, PeerRefusedError) and "does not serve" in str(error):
         return finding("wrong-span", words, level=Level.FORWARD)
     return finding("info-ok-forward-fails", words)

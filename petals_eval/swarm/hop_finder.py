@@ -143,6 +143,10 @@ class HopFinder:
             and self._peers.may_be_called(server.peer_id)
         ]
 
+    def holders(self, block: int) -> list[str]:
+        """The servers (peer ids) of a block that were not left out."""
+        return [server.peer_id for server in self._distrust.trusted() if server.start <= block < server.end]
+
     def _what_is_missing(self, position: int, last: int, left: float) -> str:
         since = time.time() - (self._settings.deadline - left)
         return what_is_missing(self._directory, self._peers, position, last, since)

@@ -10,6 +10,7 @@ from petals_eval.errors import (
     PeerAnswerError,
     PeerDisagreesError,
     PeerNondeterministicError,
+    PeerNotFiniteError,
     PeerRefusedError,
     PeerTimeoutError,
     PeerUnreachableError,
@@ -29,6 +30,7 @@ _WHAT_IT_DOES: dict[type[Exception], str] = {
     PeerTimeoutError: "does not answer",
     PeerRefusedError: "refuses",
     PeerAnswerError: "answers wrongly",
+    PeerNotFiniteError: "answers wrongly",
     PeerNondeterministicError: "is left out",
     PeerDisagreesError: "is left out",
 }

@@ -21,6 +21,7 @@ from petals_eval.swarm.hop_finder import HopFinder
 from petals_eval.swarm.limits import USUAL_MAX_TOKENS, TokenLimits
 from petals_eval.swarm.lines import Line, Lines
 from petals_eval.swarm.missing import spans_text
+from petals_eval.swarm.overflow import Overflow
 from petals_eval.swarm.peers import PeerBook, short_peer
 from petals_eval.swarm.push_calls import PushCalls
 from petals_eval.swarm.routing import Hop
@@ -89,12 +90,13 @@ class Pipeline:
         prompts: (last - first, batch or 1, prefix, hidden) or None.
         Returns the hidden states in the last server's dtype, and who computed them, hop by hop.
         Raises MissingBlocksError or DeadlineError when a hop finds no server within the deadline, RequestTooLargeError
-        when a single row is longer than the servers take, even in steps.
+        when a single row is longer than the servers take, even in steps, NotFiniteError when it overflows their dtype.
         """
         positions, seq = hidden.shape[0] * hidden.shape[1], hidden.shape[1]
         route: list[ServedHop] = []
         position = first
         give_up: float | None = None
+        overflow = Overflow(self._calls)
         way = self._push_calls.sent(hidden, prompts)
         try:
             if way == "pushed":
@@ -108,13 +110,14 @@ class Pipeline:
                     give_up = give_up or time.monotonic() + self._settings.deadline
                     hop = await self._hop_with_room(position, last, hidden.shape[0], seq, give_up, line)
                 span_prompts = None if prompts is None else prompts[hop.first - first : hop.last - first]
-                served = await self._compute(hop, hidden, span_prompts, give_up)
+                served = await self._compute(hop, hidden, span_prompts, give_up, overflow)
                 if served is None:
+                    await overflow.judge(self._finder.holders(position), hidden)
                     continue
                 hop, hidden = served
                 route.append(_served(hop, hidden))
                 position = hop.last
-                give_up = None
+                give_up, overflow = None, Overflow(self._calls)
         finally:
             self._push_calls.ended(way)
         self._push_calls.came_back(way, [hop.version for hop in route], positions)
@@ -132,7 +135,7 @@ class Pipeline:
         self._push_calls.choice.pause()
 
     async def _compute(
-        self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, give_up: float
+        self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, give_up: float, overflow: Overflow
     ) -> tuple[Hop, torch.Tensor] | None:
         """The hop's answer, with who gave it; None where it failed.
 
@@ -154,6 +157,7 @@ class Pipeline:
                     try:
                         answer = call.result()
                     except PeerError as error:
+                        overflow.note(asked, error)
                         seq = hidden.shape[1]
                         left_aside = self._is_too_small(asked, error, 1, seq) and self._limits.row_too_large(
                             asked.server.peer_id, seq

@@ -15,7 +15,7 @@ from hivemind.p2p.p2p_daemon_bindings.control import DEFAULT_MAX_MSG_SIZE, MAX_U
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 
-from petals_eval.errors import PeerAnswerError
+from petals_eval.errors import PeerAnswerError, PeerNotFiniteError
 from petals_eval.swarm import codecs, untrusted
 from petals_eval.swarm.records import shown
 
@@ -287,7 +287,7 @@ def read_answer(
     tensor = decode_tensor(message, shape, dtype, _CODES.NONE if code is None else code.answer)
     # A sum is not finite where a value is not, and costs a fifth of looking at each; it may also just be too large.
     if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-        raise PeerAnswerError(f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are not finite")
+        raise PeerNotFiniteError(f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are not finite")
     return tensor
 
 

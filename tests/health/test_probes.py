@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from petals_eval.errors import PeerAnswerError, PeerRefusedError, PeerTimeoutError, PeerUnreachableError
+from petals_eval.errors import (
+    PeerAnswerError,
+    PeerNotFiniteError,
+    PeerRefusedError,
+    PeerTimeoutError,
+    PeerUnreachableError,
+)
 from petals_eval.health import FINDINGS, Level, Verdict
 from petals_eval.health.findings import finding, from_forward_error
 from petals_eval.health.live import RouteTimes
@@ -60,7 +66,10 @@ FAULTS = {
     "version-mismatch": (FakeServer(0, 4, record={"version": "2.3.0"}), Verdict.DEGRADED),
     "hidden-size-mismatch": (FakeServer(0, 4, info=info_of(hidden_size=HIDDEN + 1)), Verdict.BROKEN),
     "info-ok-forward-fails": (FakeServer(0, 4, answer=raising(REFUSED)), Verdict.BROKEN),
-    "not-finite": (FakeServer(0, 4, answer=raising(PeerAnswerError("3 of 9 values are not finite"))), Verdict.BROKEN),
+    "not-finite": (
+        FakeServer(0, 4, answer=raising(PeerNotFiniteError("3 of 9 values are not finite"))),
+        Verdict.BROKEN,
+    ),
     "wrong-shape": (
         FakeServer(0, 4, answer=raising(PeerAnswerError("expected a tensor of shape (1,)"))),
         Verdict.BROKEN,
