@@ -6,11 +6,14 @@ from contextlib import suppress
 
 from hivemind.dht.node import DHTNode
 from hivemind.p2p.p2p_daemon import P2P
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
+from petals_eval.errors import SwarmUnreachableError
 from petals_eval.swarm.daemon import keep_reading
 
 __all__ = ["Peer"]
 
+_NOBODY_THERE = "failed to connect to bootstrap peers"  # the daemon's words
 _GOODBYE = 3.0  # seconds for the daemon to take back its DHT node's handlers
 
 
@@ -31,18 +34,29 @@ class Peer:
         announce_maddrs: Sequence[str] = (),
         identity_path: str | None = None,
     ) -> "Peer":
-        """Start a daemon, on loopback unless told otherwise, and join the DHT of `initial_peers`."""
-        p2p = await P2P.create(
-            initial_peers=list(initial_peers),
-            host_maddrs=list(host_maddrs),
-            announce_maddrs=list(announce_maddrs) or None,
-            identity_path=identity_path,
-            check_if_identity_free=False,
-            # It is a local swarm: ask no router for anything.
-            nat_port_map=False,
-            auto_nat=False,
-            use_relay=False,
-        )
+        """Start a daemon, on loopback unless told otherwise, and join the DHT of `initial_peers`.
+
+        Raises SwarmUnreachableError when none of them answers, and hivemind's errors for what this machine cannot do.
+        """
+        try:
+            p2p = await P2P.create(
+                initial_peers=list(initial_peers),
+                host_maddrs=list(host_maddrs),
+                announce_maddrs=list(announce_maddrs) or None,
+                identity_path=identity_path,
+                check_if_identity_free=False,
+                # It is a local swarm: ask no router for anything.
+                nat_port_map=False,
+                auto_nat=False,
+                use_relay=False,
+            )
+        except P2PDaemonError as error:
+            if _NOBODY_THERE not in str(error):
+                raise
+            raise SwarmUnreachableError(
+                "\n  ".join(["no initial peer answered:", *initial_peers])
+                + "\nCheck the addresses and that one of them is up."
+            ) from error
         keep_reading(p2p)
         try:
             node = await DHTNode.create(p2p=p2p, initial_peers=list(initial_peers) or None)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 import petals_eval
-from petals_eval.errors import MachineError, ModelError
+from petals_eval.errors import MachineError, ModelError, SwarmUnreachableError
 from petals_eval.local_swarm.faults import AnyFault, Faults, Hits
 from petals_eval.local_swarm.loop_thread import LoopThread
 from petals_eval.local_swarm.settings import ServerSettings
@@ -58,7 +58,7 @@ class LocalServer(Protocol):
         """What its faults have hit since it started, by their names; also after one has ended it."""
 
     def wait_ready(self, deadline: float) -> None:
-        """Wait until it serves; raises MachineError or ModelError when it cannot.
+        """Wait until it serves; raises MachineError, ModelError or SwarmUnreachableError when it cannot.
 
         deadline: on the monotonic clock; at it MachineError is raised.
         """
@@ -164,8 +164,9 @@ class ProcessServer(_Served):
             raise MachineError(f"{self._name} did not serve in time{last_words(self._log)}") from None
         answer = json.loads(line)
         if "error" in answer:
-            if answer["error"] == ModelError.__name__:
-                raise ModelError(answer["message"])
+            for kind in (ModelError, SwarmUnreachableError):
+                if answer["error"] == kind.__name__:
+                    raise kind(answer["message"])
             raise MachineError(f"{self._name} could not start: {answer['error']}: {answer['message']}")
         self.peer_id, self.maddrs = answer["peer_id"], tuple(answer["maddrs"])
 

@@ -1,12 +1,14 @@
 """`petals-eval health` as it is typed."""
 
 import json
+import shutil
 import threading
 import time
 import urllib.request
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from petals_eval.health import HealthSettings
 from tests.cli.conftest import Stage
@@ -49,11 +51,31 @@ def test_degraded_ends_with_1_and_broken_with_3(stage: Stage) -> None:
         (["--initial-peers", "PEER", "--serve", ":1", "--json"], "leave --watch, --json, --html out"),
         (["--initial-peers", "PEER", "--history", "h"], "--history is kept by --serve"),
         (["--initial-peers", "PEER", "--watch", "--every", "0"], "--every"),
+        (["--initial-peers", "PEER", "--verify-local", "0:3"], "expected both --model and --verify-local"),
+        (["--initial-peers", "PEER", "--model", "m", "--verify-local", "0:3"], "name it with --dht-prefix"),
+        (["--initial-peers", "PEER", "--model", "m", "--verify-local", "3"], "expected blocks FIRST:LAST"),
     ],
 )
 def test_mistakes_end_with_2_before_anybody_is_asked(arguments: list[str], words: str, stage: Stage) -> None:
     outcome = invoke("health", *(stage.peer if each == "PEER" else each for each in arguments))
     assert outcome.code == 2 and words in outcome.error
+
+
+def test_servers_are_held_against_blocks_at_home(stage: Stage, tmp_path) -> None:
+    """Its only server computes what these weights do, and not what those of another model of these sizes do."""
+    command = ["health", "--initial-peers", stage.peer, "--dht-prefix", "stories260K-hf", "--verify-local", "1:4"]
+    right = invoke(*command, "--model", stage.model)
+    assert right.code == 0, right.out
+    other = tmp_path / "other"
+    shutil.copytree(stage.model, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: -one for name, one in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    wrong = invoke(*command, "--model", other)
+    assert wrong.code == 3 and "disagrees-with-home" in wrong.out
+    missing = invoke(*command, "--model", tmp_path / "nothing")
+    assert missing.code == 2 and "nothing" in missing.error
+    beyond = invoke(*command[:-1], "3:9", "--model", stage.model)
+    assert beyond.code == 2 and "expected a span within 0:5" in beyond.error
 
 
 def test_an_unreachable_swarm_ends_with_3() -> None:

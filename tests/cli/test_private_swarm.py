@@ -86,6 +86,14 @@ def test_what_cannot_be_an_address_is_refused(stage: Stage) -> None:
         assert expected in outcome.error
 
 
+def test_a_swarm_to_join_that_is_not_there(stage: Stage) -> None:
+    nobody = "/ip4/127.0.0.1/tcp/9/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY"
+    for command in (["bootstrap"], ["swarm", stage.model, "--span", "0:5"]):
+        outcome = invoke(*command, "--initial-peers", nobody)
+        assert outcome.code == 3
+        assert f"no initial peer answered: {nobody} Check the addresses" in outcome.error
+
+
 def test_a_port_that_is_taken() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
