@@ -67,6 +67,24 @@ def test_another_order_of_adding_up_is_rounding(model, dtype):
         assert excess(question, one, other, (kind(dtype), kind(dtype))) <= (0.01 if dtype is FLOAT else 0.9)
 
 
+def test_a_gpu_that_computes_float32_in_tf32_is_no_liar(model):
+    """Imitated: weights and inputs rounded to its 10 bits of mantissa."""
+
+    def tf32(values):
+        return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    span = model.spans[FLOAT]
+    other = copy.deepcopy(span)
+    other._views = {(other.first, other.last): other._model}
+    for module in other._model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = tf32(module.weight.data)
+            module.register_forward_pre_hook(lambda _, args: (tf32(args[0]),))
+    for start, end, question in model.cases:
+        one, two = (blocks.forward(question, first=start, last=end) for blocks in (span, other))
+        assert 0 < excess(question, one, two, (kind(FLOAT), kind(FLOAT))) < 0.95
+
+
 def test_noise_of_a_hundredth_is_never_taken_for_float32s_rounding(model):
     for seed, (start, end, question) in enumerate(model.cases * 4):
         answer = model.spans[FLOAT].forward(question, first=start, last=end)
