@@ -14,7 +14,9 @@ failed=()
 # Real Petals servers and clients, in an environment of their own, for tests/interop.
 scripts/petals_peer.sh || failed+=(scripts/petals_peer.sh)
 
-# One process: the tests start swarms and measure deadlines, and would take each other's cores.
+# One process, and one thread of arithmetic in each: the tests start swarms of processes and measure deadlines. Threads
+# that wait for each other on a machine with fewer cores than processes made the same tests take four times as long.
+export OMP_NUM_THREADS=1
 .venv/bin/python -m pytest "$@" || failed+=(pytest)
 
 if [ ${#failed[@]} -gt 0 ]; then
