@@ -1,5 +1,6 @@
 """Every setting of a swarm connection and of a run, with its default and its unit, in one place."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -15,7 +16,7 @@ from pydantic import (
 
 from petals_eval.errors import ConfigError
 
-__all__ = ["PUBLIC_SWARM", "RunSettings", "Settings", "SwarmSettings", "explain_validation"]
+__all__ = ["PUBLIC_SWARM", "RunSettings", "Settings", "SwarmSettings", "addresses", "explain_validation"]
 
 # The bootstrap peers of the public Petals swarm (2023-2025), as the petals package lists them.
 PUBLIC_SWARM: tuple[str, ...] = (
@@ -96,6 +97,15 @@ def _split(value: object) -> object:
     if not isinstance(texts, list | tuple):
         return value
     return [part for text in texts for part in (text.split() if isinstance(text, str) else [text])]
+
+
+def addresses(peers: str | Sequence[str]) -> tuple[str, ...]:
+    """Bootstrap peers as people give them: one text, with blanks between several, or a sequence of these.
+
+    >>> addresses("/ip4/10.0.0.1/tcp/1/p2p/a /ip4/10.0.0.2/tcp/1/p2p/b"), addresses(["/ip4/10.0.0.1/tcp/1/p2p/a"])
+    (('/ip4/10.0.0.1/tcp/1/p2p/a', '/ip4/10.0.0.2/tcp/1/p2p/b'), ('/ip4/10.0.0.1/tcp/1/p2p/a',))
+    """
+    return tuple(part for text in ([peers] if isinstance(peers, str) else peers) for part in text.split())
 
 
 def _identity(name: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from petals_eval.config import SwarmSettings
+from petals_eval.config import SwarmSettings, addresses
 from petals_eval.data.batching import MicroBatch, micro_batches
 from petals_eval.errors import ConfigError, ExampleError
 from petals_eval.tasks.requests import Request
@@ -63,7 +63,7 @@ class RemoteModel:
         cls,
         model: str,
         *,
-        initial_peers: Sequence[str],
+        initial_peers: str | Sequence[str],
         adapter: str | Sequence[str] | None = None,
         dht_prefix: str | None = None,
         revision: str | None = None,
@@ -77,6 +77,7 @@ class RemoteModel:
         """Load what stays at home and connect to the swarm.
 
         model: hub name or local folder; only the tensors that stay at home are read.
+        initial_peers: multiaddresses of bootstrap peers, one or several; one that answers is enough.
         adapter: one or several prompt-tuned checkpoints (file, folder or hub name).
         dht_prefix: the name the servers announce; by default Petals' own rule for the hub name.
         dtype: of the computation at home; the checkpoint's own by default.
@@ -87,7 +88,7 @@ class RemoteModel:
         """
         from petals_eval.swarm import SwarmConnection
 
-        settings = SwarmSettings(initial_peers=tuple(initial_peers), **swarm_settings)
+        settings = SwarmSettings(initial_peers=addresses(initial_peers), **swarm_settings)
         local, adapters = load_local(
             model, adapter, revision=revision, token=token, dtype=dtype, device=device, cache_dir=cache_dir
         )

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
+from petals_eval.config import addresses
 from petals_eval.health import verdict as rules
 from petals_eval.health.canary import Segment, canary_for, segments_of, shared_segments
 from petals_eval.health.census import AnnouncedModel, Census
@@ -37,7 +38,7 @@ class Swarm(Protocol):
     def calls(self, prefix: str) -> Calls: ...
 
 
-def check_health(initial_peers: Sequence[str] = (), **settings: Any) -> HealthReport:
+def check_health(initial_peers: str | Sequence[str] = (), **settings: Any) -> HealthReport:
     """Look at a swarm once, over a connection of its own.
 
     settings: fields of HealthSettings, such as models, level, time_limit and concurrency.
@@ -45,7 +46,7 @@ def check_health(initial_peers: Sequence[str] = (), **settings: Any) -> HealthRe
     peer answers. What is wrong with servers is in the
     report and raises nothing.
     """
-    return check(HealthSettings(initial_peers=tuple(initial_peers), **settings))
+    return check(HealthSettings(initial_peers=addresses(initial_peers), **settings))
 
 
 def check(chosen: HealthSettings) -> HealthReport:

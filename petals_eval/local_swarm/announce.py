@@ -79,7 +79,7 @@ async def announce(
     stores = [
         node.store_many(
             keys=uids,
-            values=[(int(state), settings.throughput, extra)] * len(uids),
+            values=[(int(state), settings.throughput or 0.0, extra)] * len(uids),
             expiration_time=expiration,
             subkeys=[peer_id] * len(uids),
             num_workers=len(uids),

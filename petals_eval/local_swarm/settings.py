@@ -24,7 +24,7 @@ class ServerSettings(BaseModel):
     initial_peers: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: the checkpoint's
 
-    throughput: float = Field(default=100.0, ge=0)  # requests per second, as announced
+    throughput: float | None = Field(default=None, ge=0)  # tokens per second, as announced; None: as measured
     public_name: str | None = None
     version: str = "2.3.0.dev2"  # the line of Petals whose wire this server speaks
     # LoRA adapters it announces and accepts. It applies none: calls that name one are computed without.

@@ -100,7 +100,7 @@ class SwarmConnection:
             # A daemon that could not start has just ended, and hivemind does not wait for it: let the loop bury it.
             await asyncio.sleep(_BURIAL)
             raise SwarmUnreachableError(
-                "\n  ".join([f"no initial peer answered within {self.settings.startup_timeout:g} s:", *peers])
+                "\n  ".join(["no initial peer answered:", *peers])
                 + f"\nCheck the addresses and that one of them is up. ({type(error).__name__}: {error})"
             ) from error
 

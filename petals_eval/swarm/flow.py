@@ -7,8 +7,9 @@ its way there and back; a small multiple of it is sent, and a few calls that it 
 more in flight delivers more, the rate grows and the window with it; where it only makes answers come later, the rate
 stays, and so does the window.
 
-How far away it is cannot be told from these calls: each has others before it on the link and in the server, and a
-window made from what they take asks for a longer one. A small question tells, asked before anything else is on its way.
+How far away it is cannot be told from these calls alone: each has others before it on the link and in the server, and
+a window made from what they take asks for a longer one. A small question tells, asked before anything else is on its
+way.
 
 Work is counted in tokens times blocks: a server may be asked for a part of its span.
 """
@@ -24,6 +25,8 @@ LEAST_CALLS = 4
 """Calls in flight that a server always may have: one each on its way there, waiting, computed, on its way back."""
 GAIN = 2.0
 """Times rate and distance: the second half covers what comes back in bunches, and lets the rate grow."""
+CLOSE = 0.05
+"""Seconds: below it, distances say more of how busy servers were when they were asked than of where they are."""
 MEMORY = 10.0
 """Seconds that the best rate is believed."""
 
@@ -75,12 +78,13 @@ class Flow:
         return self.in_flight == 0 or self.in_flight + work <= max(self.limit(blocks), LEAST_CALLS * work)
 
     def seconds_for(self, work: float, unmeasured: float) -> float:
-        """When the answer to this would come: after what is in flight, and from as far away.
+        """When the answer to this would come: after what is in flight, and from as far away. For comparing servers:
+        those that are close are all equally close, or one that was busy at the start would never be called.
 
         unmeasured: seconds per work of a server that has not answered yet.
         """
         slowness = unmeasured if self.rate is None else 1 / self.rate
-        return self.distance + (self.in_flight + work) * slowness
+        return max(0.0, self.distance - CLOSE) + (self.in_flight + work) * slowness
 
     def send(self, work: float, now: float) -> Sent:
         """Count it as in flight; give what this returns to `came_back` or to `lost`."""
@@ -109,6 +113,8 @@ class Flow:
         # Over the time this call was out: shorter ones would take a bunch of answers for a high rate.
         rate = (self._delivered - sent.delivered) / max(1e-6, now - min(sent.at, sent.delivered_at))
         _keep(self._rates, now, rate)
+        # It may have been busy, or starting, when it was asked; it is no farther away than any answer took.
+        self.distance = min(self.distance, now - sent.at)
         self._largest = max(sent.work, 0.95 * self._largest)
 
 

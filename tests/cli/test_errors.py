@@ -194,7 +194,7 @@ def test_a_config_file_that_is_not_there() -> None:
 def test_a_swarm_that_does_not_answer(stage: Stage) -> None:
     command = [*stage.on_task("trec", stage.trec), "--adapter", stage.adapter(), "--dht-prefix", "x", "--out", "r"]
     outcome = invoke(*command, "--initial-peers", NOBODY)
-    refused(outcome, "no initial peer answered within 30 s", NOBODY, code=3)
+    refused(outcome, "no initial peer answered", NOBODY, code=3)
     assert not Path("r").exists()
 
 

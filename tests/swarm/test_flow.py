@@ -118,6 +118,10 @@ def test_of_small_questions_the_quickest_counts():
     for seconds in (0.3, 0.1, 0.5):
         flow.measured(seconds)
     assert flow.distance == 0.1
+    flow.came_back(flow.send(100, 1.0), 1.04)  # it was busy when it was asked
+    assert flow.distance == pytest.approx(0.04)
+    flow.came_back(flow.send(100, 2.0), 2.5)
+    assert flow.distance == pytest.approx(0.04)
 
 
 def test_answers_that_come_late_because_of_others_before_them_open_no_window():

@@ -219,7 +219,7 @@ def test_an_unknown_lora_adapter_has_no_servers(swarm):
 
 def test_an_unreachable_swarm_is_said_with_its_addresses():
     gone = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWP1bRyizj6yjYNioEgopT6Q5r7Vht1o5Qb2dMbiXJ9byx"
-    with pytest.raises(SwarmUnreachableError, match=r"no initial peer answered within 5 s:\s+/ip4/127.0.0.1/tcp/9/"):
+    with pytest.raises(SwarmUnreachableError, match=r"no initial peer answered:\s+/ip4/127.0.0.1/tcp/9/"):
         SwarmConnection.connect(SwarmSettings(initial_peers=(gone,), startup_timeout=5))
     assert not [
         child
