@@ -1,6 +1,5 @@
 """Every setting of a swarm connection and of a run, with its default and its unit, in one place."""
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -16,7 +15,7 @@ from pydantic import (
 
 from petals_eval.errors import ConfigError
 
-__all__ = ["PUBLIC_SWARM", "RunSettings", "Settings", "SwarmSettings", "addresses", "explain_validation"]
+__all__ = ["PUBLIC_SWARM", "RunSettings", "Settings", "SwarmSettings", "explain_validation"]
 
 # The bootstrap peers of the public Petals swarm (2023-2025), as the petals package lists them.
 PUBLIC_SWARM: tuple[str, ...] = (
@@ -99,15 +98,6 @@ def _split(value: object) -> object:
     return [part for text in texts for part in (text.split() if isinstance(text, str) else [text])]
 
 
-def addresses(peers: str | Sequence[str]) -> tuple[str, ...]:
-    """Bootstrap peers as people give them: one text, with blanks between several, or a sequence of these.
-
-    >>> addresses("/ip4/10.0.0.1/tcp/1/p2p/a /ip4/10.0.0.2/tcp/1/p2p/b"), addresses(["/ip4/10.0.0.1/tcp/1/p2p/a"])
-    (('/ip4/10.0.0.1/tcp/1/p2p/a', '/ip4/10.0.0.2/tcp/1/p2p/b'), ('/ip4/10.0.0.1/tcp/1/p2p/a',))
-    """
-    return tuple(part for text in ([peers] if isinstance(peers, str) else peers) for part in text.split())
-
-
 def _identity(name: str) -> str:
     """Every identity ends in nothing: an empty variable of the shell would allow, or deny, all servers."""
     if not name.strip(". "):
@@ -128,6 +118,7 @@ def _blocks(value: object) -> object:
     return tuple(value)
 
 
+Peers = Annotated[tuple[Multiaddress, ...], BeforeValidator(_split)]
 Blocks = Annotated[tuple[int, int], BeforeValidator(_blocks)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Identities = Annotated[tuple[Annotated[str, AfterValidator(_identity)], ...], BeforeValidator(_listed)]
@@ -139,7 +130,7 @@ Push = Literal["auto", "always", "never"]
 class SwarmSettings(Settings):
     """How to reach a swarm and how long to wait for it."""
 
-    initial_peers: tuple[Multiaddress, ...] = Field(min_length=1)  # bootstrap peers; one that answers is enough
+    initial_peers: Peers = Field(min_length=1)  # bootstrap peers; one that answers is enough
 
     # whom to use; servers that do not say what is asked for are left out, too
     active_adapter: str | None = None  # LoRA adapter on the servers; only servers that announce it are used
@@ -194,7 +185,7 @@ class RunSettings(Settings):
     shard: str | None = None  # "2/3": the second of three parts of the examples; None: all of them
 
     # where
-    initial_peers: Annotated[tuple[Multiaddress, ...], BeforeValidator(_split)] = ()  # bootstrap peers
+    initial_peers: Peers = ()  # bootstrap peers
     public_swarm: bool = False  # the public Petals swarm
     local_swarm: int | None = Field(default=None, gt=0)  # servers of an embedded swarm on this machine
     dht_prefix: str | None = None  # the name servers announce; None: Petals' rule for the hub name

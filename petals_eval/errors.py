@@ -155,7 +155,7 @@ class PeerRefusedError(PeerError):
 
 
 class PeerAnswerError(PeerError):
-    """The answer has a wrong count, shape or dtype, or holds values that are not finite."""
+    """The answer has a wrong count, shape or dtype."""
 
 
 class PeerNotFiniteError(PeerAnswerError):

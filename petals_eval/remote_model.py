@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from petals_eval.config import SwarmSettings, addresses
+from petals_eval.config import SwarmSettings
 from petals_eval.data.batching import MicroBatch, micro_batches
 from petals_eval.errors import ConfigError, ExampleError
 from petals_eval.tasks.requests import Request
@@ -88,7 +88,7 @@ class RemoteModel:
         """
         from petals_eval.swarm import SwarmConnection
 
-        settings = SwarmSettings(initial_peers=addresses(initial_peers), **swarm_settings)
+        settings = SwarmSettings(**{"initial_peers": initial_peers, **swarm_settings})
         local, adapters = load_local(
             model, adapter, revision=revision, token=token, dtype=dtype, device=device, cache_dir=cache_dir
         )

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
-from petals_eval.config import Dtype, Multiaddress, Names, Seconds, Settings
+from petals_eval.config import Dtype, Names, Peers, Seconds, Settings
 
 __all__ = ["BenchSettings", "ForwardSettings", "InferenceSettings", "Wire"]
 
@@ -34,7 +34,7 @@ class BenchSettings(Settings):
     revision: str | None = None  # of the model on the hub
     token: SecretStr | None = None  # for gated repositories
 
-    initial_peers: tuple[Multiaddress, ...] = ()  # bootstrap peers
+    initial_peers: Peers = ()  # bootstrap peers
     public_swarm: bool = False  # the public Petals swarm
     local_swarm: int | None = Field(default=None, gt=0)  # servers of an embedded swarm on this machine
     delay: float | None = Field(default=None, ge=0)  # of its links one way, in ms

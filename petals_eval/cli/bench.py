@@ -149,10 +149,7 @@ def inference(
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given; the others have their defaults in the settings."""
-    given = {name: value for name, value in flags.items() if value is not None and value != []}
-    if "initial_peers" in given:
-        given["initial_peers"] = [peer for text in given["initial_peers"] for peer in text.split()]
-    return given
+    return {name: value for name, value in flags.items() if value is not None and value != []}
 
 
 def _bench(measure: Callable[[Callable[[str], None]], Any], public: bool, out: Path | None, json_output: bool) -> int:

@@ -106,7 +106,7 @@ def health(
         raise ConfigError("--history is kept by --serve: add --serve :9090, or leave it out")
     if not every > 0:
         raise ConfigError(f"--every: expected seconds above 0, found {every:g}")
-    flags["initial_peers"] = tuple(peer for text in initial_peers or () for peer in text.split()) or PUBLIC_SWARM
+    flags["initial_peers"] = initial_peers or PUBLIC_SWARM
     settings = HealthSettings(**flags, models=tuple(dht_prefix or ()))
     if public_swarm:
         typer.echo(STRANGERS, err=True)

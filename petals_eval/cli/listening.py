@@ -70,5 +70,4 @@ def checked_peers(texts: Sequence[str]) -> Sequence[str]:
     """Addresses of peers, also several in one text, apart by blanks. Raises ConfigError."""
     from petals_eval.config import SwarmSettings
 
-    peers = tuple(peer for text in texts for peer in text.split())
-    return SwarmSettings(initial_peers=peers).initial_peers if texts else ()
+    return SwarmSettings(initial_peers=tuple(texts)).initial_peers if texts else ()

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
-from petals_eval.config import addresses
 from petals_eval.health import verdict as rules
 from petals_eval.health.canary import Segment, canary_for, segments_of, shared_segments
 from petals_eval.health.census import AnnouncedModel, Census
@@ -42,11 +41,11 @@ def check_health(initial_peers: str | Sequence[str] = (), **settings: Any) -> He
     """Look at a swarm once, over a connection of its own.
 
     settings: fields of HealthSettings, such as models, level, time_limit and concurrency.
+    initial_peers: one address or several.
     Raises ConfigError, ModelError for blocks at home that cannot be loaded, and SwarmUnreachableError when no initial
-    peer answers. What is wrong with servers is in the
-    report and raises nothing.
+    peer answers. What is wrong with servers is in the report and raises nothing.
     """
-    return check(HealthSettings(initial_peers=addresses(initial_peers), **settings))
+    return check(HealthSettings(**{"initial_peers": initial_peers, **settings}))
 
 
 def check(chosen: HealthSettings) -> HealthReport:

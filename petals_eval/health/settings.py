@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from petals_eval.config import Blocks, Multiaddress, Seconds, Settings
+from petals_eval.config import Blocks, Peers, Seconds, Settings
 
 __all__ = ["HealthSettings", "Level"]
 
@@ -43,7 +43,7 @@ def _names(value: object) -> object:
 class HealthSettings(Settings):
     """What to look at, how far, and what it may cost."""
 
-    initial_peers: tuple[Multiaddress, ...] = Field(min_length=1)  # bootstrap peers; one that answers is enough
+    initial_peers: Peers = Field(min_length=1)  # bootstrap peers; one that answers is enough
 
     models: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()  # DHT prefixes; none: every announced model
     level: Annotated[Level, BeforeValidator(_level)] = Level.ROUTE

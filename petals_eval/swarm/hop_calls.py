@@ -90,11 +90,9 @@ class HopCalls:
             async with asyncio.timeout(give_up - time.monotonic()):
                 return await self._call(hop, hidden, prompts)
         except TimeoutError as error:
-            reason = "nothing by the deadline"
-            if self._peers.is_failing(peer_id) and (before := self._peers.of(peer_id).last_error):
-                _, again, earlier = before.partition(f"{reason}; before: ")
-                reason += f"; before: {earlier.removesuffix(')') if again else before}"
-            raise PeerTimeoutError(reason) from error
+            began_with = self._peers.of(peer_id).began_with if self._peers.is_failing(peer_id) else ""
+            before = f"; before: {began_with}" if began_with else ""
+            raise PeerTimeoutError(f"nothing by the deadline{before}") from error
 
     async def _call(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
         """One hop, in as many calls as the server's token limit asks for, all of them together.

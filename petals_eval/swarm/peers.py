@@ -57,6 +57,7 @@ class PeerHistory:
     failures_in_a_row: int = 0
     blocked_until: float = 0.0
     last_error: str = ""
+    began_with: str = ""  # the first error of the failures in a row
     is_left_out: bool = False  # for good
     tokens: int = 0
     bytes_sent: int = 0
@@ -123,6 +124,8 @@ class PeerBook:
         history.last_error = in_words(error)
         if history.blocked_until > now:
             return  # calls that were in flight together fail together: that is one failure, not many
+        if history.failures_in_a_row == 0:
+            history.began_with = history.last_error
         history.failures_in_a_row += 1
         delay = self._settings.min_backoff * 2 ** min(history.failures_in_a_row - 1, 30)
         history.blocked_until = now + min(delay, self._settings.max_backoff)

@@ -1,0 +1,25 @@
+"""Bootstrap peers as people hand them over: one text, several in one text, or a list of them."""
+
+import pytest
+
+from petals_eval import RemoteModel, check_health
+from petals_eval.config import RunSettings, SwarmSettings
+from petals_eval.errors import ConfigError
+from petals_eval.health.settings import HealthSettings
+
+ONE, TWO = (f"/ip4/10.0.0.{index}/tcp/1/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY" for index in (1, 2))
+
+
+@pytest.mark.parametrize("kind", [SwarmSettings, HealthSettings, RunSettings])
+@pytest.mark.parametrize("given", [f"{ONE} {TWO}", [ONE, TWO], (f"{ONE}  {TWO}",), f" {ONE}\n{TWO} "])
+def test_two_addresses_are_two_however_they_are_written(kind, given):
+    more = {"model": "m", "task": "t", "dht_prefix": "p"} if kind is RunSettings else {}
+    assert kind(initial_peers=given, **more).initial_peers == (ONE, TWO)
+
+
+@pytest.mark.parametrize("call", [check_health, lambda peers: RemoteModel.from_pretrained("m", initial_peers=peers)])
+@pytest.mark.parametrize(("given", "says"), [("nonsense", "expected a multiaddress"), (" ", "initial_peers")])
+def test_a_text_that_is_no_address_is_named_as_one(call, given, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        call(given)
+    assert str(caught.value).count("initial_peers") == 1, "letter by letter"
