@@ -37,6 +37,7 @@ class BlockSpan:
         self.family = checkpoint.family
         self._model = model
         self._views: dict[tuple[int, int], nn.Module] = {(first, last): model}
+        self._computing = threading.Lock()
 
     @classmethod
     def load(
@@ -112,6 +113,7 @@ class BlockSpan:
         other = copy.copy(self)
         other._model = copy.deepcopy(self._model)
         other._views = {(self.first, self.last): other._model}
+        other._computing = threading.Lock()
         draws = torch.Generator().manual_seed(seed)
         for parameter in _blocks_of(other._model, self.family).parameters():
             if parameter.ndim > 1:
@@ -143,8 +145,9 @@ class BlockSpan:
         hidden = hidden.to(self.dtype)
         if hidden.numel() == 0:
             return hidden
-        model = self._view(first, last)
-        with ExitStack() as hooks:
+        # One at a time: prompts come in by hooks on the blocks, which would act on whatever else is computed there.
+        with self._computing, ExitStack() as hooks:
+            model = self._view(first, last)
             if prompts is not None:
                 if prompts.shape[2] > hidden.shape[1]:
                     raise ValueError(

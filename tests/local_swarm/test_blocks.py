@@ -1,5 +1,7 @@
 """Spans of blocks against Hugging Face's own full forward, for every family."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -65,6 +67,19 @@ def through(spans, hidden, prompts=None):
 def test_a_span_of_all_blocks_equals_hugging_faces_forward(folder, hidden):
     span = BlockSpan.load(str(folder), 0, BLOCKS)
     assert distance(span.forward(hidden), Reference(folder).forward(hidden)) < 1e-5
+
+
+def test_threads_at_once_see_their_own_prompts(folder, hidden):
+    """Prompts come in by hooks on the blocks, which all calls share."""
+    span = BlockSpan.load(str(folder), 0, BLOCKS)
+    draws = torch.Generator().manual_seed(2)
+    questions = [None, *torch.randn(7, BLOCKS, 1, 4, 32, generator=draws)]
+    alone = [span.forward(hidden, prompts) for prompts in questions]
+    with ThreadPoolExecutor(len(questions)) as threads:
+        for _ in range(5):
+            together = threads.map(lambda prompts: span.forward(hidden, prompts), questions)
+            for found, expected in zip(together, alone, strict=True):
+                assert distance(found, expected) < 1e-5
 
 
 def test_three_spans_equal_hugging_faces_forward(folder, hidden):
