@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -175,7 +176,7 @@ class CheckedCalls:
             except PeerRefusedError as error:
                 if not self._limits.learn_per_call(peer_id, error, tokens):
                     raise
-        self._peers.of(peer_id).flow.measured(min(answer.seconds for answer in answers))
+        self._peers.of(peer_id).flow.measured(min(answer.seconds for answer in answers), time.monotonic())
         self.tokens_asked += 2 * question.shape[0] * question.shape[1]
         first = torch.cat([answer.hidden for answer in answers[: len(parts)]])
         second = torch.cat([answer.hidden for answer in answers[len(parts) :]])

@@ -29,6 +29,9 @@ CLOSE = 0.05
 """Seconds: below it, distances say more of how busy servers were when they were asked than of where they are."""
 MEMORY = 10.0
 """Seconds that the best rate is believed."""
+FADING = 2.0
+"""Seconds without work after which a server is taken for twice as fast as it was: one that had a bad start is tried
+again, and one that is slow gets a call now and then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class Flow:
         self.distance = 0.0
         self._delivered = 0.0
         self._delivered_at = 0.0
+        self._ready_at = 0.0
         self._rates: deque[tuple[float, float]] = deque()  # (when, work per second), falling
         self._largest = 0.0  # work of one call, fading
         self._since_idle = 0  # calls that came back since nothing was in flight
@@ -61,9 +65,14 @@ class Flow:
         """Work per second, the best of late; None before the first answer."""
         return self._rates[0][1] if self._rates else None
 
-    def measured(self, distance: float) -> None:
-        """What a small question took just now. The least counts: the others had something before them."""
+    def measured(self, distance: float, now: float) -> None:
+        """What a small question took just now. The least counts: the others had something before them.
+
+        Calls that waited for the first one to be answered were not the server's work till then.
+        """
         self.distance = min(distance, self.distance or distance)
+        if self.rate is None:
+            self._ready_at = now
 
     def limit(self, blocks: int) -> float:
         """Work that may be in flight, for calls of so many blocks."""
@@ -85,6 +94,12 @@ class Flow:
         """
         slowness = unmeasured if self.rate is None else 1 / self.rate
         return max(0.0, self.distance - CLOSE) + (self.in_flight + work) * slowness
+
+    def hoped_for(self, work: float, unmeasured: float, now: float) -> float:
+        """The same of a server that may have become faster since it was last called."""
+        seconds = self.seconds_for(work, unmeasured)
+        is_idle = self.in_flight == 0 and self.rate is not None
+        return seconds * 0.5 ** ((now - self._delivered_at) / FADING) if is_idle else seconds
 
     def send(self, work: float, now: float) -> Sent:
         """Count it as in flight; give what this returns to `came_back` or to `lost`."""
@@ -111,7 +126,8 @@ class Flow:
         self._delivered += sent.work
         self._delivered_at = now
         # Over the time this call was out: shorter ones would take a bunch of answers for a high rate.
-        rate = (self._delivered - sent.delivered) / max(1e-6, now - min(sent.at, sent.delivered_at))
+        since = max(self._ready_at, min(sent.at, sent.delivered_at))
+        rate = (self._delivered - sent.delivered) / max(1e-6, now - since)
         _keep(self._rates, now, rate)
         # It may have been busy, or starting, when it was asked; it is no farther away than any answer took.
         self.distance = min(self.distance, now - sent.at)
