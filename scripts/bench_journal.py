@@ -1,51 +1,65 @@
 #!/usr/bin/env python
-"""What the journal costs a run: the time spent in it, as a share of the run's time.
+"""What the journal costs a run: the same run with one journal and with two, in turn.
 
-    scripts/bench_journal.py --model MODEL --adapter PROMPTS --task trec --data FILE [--repeat 3]
+    scripts/bench_journal.py --model MODEL --adapter PROMPTS --task trec --data FILE [--pairs 10]
 
-Every call of the journal is timed while the rows are evaluated over an embedded swarm whose servers are processes.
-Commits wait for the disk, and that waiting counts; so does the time in which other threads of the client, or other
-processes of a busy machine, have the processor meanwhile. The processor time of the calls alone is shown beside it.
+The second journal is given everything that the first one is given and asked, in a file beside it; what a run takes
+longer with it is what one journal costs: processor time, waiting for the disk, and whatever that holds up. The time
+inside the first one's calls is shown beside it. That is more: while a call waits for the disk or for its turn, the
+client's other threads and the servers on the same machine go on.
 """
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 import time
-from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import petals_eval
-from petals_eval.runs import Journal, RunFolder
+from petals_eval.runs import Journal
 
 METHODS = ("add", "add_failure", "withdraw", "flush", "flush_if_due", "done_keys", "counts", "arrays", "servers")
 
 
-class Clock:
-    """Time inside the journal. A method that calls another one is counted once."""
+class Watch:
+    """Time inside the journal's calls, and each of them a second time on `second`, where there is one. A call from
+    within another one is neither."""
 
     def __init__(self) -> None:
-        self.inside = 0
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.calls: dict[str, int] = defaultdict(int)
-        self.processor = 0.0
+        self.second: Journal | None = None
+        self.seconds = 0.0
+        self._is_inside = False
+        for name in METHODS:
+            setattr(Journal, name, self._watched(getattr(Journal, name)))
 
-    def watch(self, name: str) -> None:
-        real = getattr(Journal, name)
-
-        def timed(journal: Journal, *arguments: object, **options: object) -> object:
-            self.inside += 1
-            started, processor = time.perf_counter(), time.thread_time()
-            try:
+    def _watched(self, real: Callable[..., object]) -> Callable[..., object]:
+        def watched(journal: Journal, *arguments: object, **options: object) -> object:
+            if self._is_inside:
                 return real(journal, *arguments, **options)
+            self._is_inside = True
+            try:
+                if self.second is not None:
+                    real(self.second, *arguments, **options)
+                started = time.perf_counter()
+                try:
+                    return real(journal, *arguments, **options)
+                finally:
+                    self.seconds += time.perf_counter() - started
             finally:
-                self.inside -= 1
-                if not self.inside:
-                    self.seconds[name] += time.perf_counter() - started
-                    self.calls[name] += 1
-                    self.processor += time.thread_time() - processor
+                self._is_inside = False
 
-        setattr(Journal, name, timed)
+        return watched
+
+    @contextlib.contextmanager
+    def doubled(self, path: Path) -> Iterator[None]:
+        with Journal(path, create=True) as second, second.session("second"):
+            self.second = second
+            try:
+                yield
+            finally:
+                self.second = None
 
 
 def main() -> None:
@@ -56,13 +70,10 @@ def main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--servers", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--out", help="where the run folders go: the disk that is measured")
     given = parser.parse_args()
-    clock = Clock()
-    for name in METHODS:
-        clock.watch(name)
-    shares, processor = [], []
+    watch = Watch()
     with (
         tempfile.TemporaryDirectory(dir=given.out) as folder,
         petals_eval.LocalSwarm(given.model, servers=given.servers) as swarm,
@@ -70,28 +81,33 @@ def main() -> None:
             given.model, adapter=given.adapter, initial_peers=swarm.initial_peers, dht_prefix=swarm.dht_prefix
         ) as model,
     ):
-        for repeat in range(given.repeat):
-            clock.seconds.clear()
-            clock.calls.clear()
-            clock.processor = 0.0
-            out = Path(folder) / str(repeat)
-            petals_eval.evaluate(model, task=given.task, data=given.data, limit=given.limit, out=out)
-            with RunFolder.open(out) as opened:
-                adapter = opened.manifest.adapters[0].name
-                rows, seconds = opened.journal.counts(adapter).scored, opened.journal.seconds(adapter)
-            spent = sum(clock.seconds.values())
-            shares.append(spent / seconds)
-            processor.append(clock.processor / seconds)
+
+        def run(name: str, *, doubled: bool) -> tuple[float, float]:
+            """Seconds of the whole evaluation, and of those in the journal."""
+            watch.seconds, started = 0.0, time.perf_counter()
+            out = Path(folder) / name
+            with watch.doubled(Path(folder) / f"{name}.sqlite") if doubled else contextlib.nullcontext():
+                petals_eval.evaluate(model, task=given.task, data=given.data, limit=given.limit, out=out)
+            return time.perf_counter() - started, watch.seconds
+
+        run("warm", doubled=False)
+        costs, shares = [], []
+        for pair in range(given.pairs):
+            taken = {}
+            for doubled in (False, True) if pair % 2 else (True, False):
+                taken[doubled], inside = run(f"{pair} {doubled}", doubled=doubled)
+                if not doubled:
+                    shares.append(inside / taken[doubled])
+            costs.append(taken[True] / taken[False] - 1)
             print(
-                f"{rows:,} rows in {seconds:.2f} s ({rows / seconds:,.0f} ex/s); in the journal {1000 * spent:.0f} ms, "
-                f"{1e6 * spent / rows:.1f} us a row: {100 * spent / seconds:.2f}% of the run's time, "
-                f"{100 * clock.processor / seconds:.2f}% of it processor time"
+                f"one journal {taken[False]:.2f} s, two {taken[True]:.2f} s: {costs[-1]:+.1%} of the run's time; "
+                f"inside the one {shares[-1]:.1%}",
+                flush=True,
             )
-    for name in sorted(clock.seconds, key=lambda name: -clock.seconds[name]):
-        print(f"  {name:<13} {clock.calls[name]:>7,} calls  {1000 * clock.seconds[name]:>7.1f} ms")
+    low, _, high = statistics.quantiles(costs, n=4) if len(costs) > 1 else costs * 3
     print(
-        f"median: {100 * statistics.median(shares):.2f}% of the run's time, "
-        f"{100 * statistics.median(processor):.2f}% of it processor time"
+        f"median: {statistics.median(costs):+.1%} of the run's time (middle half {low:+.1%} to {high:+.1%}); "
+        f"inside its calls {statistics.median(shares):.1%}"
     )
 
 

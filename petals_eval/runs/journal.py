@@ -23,12 +23,14 @@ from petals_eval.tasks.requests import Prediction
 
 __all__ = ["Counts", "Failure", "Journal", "ScoredArrays", "commit_what_waits"]
 
-# A commit costs a few milliseconds of waiting for the disk, so rows are committed together: at most this many, and
-# none waits for longer than this while others arrive. What is not committed when the process dies is computed again.
-COMMIT_ROWS = 2048
-COMMIT_SECONDS = 1.0
+# A commit waits for the disk, for some milliseconds or, on a slow one, for a second, so rows are committed together: at
+# most this many, and none waits longer than the least time while others arrive, or than it takes for commits to be no
+# more than this share of a run. What is not committed when the process dies is computed again.
+COMMIT_ROWS = 4096
+COMMIT_SECONDS, MOST_COMMIT_SECONDS = 1.0, 10.0
+COMMIT_SHARE = 0.01
 READ_ROWS = 1024
-ROWS_TOGETHER = 80  # of one statement: some builds of SQLite take 999 values
+ROWS_TOGETHER = 512  # of one statement at most
 COMMIT_PATIENCE = 1.0  # seconds for a commit at the last moment, while another thread holds the journal
 
 
@@ -45,9 +47,11 @@ class Journal:
         self._lock = threading.RLock()
         self._pending: list[Row] = []
         self._session: tuple[int, float] | None = None  # row, monotonic start
-        self._last_commit = float("-inf")
+        self._next_commit = float("-inf")
         self._closed = False
         self._connection = connect(path, create=create, read_only=read_only)
+        most_values = self._connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)  # 999 in some builds
+        self._rows_together = min(ROWS_TOGETHER, most_values // len(Row._fields))
         self._tables = SmallTables(self._connection)
         _OPEN.add(self)
 
@@ -137,7 +141,7 @@ class Journal:
     def flush_if_due(self) -> None:
         """Commit if rows have waited long enough. For whoever waits for the swarm: call it now and then."""
         with self._lock:
-            if self._pending and time.monotonic() - self._last_commit >= COMMIT_SECONDS:
+            if self._pending and time.monotonic() >= self._next_commit:
                 self.flush()
 
     def flush(self) -> None:
@@ -145,16 +149,19 @@ class Journal:
         with self._lock:
             if not self._pending and self._session is None:
                 return
+            began = time.monotonic()
             with undisturbed():
                 with self._transaction():
-                    for start in range(0, len(self._pending), ROWS_TOGETHER):
-                        self._insert_together(self._pending[start : start + ROWS_TOGETHER])
+                    for start in range(0, len(self._pending), self._rows_together):
+                        self._insert_together(self._pending[start : start + self._rows_together])
                     if self._session is not None:
                         session, started = self._session
                         seconds = time.monotonic() - started
                         self._connection.execute("UPDATE sessions SET seconds = ? WHERE id = ?", (seconds, session))
                 self._pending.clear()
-                self._last_commit = time.monotonic()
+                ended = time.monotonic()
+                rest = (ended - began) / COMMIT_SHARE
+                self._next_commit = ended + min(MOST_COMMIT_SECONDS, max(COMMIT_SECONDS, rest))
 
     @contextlib.contextmanager
     def session(self, adapter: str) -> Iterator[None]:

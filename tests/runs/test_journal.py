@@ -18,6 +18,7 @@ from petals_eval.holding import now_or_soon
 from petals_eval.runs import Counts, Journal, ServerUsed
 from petals_eval.runs import journal as journal_module
 from petals_eval.runs.rows import Row
+from petals_eval.runs.small_tables import SmallTables
 
 
 @pytest.fixture
@@ -156,6 +157,30 @@ def test_rows_are_committed_together_by_number_and_by_time(path: Path, monkeypat
         journal.add("a", prediction(9999))
         journal.flush()
         assert committed() == 3 + journal_module.COMMIT_ROWS
+
+
+@pytest.mark.parametrize(("takes", "rest"), [(0.05, 5.0), (3.0, journal_module.MOST_COMMIT_SECONDS)])
+def test_a_slow_disk_is_waited_for_less_often(
+    takes: float, rest: float, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(journal_module.time, "monotonic", lambda: clock[0])
+    number_of = SmallTables.adapter
+
+    def slow(tables: SmallTables, name: str) -> int:
+        clock[0] += takes
+        return number_of(tables, name)
+
+    monkeypatch.setattr(SmallTables, "adapter", slow)
+    with Journal(path, create=True) as journal:
+        journal.add("a", prediction(0))
+        journal.add("a", prediction(1))
+        clock[0] += 0.9 * rest
+        journal.flush_if_due()
+        assert len(journal._pending) == 1
+        clock[0] += 0.2 * rest
+        journal.flush_if_due()
+        assert not journal._pending
 
 
 def test_closing_commits_also_after_another_error(path: Path) -> None:
@@ -462,5 +487,6 @@ def test_memory_does_not_grow_with_the_rows(path: Path) -> None:
         return highest
 
     with Journal(path, create=True) as journal:
-        few = peak(0, 2000)
-        assert peak(2000, 12_000) < 1.2 * few + 100_000
+        waiting = journal_module.COMMIT_ROWS
+        few = peak(0, waiting)
+        assert peak(waiting, 5 * waiting) < 1.2 * few + 100_000
