@@ -45,20 +45,20 @@ def explain_validation(model: type[BaseModel], error: ValidationError) -> str:
     from petals_eval.data.problems import closest  # here, because the rest of that room takes seconds to import
 
     names = [field.alias or name for name, field in model.model_fields.items()]
-    problems = error.errors(include_url=False)
-    wrong_items = {problem["loc"][0] for problem in problems if len(problem["loc"]) > 1}
     lines = []
-    for problem in problems:
+    for problem in error.errors(include_url=False):
         key = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
+        expected = _EXPECTED.get(problem["type"])
+        if expected is not None:
+            message = f"expected {expected.format(**problem.get('ctx', {}))}"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             lines.append(f"unknown setting {key!r}.{closest(key, names)} There are: {', '.join(names)}")
         elif problem["type"] == "missing":
             lines.append(f"{key} is missing, and it must be given")
         elif not key:
             lines.append(message)  # about the settings together
-        elif key in wrong_items and problem["type"] == "too_short":
-            continue  # pydantic does not count the wrong items it has just named
         elif key == "token":
             lines.append(f"{key}: {message}")
         else:
@@ -66,18 +66,37 @@ def explain_validation(model: type[BaseModel], error: ValidationError) -> str:
     return "\n".join(lines)
 
 
+# What pydantic found wrong, in the words of all other messages.
+_EXPECTED = {
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "{ge} or more",
+    "less_than": "less than {lt}",
+    "less_than_equal": "{le} or less",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "literal_error": "{expected}",
+    "tuple_type": "a list",
+}
+_ADDRESS = "expected a multiaddress such as /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW..."
+
+
 def _multiaddress(value: object) -> object:
     """A multiaddress with a peer identity, checked by hivemind's own parser."""
     from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
     from hivemind.utils.multiaddr import Multiaddr
 
-    hint = "expected a multiaddress such as /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW..."
     if not isinstance(value, str):
-        raise ValueError(hint)
+        raise ValueError(_ADDRESS)
     try:
         PeerID.from_base58(Multiaddr(value)["p2p"])
     except (ValueError, LookupError) as error:
-        raise ValueError(hint) from error
+        raise ValueError(_ADDRESS) from error
     return value
 
 
@@ -96,6 +115,12 @@ def _split(value: object) -> object:
     if not isinstance(texts, list | tuple):
         return value
     return [part for text in texts for part in (text.split() if isinstance(text, str) else [text])]
+
+
+def _at_least_one(addresses: tuple[str, ...]) -> tuple[str, ...]:
+    if not addresses:
+        raise ValueError(_ADDRESS)
+    return addresses
 
 
 def _identity(name: str) -> str:
@@ -119,6 +144,7 @@ def _blocks(value: object) -> object:
 
 
 Peers = Annotated[tuple[Multiaddress, ...], BeforeValidator(_split)]
+SomePeers = Annotated[Peers, AfterValidator(_at_least_one)]
 Blocks = Annotated[tuple[int, int], BeforeValidator(_blocks)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Identities = Annotated[tuple[Annotated[str, AfterValidator(_identity)], ...], BeforeValidator(_listed)]
@@ -130,7 +156,7 @@ Push = Literal["auto", "always", "never"]
 class SwarmSettings(Settings):
     """How to reach a swarm and how long to wait for it."""
 
-    initial_peers: Peers = Field(min_length=1)  # bootstrap peers; one that answers is enough
+    initial_peers: SomePeers  # bootstrap peers; one that answers is enough
 
     # whom to use; servers that do not say what is asked for are left out, too
     active_adapter: str | None = None  # LoRA adapter on the servers; only servers that announce it are used

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from petals_eval.config import Blocks, Peers, Seconds, Settings
+from petals_eval.config import Blocks, Names, Seconds, Settings, SomePeers
 
 __all__ = ["HealthSettings", "Level"]
 
@@ -36,16 +36,12 @@ def _level(value: object) -> object:
     return value
 
 
-def _names(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
 class HealthSettings(Settings):
     """What to look at, how far, and what it may cost."""
 
-    initial_peers: Peers = Field(min_length=1)  # bootstrap peers; one that answers is enough
+    initial_peers: SomePeers  # bootstrap peers; one that answers is enough
 
-    models: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()  # DHT prefixes; none: every announced model
+    models: Names = ()  # DHT prefixes; none: every announced model
     level: Annotated[Level, BeforeValidator(_level)] = Level.ROUTE
     num_blocks: int | None = Field(default=None, gt=0, le=1000)  # of the models named; None: as announced
     hidden_size: int | None = Field(default=None, gt=0)  # of the canary; None: as the servers' own descriptors say

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
+from petals_eval.config import explain_validation
 from petals_eval.errors import ConfigError, ModelError
 from petals_eval.local_swarm.loop_thread import LoopThread
 from petals_eval.local_swarm.servers import LocalServer, Nursery, ProcessServer, ThreadServer
@@ -178,9 +179,7 @@ class LocalSwarm:
         try:
             return ServerSettings(**{**self._options, **options, **fields})
         except ValidationError as error:
-            first_error = error.errors()[0]
-            where = ".".join(map(str, first_error["loc"])) or "settings"
-            raise ConfigError(f"local swarm: {where}: {first_error['msg']}, found {first_error['input']!r}") from error
+            raise ConfigError(f"local swarm: {explain_validation(ServerSettings, error)}") from error
 
 
 def _links(

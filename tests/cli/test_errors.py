@@ -142,9 +142,9 @@ def test_tasks_models_and_files_that_are_not_there(stage: Stage) -> None:
         (["--initial-peers", "127.0.0.1:31337"], "expected a multiaddress such as /ip4/203.0.113.5/tcp/31337/p2p/"),
         (["--initial-peers", "/ip4/127.0.0.1/tcp/31337"], "found '/ip4/127.0.0.1/tcp/31337'"),
         (["--local-swarm", "9"], "expected 1 to 5 servers for 5 blocks, found 9"),
-        (["--local-swarm", "0"], "local_swarm: Input should be greater than 0 (found 0)"),
-        (["--local-swarm", "2", "--limit", "0"], "limit: Input should be greater than 0 (found 0)"),
-        (["--local-swarm", "2", "--dtype", "int8"], "dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
+        (["--local-swarm", "0"], "local_swarm: expected more than 0 (found 0)"),
+        (["--local-swarm", "2", "--limit", "0"], "limit: expected more than 0 (found 0)"),
+        (["--local-swarm", "2", "--dtype", "int8"], "dtype: expected 'float32', 'bfloat16' or 'float16'"),
         (["--local-swarm", "2", "--device", "gpu"], "device: expected one that torch can use here, found 'gpu'"),
         (["--local-swarm", "2", "--dry-run", "--json"], "nothing for --json to print"),
         (["--initial-peers", NOBODY], "is a local folder", "give it with --dht-prefix")[:2],
@@ -176,8 +176,8 @@ def test_a_wrong_flag_is_said_with_the_usage() -> None:
         ("model: [m", ["--config run.yaml, line 1: not valid YAML: expected ',' or ']'"]),
         ("- model\n", ["--config run.yaml: expected lines of `flag: value`, found list"]),
         ("model: m\ntaks: trec\nlocal_swarm: 2\n", ["unknown setting 'taks'. Did you mean task?", "task is missing"]),
-        ("model: m\ntask: trec\nlocal_swarm: some\n", ["local_swarm: Input should be a valid integer", "found 'some'"]),
-        ("model: m\ntask: trec\nlocal_swarm: 2\ntoken: [hf_secret]\n", ["token: Input should be a valid string"]),
+        ("model: m\ntask: trec\nlocal_swarm: some\n", ["local_swarm: expected a whole number", "found 'some'"]),
+        ("model: m\ntask: trec\nlocal_swarm: 2\ntoken: [hf_secret]\n", ["token: expected text"]),
     ],
 )
 def test_a_config_file_that_cannot_be_used(text: str, expected: list[str]) -> None:
@@ -296,7 +296,7 @@ def test_servers_of_the_command_swarm_that_cannot_be(stage: Stage) -> None:
     for flags, expected in (
         (["--span", "0-4"], "--span: expected FIRST:LAST such as 0:4, found 0-4"),
         (["--span", "0:40"], "expected spans within 0:5, the model's blocks, found 0:40"),
-        (["--dtype", "int8"], "dtype: Input should be 'float32', 'bfloat16' or 'float16', found 'int8'"),
+        (["--dtype", "int8"], "dtype: expected 'float32', 'bfloat16' or 'float16' (found 'int8')"),
         (["--servers", "9"], "expected 1 to 5 servers for 5 blocks, found 9"),
     ):
         refused(invoke("swarm", stage.model, *flags), expected)

@@ -96,7 +96,7 @@ def test_mistakes_show_before_the_swarm_is_asked(stage: Stage) -> None:
     refused(before_any_swarm(stage, "--fail-under", "acuracy=0.5"), "Did you mean accuracy")
     refused(before_any_swarm(stage, "--fail-under", "brier=0.5"), "better when it is lower")
     refused(before_any_swarm(stage, "--shard", "4/3"), "shard: expected I/N with I from 1 to N", "found '4/3'")
-    refused(before_any_swarm(stage, "--max-failed", "-1"), "max_failed: Input should be greater than or equal to 0")
+    refused(before_any_swarm(stage, "--max-failed", "-1"), "max_failed: expected 0 or more")
     Path("data.csv").write_text("text,kind\nwho,human\n")
     refused(before_any_swarm(stage, data="data.csv"), "data.csv has no column coarse_label")
     Path("data.csv").write_text("text,coarse_label\nwho,human\nwhat,7\n")
