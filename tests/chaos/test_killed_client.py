@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from petals_eval.local_swarm import LocalSwarm
+from petals_eval.local_swarm.faults import Slow
 
 SECONDS = 90  # until a step of another process must be done; the machine may be busy
 ROWS_A_KILL = 250  # so that the run is not over before the last kill
@@ -23,7 +24,9 @@ ROWS_A_KILL = 250  # so that the run is not over before the last kill
 
 @pytest.fixture(scope="module")
 def swarm(realdata):
-    with LocalSwarm(realdata / "stories260K-hf", spans=[(0, 3), (3, 5)], mode="process") as swarm:
+    """Its servers take their time, so that a run has a middle on any machine."""
+    unhurried = Slow(delay=0.04)
+    with LocalSwarm(realdata / "stories260K-hf", spans=[(0, 3), (3, 5)], mode="process", faults=(unhurried,)) as swarm:
         yield swarm
 
 
@@ -36,7 +39,7 @@ def command(realdata, swarm, limit, out):
     ]
 
 
-SLOWLY = ("--window", "1", "--tokens-per-micro-batch", "100")  # so that there is a middle of the run
+SLOWLY = ("--window", "1", "--tokens-per-micro-batch", "100")
 
 
 def rows(journal):

@@ -16,13 +16,15 @@ import pytest
 import petals_eval
 from petals_eval.errors import DeadlineError, MissingBlocksError, RunFolderError
 from petals_eval.local_swarm import LocalSwarm
+from petals_eval.local_swarm.faults import Slow
 from petals_eval.runs import RunFolder
 
 EXAMPLES = 500
 ACCURACY = 0.7360
 ADAPTER = "trec-deep_ptune"
-# Small micro-batches: many of them, so that there is a middle of the run.
+# Small micro-batches, and servers that take their time: so that there is a middle of the run on any machine.
 SMALL = {"tokens_per_micro_batch": 160}
+UNHURRIED = Slow(delay=0.05)
 
 
 class Watcher:
@@ -61,7 +63,7 @@ def swarm_of(files):
     running = []
 
     def start(spans, **options):
-        swarm = LocalSwarm(files["model"], spans=spans, mode="process", **options)
+        swarm = LocalSwarm(files["model"], spans=spans, mode="process", faults=(UNHURRIED,), **options)
         running.append(swarm)
         return swarm.start()
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from petals_eval.local_swarm import LocalSwarm
+from petals_eval.local_swarm.faults import Slow
+from petals_eval.local_swarm.servers import LocalServer
 
 SPANS = ((0, 2), (2, 4), (4, 5))
 
@@ -17,6 +19,7 @@ class Stage:
 
     realdata: Path
     peer: str
+    servers: tuple[LocalServer, ...]
 
     @property
     def model(self) -> Path:
@@ -48,7 +51,17 @@ class Stage:
 @pytest.fixture(scope="session")
 def stage(realdata: Path) -> Iterator[Stage]:
     with LocalSwarm(realdata / "stories260K-hf", spans=SPANS, mode="thread") as swarm:
-        yield Stage(realdata, swarm.initial_peers[0])
+        yield Stage(realdata, swarm.initial_peers[0], tuple(swarm.servers))
+
+
+@pytest.fixture
+def unhurried(stage: Stage) -> Iterator[Stage]:
+    """Servers that take their time, so that a run has a middle on any machine."""
+    for server in stage.servers:
+        server.switch(Slow(delay=0.03))
+    yield stage
+    for server in stage.servers:
+        server.switch()
 
 
 @pytest.fixture(autouse=True)

@@ -74,10 +74,10 @@ def wait_for(condition, process: subprocess.Popen) -> None:
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended by SIGTERM")],
 )
 def test_an_ended_run_keeps_what_is_scored_and_goes_on(
-    stage: Stage, number: signal.Signals, code: int, words: str
+    unhurried: Stage, number: signal.Signals, code: int, words: str
 ) -> None:
-    slow = ["--window", 1, "--tokens-per-micro-batch", 64]
-    process = start(*stage.run("--out", "r", *slow))
+    stage = unhurried
+    process = start(*stage.run("--out", "r", "--window", 8, "--tokens-per-micro-batch", 64))
     wait_for(lambda: scored(Path("r/journal.sqlite")) > 0, process)
     # To the whole group, as a terminal sends Ctrl-C: the libp2p daemon gets it, too.
     children = psutil.Process(process.pid).children(recursive=True)
@@ -167,9 +167,10 @@ def test_sigterm_while_metrics_are_computed(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGINT, signal.SIGTERM]], ids=["one", "two"])
-def test_a_way_out_that_hangs_is_cut_short(stage: Stage, numbers: list[signal.Signals]) -> None:
+def test_a_way_out_that_hangs_is_cut_short(unhurried: Stage, numbers: list[signal.Signals]) -> None:
     """The libp2p daemon is frozen, so letting go of the swarm takes its five seconds and more."""
-    process = start(*stage.run("--out", "r", "--window", 1, "--tokens-per-micro-batch", 64))
+    stage = unhurried
+    process = start(*stage.run("--out", "r", "--window", 4, "--tokens-per-micro-batch", 64))
     journal_of(process, Path("r/journal.sqlite"), 10)
     [daemon] = psutil.Process(process.pid).children()
     daemon.suspend()
@@ -211,9 +212,10 @@ def test_two_signals_at_once_keep_what_waits_to_be_committed(tmp_path: Path) -> 
     assert scored(tmp_path / "j") == 100
 
 
-def test_a_disk_that_fills_in_mid_run_ends_it_with_4_and_loses_nothing(stage: Stage) -> None:
+def test_a_disk_that_fills_in_mid_run_ends_it_with_4_and_loses_nothing(unhurried: Stage) -> None:
     """No file of the process may grow any more, as on a full disk."""
-    process = start(*stage.run("--out", "r", "--window", 1, "--tokens-per-micro-batch", 64))
+    stage = unhurried
+    process = start(*stage.run("--out", "r", "--window", 4, "--tokens-per-micro-batch", 64))
     journal_of(process, Path("r/journal.sqlite"), 20)
     size = Path("r/journal.sqlite-wal").stat().st_size
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
