@@ -68,10 +68,15 @@ def _origin(manifest: Manifest) -> str:
         ["model", f"{model.name}{revision}, sha256 {model.sha256[:16]}…"],
         *(["adapter", f"{each.name} ({each.kind}), sha256 {each.sha256[:16]}…"] for each in manifest.adapters),
         ["data", f"{data.name}, {sample}, fingerprint {data.fingerprint[:16]}…"],
-        *([f"setting {key}", str(value)] for key, value in manifest.answer_settings.items()),
+        *([f"setting {key}", _setting(value)] for key, value in manifest.answer_settings.items() if value is not None),
         ["packages", ", ".join(f"{name} {version}" for name, version in manifest.packages.items())],
     ]
     return f"## How it came about\n\n{_table(['', ''], rows)}"
+
+
+def _setting(value: object) -> str:
+    text = str(value)
+    return f"sha256 {text[:16]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else text
 
 
 def _servers(servers: Sequence[tuple[ServerUsed, int]]) -> str:

@@ -22,7 +22,8 @@ class Bar:
 
     @classmethod
     def parse(cls, text: str, label_names: Sequence[str]) -> "Bar":
-        """Of "accuracy=0.7". Raises ConfigError for a metric that is unknown, has no number or is better when lower.
+        """Of "accuracy=0.7". Raises ConfigError for a metric that is unknown, has no number or is better when
+        lower, and for a number that none can reach.
 
         >>> Bar.parse("f1_macro=0.5", ("no", "yes"))
         Bar(name='f1_macro', least=0.5)
@@ -40,6 +41,8 @@ class Bar:
             raise ConfigError(f"fail_under: {bar.name} is not a single number. Expected one such as {known}.")
         if not spec.higher_is_better:
             raise ConfigError(f"fail_under: {bar.name} is better when it is lower, so nothing can be below it.")
+        if bar.least > 1:  # all that are better when higher end there
+            raise ConfigError(f"fail_under: expected at most 1, the best {bar.name} there is; found {bar.least:g}.")
         return bar
 
     @property

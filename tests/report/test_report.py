@@ -138,7 +138,7 @@ def manifest() -> Manifest:
         adapters=[AdapterRecord(name="trec-ptune", kind="ptune", sha256="b" * 64)],
         data=DataRecord(name="TREC_10.label", fingerprint="c" * 64, limit=100, seed=4),
         task={"name": "trec"},
-        answer_settings={"dtype": "float32"},
+        answer_settings={"dtype": "float32", "code": "d" * 64, "wire": None},
     )
 
 
@@ -157,9 +157,11 @@ def test_the_markdown_report_says_what_and_how() -> None:
         "| model | stories260K-hf at abc, sha256 aaaaaaaaaaaaaaaa… |",
         "| data | TREC\\_10.label, 100 examples, seed 4, fingerprint cccccccccccccccc… |",
         "| setting dtype | float32 |",
+        "| setting code | sha256 dddddddddddddddd… |",
         "| 12D3KooWAlpha | 0:5 | 2.2.0 | float32 | none said | 500 |",
     ):
         assert line in text.splitlines(), line
+    assert "None" not in text
 
 
 def test_what_a_lossy_wire_did_is_said() -> None:

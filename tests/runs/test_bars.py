@@ -59,6 +59,7 @@ def test_a_bar_for_one_label() -> None:
         ("f1[maybe]=0.7", r"Expected one such as f1\[no\]"),
         ("confusion_matrix=0.7", "not a single number"),
         ("log_loss=0.7", "better when it is lower"),
+        ("accuracy=70", "expected at most 1, the best accuracy there is; found 70"),
     ],
 )
 def test_bars_that_cannot_be_set(text: str, message: str) -> None:
