@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from petals_eval.cli.signals import ending_signals, how_it_ended, interrupted_code
+from petals_eval.environment import unless_set
 from petals_eval.errors import InterruptedRunError, MachineError, PetalsEvalError
 
 __all__ = ["run_command"]
@@ -86,16 +87,8 @@ _QUIET = {
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """The libraries' own log lines are not for the user of a command; HIVEMIND_LOGLEVEL brings hivemind's back.
-
-    The environment is as before afterwards: whoever calls a command from Python may start other programs later.
-    """
-    unset = [name for name in _QUIET if name not in os.environ]
-    os.environ.update({name: _QUIET[name] for name in unset})
+    """The libraries' own log lines are not for the user of a command; HIVEMIND_LOGLEVEL brings hivemind's back."""
     for name in ("transformers", "huggingface_hub"):  # where they are imported already
         logging.getLogger(name).setLevel(logging.ERROR)
-    try:
+    with unless_set(_QUIET):
         yield
-    finally:
-        for name in unset:
-            os.environ.pop(name, None)

@@ -9,7 +9,7 @@ from hivemind.p2p.p2p_daemon import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
 from petals_eval.errors import SwarmUnreachableError
-from petals_eval.swarm.daemon import keep_reading
+from petals_eval.swarm.daemon import start_daemon
 
 __all__ = ["Peer"]
 
@@ -39,7 +39,7 @@ class Peer:
         Raises SwarmUnreachableError when none of them answers, and hivemind's errors for what this machine cannot do.
         """
         try:
-            p2p = await P2P.create(
+            p2p = await start_daemon(
                 initial_peers=list(initial_peers),
                 host_maddrs=list(host_maddrs),
                 announce_maddrs=list(announce_maddrs) or None,
@@ -57,7 +57,6 @@ class Peer:
                 "\n  ".join(["no initial peer answered:", *initial_peers])
                 + "\nCheck the addresses and that one of them is up."
             ) from error
-        keep_reading(p2p)
         try:
             node = await DHTNode.create(p2p=p2p, initial_peers=list(initial_peers) or None)
             maddrs = tuple(str(maddr) for maddr in await p2p.get_visible_maddrs())

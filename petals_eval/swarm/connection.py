@@ -17,7 +17,7 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import SwarmError, SwarmUnreachableError
-from petals_eval.swarm.daemon import end_daemon, keep_reading, wait_until_lost
+from petals_eval.swarm.daemon import end_daemon, start_daemon, wait_until_lost
 from petals_eval.swarm.untrusted import bound_hivemind
 from petals_eval.swarm.wire_book import WireBook
 
@@ -80,7 +80,7 @@ class SwarmConnection:
         try:
             with fail_after(self.settings.startup_timeout):
                 # A client opens no port on the user's router and serves no strangers: no port mapping, no AutoNAT.
-                self._p2p = await P2P.create(
+                self._p2p = await start_daemon(
                     initial_peers=peers,
                     dht_mode="client",
                     auto_nat=False,
@@ -89,7 +89,6 @@ class SwarmConnection:
                     host_maddrs=None,
                     startup_timeout=self.settings.startup_timeout,
                 )
-                keep_reading(self._p2p)
                 self._dht = await DHTNode.create(p2p=self._p2p, initial_peers=peers, client_mode=True, num_workers=32)
         except ClockError as error:
             raise SwarmUnreachableError(

@@ -1,6 +1,7 @@
 """The local libp2p daemon: answers that meet their timeout, and a daemon that dies or hangs."""
 
 import asyncio
+import os
 import random
 import signal
 import threading
@@ -18,7 +19,7 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import SwarmError
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.swarm import SwarmConnection
-from petals_eval.swarm.daemon import keep_reading
+from petals_eval.swarm.daemon import keep_reading, start_daemon
 from tests.tiny_models import make_tiny
 
 DELAY = 0.02  # seconds until the echo comes
@@ -28,6 +29,23 @@ class Echo(ServicerBase):
     async def rpc_echo(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
         await asyncio.sleep(DELAY)
         return runtime_pb2.ExpertInfo(serialized_info=request.uid.encode())
+
+
+def test_the_daemon_is_told_of_its_work_and_nobody_else_is(monkeypatch):
+    monkeypatch.setenv("GOGC", "75")
+    monkeypatch.delenv("GOMAXPROCS", raising=False)
+
+    async def told():
+        daemon = await start_daemon(nat_port_map=False, auto_nat=False, use_relay=False)
+        try:
+            return psutil.Process(daemon._child.pid).environ()
+        finally:
+            await daemon.shutdown()
+
+    environment = asyncio.run(told())
+    assert environment["GOGC"] == "75", "the user's own"
+    assert environment["GOMAXPROCS"] == "1"
+    assert "GOMAXPROCS" not in os.environ
 
 
 def test_answers_that_meet_their_timeout_stop_nothing():
