@@ -37,7 +37,7 @@ R = TypeVar("R", bound=Answerable)
 class LocalPart(nn.Module, ABC):
     """What a model computes at home: text into the first block's input, the last block's output into answers.
 
-    config, family, num_blocks, hidden_size: of the whole model, whose blocks are elsewhere.
+    config, family, num_blocks, hidden_size, context: of the whole model, whose blocks are elsewhere.
     fingerprint: model, revision, dtype, sha256 and lm_head_sha256, as they stand in a run's manifest.
 
     Where the tensors come from is a subclass's business: it sets embeddings, embedding_norm, norm and the fingerprint,
@@ -55,6 +55,7 @@ class LocalPart(nn.Module, ABC):
         self.family = family
         self.num_blocks = family.num_blocks(config)
         self.hidden_size = family.hidden_size(config)
+        self.context = family.context_limit(config)
         self.embedding_norm = nn.Identity()
 
     @property
@@ -86,11 +87,10 @@ class LocalPart(nn.Module, ABC):
 
     def check_length(self, tokens: int, prefix: int) -> None:
         """Raise RequestTooLargeError if `prefix` prompt tokens and `tokens` of text exceed the model's context."""
-        limit = self.family.context_limit(self.config)
-        if limit is not None and prefix + tokens > limit:
+        if self.context is not None and prefix + tokens > self.context:
             raise RequestTooLargeError(
                 f"{prefix} prompt tokens and {tokens} tokens of text are {prefix + tokens} positions; this "
-                f"{self.family.title} reads {limit} at most. Lower the task's max_length to {max(0, limit - prefix)}."
+                f"{self.family.title} reads {self.context} at most. Lower the task's max_length to {max(0, self.context - prefix)}."
             )
 
     def embed(self, input_ids: torch.Tensor, adapter: Adapter | None = None) -> torch.Tensor:
