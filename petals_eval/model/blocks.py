@@ -108,12 +108,17 @@ class BlockSpan:
                             setattr(owner, name, p)
             block.train(p > 0)
 
-    def shuffled(self, seed: int) -> "BlockSpan":
-        """Blocks of the same sizes and other weights: the rows of each matrix in another order, drawn by `seed`."""
+    def copied(self) -> "BlockSpan":
+        """The same blocks, with weights of their own."""
         other = copy.copy(self)
         other._model = copy.deepcopy(self._model)
         other._views = {(self.first, self.last): other._model}
         other._computing = threading.Lock()
+        return other
+
+    def shuffled(self, seed: int) -> "BlockSpan":
+        """Blocks of the same sizes and other weights: the rows of each matrix in another order, drawn by `seed`."""
+        other = self.copied()
         draws = torch.Generator().manual_seed(seed)
         for parameter in _blocks_of(other._model, self.family).parameters():
             if parameter.ndim > 1:

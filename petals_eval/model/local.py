@@ -88,9 +88,10 @@ class LocalPart(nn.Module, ABC):
     def check_length(self, tokens: int, prefix: int) -> None:
         """Raise RequestTooLargeError if `prefix` prompt tokens and `tokens` of text exceed the model's context."""
         if self.context is not None and prefix + tokens > self.context:
+            room = max(0, self.context - prefix)
             raise RequestTooLargeError(
                 f"{prefix} prompt tokens and {tokens} tokens of text are {prefix + tokens} positions; this "
-                f"{self.family.title} reads {self.context} at most. Lower the task's max_length to {max(0, self.context - prefix)}."
+                f"{self.family.title} reads {self.context} at most. Lower the task's max_length to {room}."
             )
 
     def embed(self, input_ids: torch.Tensor, adapter: Adapter | None = None) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Rounding is never taken for a lie, nor a lie for rounding: real blocks, trained and of random weights."""
 
-import copy
 
 import pytest
 import torch
@@ -59,9 +58,8 @@ def test_another_order_of_adding_up_is_rounding(model, dtype):
     span = model.spans[dtype]
     if span.family.model_type in ("bloom", "falcon"):
         return  # they have one way of computing attention each
-    eager = copy.deepcopy(span)
+    eager = span.copied()
     eager._model.set_attn_implementation("eager")
-    eager._views = {(eager.first, eager.last): eager._model}
     for start, end, question in model.cases:
         one, other = (blocks.forward(question, first=start, last=end) for blocks in (span, eager))
         assert excess(question, one, other, (kind(dtype), kind(dtype))) <= (0.01 if dtype is FLOAT else 0.9)
@@ -74,8 +72,7 @@ def test_a_gpu_that_computes_float32_in_tf32_is_no_liar(model):
         return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
     span = model.spans[FLOAT]
-    other = copy.deepcopy(span)
-    other._views = {(other.first, other.last): other._model}
+    other = span.copied()
     for module in other._model.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.data = tf32(module.weight.data)
