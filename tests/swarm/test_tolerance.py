@@ -1,6 +1,5 @@
 """Rounding is never taken for a lie, nor a lie for rounding: real blocks, trained and of random weights."""
 
-
 import pytest
 import torch
 
