@@ -53,6 +53,7 @@ class Flow:
     def __init__(self) -> None:
         self.in_flight = 0.0
         self.distance = 0.0
+        self._calls = 0  # in flight
         self._delivered = 0.0
         self._delivered_at = 0.0
         self._ready_at = 0.0
@@ -83,8 +84,8 @@ class Flow:
         return max(least, min(least + on_its_way, grown, float(MOST_TOKENS * blocks)))
 
     def has_room(self, work: float, blocks: int) -> bool:
-        """Whether to send this now. A server with nothing in flight takes anything."""
-        return self.in_flight == 0 or self.in_flight + work <= max(self.limit(blocks), LEAST_CALLS * work)
+        """Whether to send this now."""
+        return self._calls < LEAST_CALLS or self.in_flight + work <= self.limit(blocks)
 
     def seconds_for(self, work: float, unmeasured: float) -> float:
         """When the answer to this would come: after what is in flight, and from as far away. For comparing servers:
@@ -107,10 +108,12 @@ class Flow:
             self._delivered_at = now  # an idle server delivers nothing, through no fault of its own
             self._since_idle = 0
         self.in_flight += work
+        self._calls += 1
         return Sent(work, now, self._delivered, self._delivered_at)
 
     def lost(self, sent: Sent) -> None:
         """It will not come back."""
+        self._calls -= 1
         self.in_flight = max(0.0, self.in_flight - sent.work)
 
     def slowed_down(self) -> None:

@@ -116,6 +116,15 @@ def test_an_idle_server_takes_anything():
     assert Flow().has_room(1e9, 1)
 
 
+def test_a_few_calls_always_fit_however_unequal():
+    flow = Flow()
+    flow.came_back(flow.send(500, 0.0), 0.1)
+    for work in (897, 960, 943, 925):
+        assert flow.has_room(work, 1)
+        flow.send(work, 0.2)
+    assert not flow.has_room(400, 1)
+
+
 def test_after_a_pause_the_window_opens_as_answers_come():
     server = Simulated(20_000, 0.2)
     flow = flow_to(server)
