@@ -66,12 +66,12 @@ def explain_validation(model: type[BaseModel], error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-# What pydantic found wrong, in the words of all other messages.
+# What pydantic found wrong, in the words of our own checks of settings.
 _EXPECTED = {
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "{ge} or more",
-    "less_than": "less than {lt}",
-    "less_than_equal": "{le} or less",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "{le:g} or less",
     "int_parsing": "a whole number",
     "int_type": "a whole number",
     "int_from_float": "a whole number",

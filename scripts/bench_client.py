@@ -4,7 +4,8 @@ the time from connecting to the first result.
     .venv/bin/python scripts/bench_client.py
 
 The same micro-batches go to a hivemind peer that sends each message back, and through the blocks of a local swarm, in
-turn. Servers and the echo are processes of their own; counted are this process and its libp2p daemon (p2pd).
+turn. Servers and the echo are processes of their own; counted are this process and its libp2p daemon (p2pd), which is
+started alike for both.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from petals_eval.bench.statistics import Spread  # noqa: E402
 from petals_eval.config import SwarmSettings  # noqa: E402
 from petals_eval.local_swarm import LocalSwarm  # noqa: E402
 from petals_eval.swarm import RemoteSequential, SwarmConnection, Work  # noqa: E402
+from petals_eval.swarm.daemon import start_daemon  # noqa: E402
 
 HIDDEN = 256
 IN_FLIGHT = 8
@@ -58,7 +60,7 @@ async def serve() -> None:
 
 async def echo(peer: dict, size: int, messages: int) -> float:
     """Send messages of `size` bytes and take them back; the processor seconds of this process and its daemon."""
-    p2p = await P2P.create(
+    p2p = await start_daemon(
         initial_peers=[peer["maddr"]], dht_mode="client", no_listen=True, host_maddrs=None, auto_nat=False,
         nat_port_map=False,
     )  # fmt: skip

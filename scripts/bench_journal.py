@@ -3,8 +3,9 @@
 
     scripts/bench_journal.py --model MODEL --adapter PROMPTS --task trec --data FILE [--pairs 10]
 
-The second journal is given everything that the first one is given and asked, in a file beside it; what a run takes
-longer with it is what one journal costs: processor time, waiting for the disk, and whatever that holds up. The time
+The second journal, in a file beside the first one, is given the same rows and asked for all that metrics are made from;
+what a run takes longer with it is what a journal costs: processor time, waiting for the disk, and whatever that holds
+up. (Reading the predictions back for predictions.jsonl is that file's cost, with or without a journal.) The time
 inside the first one's calls is shown beside it. That is more: while a call waits for the disk or for its turn, the
 client's other threads and the servers on the same machine go on.
 """

@@ -111,7 +111,8 @@ class BlockSpan:
     def copied(self) -> "BlockSpan":
         """The same blocks, with weights of their own."""
         other = copy.copy(self)
-        other._model = copy.deepcopy(self._model)
+        with self._computing:  # not with the prompts of a call
+            other._model = copy.deepcopy(self._model)
         other._views = {(self.first, self.last): other._model}
         other._computing = threading.Lock()
         return other

@@ -23,9 +23,10 @@ from petals_eval.tasks.requests import Prediction
 
 __all__ = ["Counts", "Failure", "Journal", "ScoredArrays", "commit_what_waits"]
 
-# A commit waits for the disk, for some milliseconds or, on a slow one, for a second, so rows are committed together: at
-# most this many, and none waits longer than the least time while others arrive, or than it takes for commits to be no
-# more than this share of a run. What is not committed when the process dies is computed again.
+# A commit waits for the disk, for some milliseconds or, on a slow one, for a tenth of a second, so rows are committed
+# together. While others arrive they wait for the least time, or for as long as makes commits this share of a run, but
+# never longer than the most time, nor until there are more of them than this: what is not committed when the process
+# dies is computed again.
 COMMIT_ROWS = 4096
 COMMIT_SECONDS, MOST_COMMIT_SECONDS = 1.0, 10.0
 COMMIT_SHARE = 0.01

@@ -61,14 +61,14 @@ class CheckedCalls:
     async def forward(
         self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, *, lossless: bool = False
     ) -> Answer:
-        await self._clear(hop, hidden)
+        await self._ready(hop, hidden)
         answer = await self._calls.forward(hop, hidden, prompts, lossless=lossless)
         self._refuse_if_caught(hop)  # while this was computed
         self._computed(hop, hidden)
         return answer
 
     async def forward_in_steps(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, step: int) -> Answer:
-        await self._clear(hop, hidden)
+        await self._ready(hop, hidden)
         answer = await self._calls.forward_in_steps(hop, hidden, prompts, step)
         self._refuse_if_caught(hop)
         self._computed(hop, hidden)
@@ -77,7 +77,7 @@ class CheckedCalls:
     async def push(self, hops: Sequence[Hop], hidden: torch.Tensor, timeout: float) -> Pushed:
         """Only the first server is asked before: what the others are given is known when they have answered."""
         try:
-            await self._clear(hops[0], hidden)
+            await self._ready(hops[0], hidden)
         except PeerError as error:
             return Pushed((), error, 0)
         pushed = await self._calls.push(hops, hidden, timeout)
@@ -115,6 +115,11 @@ class CheckedCalls:
         tokens = hidden.shape[0] * hidden.shape[1]
         self.tokens_computed += tokens
         self._standing(hop).tokens += tokens
+
+    async def _ready(self, hop: Hop, hidden: torch.Tensor) -> None:
+        """`_clear`, for a call that leaves when this returns."""
+        await self._clear(hop, hidden)
+        self._peers.of(hop.server.peer_id).flow.begins(time.monotonic())
 
     async def _clear(self, hop: Hop, hidden: torch.Tensor) -> None:
         """Return once the server has answered one question twice alike; concurrent callers share its first check."""
@@ -176,7 +181,7 @@ class CheckedCalls:
             except PeerRefusedError as error:
                 if not self._limits.learn_per_call(peer_id, error, tokens):
                     raise
-        self._peers.of(peer_id).flow.measured(min(answer.seconds for answer in answers), time.monotonic())
+        self._peers.of(peer_id).flow.measured(min(answer.seconds for answer in answers))
         self.tokens_asked += 2 * question.shape[0] * question.shape[1]
         first = torch.cat([answer.hidden for answer in answers[: len(parts)]])
         second = torch.cat([answer.hidden for answer in answers[len(parts) :]])

@@ -18,8 +18,11 @@ hundred KiB, and spent two fifths of its processor time on collecting them as ga
 
 
 async def start_daemon(**options: Any) -> P2P:
-    """A daemon as `P2P.create` starts it with these options, and a reader that late answers do not end."""
-    with unless_set(_GO):  # hivemind hands on what it finds there
+    """A daemon as `P2P.create` starts it with these options, and a reader that late answers do not end.
+
+    hivemind hands on the environment it finds: what other threads start meanwhile gets Go's variables too.
+    """
+    with unless_set(_GO):
         p2p = await P2P.create(**options)
     keep_reading(p2p)
     return p2p

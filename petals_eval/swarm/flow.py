@@ -29,9 +29,6 @@ CLOSE = 0.05
 """Seconds: below it, distances say more of how busy servers were when they were asked than of where they are."""
 MEMORY = 10.0
 """Seconds that the best rate is believed."""
-FADING = 2.0
-"""Seconds without work after which a server is taken for twice as fast as it was: one that had a bad start is tried
-again, and one that is slow gets a call now and then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +63,14 @@ class Flow:
         """Work per second, the best of late; None before the first answer."""
         return self._rates[0][1] if self._rates else None
 
-    def measured(self, distance: float, now: float) -> None:
-        """What a small question took just now. The least counts: the others had something before them.
-
-        Calls that waited for the first one to be answered were not the server's work till then.
-        """
+    def measured(self, distance: float) -> None:
+        """What a small question took just now. The least counts: the others had something before them."""
         self.distance = min(distance, self.distance or distance)
-        if self.rate is None:
-            self._ready_at = now
+
+    def begins(self, now: float) -> None:
+        """A call leaves only now. Of the first one this counts: it waited until the server had shown that it may be
+        used, with all that were to leave beside it, and that is not the server's work."""
+        self._ready_at = self._ready_at or now
 
     def limit(self, blocks: int) -> float:
         """Work that may be in flight, for calls of so many blocks."""
@@ -83,9 +80,9 @@ class Flow:
         grown = least + self._since_idle * self._largest
         return max(least, min(least + on_its_way, grown, float(MOST_TOKENS * blocks)))
 
-    def has_room(self, work: float, blocks: int) -> bool:
-        """Whether to send this now."""
-        return self._calls < LEAST_CALLS or self.in_flight + work <= self.limit(blocks)
+    def has_room(self, work: float, blocks: int, hops: int = 1) -> bool:
+        """Whether to send this now. hops: servers that it passes before an answer comes."""
+        return self._calls < LEAST_CALLS * hops or self.in_flight + work <= self.limit(blocks)
 
     def seconds_for(self, work: float, unmeasured: float) -> float:
         """When the answer to this would come: after what is in flight, and from as far away. For comparing servers:
@@ -95,12 +92,6 @@ class Flow:
         """
         slowness = unmeasured if self.rate is None else 1 / self.rate
         return max(0.0, self.distance - CLOSE) + (self.in_flight + work) * slowness
-
-    def hoped_for(self, work: float, unmeasured: float, now: float) -> float:
-        """The same of a server that may have become faster since it was last called."""
-        seconds = self.seconds_for(work, unmeasured)
-        is_idle = self.in_flight == 0 and self.rate is not None
-        return seconds * 0.5 ** ((now - self._delivered_at) / FADING) if is_idle else seconds
 
     def send(self, work: float, now: float) -> Sent:
         """Count it as in flight; give what this returns to `came_back` or to `lost`."""

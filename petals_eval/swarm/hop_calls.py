@@ -44,13 +44,10 @@ class HopCalls:
     def seconds(self, server: SpanServer, blocks: int, tokens: int) -> float:
         """When the answer would come, by what was measured of the server so far, and before that by what it claims."""
         flow = self._peers.of(server.peer_id).flow
-        return HOP_OVERHEAD + flow.hoped_for(float(tokens * blocks), _claimed(server), time.monotonic())
+        return HOP_OVERHEAD + flow.seconds_for(float(tokens * blocks), _claimed(server))
 
     def seconds_for(self, hop: Hop, hidden: torch.Tensor) -> float:
-        """The same, and no better than it was."""
-        work = float(hidden.shape[0] * hidden.shape[1] * (hop.last - hop.first))
-        flow = self._peers.of(hop.server.peer_id).flow
-        return HOP_OVERHEAD + flow.seconds_for(work, _claimed(hop.server))
+        return self.seconds(hop.server, hop.last - hop.first, hidden.shape[0] * hidden.shape[1])
 
     def patience(self, hop: Hop, hidden: torch.Tensor) -> float:
         """Seconds after which this call is a straggler."""

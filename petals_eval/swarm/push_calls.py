@@ -11,7 +11,7 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerAnswerError, PeerDistrustedError, PeerError, PeerRefusedError
 from petals_eval.swarm import wire
 from petals_eval.swarm.calls import BlockCalls
-from petals_eval.swarm.flow import LEAST_CALLS, Flow, Sent
+from petals_eval.swarm.flow import Flow, Sent
 from petals_eval.swarm.hop_calls import FIRST_PATIENCE, HopCalls
 from petals_eval.swarm.limits import USUAL_MAX_TOKENS, TokenLimits
 from petals_eval.swarm.lines import Lines
@@ -106,7 +106,7 @@ class PushCalls:
                 if hops is None or not self._takes(hops, hidden):
                     return []
                 flow.distance = sum(self._peers.of(hop.server.peer_id).flow.distance for hop in hops)
-                has_room = flow.has_room(work, last - first) or flow.in_flight < LEAST_CALLS * len(hops) * work
+                has_room = flow.has_room(work, last - first, len(hops))
                 if self._settings.window or (has_room and self._has_cache(hops, hidden)):
                     break
                 await line.news(_LOOK_AGAIN)

@@ -143,6 +143,7 @@ def test_tasks_models_and_files_that_are_not_there(stage: Stage) -> None:
         (["--initial-peers", "/ip4/127.0.0.1/tcp/31337"], "found '/ip4/127.0.0.1/tcp/31337'"),
         (["--local-swarm", "9"], "expected 1 to 5 servers for 5 blocks, found 9"),
         (["--local-swarm", "0"], "local_swarm: expected more than 0 (found 0)"),
+        (["--local-swarm", "2", "--deadline", "0"], "deadline: expected more than 0 (found 0.0)"),
         (["--local-swarm", "2", "--limit", "0"], "limit: expected more than 0 (found 0)"),
         (["--local-swarm", "2", "--dtype", "int8"], "dtype: expected 'float32', 'bfloat16' or 'float16'"),
         (["--local-swarm", "2", "--device", "gpu"], "device: expected one that torch can use here, found 'gpu'"),

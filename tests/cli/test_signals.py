@@ -171,7 +171,7 @@ def test_a_way_out_that_hangs_is_cut_short(unhurried: Stage, numbers: list[signa
     """The libp2p daemon is frozen, so letting go of the swarm takes its five seconds and more."""
     stage = unhurried
     process = start(*stage.run("--out", "r", "--window", 4, "--tokens-per-micro-batch", 64))
-    journal_of(process, Path("r/journal.sqlite"), 10)
+    journal_of(process, Path("r/journal.sqlite"), 1)
     [daemon] = psutil.Process(process.pid).children()
     daemon.suspend()
     try:
@@ -185,7 +185,7 @@ def test_a_way_out_that_hangs_is_cut_short(unhurried: Stage, numbers: list[signa
     psutil.wait_procs([daemon], timeout=10)
     assert not daemon.is_running()
     kept = scored(Path("r/journal.sqlite"))
-    assert kept >= 10
+    assert kept >= 1
     assert invoke(*stage.run("--out", "r")).code == 0
     assert scored(Path("r/journal.sqlite")) == 500
 
@@ -216,7 +216,7 @@ def test_a_disk_that_fills_in_mid_run_ends_it_with_4_and_loses_nothing(unhurried
     """No file of the process may grow any more, as on a full disk."""
     stage = unhurried
     process = start(*stage.run("--out", "r", "--window", 4, "--tokens-per-micro-batch", 64))
-    journal_of(process, Path("r/journal.sqlite"), 20)
+    journal_of(process, Path("r/journal.sqlite"), 1)
     size = Path("r/journal.sqlite-wal").stat().st_size
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
     committed = scored(Path("r/journal.sqlite"))

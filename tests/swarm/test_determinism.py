@@ -406,3 +406,16 @@ def test_checks_cost_less_than_a_hundredth_of_the_tokens_of_ten_thousand_example
     share = checked.tokens_asked / checked.tokens_computed
     print(f"hidden size {size}, {replicas} replicas: {share:.2%} of the tokens")
     assert 0.002 < share < 0.01
+
+
+def test_the_first_question_is_not_counted_as_work():
+    """A server that loads before it answers anything would be taken for slow, and not be called again."""
+
+    class Loads(Blocks):
+        async def forward(self, hop, hidden, prompts, **options):
+            await asyncio.sleep(0.5 if len(self.calls) < 2 else 0.0)
+            return await super().forward(hop, hidden, prompts, **options)
+
+    pipe, _ = swarm(Loads(), server("a", 0, 4))
+    run(pipe, hidden_states(4, 20, SIZE))
+    assert pipe.peers.of("a").flow.rate > 4 * 20 * 4 / 0.4

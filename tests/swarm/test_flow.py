@@ -4,7 +4,7 @@ import heapq
 
 import pytest
 
-from petals_eval.swarm.flow import FADING, LEAST_CALLS, MOST_TOKENS, Flow
+from petals_eval.swarm.flow import LEAST_CALLS, MOST_TOKENS, Flow
 
 
 class Simulated:
@@ -22,7 +22,7 @@ class Simulated:
 def flow_to(server: Simulated) -> Flow:
     """As it is after a small question was asked."""
     flow = Flow()
-    flow.measured(server.delay, now=0.0)
+    flow.measured(server.delay)
     return flow
 
 
@@ -88,21 +88,21 @@ def test_calls_that_waited_for_the_first_question_make_no_server_slow():
     """A server that loads for three seconds before it answers anything, and is quick from then on."""
     flow = Flow()
     calls = [flow.send(500, 0.0) for _ in range(LEAST_CALLS)]
-    flow.measured(3.0, now=3.0)
+    flow.measured(3.0)
+    for _ in calls:
+        flow.begins(3.0)
     for number, sent in enumerate(calls, start=1):
         flow.came_back(sent, 3.0 + 0.05 * number)
     assert flow.rate == pytest.approx(500 / 0.05)
 
 
-def test_a_slow_server_is_hoped_to_be_faster_the_longer_it_was_not_called():
+def test_only_the_first_call_waits():
     flow = Flow()
-    sent = flow.send(500, 0.0)
-    flow.came_back(sent, 5.0)
-    known = flow.seconds_for(500, 0.0)
-    assert flow.hoped_for(500, 0.0, now=5.0) == pytest.approx(known)
-    assert flow.hoped_for(500, 0.0, now=5.0 + 3 * FADING) == pytest.approx(known / 8)
-    flow.send(500, 20.0)
-    assert flow.hoped_for(500, 0.0, now=40.0) == flow.seconds_for(500, 0.0), "one call tells, many would wait"
+    flow.begins(3.0)
+    sent = flow.send(500, 3.0)
+    flow.begins(3.9)  # it was asked for other blocks of its span, too
+    flow.came_back(sent, 4.0)
+    assert flow.rate == pytest.approx(500)
 
 
 def test_what_is_lost_is_no_longer_in_flight_and_measures_nothing():
@@ -146,7 +146,7 @@ def test_after_a_pause_the_window_opens_as_answers_come():
 def test_of_small_questions_the_quickest_counts():
     flow = Flow()
     for seconds in (0.3, 0.1, 0.5):
-        flow.measured(seconds, now=0.0)
+        flow.measured(seconds)
     assert flow.distance == 0.1
     flow.came_back(flow.send(100, 1.0), 1.04)  # it was busy when it was asked
     assert flow.distance == pytest.approx(0.04)
@@ -157,7 +157,7 @@ def test_of_small_questions_the_quickest_counts():
 def test_answers_that_come_late_because_of_others_before_them_open_no_window():
     """A link that all calls share: the more are in flight, the longer each takes."""
     flow = Flow()
-    flow.measured(0.04, now=0.0)
+    flow.measured(0.04)
     rate, now, under_way = 700.0, 0.0, []
     for _ in range(300):
         while flow.has_room(130, 1):
