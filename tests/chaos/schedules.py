@@ -26,8 +26,8 @@ LYING = (f.FlippedBit, f.Noise, f.OtherWeights, f.Swapped, f.TrainingMode)
 """Answers that look right. A third replica is needed to say who is wrong, so that they hit one of three at most."""
 _SILENT = r"does not answer|no server holds|no server of blocks 3:5 has answered"
 _LEFT_OUT = r"every server of blocks 3:5 fails .*is left out"
-_TWO_OR_WRONG = rf"no server (in evaluation mode|that is trusted) holds blocks 3:5|{_LEFT_OUT}"
 """Where the record of a server that an earlier schedule ended is still there, and says that there is one more."""
+_TWO_OR_WRONG = rf"no server (in evaluation mode|that is trusted) holds blocks 3:5|{_LEFT_OUT}"
 SAYS = {
     f.Crash: r"cannot be reached|no server holds|does not answer",
     f.Hang: _SILENT,

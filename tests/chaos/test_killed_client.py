@@ -68,7 +68,7 @@ def kill_at_a_random_moment(process, journal, dice):
             assert process.poll() is None, f"it ended before it was killed: {process.communicate()}"
             assert time.monotonic() < give_up, "nothing was scored in time"
             time.sleep(0.01)
-        time.sleep(dice.uniform(0.0, 2.0))
+        time.sleep(dice.uniform(0.0, 4.0))  # a slow disk is written to every few seconds
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
