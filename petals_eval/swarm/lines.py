@@ -1,8 +1,8 @@
 """Where micro-batches wait for a server: one line before each block, first come first served.
 
 Only the first in a line looks for a server. Whoever is behind it would find the same one, and with hundreds of
-micro-batches waiting the looking would cost more than the sending. How many wait, wherever that is, says whether to
-make more of them: what runs ahead of the slowest server only fills the memory.
+micro-batches waiting the looking would cost more than the sending. How many wait says whether to make more of them
+(`petals_eval.swarm.flight`): what runs far ahead of the slowest server only fills the memory.
 """
 
 import asyncio
@@ -42,6 +42,11 @@ class Lines:
         self._lines: dict[int, Line] = {}
         self.waiting = 0
         self.listeners: set[Callable[[], None]] = set()
+
+    def length(self, block: int) -> int:
+        """Micro-batches in the line before a block. May be read from any thread."""
+        line = self._lines.get(block)
+        return 0 if line is None else line.length
 
     @asynccontextmanager
     async def first(self, block: int) -> AsyncIterator[Line]:
