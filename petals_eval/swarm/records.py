@@ -45,7 +45,11 @@ _Count = Annotated[StrictInt, Field(ge=0)]
 
 
 class ServerRecord(BaseModel):
-    """One server's word about itself. Every field of `extra` is optional and unknown ones are ignored."""
+    """One server's word about itself. Every field of `extra` is optional and unknown ones are ignored.
+
+    So is `next_pings`, the seconds to servers of the next blocks: nothing here needs them, and Petals writes infinity
+    for one that did not answer in time, which is no reason to do without the server that says so.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -63,7 +67,6 @@ class ServerRecord(BaseModel):
     quant_type: _Words | None = None
     using_relay: StrictBool | None = None
     cache_tokens_left: _Count | None = None
-    next_pings: dict[StrictStr, _Rate] | None = None  # peer id -> seconds
 
     @classmethod
     def from_wire(cls, value: object) -> "ServerRecord":

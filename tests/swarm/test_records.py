@@ -36,6 +36,13 @@ def test_a_full_record_is_read_and_unknown_keys_are_ignored():
     assert record.adapters == ("some/lora",)
 
 
+@pytest.mark.parametrize("pings", [{"Qm": float("inf")}, {"Qm": float("nan")}, {}, None, "none"])
+def test_a_server_is_used_whatever_became_of_its_pings(pings):
+    """A Petals server that could not reach the next one announces infinity. Seen under load: both were well."""
+    snapshot = read_snapshot([announce(0, "a", (2, 1.0, FULL | {"next_pings": pings}))], 3)
+    assert (list(snapshot.servers), snapshot.dropped) == (["a"], 0)
+
+
 def test_the_words_of_a_stranger_are_safe_to_show_and_short():
     """They stand in warnings and errors on a terminal, in the journal and in the manifest."""
     words = "2.2.0\x1b]0;owned\x07\u202e\n" + "x" * 10_000
