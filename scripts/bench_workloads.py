@@ -129,7 +129,7 @@ class Workloads:
             model,
             adapter,
             "ptune",
-            *make_task(self.folder / "letters", rows=128, tokens=(16, 128)),
+            *make_task(self.folder / "letters", rows=256, tokens=(16, 128)),
             max_length=128,
             spans=((0, 2), (2, 4), (4, 6), (6, 8)),
             links=(WIDE,) * 4,
