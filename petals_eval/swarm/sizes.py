@@ -23,8 +23,9 @@ BETTER = 1.15
 """Another size must be so many times as fast: the pace of shared machines and links is no steadier than that."""
 EPOCH_SECONDS, EPOCH_MICRO_BATCHES = 3.0, 32
 """What one size is measured over."""
-LONGEST_REST = 64
-"""Epochs without a trial, after trials that brought nothing: 4, then twice as many each time, up to this."""
+FIRST_REST, LONGEST_REST = 4, 64
+"""Epochs before a trial: what short runs never come to, for a size above libp2p's window may cost a third of the pace
+while it is tried. Twice as many after each trial that brought nothing."""
 
 
 @dataclass(slots=True)
@@ -45,7 +46,7 @@ class MicroBatchSize:
         self._best_rate: float | None = None  # at the size in use, unless a trial is on
         self._trial_of: int | None = None  # the size to return to
         self._direction = STEP
-        self._rest, self._next_rest = 0, 4
+        self._rest, self._next_rest = FIRST_REST, FIRST_REST
         self._epoch = _Epoch()
 
     @property
@@ -85,7 +86,7 @@ class MicroBatchSize:
             if self._rest <= 0:
                 self._try(self._direction)
         elif self._best_rate is not None and rate > BETTER * self._best_rate:
-            self._best_rate, self._trial_of, self._rest, self._next_rest = rate, None, 0, 4
+            self._best_rate, self._trial_of, self._rest, self._next_rest = rate, None, 0, FIRST_REST
         else:
             self.bytes, self._trial_of = self._trial_of, None
             self._direction = 1 / self._direction

@@ -44,6 +44,13 @@ def test_the_bounds_hold(seconds_of):
         assert SMALLEST <= settle(seconds_of, count).bytes <= LARGEST
 
 
+def test_a_run_of_some_seconds_tries_no_other_size():
+    """Seen with real servers: a size above libp2p's window, tried after three seconds, took a third of the pace for six
+    of sixteen."""
+    assert not any(settle(lambda positions: 0.05, n).is_on_trial for n in range(0, 240, 10))  # 12 seconds
+    assert settle(lambda positions: 0.05, 280).is_on_trial
+
+
 def test_what_was_made_before_a_change_is_not_counted():
     size = MicroBatchSize()
     for second in range(100):
