@@ -25,7 +25,7 @@ EPOCH_SECONDS, EPOCH_MICRO_BATCHES = 3.0, 32
 """What one size is measured over."""
 FIRST_REST, LONGEST_REST = 4, 64
 """Epochs before a trial: what short runs never come to, for a size above libp2p's window may cost a third of the pace
-while it is tried. Twice as many after each trial that brought nothing."""
+while it is tried. As many again after a trial that brought nothing, then twice as many each time."""
 
 
 @dataclass(slots=True)
