@@ -151,6 +151,7 @@ Identities = Annotated[tuple[Annotated[str, AfterValidator(_identity)], ...], Be
 Dtype = Literal["float32", "bfloat16", "float16"]
 Wire = Literal["float16", "blockwise8", "uniform8"]
 Push = Literal["auto", "always", "never"]
+Pool = Literal["auto", "last", "last-not-pad", "before-first-pad", "count-not-pad"]
 
 
 class SwarmSettings(Settings):
@@ -198,6 +199,7 @@ class RunSettings(Settings):
     without_prompts: bool = False  # evaluate the first adapter's head without its prompts, too
     dtype: Dtype | None = None  # at home; None: the checkpoint's
     device: str = "cpu"  # at home
+    pool: Pool = "auto"  # which token a head reads in a text with padding tokens; "auto": as whoever trained it
 
     # on what
     task: str  # a shipped task or a YAML file

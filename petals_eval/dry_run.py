@@ -1,7 +1,7 @@
 """A dry run: what an evaluation would send, and to whom. Nothing is sent."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DryRun", "dry_run", "route_lines"]
 
+_NAMED = 6  # tensors
+
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
@@ -27,6 +29,7 @@ class DryRun:
     n_text_tokens: without prompts and padding; n_positions: with them.
     hidden_bytes: of the hidden states, in the dtype at home or the lossy wire's; they travel to each hop and back.
     prompt_bytes: of the deep prompts, which travel once, split among the hops.
+    notes: what else one should know of it, a sentence each.
     Servers of a narrower dtype than the one at home are sent less.
     """
 
@@ -41,6 +44,7 @@ class DryRun:
     n_positions: int
     hidden_bytes: int
     prompt_bytes: int
+    notes: tuple[str, ...] = ()
 
     def bytes_sent(self, hops: int) -> int:
         return self.hidden_bytes * hops + self.prompt_bytes
@@ -72,7 +76,12 @@ def dry_run(
     tokenizer = local.tokenizer
     examples = task.examples(rows, tokenizer)
     first = list(itertools.islice(examples, show))
-    shown = tuple(show_example(example, tokenizer, prefix, task.label_names) for example in first)
+
+    def pooled_token(input_ids: Sequence[int]) -> int:
+        return local.pooled_token(input_ids, adapter)
+
+    shown = tuple(show_example(example, tokenizer, prefix, task.label_names, pooled_token) for example in first)
+    notes: dict[str, None] = {}
     counted = _Counted()
 
     def requests() -> Iterator[Request]:
@@ -83,10 +92,14 @@ def dry_run(
             except ExampleError as error:
                 counted.fail(error)
             else:
+                if task.head == "class":
+                    found = (local.pooling_note(request.input_ids, adapter) for request in example.requests)
+                    notes.update((note, None) for note in found if note is not None)
                 yield from example.requests
 
     batches = positions = n_requests = 0
-    for batch in micro_batches(requests(), max_tokens=at_once, prefix=prefix):
+    boundary = local.rotary.original_length
+    for batch in micro_batches(requests(), max_tokens=at_once, prefix=prefix, boundary=boundary):
         batches += 1
         n_requests += len(batch.requests)
         positions += len(batch.requests) * (prefix + batch.input_ids.shape[1])
@@ -102,8 +115,23 @@ def dry_run(
         n_text_tokens=counted.tokens,
         n_positions=positions,
         hidden_bytes=positions * local.hidden_size * value_bytes,
+        notes=(*notes, *_unused_tensors(local, adapter)),
         prompt_bytes=0 if deep_prompts is None else batches * deep_prompts.numel() * local.dtype.itemsize,
     )
+
+
+def _unused_tensors(local: "LocalModel", adapter: "Adapter | None") -> Iterator[str]:
+    """A sentence for the model and one for the prompts, where their files hold tensors that nothing needs."""
+    from petals_eval.model.tensor_files import shown_name
+
+    held = [(str(local.fingerprint["model"]), local.unused)]
+    if adapter is not None:
+        held.append((adapter.name, adapter.unused))
+    for name, unused in held:
+        if unused:
+            named = ", ".join(shown_name(each) for each in unused[:_NAMED])
+            more = f" and {len(unused) - _NAMED:,} more" if len(unused) > _NAMED else ""
+            yield f"{name} also holds tensors that are not needed and change no answer: {named}{more}"
 
 
 @dataclass(slots=True)

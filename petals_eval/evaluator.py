@@ -15,15 +15,15 @@ from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, Model
 from petals_eval.runs.results import WITHOUT_PROMPTS, RunResult, run_result
 from petals_eval.runs.shard import Shard
 from petals_eval.scoring import Progress, Scoring
-from petals_eval.tasks import Task, load_task, resolve_source
+from petals_eval.tasks import Task, check_head_labels, load_task, resolve_source
 
 if TYPE_CHECKING:
     import torch
 
-    from petals_eval.model import Adapter
+    from petals_eval.model import Adapter, LocalPart
     from petals_eval.remote_model import RemoteModel
 
-__all__ = ["NO_ADAPTER", "Progress", "evaluate", "finish"]
+__all__ = ["NO_ADAPTER", "Progress", "check_head", "evaluate", "finish"]
 
 NO_ADAPTER = "no prompts"
 """The journal's name for a model evaluated as it is."""
@@ -71,6 +71,8 @@ def evaluate(
         model = stack.enter_context(_opened(model, tokenizer))
         retries_before = model.blocks.status().retries
         variants = _variants(model.adapters, without_prompts)
+        for _, adapter in variants:
+            check_head(model.local, task, adapter)
         data_record = DataRecord(
             name=rows.name,
             fingerprint=rows.fingerprint,
@@ -96,6 +98,13 @@ def evaluate(
             )
             finish(folder, result)
     return result
+
+
+def check_head(local: "LocalPart", task: Task, adapter: "Adapter | None") -> None:
+    """Raise AdapterError, ModelError or TaskError where the head that the task asks for is not there, or is the model's
+    own and its config gives its outputs to other labels."""
+    local.check_head(task.head, adapter)
+    check_head_labels(task, local.own_label_names(adapter))
 
 
 def finish(folder: RunFolder, result: RunResult) -> None:
@@ -170,6 +179,7 @@ def _manifest(
             "task_code": task_code(task),
             "dtype": local["dtype"],
             "lm_head_sha256": local["lm_head_sha256"],
+            "pool": model.local.pooling or "auto",
             "active_adapter": model.blocks.settings.active_adapter,
             "dht_prefix": model.blocks.dht_prefix,
             "require_dtype": model.blocks.settings.require_dtype,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from petals_eval.config import SwarmSettings
+from petals_eval.config import Pool, SwarmSettings
 from petals_eval.data.batching import MicroBatch, micro_batches
 from petals_eval.errors import ConfigError, ExampleError
 from petals_eval.tasks.requests import Request
@@ -71,6 +71,7 @@ class RemoteModel:
         dtype: "torch.dtype | None" = None,
         device: str = "cpu",
         cache_dir: str | None = None,
+        pool: Pool = "auto",
         verify_local: tuple[int, int] | None = None,
         **swarm_settings: Any,
     ) -> "RemoteModel":
@@ -81,6 +82,8 @@ class RemoteModel:
         adapter: one or several prompt-tuned checkpoints (file, folder or hub name).
         dht_prefix: the name the servers announce; by default Petals' own rule for the hub name.
         dtype: of the computation at home; the checkpoint's own by default.
+        pool: which token of a text a class head reads where the text holds the padding token, by one of the rules of
+            `petals_eval.model.pooling`; "auto": as the library does that trained the head.
         verify_local: blocks first:last to load here, too, and hold the servers of these blocks against.
         swarm_settings: more fields of petals_eval.config.SwarmSettings, such as active_adapter or deadline.
 
@@ -90,7 +93,7 @@ class RemoteModel:
 
         settings = SwarmSettings(**{"initial_peers": initial_peers, **swarm_settings})
         local, adapters = load_local(
-            model, adapter, revision=revision, token=token, dtype=dtype, device=device, cache_dir=cache_dir
+            model, adapter, revision=revision, token=token, dtype=dtype, device=device, cache_dir=cache_dir, pool=pool
         )
         prefix = dht_prefix or default_dht_prefix(model, local)
         connection = SwarmConnection.connect(settings)
@@ -134,7 +137,8 @@ class RemoteModel:
             deep_prompts = deep_prompts.to(self.local.dtype)  # rounded as the prompts before the first block are
 
         def outgoing() -> Iterator[Work[MicroBatch[Request]]]:
-            for batch in micro_batches(requests, max_tokens=tokens_per_micro_batch or at_once, prefix=prefix):
+            max_tokens, boundary = tokens_per_micro_batch or at_once, self.local.rotary.original_length
+            for batch in micro_batches(requests, max_tokens=max_tokens, prefix=prefix, boundary=boundary):
                 self.local.check_length(batch.input_ids.shape[1], prefix)
                 made_for = None if tokens_per_micro_batch else self.blocks.micro_batch_bytes
                 yield Work(batch, embedded(batch), deep_prompts, made_for)
@@ -189,16 +193,31 @@ def load_local(
     dtype: "torch.dtype | None" = None,
     device: str = "cpu",
     cache_dir: str | None = None,
+    pool: Pool = "auto",
 ) -> "tuple[LocalModel, tuple[Adapter, ...]]":
     """What stays at home, and the prompts tuned for it. Raises ModelError, AdapterError."""
     from petals_eval.model import LocalModel, load_adapter
 
     local = LocalModel.from_pretrained(
-        model, revision=revision, token=token, dtype=dtype, device=device, cache_dir=cache_dir
+        model,
+        revision=revision,
+        token=token,
+        dtype=dtype,
+        device=device,
+        cache_dir=cache_dir,
+        pooling=None if pool == "auto" else pool,
     )
     names = [adapter] if isinstance(adapter, str) else list(adapter or ())
     return local, tuple(
-        load_adapter(name, family=local.family, config=local.config, token=token, cache_dir=cache_dir) for name in names
+        load_adapter(
+            name,
+            family=local.family,
+            config=local.config,
+            checkpoint=local.checkpoint,
+            token=token,
+            cache_dir=cache_dir,
+        )
+        for name in names
     )
 
 

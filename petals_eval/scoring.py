@@ -98,6 +98,7 @@ class Scoring:
         self.done = 0
         self.distrusted: set[str] = set()
         self._said: set[str] = set()
+        self._pooling_said: set[str] = set()
         self._withdrawn = False
         self._disputed: set[str] = set()
 
@@ -145,6 +146,8 @@ class Scoring:
                         hope.dwindles(error)
                     continue
                 open_examples[example.key] = _Open(example)
+                if self.task.head == "class":
+                    self._say_pooling(example, adapter)
                 yield from example.requests
 
         def failed(request: Request, error: ExampleError) -> None:
@@ -201,6 +204,18 @@ class Scoring:
             servers=tuple(servers),
         )
         self.done += 1
+
+    def _say_pooling(self, example: Example, adapter: "Adapter | None") -> None:
+        """Say, once for each adapter, that libraries differ on the token of a text that a head reads."""
+        name = "" if adapter is None else adapter.name
+        if name in self._pooling_said:
+            return
+        for request in example.requests:
+            note = self.model.local.pooling_note(request.input_ids, adapter)
+            if note is not None:
+                self._pooling_said.add(name)
+                self.say(f"note: {note}")
+                return
 
     def say_what_is_left(self, names: Sequence[str]) -> None:
         """That this goes on with a run, and from where."""

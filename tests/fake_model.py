@@ -38,7 +38,15 @@ class FakeModel:
         fingerprint = {"model": "tiny", "revision": None, "dtype": "float32", "sha256": "aa", "lm_head_sha256": None}
         self.until, self.context, self.takes = until, context, takes
         self.sent = []
-        self.local = SimpleNamespace(tokenizer=Tokenizer(), fingerprint=fingerprint, check_length=self.check_length)
+        self.local = SimpleNamespace(
+            tokenizer=Tokenizer(),
+            fingerprint=fingerprint,
+            pooling=None,
+            check_length=self.check_length,
+            check_head=lambda head, adapter: None,
+            own_label_names=lambda adapter: None,
+            pooling_note=lambda input_ids, adapter: None,
+        )
         self.blocks = SimpleNamespace(
             settings=settings(**swarm_settings),
             dht_prefix="tiny",

@@ -7,6 +7,7 @@ import torch
 
 from petals_eval.errors import DeadlineError, RunFolderError
 from petals_eval.model import Adapter
+from petals_eval.model.rotary import RotaryScaling
 from petals_eval.remote_model import RemoteModel
 from petals_eval.swarm import SwarmStatus
 from petals_eval.swarm.unequal import UnequalServer
@@ -60,6 +61,7 @@ def test_deep_prompts_are_rounded_to_the_dtype_at_home_as_petals_does():
         dtype = torch.bfloat16
         hidden_size = 2
         config = SimpleNamespace(to_dict=dict)
+        rotary = RotaryScaling()
 
         def check_length(self, tokens, prefix):
             pass

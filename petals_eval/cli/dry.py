@@ -24,6 +24,7 @@ def show_dry_run(settings: RunSettings, task: "Task", source: "DataSource") -> i
     """Print the first examples as the model would read them, what would be sent, and to which servers."""
     from petals_eval.data import load_rows, sample
     from petals_eval.dry_run import dry_run
+    from petals_eval.evaluator import check_head
     from petals_eval.remote_model import load_local
     from petals_eval.runs import Shard
 
@@ -32,6 +33,7 @@ def show_dry_run(settings: RunSettings, task: "Task", source: "DataSource") -> i
         rows = Shard.parse(settings.shard).of(rows)
     local, adapters = load_local(settings.model, settings.adapter, **local_options(settings))
     for adapter in adapters or (None,):
+        check_head(local, task, adapter)
         plan = dry_run(
             local, adapter, task, rows, tokens_per_micro_batch=settings.tokens_per_micro_batch, wire=settings.wire
         )
@@ -40,6 +42,8 @@ def show_dry_run(settings: RunSettings, task: "Task", source: "DataSource") -> i
         for example in plan.shown:
             typer.echo(f"{example}\n")
         typer.echo(_amounts(plan))
+        for note in plan.notes:
+            typer.echo(f"  note: {note}")
     typer.echo("== the servers that would be used first")
     for line in _route(settings, local):
         typer.echo(f"  {line}")

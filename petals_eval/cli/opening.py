@@ -93,4 +93,5 @@ def local_options(settings: RunSettings) -> dict[str, Any]:
         "token": settings.token.get_secret_value() if settings.token else None,
         "dtype": None if settings.dtype is None else getattr(torch, settings.dtype),
         "device": settings.device,
+        "pool": settings.pool,
     }

@@ -55,6 +55,15 @@ def run(
         str | None, _option(MODEL, "DTYPE", "Of the computation at home. Default: the checkpoint's.")
     ] = None,
     device: Annotated[str | None, _option(MODEL, "DEVICE", "Of the computation at home. Default: cpu.")] = None,
+    pool: Annotated[
+        str | None,
+        _option(
+            MODEL,
+            "RULE",
+            "Which token a trained head reads in a text that holds the padding token: last, last-not-pad, "
+            "before-first-pad or count-not-pad. Default: auto, as the library that trained the head.",
+        ),
+    ] = None,
     task: Annotated[str | None, _option(TASK, "TASK", "Shipped task (see petals-eval tasks) or YAML file.")] = None,
     data: Annotated[
         str | None, _option(TASK, "DATA", "csv, tsv, jsonl, parquet or text file, or hub name. Default: the task's.")

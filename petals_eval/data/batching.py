@@ -44,7 +44,7 @@ class MicroBatch(Generic[R]):
         lengths = tuple(len(request.input_ids) for request in requests)
         longest = max(lengths)
         padded = [[*request.input_ids, *(0,) * (longest - len(request.input_ids))] for request in requests]
-        return cls(requests, torch.tensor(padded, dtype=torch.int64), lengths)
+        return cls(requests, torch.tensor(padded, dtype=torch.int64, device="cpu"), lengths)
 
 
 def micro_batches(
@@ -52,6 +52,7 @@ def micro_batches(
     *,
     max_tokens: int | Callable[[], int],
     prefix: int = 0,
+    boundary: int | None = None,
     max_rows: int = 128,
     lookahead: int = 2048,
 ) -> Iterator[MicroBatch[R]]:
@@ -60,6 +61,8 @@ def micro_batches(
     max_tokens: a micro-batch holds at most this many positions, rows x (prefix + longest); a single row may exceed it.
         A function is asked for each micro-batch anew.
     prefix: tuned prompt tokens in front of every row; they travel with it.
+    boundary: rows of up to so many positions, prefix included, never share a micro-batch with longer ones; None: all
+        may.
     max_rows: rows per micro-batch at most.
     lookahead: requests held back to find others of similar length; a tenth of it at first, so that the first need not
         wait for the rest to be made. Memory is bounded by it, not by the data set.
@@ -71,19 +74,21 @@ def micro_batches(
     for request in requests:
         window.append(request)
         if len(window) >= wanted:
-            yield from _by_length(window, max_tokens, prefix, max_rows)
+            yield from _by_length(window, max_tokens, prefix, boundary, max_rows)
             window, wanted = [], lookahead
-    yield from _by_length(window, max_tokens, prefix, max_rows)
+    yield from _by_length(window, max_tokens, prefix, boundary, max_rows)
 
 
 def _by_length(
-    window: list[R], max_tokens: int | Callable[[], int], prefix: int, max_rows: int
+    window: list[R], max_tokens: int | Callable[[], int], prefix: int, boundary: int | None, max_rows: int
 ) -> Iterator[MicroBatch[R]]:
     ordered = sorted(window, key=lambda request: len(request.input_ids), reverse=True)
-    start = 0
-    while start < len(ordered):
-        longest = prefix + len(ordered[start].input_ids)
-        budget = max_tokens if isinstance(max_tokens, int) else max_tokens()
-        rows = max(1, min(max_rows, budget // longest))
-        yield MicroBatch.of(ordered[start : start + rows])
-        start += rows
+    beyond = 0 if boundary is None else sum(prefix + len(request.input_ids) > boundary for request in ordered)
+    for alike in (ordered[:beyond], ordered[beyond:]):
+        start = 0
+        while start < len(alike):
+            longest = prefix + len(alike[start].input_ids)
+            budget = max_tokens if isinstance(max_tokens, int) else max_tokens()
+            rows = max(1, min(max_rows, budget // longest))
+            yield MicroBatch.of(alike[start : start + rows])
+            start += rows

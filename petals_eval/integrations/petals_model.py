@@ -16,10 +16,11 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 
 from petals_eval.config import SwarmSettings
@@ -29,6 +30,7 @@ from petals_eval.model.checkpoint import load_tokenizer
 from petals_eval.model.eval_mode import evaluating
 from petals_eval.model.families import family_of
 from petals_eval.model.local import LocalPart
+from petals_eval.model.pooling import transformers_pooling
 from petals_eval.model.sources import open_source
 from petals_eval.remote_model import RemoteModel
 from petals_eval.swarm import RemoteSequential, SwarmConnection
@@ -116,6 +118,9 @@ class LivePart(LocalPart):
         self.score: nn.Module | None = getattr(model, "score", None)
         self.lm_head: nn.Module | None = getattr(model, "lm_head", None)
 
+        # The very library that trains the head is at hand: its classifier says which token it reads.
+        self.own_pooling = transformers_pooling(self.family.model_type, transformers.__version__)
+
         tensors = self._tensors()
         prompts, deep_prompts = _prompts_of(base)
         self.adapters: tuple[Adapter, ...] = ()
@@ -123,7 +128,7 @@ class LivePart(LocalPart):
             kind: Kind = "ptune" if deep_prompts is None else "deep_ptune"
             # The head is hashed with the prompts, as in the checkpoint that both will be saved in.
             head = tensors.pop("score", None), tensors.pop("score.bias", None)
-            self.adapters = (Adapter(LIVE_PROMPTS, kind, prompts, deep_prompts, *head),)
+            self.adapters = (Adapter(LIVE_PROMPTS, kind, prompts, deep_prompts, *head, pooling=self.own_pooling),)
         head_weight = None if self.lm_head is None else self.lm_head.weight
         is_tied = head_weight is None or head_weight is self.embeddings.weight
         self.fingerprint = {
@@ -139,14 +144,27 @@ class LivePart(LocalPart):
         """The caller's, or that of the model which the config names."""
         return self._tokenizer
 
+    def check_head(self, head: Literal["class", "lm"], adapter: Adapter | None) -> None:
+        if head == "lm":
+            self._lm_module()
+        else:
+            self._class_head()
+
+    def uses_own_head(self, adapter: Adapter | None) -> bool:
+        return True
+
     def _class_logits(self, normed: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
+        head = self._class_head()
+        weight = next(head.parameters(), normed)
+        return head(normed.to(weight.dtype)).float().cpu()
+
+    def _class_head(self) -> nn.Module:
         if self.score is None:
             raise AdapterError(
                 f"class logits were asked for, but a {self._kind} has no class head (score). Load the model with "
                 "AutoDistributedModelForSequenceClassification, or give a task with label words."
             )
-        weight = next(self.score.parameters(), normed)
-        return self.score(normed.to(weight.dtype)).float().cpu()
+        return self.score
 
     def _lm_logits(self, normed: torch.Tensor) -> torch.Tensor:
         return self._lm_module()(normed)

@@ -3,13 +3,18 @@
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from petals_eval.errors import AdapterError
 from petals_eval.model.families import Family
-from petals_eval.model.tensor_files import Tensors, tensor_bytes
+from petals_eval.model.pooling import Pooling
+from petals_eval.model.tensor_files import Tensors, shown_name, tensor_bytes
+from petals_eval.model.tensor_roles import Role, find_head, local_key, role_of
+
+if TYPE_CHECKING:
+    from petals_eval.model.checkpoint import Checkpoint
 
 __all__ = ["Adapter", "AdapterReader", "Kind", "hash_tensors"]
 
@@ -25,6 +30,8 @@ class Adapter:
     deep_prompts: (blocks, 1, prefix, hidden) float32, added to the first `prefix` positions of each block's input; or
         None. Petals casts both to the dtype of the embeddings when it uses them.
     head_weight: (labels, hidden) and head_bias: (labels,) as stored; None where the checkpoint holds no head.
+    pooling: which token that head reads, as the library does that trained it.
+    unused: tensors of the checkpoint that are not needed and change no answer, by name.
     sha256: over names, shapes, dtypes and bytes of these tensors: the same on every machine and in every file format.
     """
 
@@ -35,6 +42,8 @@ class Adapter:
     head_weight: torch.Tensor | None = None
     head_bias: torch.Tensor | None = None
     sha256: str = ""
+    pooling: Pooling = "last-not-pad"
+    unused: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sha256:
@@ -71,9 +80,13 @@ def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
 
 
 class AdapterReader:
-    """Takes checked tensors out of one adapter file. Every problem becomes an AdapterError that names the file."""
+    """Takes checked tensors out of one adapter file. Every problem becomes an AdapterError that names the file.
 
-    def __init__(self, path: Path, tensors: Tensors, family: Family, config: Any):
+    checkpoint: of the model that the prompts are for, to hold what the file has of that model against; None: there is
+        nothing to hold it against.
+    """
+
+    def __init__(self, path: Path, tensors: Tensors, family: Family, config: Any, checkpoint: "Checkpoint | None"):
         self.path = path
         self.tensors = tensors
         self.family = family
@@ -81,6 +94,8 @@ class AdapterReader:
         self.blocks = family.num_blocks(config)
         self.context = family.context_limit(config)
         self.names = set(tensors.names())
+        self._checkpoint = checkpoint
+        self._taken: set[str] = set()
 
     def first(self, *names: str) -> str | None:
         """The first of these names that the file has."""
@@ -88,7 +103,7 @@ class AdapterReader:
 
     def matrix(self, name: str, expected: str, columns: int) -> torch.Tensor:
         """The tensor `name`, finite and of shape (rows, columns), as stored. `expected` says the shape in words."""
-        tensor = self.tensors.take(name)
+        tensor = self._take(name)
         if tensor.ndim != 2 or tensor.shape[1] != columns or tensor.shape[0] == 0:
             raise AdapterError(
                 f"{self.path}: {name} has the wrong shape for this {self.family.title} "
@@ -108,14 +123,15 @@ class AdapterReader:
             )
         return prompts.float()
 
-    def head(self, weight: str | None, bias: str | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The head under these names: (labels, hidden) and (labels,) or None, as stored."""
+    def head(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The file's head: (labels, hidden) and (labels,) or None, as stored."""
+        weight, bias = find_head(self.names, self.path, AdapterError)
         if weight is None:
             return None, None
         matrix = self.matrix(weight, f"(labels, {self.hidden})", self.hidden)
         if bias is None:
             return matrix, None
-        vector = self.tensors.take(bias)
+        vector = self._take(bias)
         if tuple(vector.shape) != (matrix.shape[0],):
             raise AdapterError(
                 f"{self.path}: {bias} has the wrong shape.\n"
@@ -123,6 +139,69 @@ class AdapterReader:
                 f"  found     {tuple(vector.shape)}"
             )
         return matrix, self._checked(bias, vector)
+
+    def check_the_rest(self) -> tuple[str, ...]:
+        """The names of the tensors that were not taken, once each is known to change no answer.
+
+        A tensor of the model's own is harmless where it is equal to that model's.
+        Raises AdapterError, naming it, for one that an evaluation would leave out without a word: another head, a
+        trained word head or embedding, LoRA, weights of blocks.
+        """
+        rest = sorted(self.names - self._taken)
+        for name in rest:
+            if problem := self._why_needed(name, role_of(name, self.family)):
+                raise AdapterError(
+                    f"{self.path} holds {shown_name(name)}, which an evaluation would leave out: {problem}\n"
+                    "  Expected tuned prompts, the head that was trained with them, and nothing else that was trained. "
+                    "Save these alone, or remove the tensor if it does not matter."
+                )
+        return tuple(rest)
+
+    def _why_needed(self, name: str, role: Role) -> str | None:
+        """What is wrong with leaving this tensor out; None where that changes nothing."""
+        if role is Role.NO_EFFECT:
+            return None
+        if role is Role.EARLIER_HEAD:
+            has_head = any(role_of(taken, self.family) is Role.HEAD for taken in self._taken)
+            return None if has_head else "it is a head from before its training, and the trained one is not there."
+        if role is Role.LORA:
+            return "LoRA runs inside the blocks, so it belongs on the servers. Name it with --active-adapter there."
+        if role is Role.LOCAL:
+            own = self._own_local(name)
+            if own is not None and _same_values(self.tensors.take(name), own):
+                return None
+            return (
+                "it is a part of the model that stays at home, and not equal to the model's own: was it trained, too?"
+            )
+        if role is Role.BLOCK:
+            own = self._own_block(name)
+            if own is not None and _same_values(self.tensors.take(name), own):
+                return None
+            differs = "cannot be held against" if own is None else "differs from"
+            return f"blocks are computed by servers, from their own weights, and this one {differs} the model's own."
+        if self.tensors.shape(name) == () and not self.tensors.take(name).is_floating_point():
+            return None  # a count, such as that of the epochs
+        return "no module of that name is known here. A head is read under score.weight or classifier.weight."
+
+    def _own_local(self, name: str) -> torch.Tensor | None:
+        key = local_key(name, self.family)
+        if self._checkpoint is None or key is None:
+            return None
+        own = self._checkpoint.find(*self.family.keys(*key))
+        if own is None and key[0] == "lm_head" and getattr(self._checkpoint.config, "tie_word_embeddings", False):
+            own = self._checkpoint.find(*self.family.keys(self.family.embeddings))
+        return own
+
+    def _own_block(self, name: str) -> torch.Tensor | None:
+        """Only where the model's weights lie on this machine: nobody should download all of a model for this."""
+        if self._checkpoint is None or not self._checkpoint.is_folder:
+            return None
+        place = name[name.index(f"{self.family.blocks}.") :]
+        return self._checkpoint.find(f"{self.family.base}.{place}", place)
+
+    def _take(self, name: str) -> torch.Tensor:
+        self._taken.add(name)
+        return self.tensors.take(name)
 
     def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
@@ -135,3 +214,15 @@ class AdapterReader:
                 "Did the training diverge? Take an earlier checkpoint."
             )
         return tensor
+
+
+_ROWS_COMPARED = 8192  # at once: an embedding matrix may have gigabytes
+
+
+def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are equal, or one is the other rounded to its dtype."""
+    if one.shape != other.shape:
+        return False
+    rows = max(1, one.shape[0] if one.ndim else 1)
+    pairs = zip(one.reshape(rows, -1).split(_ROWS_COMPARED), other.reshape(rows, -1).split(_ROWS_COMPARED), strict=True)
+    return all(torch.equal(part, own.to(part.dtype)) or torch.equal(part.to(own.dtype), own) for part, own in pairs)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from petals_eval.errors import ModelError
+from petals_eval.model.arithmetic import isolated_arithmetic
 from petals_eval.model.block_weights import load_block
 from petals_eval.model.checkpoint import Checkpoint
 from petals_eval.model.families import Family
@@ -55,7 +56,7 @@ class BlockSpan:
 
         Raises ModelError: no such model, an unknown family, blocks it does not have, missing or misshapen weights.
         """
-        with _LOADING:
+        with _LOADING, isolated_arithmetic():
             checkpoint = Checkpoint.open(model, revision=revision, token=token, cache_dir=cache_dir)
             num_blocks = checkpoint.family.num_blocks(checkpoint.config)
             if not 0 <= first < last <= num_blocks:
@@ -152,7 +153,7 @@ class BlockSpan:
         if hidden.numel() == 0:
             return hidden
         # One at a time: prompts come in by hooks on the blocks, which would act on whatever else is computed there.
-        with self._computing, ExitStack() as hooks:
+        with self._computing, isolated_arithmetic(), ExitStack() as hooks:
             model = self._view(first, last)
             if prompts is not None:
                 if prompts.shape[2] > hidden.shape[1]:

@@ -9,7 +9,7 @@ import torch
 
 from petals_eval.errors import ModelError
 from petals_eval.model.families import Family, family_of
-from petals_eval.model.sources import Source, first_found, open_source
+from petals_eval.model.sources import Folder, Source, first_found, open_source
 from petals_eval.model.tensor_files import Tensors, describe, open_index, open_tensors
 
 __all__ = ["Checkpoint", "load_tokenizer"]
@@ -49,6 +49,15 @@ class Checkpoint:
     @property
     def revision(self) -> str | None:
         return self._source.revision
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it lies on this machine, so that reading any tensor of it downloads nothing."""
+        return isinstance(self._source, Folder)
+
+    def names(self) -> list[str]:
+        """The names of all its tensors, those of the blocks too. Of shards only the index is read."""
+        return self._tensors().names()
 
     def find(self, *names: str) -> torch.Tensor | None:
         """The tensor under the first of these names that the checkpoint has, or None. Only its shard is opened."""

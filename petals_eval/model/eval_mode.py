@@ -6,12 +6,16 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from petals_eval.model.arithmetic import isolated_arithmetic
+
 __all__ = ["evaluating"]
 
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Run the body with `modules` in eval mode, under `torch.inference_mode()`.
+    """Run the body with `modules` in eval mode, under `torch.inference_mode()`, in the arithmetic that they name.
+
+    That is whatever surrounds it: autocast, a default device or coarser matrix products (`isolated_arithmetic`).
 
     Afterwards, also after an exception, every submodule has its own training flag back (they may differ inside one
     model), torch's random generators stand where they stood, and buffers that were made inside are fit for autograd
@@ -22,7 +26,11 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
     flags = [part.training for part in parts]
     try:
-        with torch.random.fork_rng(devices=_cuda_devices(modules)), torch.inference_mode():
+        with (
+            torch.random.fork_rng(devices=_cuda_devices(modules)),
+            torch.inference_mode(),
+            isolated_arithmetic(),
+        ):
             for module in modules:
                 module.eval()
             yield

@@ -54,8 +54,9 @@ class Family:
     def context_limit(self, config: Any) -> int | None:
         """How many positions the model can read, tuned prompts included; None where nothing limits them (ALiBi).
 
-        Where a config stretches rotary embeddings by a factor, the limit stretches with it: "linear", "dynamic" and
-        "yarn" name the length before, other kinds the length after.
+        Where a config stretches rotary embeddings by a factor, the limit stretches with it: "linear" and "yarn" name
+        the length before, other kinds the length after. "dynamic" names the length before, too, but beyond it a server
+        answers by what it was sent before (`petals_eval.model.rotary`), so there the limit stays.
         """
         if self.positions_field is None or getattr(config, "alibi", False):
             return None
@@ -64,7 +65,7 @@ class Family:
             return None
         # transformers 5 keeps these fields in `rope_parameters`, before that it was `rope_scaling`.
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-        stretched = rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn")
+        stretched = rope.get("rope_type", rope.get("type")) in ("linear", "yarn")
         if stretched and rope.get("original_max_position_embeddings", limit) == limit:
             return int(limit * float(rope.get("factor") or 1))
         return int(limit)

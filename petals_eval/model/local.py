@@ -1,18 +1,25 @@
 """What a model keeps at home: embeddings before the remote blocks, the final norm and the heads after them."""
 
+import re
 from abc import ABC, abstractmethod
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from petals_eval.data.batching import MicroBatch
-from petals_eval.errors import AdapterError, ModelError, RequestTooLargeError
+from petals_eval.errors import AdapterError, ConfigError, ModelError, RequestTooLargeError
 from petals_eval.model.adapter import Adapter, hash_tensors
+from petals_eval.model.arithmetic import isolated_arithmetic
 from petals_eval.model.checkpoint import Checkpoint
 from petals_eval.model.families import Family
 from petals_eval.model.norms import RMSNorm
+from petals_eval.model.pooling import POOLINGS, Pooling, pooled_token
+from petals_eval.model.rotary import rotary_scaling
+from petals_eval.model.tensor_files import shown_name
+from petals_eval.model.tensor_roles import Role, block_number, find_head, looks_like_head, role_of
 
 __all__ = ["LocalModel", "LocalPart"]
 
@@ -37,8 +44,11 @@ R = TypeVar("R", bound=Answerable)
 class LocalPart(nn.Module, ABC):
     """What a model computes at home: text into the first block's input, the last block's output into answers.
 
-    config, family, num_blocks, hidden_size, context: of the whole model, whose blocks are elsewhere.
+    config, family, num_blocks, hidden_size, context, rotary: of the whole model, whose blocks are elsewhere.
     fingerprint: model, revision, dtype, sha256 and lm_head_sha256, as they stand in a run's manifest.
+    pooling: which token of a text the class head reads; None: the one that the library reads which trained the head.
+    own_pooling: that of the model's own head.
+    unused: tensors of the model's checkpoint that are not needed and change no answer, by name.
 
     Where the tensors come from is a subclass's business: it sets embeddings, embedding_norm, norm and the fingerprint,
     and has a tokenizer and the heads.
@@ -48,6 +58,9 @@ class LocalPart(nn.Module, ABC):
     embedding_norm: nn.Module
     norm: nn.Module
     fingerprint: dict[str, str | None]
+    pooling: Pooling | None = None
+    own_pooling: Pooling = "last-not-pad"
+    unused: tuple[str, ...] = ()
 
     def __init__(self, config: Any, family: Family):
         super().__init__()
@@ -56,12 +69,22 @@ class LocalPart(nn.Module, ABC):
         self.num_blocks = family.num_blocks(config)
         self.hidden_size = family.hidden_size(config)
         self.context = family.context_limit(config)
+        self.rotary = rotary_scaling(config)
         self.embedding_norm = nn.Identity()
 
     @property
     @abstractmethod
     def tokenizer(self) -> Any:
         """The model's tokenizer, loaded when first asked for. Raises ModelError if there is none."""
+
+    @abstractmethod
+    def check_head(self, head: Literal["class", "lm"], adapter: Adapter | None) -> None:
+        """Raise AdapterError or ModelError where the class head (the adapter's or the model's own) or the LM head that
+        answers need is not there: before anything is sent, and not when the first answer is back."""
+
+    @abstractmethod
+    def uses_own_head(self, adapter: Adapter | None) -> bool:
+        """Whether class logits are those of the model's own head, whose outputs its config may name."""
 
     @abstractmethod
     def _class_logits(self, normed: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
@@ -85,14 +108,74 @@ class LocalPart(nn.Module, ABC):
         """Where the local tensors are and the local computing is done."""
         return self.embeddings.weight.device
 
-    def check_length(self, tokens: int, prefix: int) -> None:
-        """Raise RequestTooLargeError if `prefix` prompt tokens and `tokens` of text exceed the model's context."""
-        if self.context is not None and prefix + tokens > self.context:
-            room = max(0, self.context - prefix)
-            raise RequestTooLargeError(
-                f"{prefix} prompt tokens and {tokens} tokens of text are {prefix + tokens} positions; this "
-                f"{self.family.title} reads {self.context} at most. Lower the task's max_length to {room}."
+    def own_label_names(self, adapter: Adapter | None) -> tuple[str, ...] | None:
+        """What the model's config calls the outputs of the class head, in order; None where that head is the adapter's,
+        or the config has only the names that transformers makes up (LABEL_0, ...)."""
+        names = getattr(self.config, "id2label", None)
+        if not names or not self.uses_own_head(adapter):
+            return None
+        ordered = tuple(str(names[index]) for index in sorted(names))
+        return None if all(re.fullmatch(r"LABEL_\d+", name) for name in ordered) else ordered
+
+    def pooled_token(self, input_ids: Sequence[int], adapter: Adapter | None = None) -> int:
+        """The position in the text, without prompts, of the token that the class head reads."""
+        return pooled_token(input_ids, self._pad_token_id(), self._pooling_for(adapter))
+
+    def pooling_note(self, input_ids: Sequence[int], adapter: Adapter | None = None) -> str | None:
+        """A sentence for a person, where another library's class head would read another token of this text."""
+        pad, pooling = self._pad_token_id(), self._pooling_for(adapter)
+        chosen = "as --pool says" if self.pooling is not None else "as the library does that trained the head"
+        if pad is not None:
+            at = {each: pooled_token(input_ids, pad, each) for each in POOLINGS}
+            others = [each for each, position in at.items() if position != at[pooling]]
+            if not others:
+                return None
+            return (
+                f"texts hold the model's padding token ({pad}): the head reads the token that the rule {pooling} "
+                f"gives, {chosen}; by {' and '.join(others)} it would be another one. --pool chooses"
             )
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        if self.pooling is not None or end is None or input_ids[-1] != end or len(input_ids) < 2:
+            return None
+        return (
+            "the head reads the token that ends a text, for the model's config names no padding token; a head that was "
+            "trained with that token for padding reads the one before it: --pool last-not-pad"
+        )
+
+    def _pooling_for(self, adapter: Adapter | None) -> Pooling:
+        if self.pooling is not None:
+            return self.pooling
+        return self.own_pooling if adapter is None or adapter.head_weight is None else adapter.pooling
+
+    def _pad_token_id(self) -> int | None:
+        """The padding token by the model's config, as classifiers know it. Where a rule was chosen that needs one, the
+        tokenizer's will do, and then the token that ends a text: most who have none choose that one."""
+        pad: int | None = getattr(self.config, "pad_token_id", None)
+        if pad is None and self.pooling not in (None, "last"):
+            pad = getattr(self.tokenizer, "pad_token_id", None)
+            pad = getattr(self.tokenizer, "eos_token_id", None) if pad is None else pad
+            if pad is None:
+                raise ConfigError(
+                    f"--pool {self.pooling} needs a padding token, but neither model nor tokenizer names one."
+                )
+        return pad
+
+    def check_length(self, tokens: int, prefix: int) -> None:
+        """Raise RequestTooLargeError if `prefix` prompt tokens and `tokens` of text exceed what the model reads.
+
+        That is its context, and with dynamic scaling of its rotary embeddings the length before any scaling.
+        """
+        if self.context is None or prefix + tokens <= self.context:
+            return
+        positions = f"{prefix} prompt tokens and {tokens} tokens of text are {prefix + tokens} positions"
+        advice = f"Lower the task's max_length to {max(0, self.context - prefix)}."
+        if self.rotary.remembers_calls:
+            raise RequestTooLargeError(
+                f"{positions}, more than the original length of this {self.family.title} ({self.context}). Its rotary "
+                "embeddings are scaled dynamically (rope_type dynamic): beyond that length a server's answer depends "
+                f"on the longest call that anybody sent it, so no number of this row could be trusted. {advice}"
+            )
+        raise RequestTooLargeError(f"{positions}; this {self.family.title} reads {self.context} at most. {advice}")
 
     def embed(self, input_ids: torch.Tensor, adapter: Adapter | None = None) -> torch.Tensor:
         """The input of the first block: prompts, then the text's embeddings.
@@ -121,8 +204,9 @@ class LocalPart(nn.Module, ABC):
         hidden: (batch, prefix + seq, hidden) of any dtype; it is cast to the model's dtype before the norm, as Petals
         does. Only the positions wanted go through norm and head.
 
-        Returns one float32 tensor on the CPU for each request: (labels,) logits of the class head at its last token, or
-        (targets,) natural-log likelihoods by the LM head. The class head is the adapter's, or else the checkpoint's.
+        Returns one float32 tensor on the CPU for each request: (labels,) logits of the class head at the token that
+        `pooled_token` says, or (targets,) natural-log likelihoods by the LM head. The class head is the adapter's, or
+        else the checkpoint's.
 
         Raises AdapterError if there is no class head, ModelError if there is no LM head or a target is out of range.
         """
@@ -134,8 +218,8 @@ class LocalPart(nn.Module, ABC):
         answers: dict[int, torch.Tensor] = {}
         pooled = [row for row in rows if not batch.requests[row].targets]
         if pooled:
-            last = torch.tensor([prefix + batch.lengths[row] - 1 for row in pooled])
-            normed = self.norm(hidden[torch.tensor(pooled), last].to(self.device, self.dtype))
+            read = [prefix + self.pooled_token(batch.requests[row].input_ids, adapter) for row in pooled]
+            normed = self.norm(hidden[pooled, read].to(self.device, self.dtype))
             answers.update(zip(pooled, self._class_logits(normed, adapter), strict=True))
         scored = [row for row in rows if batch.requests[row].targets]
         if scored:
@@ -158,20 +242,20 @@ class LocalPart(nn.Module, ABC):
                         f"the vocabulary {vocabulary}"
                     )
                 wanted.append((places.setdefault((row, prefix + position), len(places)), token))
-        place_rows, positions = torch.tensor(list(places)).unbind(1)
-        chosen = hidden[place_rows, positions].to(self.device, self.dtype)
-        values = self._scores(chosen, torch.tensor(wanted))
+        place_rows, positions = zip(*places, strict=True)
+        chosen = hidden[list(place_rows), list(positions)].to(self.device, self.dtype)
+        values = self._scores(chosen, torch.tensor(wanted, device="cpu"))
 
         counts = [len(batch.requests[row].targets) for row in rows]
         return dict(zip(rows, values.split(counts), strict=True))
 
     def _scores(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         """(places, hidden) and int64 (n, 2) of place and token -> (n,) float32 log-likelihoods, on the CPU."""
-        values = torch.empty(wanted.shape[0], dtype=torch.float32)
+        values = torch.empty(wanted.shape[0], dtype=torch.float32, device="cpu")
         step = max(1, _LOGITS_AT_ONCE // self._lm_vocabulary())
         for start in range(0, hidden.shape[0], step):
             inside = (wanted[:, 0] >= start) & (wanted[:, 0] < start + step)
-            place, token = (wanted[inside] - torch.tensor([start, 0])).to(self.device).unbind(1)
+            place, token = (wanted[inside] - wanted.new_tensor([start, 0])).to(self.device).unbind(1)
             logits = self._lm_logits(self.norm(hidden[start : start + step])).float()
             values[inside] = (logits[place, token] - logits.logsumexp(-1)[place]).cpu()
         return values
@@ -188,15 +272,30 @@ class LocalModel(LocalPart):
     """The local tensors of one model, frozen.
 
     lm_head: (vocabulary, hidden); the embedding matrix itself where tied, None where the checkpoint has none.
-    score: (labels, hidden) of a sequence-classification checkpoint, or None.
+    score: (labels, hidden) of a sequence-classification checkpoint, and score_bias: (labels,) of one; or None.
+    checkpoint: where they were read from.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype | None, device: str | torch.device):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype | None,
+        device: str | torch.device,
+        pooling: Pooling | None = None,
+    ):
         super().__init__(checkpoint.config, checkpoint.family)
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
+        self.pooling = pooling
         self._tokenizer: Any = None
 
-        stored = _read_local_tensors(checkpoint)
+        with isolated_arithmetic():
+            self._load(dtype, device)
+        self.eval()
+
+    def _load(self, dtype: torch.dtype | None, device: str | torch.device) -> None:
+        checkpoint = self.checkpoint
+        stored, self.unused, self._other_heads = _read_local_tensors(checkpoint)
         dtype = dtype or _config_dtype(self.config) or stored["embeddings"].dtype
         head = stored.pop("lm_head", None)
         self.fingerprint = {
@@ -225,7 +324,9 @@ class LocalModel(LocalPart):
         if "score" in stored:
             # In the dtype it was stored in: a trained head is small and its last bits are worth keeping.
             self.score = nn.Parameter(stored["score"].to(device, copy=True), requires_grad=False)
-        self.eval()
+        self.score_bias: nn.Parameter | None = None
+        if "score.bias" in stored:
+            self.score_bias = nn.Parameter(stored["score.bias"].to(device, copy=True), requires_grad=False)
 
     @classmethod
     def from_pretrained(
@@ -237,31 +338,54 @@ class LocalModel(LocalPart):
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         cache_dir: str | None = None,
+        pooling: Pooling | None = None,
     ) -> "LocalModel":
         """Read the local tensors, and only those, of a folder or hub repository; of shards only those that hold them.
 
         dtype: what is computed in at home; None: the config's dtype, or else that of the stored embeddings.
+        pooling: which token of a text a class head reads; None: as the library does that trained the head.
 
-        Raises ModelError if there is no such model, its family is not supported, or a tensor is missing or misshapen.
+        Raises ModelError if there is no such model, its family is not supported, a tensor is missing or misshapen, or
+        one that stays at home is none of those known.
         """
         checkpoint = Checkpoint.open(model, revision=revision, token=token, cache_dir=cache_dir)
-        return cls(checkpoint, dtype=dtype, device=device)
+        return cls(checkpoint, dtype=dtype, device=device, pooling=pooling)
 
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer, loaded when first asked for. Raises ModelError if there is none."""
         if self._tokenizer is None:
-            self._tokenizer = self._checkpoint.load_tokenizer()
+            self._tokenizer = self.checkpoint.load_tokenizer()
         return self._tokenizer
+
+    def check_head(self, head: Literal["class", "lm"], adapter: Adapter | None) -> None:
+        if head == "lm":
+            self._lm_weight()
+        else:
+            self._class_head(adapter)
+
+    def uses_own_head(self, adapter: Adapter | None) -> bool:
+        return adapter is None or adapter.head_weight is None
 
     def _class_logits(self, normed: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
         # In float32: the head is small and was trained so.
-        weight: torch.Tensor | None = self.score
-        bias: torch.Tensor | None = None
+        weight, bias = self._class_head(adapter)
+        bias = None if bias is None else bias.to(self.device, torch.float32)
+        return functional.linear(normed.float(), weight.to(self.device, torch.float32), bias).cpu()
+
+    def _class_head(self, adapter: Adapter | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(labels, hidden) and (labels,) or None: the adapter's, or else the model's own."""
         if adapter is not None and adapter.head_weight is not None:
-            weight, bias = adapter.head_weight, adapter.head_bias
-            self._check_width(adapter.name, "head", weight)
-        if weight is None:
+            self._check_width(adapter.name, "head", adapter.head_weight)
+            return adapter.head_weight, adapter.head_bias
+        if self._other_heads:
+            raise ModelError(
+                f"the weights of {self.fingerprint['model']} hold {', '.join(map(shown_name, self._other_heads))}: a "
+                "trained head, it seems, but not of the form expected: one linear layer, score.weight (labels, "
+                f"{self.hidden_size}) with or without score.bias.\n"
+                "  Rename it, if it is one, or give an adapter that holds its head."
+            )
+        if self.score is None:
             raise AdapterError(
                 "class logits were asked for, but there is no trained head.\n"
                 f"  expected  score.weight (labels, {self.hidden_size}) in the adapter or in the model's checkpoint\n"
@@ -269,8 +393,7 @@ class LocalModel(LocalPart):
                 f"{self.fingerprint['model']}\n"
                 "  Give an adapter that holds its head, or a task with label words, which the LM head scores."
             )
-        bias = None if bias is None else bias.to(self.device, torch.float32)
-        return functional.linear(normed.float(), weight.to(self.device, torch.float32), bias).cpu()
+        return self.score, self.score_bias
 
     def _lm_logits(self, normed: torch.Tensor) -> torch.Tensor:
         return functional.linear(normed, self._lm_weight())
@@ -288,8 +411,13 @@ class LocalModel(LocalPart):
         return self.lm_head
 
 
-def _read_local_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The tensors that stay at home, as stored, with their shapes checked. `lm_head` only where it is not tied."""
+def _read_local_tensors(
+    checkpoint: Checkpoint,
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...], tuple[str, ...]]:
+    """The tensors that stay at home, as stored, with their shapes checked. `lm_head` only where it is not tied.
+
+    Also the names of tensors that nothing needs, and of those that may be a head of a form not known here.
+    """
     family, config = checkpoint.family, checkpoint.config
     hidden = family.hidden_size(config)
     tensors = {"embeddings": checkpoint.read(*family.keys(family.embeddings))}
@@ -298,22 +426,55 @@ def _read_local_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
             tensors[f"{name}.weight"] = checkpoint.read(*family.keys(module))
             if family.norm == "layer":
                 tensors[f"{name}.bias"] = checkpoint.read(*family.keys(module, "bias"))
-    score = checkpoint.find("score.weight")
+    score, bias = find_head(checkpoint.names(), f"the weights of {checkpoint.name}", ModelError)
     if score is not None:
-        tensors["score"] = score
+        tensors["score"] = checkpoint.read(score)
+    if bias is not None:
+        tensors["score.bias"] = checkpoint.read(bias)
     head = checkpoint.find("lm_head.weight")
     # A checkpoint may say that its head is tied and yet hold another one; Hugging Face then uses that one.
     if head is not None and not (_is_tied(config) and torch.equal(head, tensors["embeddings"])):
         tensors["lm_head"] = head
     for name, tensor in tensors.items():
-        expected: tuple[object, ...] = (hidden,) if "norm" in name else ("rows", hidden)
-        if tensor.ndim != len(expected) or tensor.shape[-1] != hidden or not tensor.is_floating_point():
+        if name == "score.bias":
+            expected: tuple[object, ...] = (tensors["score"].shape[0],)
+        else:
+            expected = (hidden,) if "norm" in name else ("rows", hidden)
+        if tensor.ndim != len(expected) or tensor.shape[-1] != expected[-1] or not tensor.is_floating_point():
             raise ModelError(
                 f"{checkpoint.name}: {name} has the wrong form.\n"
                 f"  expected  ({', '.join(map(str, expected))}) floating point, by the config's hidden size\n"
                 f"  found     {tuple(tensor.shape)} {tensor.dtype}"
             )
-    return tensors
+    return tensors, *_sort_the_rest(checkpoint)
+
+
+def _sort_the_rest(checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The tensors that are neither at home nor in a block: those that change no answer, and those like a head.
+
+    Raises ModelError, naming it, for one that may be anything: what a model computes with it would be left out.
+    """
+    family = checkpoint.family
+    num_blocks = family.num_blocks(checkpoint.config)
+    unused, heads = [], []
+    for name in sorted(checkpoint.names()):
+        role = role_of(name, family)
+        number = block_number(name, family)
+        if number is not None:
+            if number >= num_blocks:  # Hugging Face computes as many as the config says, whatever lies beside them
+                unused.append(name)
+        elif role in (Role.NO_EFFECT, Role.EARLIER_HEAD):
+            unused.append(name)
+        elif role is Role.OTHER and looks_like_head(name):
+            heads.append(name)
+        elif role in (Role.OTHER, Role.LORA):
+            raise ModelError(
+                f"the weights of {checkpoint.name} hold {shown_name(name)}, which is no known part of a "
+                f"{family.title}, so an evaluation would leave it out; expected {family.embeddings}, the blocks "
+                f"({family.blocks}), {family.final_norm}, lm_head and score.\n"
+                "  Is the model of another kind than its config says? Remove the tensor if it does not matter."
+            )
+    return tuple(unused), tuple(heads)
 
 
 def _norm(held: dict[str, torch.Tensor], name: str, eps: float) -> nn.Module:

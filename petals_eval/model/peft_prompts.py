@@ -1,7 +1,6 @@
 """Prompts as PEFT keeps them: `adapter_config.json` beside `adapter_model.safetensors` or `.bin`."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,6 @@ PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 _KINDS: dict[str, Kind] = {"PROMPT_TUNING": "peft-prompt_tuning", "P_TUNING": "peft-p_tuning"}
-
-# Names that a head has had through PEFT's versions, such as base_model.score.weight,
-# base_model.model.classifier.modules_to_save.default.bias. `original_module` is the head before the training: not it.
-_HEAD = re.compile(r"(?:base_model\.)?(?:model\.)?(score|classifier)(?:\.modules_to_save(?:\.\w+)?)?\.(weight|bias)")
 
 
 def read_peft_config(path: Path) -> dict[str, Any]:
@@ -73,19 +68,9 @@ def read_peft(reader: AdapterReader, config: dict[str, Any], name: str) -> Adapt
             f"{reader.path}: prompt_embeddings holds {prompts.shape[0]} tokens; expected {declared}, the "
             f"num_virtual_tokens of {PEFT_CONFIG}. Do the two files belong together?"
         )
-    head_weight, head_bias = reader.head(*_head_names(reader))
-    return Adapter(name, _KINDS[config["peft_type"]], prompts, None, head_weight, head_bias)
-
-
-def _head_names(reader: AdapterReader) -> tuple[str | None, str | None]:
-    found: dict[str, list[str]] = {"weight": [], "bias": []}
-    for name in sorted(reader.names):
-        match = _HEAD.fullmatch(name)
-        if match:
-            found[match.group(2)].append(name)
-    if any(len(names) > 1 for names in found.values()):
-        raise AdapterError(
-            f"{reader.path} holds more than one head: {', '.join(found['weight'] + found['bias'])}. "
-            "Expected one; delete the other."
-        )
-    return next(iter(found["weight"]), None), next(iter(found["bias"]), None)
+    head_weight, head_bias = reader.head()
+    unused = reader.check_the_rest()
+    # PEFT gives the model embeddings and no tokens, so that it cannot see any padding.
+    return Adapter(
+        name, _KINDS[config["peft_type"]], prompts, None, head_weight, head_bias, unused=unused, pooling="last"
+    )

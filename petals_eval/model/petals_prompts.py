@@ -4,18 +4,23 @@ import torch
 
 from petals_eval.errors import AdapterError
 from petals_eval.model.adapter import Adapter, AdapterReader
+from petals_eval.model.pooling import transformers_pooling
 from petals_eval.model.tensor_files import describe
 
 __all__ = ["read_petals"]
 
+_PETALS_TRANSFORMERS = "4.34.1"
+"""The release of transformers that Petals 2.2.0, the package on PyPI, is pinned to: its heads are trained by it."""
+
 
 def read_petals(reader: AdapterReader, name: str) -> Adapter:
-    """The prompts, and the head if there is one, of a Petals state dict; any other key is left alone.
+    """The prompts, and the head if there is one, of a Petals state dict.
 
     `{base}.prompt_embeddings.weight` (prefix, hidden); for `deep_ptune` also
     `{base}.intermediate_prompt_embeddings.weight` (prefix, blocks * hidden), whose rows hold one vector a block.
 
-    Raises AdapterError if keys are missing or misshapen, naming those expected and found.
+    Raises AdapterError if keys are missing or misshapen, naming those expected and found, or if a tensor that could
+    change an answer would be left out.
     """
     prompts_key = _find(reader, "prompt_embeddings.weight")
     deep_key = _find(reader, "intermediate_prompt_embeddings.weight")
@@ -23,10 +28,17 @@ def read_petals(reader: AdapterReader, name: str) -> Adapter:
         raise no_prompts(reader)
     prompts = reader.prompts(prompts_key)
     deep = None if deep_key is None else _deep(reader, deep_key, prompts.shape[0])
-    weight = reader.first("score.weight", "module.score.weight")
-    bias = reader.first("score.bias", "module.score.bias")
-    head_weight, head_bias = reader.head(weight, bias)
-    return Adapter(name, "ptune" if deep is None else "deep_ptune", prompts, deep, head_weight, head_bias)
+    head_weight, head_bias = reader.head()
+    return Adapter(
+        name,
+        "ptune" if deep is None else "deep_ptune",
+        prompts,
+        deep,
+        head_weight,
+        head_bias,
+        unused=reader.check_the_rest(),
+        pooling=transformers_pooling(reader.family.model_type, _PETALS_TRANSFORMERS),
+    )
 
 
 def no_prompts(reader: AdapterReader) -> AdapterError:

@@ -1,15 +1,19 @@
 """Loading a prompt-tuned checkpoint, whichever way it was saved."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from petals_eval.errors import AdapterError
 from petals_eval.model.adapter import Adapter, AdapterReader
+from petals_eval.model.arithmetic import isolated_arithmetic
 from petals_eval.model.families import Family
 from petals_eval.model.peft_prompts import PEFT_CONFIG, PEFT_WEIGHTS, read_peft, read_peft_config
 from petals_eval.model.petals_prompts import read_petals
 from petals_eval.model.sources import Folder, Source, first_found, open_source
 from petals_eval.model.tensor_files import open_index, open_tensors
+
+if TYPE_CHECKING:
+    from petals_eval.model.checkpoint import Checkpoint
 
 __all__ = ["Adapter", "load_adapter"]
 
@@ -19,11 +23,13 @@ _INDEX = ".index.json"
 _NOT_WEIGHTS = ("optimizer", "scheduler", "rng_state", "training_args", "scaler")
 
 
+@isolated_arithmetic()
 def load_adapter(
     path_or_hub: str,
     *,
     family: Family,
     config: Any,
+    checkpoint: "Checkpoint | None" = None,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | None = None,
@@ -32,13 +38,15 @@ def load_adapter(
 
     path_or_hub: a file or a folder, or a hub repository. A folder with an `adapter_config.json` is PEFT's; any other
     holds one checkpoint (`.pt`, `.bin`, `.safetensors`, or shards with an index) of Petals' `ptune` or `deep_ptune`.
+    checkpoint: the model's own, which a whole model's state dict is held against; without it one is refused.
 
     Raises AdapterError, saying what was expected and what was found, for anything else: LoRA and prefix tuning, missing
-    or misshapen tensors, values that are not finite, pickles that would run code.
+    or misshapen tensors, tensors that would be left out though they matter, values that are not finite, pickles that
+    would run code.
     """
     path = Path(path_or_hub).expanduser()
     if path.is_file() and not _belongs_to_peft(path):
-        reader = AdapterReader(path, open_tensors(path, AdapterError), family, config)
+        reader = AdapterReader(path, open_tensors(path, AdapterError), family, config, checkpoint)
         return read_petals(reader, path.name)
     source: Source
     if path.is_file():
@@ -47,30 +55,32 @@ def load_adapter(
         source = open_source(path_or_hub, revision=revision, token=token, cache_dir=cache_dir, error=AdapterError)
     peft_config = source.find(PEFT_CONFIG)
     if peft_config is not None:
-        return _load_peft(source, peft_config, family, config)
-    return _load_petals(source, family, config)
+        return _load_peft(source, peft_config, family, config, checkpoint)
+    return _load_petals(source, family, config, checkpoint)
 
 
 def _belongs_to_peft(path: Path) -> bool:
     return path.name == PEFT_CONFIG or (path.name in PEFT_WEIGHTS and (path.parent / PEFT_CONFIG).is_file())
 
 
-def _load_peft(source: Source, config_path: Path, family: Family, config: Any) -> Adapter:
+def _load_peft(
+    source: Source, config_path: Path, family: Family, config: Any, checkpoint: "Checkpoint | None"
+) -> Adapter:
     peft_config = read_peft_config(config_path)
     weights = first_found(source, PEFT_WEIGHTS)
     if weights is None:
         raise AdapterError(f"{source} has an {PEFT_CONFIG} but no weights; expected {' or '.join(PEFT_WEIGHTS)}.")
-    reader = AdapterReader(weights, open_tensors(weights, AdapterError), family, config)
+    reader = AdapterReader(weights, open_tensors(weights, AdapterError), family, config, checkpoint)
     return read_peft(reader, peft_config, source.name)
 
 
-def _load_petals(source: Source, family: Family, config: Any) -> Adapter:
+def _load_petals(source: Source, family: Family, config: Any, checkpoint: "Checkpoint | None") -> Adapter:
     path = source.find(_the_checkpoint(source))
     if path is None:
         raise AdapterError(f"{source} changed while it was read; try again.")
     is_index = path.name.endswith(_INDEX)
     tensors = open_index(source, path, AdapterError) if is_index else open_tensors(path, AdapterError)
-    return read_petals(AdapterReader(path, tensors, family, config), source.name)
+    return read_petals(AdapterReader(path, tensors, family, config, checkpoint), source.name)
 
 
 def _the_checkpoint(source: Source) -> str:

@@ -22,11 +22,14 @@ from torch import nn
 from petals_eval.errors import CallerError
 from petals_eval.model.sources import Source
 
-__all__ = ["Tensors", "describe", "open_index", "open_tensors", "tensor_bytes"]
+__all__ = ["Tensors", "describe", "open_index", "open_tensors", "shown_name", "tensor_bytes"]
 
 _ALLOWED: list[Any] = [nn.Embedding, nn.Linear]
 # A file with one of these holds its tensors one level down.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
+# What trainers keep beside the weights in one file. Tensors in any other dictionary may be needed.
+_BESIDE_WEIGHTS = ("optimizer", "scheduler", "lr_scheduler", "scaler", "rng", "callbacks", "loops", "hyper_parameters")
+_DEEPEST = 4  # dictionaries within each other that are looked into
 # The old recipe writes one module after the other into one file, in this order.
 _BARE_MODULES = ("prompt_embeddings", "intermediate_prompt_embeddings", "score")
 # What a truncated, damaged or hostile file makes the readers raise.
@@ -147,13 +150,18 @@ def open_index(source: Source, index: Path, error: type[CallerError]) -> Tensors
 _LONGEST_NAME = 100  # characters of a tensor's name, which whoever wrote the file chose
 
 
+def shown_name(name: str) -> str:
+    """A tensor's name, safe on a terminal."""
+    return "".join(character if character.isprintable() else " " for character in name[:_LONGEST_NAME])
+
+
 def describe(tensors: Tensors, limit: int = 8) -> str:
     """The names and shapes in a file for an error message, those that matter for prompts first."""
     names = sorted(tensors.names(), key=lambda name: ("prompt" not in name, "score" not in name))
     parts = []
     for name in names[:limit]:
         shape = tensors.shape(name)
-        shown = "".join(character if character.isprintable() else " " for character in name[:_LONGEST_NAME])
+        shown = shown_name(name)
         parts.append(shown if shape is None else f"{shown} {shape}")
     if len(names) > limit:
         parts.append(f"... and {len(names) - limit} more")
@@ -209,32 +217,37 @@ def _is_one_archive(file: Path | io.BytesIO) -> bool:
 
 
 def _flatten(objects: list[Any], path: Path, error: type[CallerError]) -> dict[str, torch.Tensor]:
-    """The tensors of unpickled objects by name: modules give `name.weight`, wrappers are looked into."""
+    """The tensors of unpickled objects by name: modules give `name.weight`, dictionaries within give `name.key`."""
     tensors: dict[str, torch.Tensor] = {}
     for index, value in enumerate(objects):
         if isinstance(value, nn.Module) and index < len(_BARE_MODULES):
             value = {_BARE_MODULES[index]: value}
-        for wrapper in _WRAPPERS:
-            if isinstance(value, dict) and isinstance(value.get(wrapper), dict):
-                value = value[wrapper]
         if not isinstance(value, dict):
             raise error(f"{path} holds a {type(value).__name__}; expected a state dict (names and tensors).")
-        for name, item in value.items():
-            tensors |= _named(str(name), item)
+        tensors |= _named(value, _DEEPEST, path, error)
     return tensors
 
 
-def _named(name: str, item: Any) -> dict[str, torch.Tensor]:
-    if isinstance(item, nn.Module):
-        # Through vars(): attributes of an unpickled module are whatever the file says they are.
-        parameters = vars(item).get("_parameters")
-        found = parameters if isinstance(parameters, dict) else {}
-        return {f"{name}.{key}": value for key, value in found.items() if _is_plain(value)}
-    return {name: item} if _is_plain(item) else {}
-
-
-def _is_plain(item: Any) -> bool:
-    return isinstance(item, torch.Tensor) and item.layout == torch.strided and item.device.type == "cpu"
+def _named(values: dict[Any, Any], depth: int, path: Path, error: type[CallerError]) -> dict[str, torch.Tensor]:
+    """All tensors in `values` and in the dictionaries within, but what trainers keep beside the weights."""
+    found: dict[str, torch.Tensor] = {}
+    for key, item in values.items():
+        name = str(key)
+        if isinstance(item, nn.Module):
+            # Through vars(): attributes of an unpickled module are whatever the file says they are.
+            parameters = vars(item).get("_parameters")
+            item = parameters if isinstance(parameters, dict) else {}
+        if isinstance(item, torch.Tensor):
+            if item.layout != torch.strided or item.device.type != "cpu":
+                raise error(
+                    f"{path}: {shown_name(name)} is a tensor on {item.device} in layout {item.layout}; expected a "
+                    "dense one on the CPU. Save it as one: tensor.to_dense().cpu()."
+                )
+            found[name] = item
+        elif isinstance(item, dict) and depth and not name.startswith(_BESIDE_WEIGHTS):
+            within = _named(item, depth - 1, path, error)
+            found |= within if name in _WRAPPERS else {f"{name}.{inner}": tensor for inner, tensor in within.items()}
+    return found
 
 
 def _unreadable(path: Path, problem: Exception, error: type[CallerError]) -> CallerError:

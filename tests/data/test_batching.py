@@ -24,18 +24,21 @@ def requests_of(lengths: list[int]) -> list[Asked]:
     lengths=st.lists(st.integers(1, 60), max_size=80),
     max_tokens=st.integers(1, 200),
     prefix=st.integers(0, 20),
+    boundary=st.none() | st.integers(1, 80),
     max_rows=st.integers(1, 16),
     lookahead=st.integers(1, 40),
 )
-def test_every_request_comes_out_once_within_the_budgets(lengths, max_tokens, prefix, max_rows, lookahead):
+def test_every_request_comes_out_once_within_the_budgets(lengths, max_tokens, prefix, boundary, max_rows, lookahead):
     asked = requests_of(lengths)
-    batches = list(micro_batches(asked, max_tokens=max_tokens, prefix=prefix, max_rows=max_rows, lookahead=lookahead))
+    limits = {"max_tokens": max_tokens, "prefix": prefix, "boundary": boundary, "max_rows": max_rows}
+    batches = list(micro_batches(asked, **limits, lookahead=lookahead))
     assert sorted(request.number for batch in batches for request in batch.requests) == list(range(len(asked)))
     for batch in batches:
         rows, longest = batch.input_ids.shape
         assert rows == len(batch.requests) == len(batch.lengths) <= max_rows
         assert longest == max(batch.lengths)
         assert rows == 1 or rows * (prefix + longest) <= max_tokens
+        assert boundary is None or len({prefix + length > boundary for length in batch.lengths}) == 1
         for request, ids, length in zip(batch.requests, batch.input_ids, batch.lengths, strict=True):
             assert tuple(ids[:length].tolist()) == request.input_ids
             assert not ids[length:].any()

@@ -170,3 +170,14 @@ def test_the_real_model_reads_trec_as_its_readme_says(realdata):
                 answers = local.head(hidden, batch, adapter)
             found += sum(int(answer.argmax()) == int(label) for answer, label in zip(answers, labels, strict=True))
         assert found == right, name
+
+
+def test_the_names_of_the_outputs_are_those_of_the_head_that_is_used(tmp_path):
+    names = {0: "bad", 1: "good", 2: "fine"}
+    named = LocalModel.from_pretrained(str(make_tiny("llama", tmp_path / "named", labels=3, id2label=names)))
+    assert named.own_label_names(None) == ("bad", "good", "fine")
+    assert named.own_label_names(make_adapter(named, "ptune")) == ("bad", "good", "fine")
+    assert named.own_label_names(make_adapter(named, "ptune", labels=3)) is None
+    assert (
+        LocalModel.from_pretrained(str(make_tiny("llama", tmp_path / "plain", labels=3))).own_label_names(None) is None
+    )

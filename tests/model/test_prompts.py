@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from petals_eval.errors import AdapterError
-from petals_eval.model import FAMILIES, Adapter, load_adapter
+from petals_eval.model import FAMILIES, Adapter, LocalModel, load_adapter
 from tests import tiny_models
 
 HIDDEN, BLOCKS, PREFIX, LABELS = 16, 3, 4, 2
@@ -88,10 +88,23 @@ def test_the_bare_model_and_data_parallel_wrappers(base, tmp_path):
 
 @pytest.mark.parametrize("name", ("a.pt", "a.safetensors"))
 def test_of_a_whole_model_only_the_prompts_and_the_head_are_taken(name, tmp_path):
-    rest = {"model.embed_tokens.weight": torch.full((50, HIDDEN), torch.nan), "lm_head.weight": torch.ones(50, HIDDEN)}
-    adapter = _load(_saved(rest | _state(), tmp_path / name))
-    assert _right(adapter)
-    assert adapter.sha256 == _load(_saved(_state(), tmp_path / "small.pt")).sha256
+    """The rest must be the model's own: nothing that was trained is left out."""
+    from tests.tiny_models import make_tiny
+
+    local = LocalModel.from_pretrained(str(make_tiny("llama", tmp_path / "model", hidden=HIDDEN, blocks=BLOCKS)))
+    whole = {"model.embed_tokens.weight": local.embeddings.weight.clone(), "lm_head.weight": local.lm_head.clone()}
+
+    def load(state, checkpoint=local.checkpoint):
+        path = str(_saved(state, tmp_path / name))
+        return load_adapter(path, family=local.family, config=local.config, checkpoint=checkpoint)
+
+    adapter = load(whole | _state())
+    assert _right(adapter) and set(adapter.unused) == set(whole)
+    assert adapter.sha256 == load(_state()).sha256
+    trained = whole | {"model.embed_tokens.weight": local.embeddings.weight + 1e-3}
+    for state, checkpoint in ((trained, local.checkpoint), (whole, None)):
+        with pytest.raises(AdapterError, match=r"(lm_head|embed_tokens)\.weight, which an evaluation would leave out"):
+            load(state | _state(), checkpoint)
 
 
 def test_a_whole_model_in_shards(tmp_path):
@@ -100,7 +113,6 @@ def test_a_whole_model_in_shards(tmp_path):
     for number, (key, tensor) in enumerate(state.items()):
         weight_map[key] = f"model-{number}.safetensors"
         save_file({key: tensor}, tmp_path / weight_map[key])
-    weight_map["model.embed_tokens.weight"] = "not-fetched.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert _right(_load(tmp_path))
 
