@@ -58,7 +58,8 @@ def measure_forward(subject: Subject, case: ForwardCase, settings: ForwardSettin
     SwarmError also where a server does not take the wire's code: it would be measured lossless under the code's name.
     """
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(case.batch, case.length, subject.hidden_size, generator=generator)
+    shape = case.batch, case.length, subject.hidden_size
+    hidden = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     prompts = random_prompts(subject, min(settings.prompts, case.length), generator)
     if settings.warm_up > 0:
         _run(subject, case, hidden, prompts, settings.warm_up)
@@ -86,7 +87,8 @@ def random_prompts(subject: Subject, tokens: int, generator: torch.Generator) ->
     """Deep prompts (blocks, 1, tokens, hidden) that change little, or None."""
     if tokens == 0:
         return None
-    return 0.01 * torch.randn(len(subject.blocks), 1, tokens, subject.hidden_size, generator=generator)
+    shape = len(subject.blocks), 1, tokens, subject.hidden_size
+    return 0.01 * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _run(

@@ -65,7 +65,8 @@ def measure_inference(subject: Subject, case: InferenceCase, settings: Inference
     cannot."""
     generator = torch.Generator().manual_seed(0)
     prompts = random_prompts(subject, min(settings.prompts, case.length), generator)
-    hidden = torch.randn(case.batch, case.length + 1, subject.hidden_size, generator=generator)
+    shape = case.batch, case.length + 1, subject.hidden_size
+    hidden = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     _session(subject, hidden, prompts, 1)
     runs: list[tuple[Watched, list[_Session]]] = []
     for _ in range(settings.repeats):

@@ -34,7 +34,7 @@ def canary_for(segment: Segment, hidden_size: int, positions: int) -> torch.Tens
     seed = hash((segment, hidden_size, positions)) % 2**63
     random = torch.Generator().manual_seed(seed)
     rows = question_from(torch.empty(_ROWS, positions, 1).expand(_ROWS, positions, hidden_size)).shape
-    return _SCALE * torch.randn(rows[0], rows[1], hidden_size, generator=random)
+    return _SCALE * torch.randn(rows[0], rows[1], hidden_size, generator=random, dtype=torch.float32)
 
 
 def segments_of(spans: Iterable[Segment]) -> tuple[Segment, ...]:

@@ -77,7 +77,7 @@ def decode(message: runtime_pb2.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
             f"expected {expected} bytes for {elements} values of {_CODES.Name(code)}, found {len(content)}"
         )
     if elements == 0:
-        return torch.empty(shape)
+        return torch.empty(shape, dtype=torch.float32)
     if code == _CODES.FLOAT16:
         return _read(content, torch.float16).float().reshape(shape)
     if code != _CODES.BLOCKWISE_8BIT:
@@ -97,9 +97,10 @@ def blockwise_codebook() -> torch.Tensor:
     one has twice as many levels: 1, 2, 4 ... 64, the centres of equal parts of 0.1 to 1 of it. With either sign that is
     254; 0 and 1 complete them.
     """
-    levels = [torch.tensor([0.0, 1.0])]
+    levels = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1)  # in float32 throughout, for the bits that bitsandbytes has
+        # In float32 throughout, for the bits that bitsandbytes has.
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
         centres = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
         levels += [centres, -centres]
     book = torch.cat(levels).sort().values
@@ -127,7 +128,7 @@ def _levels_by_upper_bits() -> tuple[torch.Tensor, torch.Tensor]:
     first, last = torch.bucketize(ends.where(ends.isfinite(), 1.0), borders).sort(dim=0).values
     if (last - first).max() > 1:
         raise ValueError("floats with the same upper bits are near three levels: the table would be wrong")
-    return first.to(torch.uint8), torch.cat([borders, torch.tensor([math.inf])])
+    return first.to(torch.uint8), torch.cat([borders, borders.new_tensor([math.inf])])
 
 
 def _blockwise(flat: torch.Tensor) -> list[bytes]:
@@ -148,7 +149,7 @@ def _blockwise(flat: torch.Tensor) -> list[bytes]:
 
 def _uniform(flat: torch.Tensor) -> list[bytes]:
     """Levels of equal width around the mean; each stands for the mean of the values that fall into it."""
-    mean = flat.mean() if flat.numel() else torch.tensor(0.0)
+    mean = flat.mean() if flat.numel() else flat.new_tensor(0.0)
     centred = flat - mean
     deviation = float(centred.norm()) / math.sqrt(max(1, flat.numel() - 1))
     width = _SIGMAS * deviation / _LEVELS

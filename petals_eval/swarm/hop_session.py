@@ -196,7 +196,7 @@ async def proves_rolling_back(session: HopSession, hidden_size: int) -> bool:
     server's dtype is needed; a server whose answers are noise counts as one that does not.
     Raises PeerError when the server cannot be asked.
     """
-    hidden = torch.randn(1, 8, hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(1, 8, hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     try:
         first = (await session.step(hidden)).hidden[:, 3:].float()
         try:

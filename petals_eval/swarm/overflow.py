@@ -38,7 +38,7 @@ class Overflow:
         if len(self._hops) < ENOUGH_ANSWERS or len(servers) < min(ENOUGH_SERVERS, len(set(holders))):
             return
         hop = self._hops[-1]
-        other = _SCALE * torch.randn(1, min(16, hidden.shape[1]), hidden.shape[2])
+        other = _SCALE * torch.randn(1, min(16, hidden.shape[1]), hidden.shape[2], dtype=torch.float32)
         try:
             await self._calls.forward(hop, other, None, lossless=True)
         except PeerError:

@@ -140,7 +140,7 @@ def encode_tensor(tensor: torch.Tensor) -> runtime_pb2.Tensor:
 def encode_for(info: ServerInfo, tensor: torch.Tensor | None, code: LossyCode | None = None) -> runtime_pb2.Tensor:
     """A float tensor in the dtype to send this server, or under a lossy code; an empty one stands for None."""
     if tensor is None:
-        return encode_tensor(torch.empty(0))
+        return encode_tensor(torch.empty(0, dtype=torch.float32))
     dtype = wire_dtype(tensor.dtype, info.input_dtype)
     if code is None or code.bytes_per_value >= dtype.itemsize:  # float16 of a bfloat16 answer would save nothing
         return encode_tensor(tensor.to(dtype))

@@ -9,7 +9,8 @@ what changes, and find the model and the swarm warm:
     dtype           what the client computes in (default "float32")
     adapter         a Petals state dict with prompts and head, or null
     tuning_mode     "ptune" or "deep_ptune", with an adapter
-    texts           classify these ...      -> {"logits": [[...]], "predictions": [...], "seconds": ...}
+    tokens          classify these lists of token ids, one at a time, with this `pad_token_id` -> {"logits": [[...]]}
+    texts           or these ...            -> {"logits": [[...]], "predictions": [...], "seconds": ...}
     max_length      ... cut to this many tokens (default 96), `batch_size` (default 32) of them at a time
     padding         "longest" or "max_length" (the default: as in Petals' SST-2 example)
     labels          right answers, one a text: the "seconds" are up to the "accuracy" that is answered, too
@@ -88,6 +89,14 @@ def classify(model, settings: dict) -> dict:
     return answer | {"logits": logits.tolist(), "predictions": predictions, "seconds": seconds}
 
 
+def classify_tokens(model, settings: dict) -> dict:
+    model.config.pad_token_id = settings["pad_token_id"]
+    model.eval()
+    with torch.no_grad():
+        logits = [model(input_ids=torch.tensor([ids])).logits[0].tolist() for ids in settings["tokens"]]
+    return {"logits": logits}
+
+
 def generate(model, settings: dict) -> dict:
     tokens = model.generate(
         torch.tensor([settings["generate"]]), max_new_tokens=settings["max_new_tokens"], do_sample=False
@@ -96,12 +105,16 @@ def generate(model, settings: dict) -> dict:
 
 
 def answers(lines: Iterable[str]) -> Iterator[dict]:
-    tasks = {"generate": generate, "classify": classify}
-    loaders = {"generate": partial(load, AutoDistributedModelForCausalLM), "classify": load_classifier}
+    tasks = {"generate": generate, "tokens": classify_tokens, "classify": classify}
+    loaders = {
+        "generate": partial(load, AutoDistributedModelForCausalLM),
+        "tokens": load_classifier,
+        "classify": load_classifier,
+    }
     settings, models = {}, {}
     for line in lines:
         settings |= json.loads(line)
-        kind = "generate" if "generate" in settings else "classify"
+        kind = next((kind for kind in ("generate", "tokens") if kind in settings), "classify")
         if kind not in models:
             models[kind] = loaders[kind](settings)
         yield tasks[kind](models[kind], settings)
