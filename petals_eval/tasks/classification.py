@@ -153,7 +153,7 @@ class ClassificationTask(BaseModel):
         labels = self._labels(rows)
         for row in rows:
             self._label(row, labels, rows)
-            template.render(row.columns, where=_where(rows, row))
+            _text(template, rows, row)
 
     def predict(self, example: Example, answers: "Sequence[torch.Tensor]") -> Prediction:
         """The label with the highest score (the first of equals), and the softmax of the scores in float64.
@@ -215,7 +215,7 @@ class ClassificationTask(BaseModel):
     def _for_trained_head(
         self, rows: Rows, chunk: list[Row], found: list[int], template: Template, tokenizer: Any
     ) -> Iterator[Example]:
-        texts = [template.render(row.columns, where=_where(rows, row)) for row in chunk]
+        texts = [_text(template, rows, row) for row in chunk]
         tokenized = tokenize(tokenizer, texts, self.max_length)
         for row, label, text, (ids, truncated) in zip(chunk, found, texts, tokenized, strict=True):
             if not ids:
@@ -232,8 +232,8 @@ class ClassificationTask(BaseModel):
         tokenizer: Any,
         words: tuple[str, ...],
     ) -> Iterator[Example]:
-        texts = [template.render(row.columns, where=_where(rows, row)) for row in chunk]
-        bodies = [template.render(row.columns, where=_where(rows, row), with_tail=False) for row in chunk]
+        texts = [_text(template, rows, row) for row in chunk]
+        bodies = [_text(template, rows, row, with_tail=False) for row in chunk]
         for row, label, text, continued in zip(
             chunk, found, texts, continue_texts(tokenizer, texts, bodies, words), strict=True
         ):
@@ -275,8 +275,14 @@ def _word_requests(key: str, context: tuple[int, ...], words: tuple[tuple[int, .
     )
 
 
+def _text(template: Template, rows: Rows, row: Row, *, with_tail: bool = True) -> str:
+    where = _where(rows, row)
+    return template.render(row.columns, where=where, with_tail=with_tail, truth_words=rows.truth_words)
+
+
 def _where(rows: Rows, row: Row) -> str:
-    return f"{rows.name}, row {row.index}"
+    line = "" if row.line is None else f" (line {row.line})"
+    return f"{rows.name}, row {row.index}{line}"
 
 
 def _no_tokens(rows: Rows, row: Row, text: str) -> DataError:

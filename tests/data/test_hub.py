@@ -118,9 +118,30 @@ def test_a_local_folder(tmp_path: Path):
     for split, text in (("train", "x"), ("test", "y")):
         (tmp_path / f"{split}.csv").write_text(f"text,label\n{text},1\n")
     rows = load_rows(DataSource(path=str(tmp_path), split="test"))
-    assert [dict(row.columns) for row in rows] == [{"text": "y", "label": 1}]
+    assert [dict(row.columns) for row in rows] == [{"text": "y", "label": "1"}]
     assert rows.name == f"{tmp_path.name} test"
     assert "has no split 'dev'. The splits there are: train, test." in fails(path=str(tmp_path), split="dev")
+
+
+def test_csv_in_a_folder_is_read_as_it_is_written(tmp_path: Path):
+    (tmp_path / "data.csv").write_text("text,label,note\nNA,00,1e3\nnull,01,\n,True,2020-01-01\n")
+    rows = load_rows(DataSource(path=str(tmp_path)))
+    assert [tuple(row.columns.values()) for row in rows] == [
+        ("NA", "00", "1e3"),
+        ("null", "01", ""),
+        ("", "True", "2020-01-01"),
+    ]
+
+
+def test_class_names_that_a_folder_declares_stay(tmp_path: Path):
+    (tmp_path / "data.csv").write_text("text,label\na,1\n")
+    (tmp_path / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - {name: text, dtype: string}\n  - name: label\n    dtype:\n"
+        "      class_label:\n        names:\n          '0': bad\n          '1': good\n---\n"
+    )
+    rows = load_rows(DataSource(path=str(tmp_path)))
+    assert rows.class_names == {"label": ("bad", "good")}
+    assert [row.columns["label"] for row in rows] == [1]
 
 
 def test_an_empty_folder(tmp_path: Path):
