@@ -24,7 +24,7 @@ from petals_eval.errors import DataError, MachineError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["file_fingerprint", "load_file", "scratch_folder"]
+__all__ = ["file_fingerprint", "load_file", "load_json", "scratch_folder"]
 
 _BATCH_ROWS = 2000
 _BATCH_CHARACTERS = 1 << 23  # a batch of long texts is written before it has that many rows
@@ -50,7 +50,7 @@ def load_file(source: DataSource) -> Table:
         if kind == "parquet":
             return _load_parquet(path)
         if kind == "jsonl":
-            return _load_json(source, path)
+            return load_json([path], source.encoding)
         return _load_text(source, path, kind)
     except UnicodeDecodeError as error:
         raise DataError(
@@ -135,18 +135,23 @@ def _load_parquet(path: Path) -> Table:
             raise DataError(f"{path.name} cannot be read: expected a parquet file; {reason}") from error
 
 
-def _load_json(source: DataSource, path: Path) -> Table:
+def load_json(paths: Sequence[Path], encoding: str = "utf-8") -> Table:
+    """The objects of these files, one after the other. Rows of several files have no lines: one number is not enough.
+
+    Raises DataError for what is no object, with its line (see `read_objects`), UnicodeError and OSError.
+    """
     columns: dict[str, None] = {}
 
-    def rows() -> Iterator[tuple[int, Sequence[str]]]:
-        for line, text, value in read_objects(file, path.name):
-            if not value.keys() <= columns.keys():
-                columns.update(dict.fromkeys(value))
-            yield line, (text,)
+    def rows() -> Iterator[tuple[int | None, Sequence[str]]]:
+        for path in paths:
+            with path.open(encoding=_read_encoding(encoding), newline="\n") as file:
+                for line, text, value in read_objects(file, path.name):
+                    if not value.keys() <= columns.keys():
+                        columns.update(dict.fromkeys(value))
+                    yield line if len(paths) == 1 else None, (text,)
 
-    with path.open(encoding=_read_encoding(source.encoding), newline="\n") as file:
-        dataset = _stored(path, 1, rows())  # all of it, before the columns are known
-        return JsonTable(dataset, tuple(columns))
+    dataset = _stored(paths[0].name, 1, rows())  # all of it, before the columns are known
+    return JsonTable(dataset, tuple(columns))
 
 
 def _load_text(source: DataSource, path: Path, kind: FileFormat) -> Table:
@@ -154,11 +159,11 @@ def _load_text(source: DataSource, path: Path, kind: FileFormat) -> Table:
     # which is an ordinary character of latin-1.
     with path.open(encoding=_read_encoding(source.encoding), newline="\n") as file:
         columns, rows = _text_rows(source, path, kind, file)
-        return TextTable(_stored(path, len(columns), rows), columns)
+        return TextTable(_stored(path.name, len(columns), rows), columns)
 
 
-def _stored(path: Path, width: int, rows: Iterator[tuple[int, Sequence[str | None]]]) -> "Dataset":
-    """A memory-mapped table of these rows, each a line number and `width` cells."""
+def _stored(name: str, width: int, rows: Iterator[tuple[int | None, Sequence[str | None]]]) -> "Dataset":
+    """A memory-mapped table of these rows, each a line number and `width` cells. `name` is the file's in messages."""
     import datasets
     import pyarrow as pa
 
@@ -172,7 +177,7 @@ def _stored(path: Path, width: int, rows: Iterator[tuple[int, Sequence[str | Non
                     texts = [pa.array(values, pa.string()) for values in zip(*cells, strict=True)]
                 except UnicodeEncodeError as error:
                     raise DataError(
-                        f"{path.name}, lines {lines[0]} to {lines[-1]}: a text holds {error.object[error.start]!r}, "
+                        f"{name}, lines {lines[0]} to {lines[-1]}: a text holds {error.object[error.start]!r}, "
                         "half of a surrogate pair, which is no character. Correct the text or the encoding."
                     ) from None
                 writer.write_batch(pa.record_batch([pa.array(lines, pa.int64()), *texts], schema=schema))
@@ -181,9 +186,9 @@ def _stored(path: Path, width: int, rows: Iterator[tuple[int, Sequence[str | Non
 
 
 def _batches(
-    rows: Iterator[tuple[int, Sequence[str | None]]],
-) -> Iterator[list[tuple[int, Sequence[str | None]]]]:
-    batch: list[tuple[int, Sequence[str | None]]] = []
+    rows: Iterator[tuple[int | None, Sequence[str | None]]],
+) -> Iterator[list[tuple[int | None, Sequence[str | None]]]]:
+    batch: list[tuple[int | None, Sequence[str | None]]] = []
     characters = 0
     for row in rows:
         batch.append(row)

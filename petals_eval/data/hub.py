@@ -1,11 +1,13 @@
 """Data sets of the Hugging Face hub, and local folders laid out like one, with errors that say what to do."""
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from petals_eval.data.files import scratch_folder
+from petals_eval.data.files import load_json, scratch_folder
 from petals_eval.data.quiet import no_progress_bars
-from petals_eval.data.source import DataSource, local_path
+from petals_eval.data.source import DataSource, format_of, local_path
+from petals_eval.data.tables import Table
 from petals_eval.errors import DataError, MachineError
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ __all__ = ["load_folder", "load_hub"]
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def load_hub(source: DataSource) -> "Dataset":
+def load_hub(source: DataSource) -> Table:
     """One split of a data set on the hub, through the cache of `datasets` (HF_DATASETS_CACHE says where that is).
 
     Its values have the types that `datasets` gives them, but csv files give texts as they are written there, unless the
@@ -29,13 +31,39 @@ def load_hub(source: DataSource) -> "Dataset":
         raise DataError(
             f"{source.path!r} is neither a file nor the name of a data set on the hub, which looks like owner/name."
         )
-    return _load(source, source.path, cache=None)
+    return Table(_load(source, source.path, cache=None))
 
 
-def load_folder(source: DataSource) -> "Dataset":
-    """One split of a local folder of data files, leaving nothing in the cache. Raises DataError as `load_hub` does."""
+def load_folder(source: DataSource) -> Table:
+    """One split of a local folder of data files, leaving nothing in the cache. Raises DataError as `load_hub` does.
+
+    csv and JSON files are read as they are written, unless the folder declares what their columns mean.
+    """
+    path = local_path(source.path)
     with scratch_folder() as folder:
-        return _load(source, str(local_path(source.path)), cache=folder)
+        if files := _json_files(source, path, folder):
+            try:
+                return load_json(files)
+            except UnicodeError as error:
+                raise DataError(f"a file of the folder {source.path} is not utf-8: {error}") from None
+        return Table(_load(source, str(path), cache=folder))
+
+
+def _json_files(source: DataSource, path: Path, cache: str) -> list[Path]:
+    """The files of the split where they are plain JSON and nothing is declared of their columns; otherwise none."""
+    import datasets
+
+    try:
+        with no_progress_bars():
+            builder = datasets.load_dataset_builder(str(path), source.subset, cache_dir=cache)
+    except (OSError, ValueError, RuntimeError):
+        return []  # loading it will say what is wrong
+    by_split = getattr(builder.config, "data_files", None) or {}
+    if builder.info.features is not None or getattr(builder.config, "field", None) is not None:
+        return []
+    split = source.split if source.split is not None or len(by_split) != 1 else next(iter(by_split))
+    files = [Path(file) for file in by_split.get(split, ())]
+    return files if all(format_of(file.name) == "jsonl" and file.is_file() for file in files) else []
 
 
 def _load(source: DataSource, path: str, cache: str | None) -> "Dataset":

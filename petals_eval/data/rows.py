@@ -90,19 +90,19 @@ def load_rows(source: DataSource) -> Rows:
 
     Local data leaves nothing in the cache of `datasets`; data of the hub is kept there.
 
-    Of a file every value is what is written there. A data set of the hub and a local folder are read by `datasets`, and
-    their values have the types that it gives them: the data set's own, and text for csv. Of JSON files among them it
-    makes one type a column (4 beside 4.5 becomes 4.0, a date is no text); such a file by itself is read as written.
+    Of a file every value is what is written there, and so it is of csv and JSON files in a local folder. A data set of
+    the hub has the types that `datasets` gives it: its own, and text for csv. Of JSON on the hub without types of its
+    own `datasets` makes one type a column: 4 beside 4.5 becomes 4.0, and a date is no text.
     """
     if not is_local(source):
         from petals_eval.data.hub import load_hub
 
-        return _not_empty(Rows(Table(load_hub(source)), name=_name(source)), source)
+        return _not_empty(Rows(load_hub(source), name=_name(source)), source)
     path = local_path(source.path)
     if path.is_dir():
         from petals_eval.data.hub import load_folder
 
-        return _not_empty(Rows(Table(load_folder(source)), name=_name(source, path.resolve().name)), source)
+        return _not_empty(Rows(load_folder(source), name=_name(source, path.resolve().name)), source)
     from petals_eval.data.files import file_fingerprint, load_file
 
     return _not_empty(Rows(load_file(source), name=path.name, fingerprint=file_fingerprint(source)), source)
