@@ -220,10 +220,8 @@ def _text_rows(
             f"{path.name}: its first line should name the columns, each once; found {shorten(twice)} twice. "
             "If it is a row already, give column_names."
         )
-    if any("\0" in name for name in names):
-        raise DataError(
-            f"{path.name}: the name of a column holds a zero byte: {shorten(list(names), 200)}. Is it text?"
-        )
+    if odd := next((name for name in names if "\0" in name), None):
+        raise DataError(f"{path.name}: the name of a column holds a zero byte: {shorten(odd)}. Is it text?")
     return names, _fields(names, path, first, records)
 
 
@@ -304,7 +302,7 @@ def _fields(
 def _checked(names: tuple[str, ...], path: Path, row: int, number: int, fields: list[str]) -> tuple[int, list[str]]:
     if len(fields) != len(names):
         raise DataError(
-            f"{path.name}, row {row} (line {number}): expected {len(names)} columns ({', '.join(names)}), "
+            f"{path.name}, row {row} (line {number}): expected {len(names)} columns ({', '.join(names):.80}), "
             f"found {len(fields)}, the last of which holds {shorten(fields[-1])}. Check the delimiter, quotation marks "
             "and the column names."
         )

@@ -9,6 +9,13 @@ from pydantic import BaseModel, ValidationError
 
 __all__ = ["closest", "explain", "shorten"]
 
+# What pydantic expects, in the words of a YAML file.
+_EXPECTED = {
+    "tuple_type": "should be a list, such as [first, second]",
+    "model_type": "should be keys and values, such as {path: reviews.csv}",
+    "dict_type": "should be keys and values, such as {key: value}",
+}
+
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line a mistake: the key, what was expected there and what was found. `model` is what failed to validate."""
@@ -49,13 +56,6 @@ def _line(problem: dict[str, Any], model: type[BaseModel]) -> str:
     if problem["type"] == "string_type" and isinstance(problem["input"], dict | list):
         line += " (in YAML a text that begins with { or [ stands in quotes)"
     return line
-
-
-_EXPECTED = {
-    "tuple_type": "should be a list, such as [first, second]",
-    "model_type": "should be keys and values, such as {path: reviews.csv}",
-    "dict_type": "should be keys and values, such as {key: value}",
-}
 
 
 def _model_at(model: type[BaseModel], location: list[str]) -> type[BaseModel]:

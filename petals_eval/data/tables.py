@@ -16,7 +16,7 @@ LINE = "line"
 """In the table of a file, the column of the lines where the rows begin. The file's own columns are called 0, 1, ...
 there: Arrow would cut a name at a zero byte."""
 
-_FIRST = "0"
+_OBJECT = "0"  # of a JSON file, its only column
 
 _CHUNK_ROWS = 500
 
@@ -104,7 +104,7 @@ class JsonTable(Table):
 
     def read(self, rows: range | list[int]) -> Iterator[tuple[Mapping[str, object], int | None]]:
         chunk = self._chunk(rows)
-        for line, text in zip(chunk[LINE], chunk[_FIRST], strict=True):
+        for line, text in zip(chunk[LINE], chunk[_OBJECT], strict=True):
             value = value_of(text)
             if len(value) < len(self.columns):
                 value = {column: value.get(column) for column in self.columns}
@@ -114,7 +114,7 @@ class JsonTable(Table):
         """SHA-256 over column names and objects, as they are written."""
         digest = hashlib.sha256(json.dumps(self.columns).encode())
         for start in range(0, len(self), _CHUNK_ROWS):
-            for text in self._chunk(range(start, start + _CHUNK_ROWS))[_FIRST]:
+            for text in self._chunk(range(start, start + _CHUNK_ROWS))[_OBJECT]:
                 digest.update(json.dumps(text).encode() + b"\n")
         return digest.hexdigest()
 

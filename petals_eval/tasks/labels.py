@@ -5,7 +5,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from functools import cached_property
 from math import isfinite
 
@@ -50,7 +50,7 @@ def other_spellings(value: object) -> tuple[str, ...]:
     others = [] if whole is None else [whole, f"{whole}.0"]
     if isinstance(value, float) and isfinite(value):
         shortest = repr(float(value))
-        others += [shortest] if Decimal(shortest) == Decimal(word) else []
+        others += [shortest] if _exact(value) == Decimal(shortest) else []
     return tuple(dict.fromkeys(other for other in others if other != word))
 
 
@@ -181,11 +181,19 @@ def _whole(value: object) -> str | None:
         return match.group(1) if match else None
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return None
-    # By way of the text: a float above 2^53 no longer has the digits of a number as a JSON file writes it.
-    number = Decimal(str(value))
-    if not number.is_finite() or number.adjusted() > _MOST_DIGITS or number != number.to_integral_value():
+    number = _exact(value)
+    if number is None or number.adjusted() > _MOST_DIGITS or number != number.to_integral_value():
         return None
     return str(int(number))
+
+
+def _exact(number: int | float | Decimal) -> Decimal | None:
+    """The number that is written, by way of its text: a float above 2^53 no longer has all of its digits."""
+    try:
+        exact = Decimal(str(number))
+    except InvalidOperation:  # an exponent of twenty digits
+        return None
+    return exact if exact.is_finite() else None
 
 
 def _folded(word: str) -> str:

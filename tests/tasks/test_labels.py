@@ -107,6 +107,7 @@ def test_values_that_are_labels(labels, value, index):
     [
         *(2, -1, "2", "Positive", "neutral", 0.5, "", None, [1], "²", "01", "+1", "1.00", "1e0", "-0", "TRUE", "yes"),
         *(float("nan"), float("inf"), value_of("1e999"), value_of("1e99999999999"), b"1", {"a": 1}, "1_0", "0x1", "٠"),
+        *(value_of("1e9999999999999999999"), value_of("1e-9999999999999999999"), value_of("0.1e-99999999")),
     ],
 )
 def test_values_that_are_none(value):
