@@ -189,10 +189,10 @@ def read_settings(config: Path | None, flags: dict[str, Any]) -> RunSettings:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    from petals_eval.data.yaml_text import read_yaml
+    from petals_eval.data.yaml_text import read_yaml, resolve_nulls
 
     try:
-        values = read_yaml(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"), same_key=_field_name)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}. Expected a YAML file.") from error
     except UnicodeDecodeError as error:
@@ -204,4 +204,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"--config {path}: expected lines of `flag: value`, found {type(values).__name__}.")
-    return {key.removeprefix("--").replace("-", "_"): value for key, value in values.items()}
+    named = {_field_name(key): value for key, value in values.items()}
+    return dict(resolve_nulls(named, RunSettings))
+
+
+def _field_name(key: str) -> str:
+    """The field of `RunSettings` that a key names: --max-length, max-length and max_length are one."""
+    return key.removeprefix("--").replace("-", "_")

@@ -1,5 +1,6 @@
 """Local files into memory-mapped tables. Nothing stays on the disk: the table's file is unlinked once it is mapped."""
 
+import codecs
 import csv
 import errno
 import glob
@@ -10,46 +11,54 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from petals_eval.data.json_text import read_objects
 from petals_eval.data.problems import shorten
-from petals_eval.data.quiet import no_progress_bars
-from petals_eval.data.source import DataSource, FileFormat, format_of
+from petals_eval.data.quiet import no_log_lines, no_progress_bars
+from petals_eval.data.source import DataSource, FileFormat, format_of, local_path
+from petals_eval.data.tables import LINE, JsonTable, Table, TextTable
 from petals_eval.errors import DataError, MachineError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["file_fingerprint", "load_file", "scratch_folder"]
+__all__ = ["file_fingerprint", "load_file", "load_json", "scratch_folder"]
 
 _BATCH_ROWS = 2000
+_BATCH_CHARACTERS = 1 << 23  # a batch of long texts is written before it has that many rows
 # What pyarrow raises for a damaged file is an OSError too, but without one of these numbers.
 _MACHINE = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM)
 
 
-def load_file(source: DataSource) -> "Dataset":
+def load_file(source: DataSource) -> Table:
     """The rows of a local file. Memory is bounded by a batch of rows, not by the file.
 
     csv, tsv and lines give text columns exactly as written, so that no row and no "NA" or "null" is lost to a guess of
-    types; jsonl and parquet bring types of their own. Blank lines are no rows.
+    types; so does JSON, which says itself what is a text and what is none (see `Row`). Parquet brings types of its own.
+
+    Blank lines, of blanks and tabs alone, are no rows, as in pandas; a row of delimiters alone is one.
 
     Raises DataError for a file that is missing, empty or cannot be read as its format, naming the line, and
     MachineError when this machine refuses to read it or has no room for the table.
     """
-    path = Path(source.path).expanduser()
+    path = local_path(source.path)
     _check_file(source, path)
     kind = source.format or format_of(source.path)
     try:
-        if kind in ("jsonl", "parquet"):
-            return _load_typed(source, path, kind)
+        if kind == "parquet":
+            return _load_parquet(path)
+        if kind == "jsonl":
+            return load_json([path], source.encoding)
         return _load_text(source, path, kind)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path.name} is not {source.encoding}: {error.reason} at byte {error.object[error.start : error.end]!r}. "
             "Say how it is written, such as encoding: latin-1."
         ) from None
+    except UnicodeError as error:  # of the rarer encodings, such as punycode
+        raise DataError(f"{path.name} is not {source.encoding}: {str(error)[:120]}. Say how it is written.") from None
     except OSError as error:
         if error.errno is None:  # pyarrow's word for a damaged file
             raise DataError(
@@ -70,7 +79,7 @@ def file_fingerprint(source: DataSource) -> str:
         "encoding": source.encoding,
     }
     digest.update(json.dumps(settings, sort_keys=True).encode())
-    with Path(source.path).expanduser().open("rb") as file:
+    with local_path(source.path).open("rb") as file:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
@@ -107,73 +116,97 @@ def _check_file(source: DataSource, path: Path) -> None:
         raise DataError(f"{source.path} is empty: expected at least one row.")
 
 
-def _load_typed(source: DataSource, path: Path, kind: str) -> "Dataset":
+def _load_parquet(path: Path) -> Table:
     import datasets
+    from pyarrow import parquet  # type: ignore[import-untyped]
 
-    options = {"encoding": source.encoding} if kind == "jsonl" else {}
-    with scratch_folder() as folder, no_progress_bars():
+    with scratch_folder() as folder, no_progress_bars(), no_log_lines():
         try:
-            return datasets.load_dataset(
-                "json" if kind == "jsonl" else kind,
-                data_files=glob.escape(str(path.absolute())),
-                split="train",
-                cache_dir=folder,
-                **options,
-            )
+            if parquet.read_metadata(path).num_rows == 0:
+                raise DataError(f"{path.name} is empty: expected at least one row.")
+            files = glob.escape(str(path.absolute()))
+            return Table(datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=folder))
         # datasets 5 lets a bare StopIteration out where a file has no row.
         except (datasets.builder.DatasetGenerationError, ValueError, TypeError, StopIteration) as error:
             cause = error.__cause__ or error
-            if isinstance(cause, UnicodeDecodeError) or (isinstance(cause, OSError) and cause.errno in _MACHINE):
+            if isinstance(cause, OSError) and cause.errno in _MACHINE:
                 raise cause from None
-            problem = _first_bad_line(path, source.encoding) if kind == "jsonl" else None
-            reason = problem or f"{type(cause).__name__}: {cause}"
-            expected = "one JSON object a line" if kind == "jsonl" else "a parquet file"
-            raise DataError(f"{path.name} cannot be read: expected {expected}; {reason}") from error
+            reason = f"{type(cause).__name__}: {cause}"
+            raise DataError(f"{path.name} cannot be read: expected a parquet file; {reason}") from error
 
 
-def _first_bad_line(path: Path, encoding: str) -> str | None:
-    """What is wrong with the first line that is no JSON object, or None."""
-    any_row = False
-    with path.open(encoding=_read_encoding(encoding), newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            any_row = True
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                return f"line {number} is not JSON ({error.msg}): {shorten(line.rstrip())}."
-            except (RecursionError, ValueError):  # too deep, or a number of thousands of digits
-                return f"line {number} cannot be read: {shorten(line.rstrip())}."
-            if not isinstance(value, dict):
-                return f"line {number} is no object: {shorten(line.rstrip())}."
-    return None if any_row else "it has no rows."
+def load_json(paths: Sequence[Path], encoding: str = "utf-8") -> Table:
+    """The objects of these files, one after the other. Rows of several files have no lines: one number is not enough.
+
+    Raises DataError for what is no object, with its line (see `read_objects`), UnicodeError and OSError.
+    """
+    columns: dict[str, None] = {}
+
+    def rows() -> Iterator[tuple[int | None, Sequence[str]]]:
+        for path in paths:
+            with path.open(encoding=_read_encoding(encoding), newline="\n") as file:
+                for line, text, value in read_objects(file, path.name):
+                    if not value.keys() <= columns.keys():
+                        columns.update(dict.fromkeys(value))
+                    yield line if len(paths) == 1 else None, (text,)
+
+    dataset = _stored(paths[0].name, 1, rows())  # all of it, before the columns are known
+    return JsonTable(dataset, tuple(columns))
 
 
-def _load_text(source: DataSource, path: Path, kind: FileFormat) -> "Dataset":
-    import datasets
-    import pyarrow as pa  # type: ignore[import-untyped]
-
+def _load_text(source: DataSource, path: Path, kind: FileFormat) -> Table:
     # newline="\n": only "\n" ends a line. Python's own splitting would also break at \r, and str.splitlines at \x85,
     # which is an ordinary character of latin-1.
-    with path.open(encoding=_read_encoding(source.encoding), newline="\n") as file, scratch_folder() as folder:
+    with path.open(encoding=_read_encoding(source.encoding), newline="\n") as file:
         columns, rows = _text_rows(source, path, kind, file)
-        schema = pa.schema([(name, pa.string()) for name in columns])
+        return TextTable(_stored(path.name, len(columns), rows), columns)
+
+
+def _stored(name: str, width: int, rows: Iterator[tuple[int | None, Sequence[str | None]]]) -> "Dataset":
+    """A memory-mapped table of these rows, each a line number and `width` cells. `name` is the file's in messages."""
+    import datasets
+    import pyarrow as pa
+
+    schema = pa.schema([(LINE, pa.int64()), *((str(number), pa.string()) for number in range(width))])
+    with scratch_folder() as folder:
         table = Path(folder) / "rows.arrow"
         with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            while batch := list(islice(rows, _BATCH_ROWS)):
-                arrays = [pa.array(values, pa.string()) for values in zip(*batch, strict=True)]
-                writer.write_batch(pa.record_batch(arrays, schema=schema))
+            for batch in _batches(rows):
+                lines, cells = zip(*batch, strict=True)
+                try:
+                    texts = [pa.array(values, pa.string()) for values in zip(*cells, strict=True)]
+                except UnicodeEncodeError as error:
+                    raise DataError(
+                        f"{name}, lines {lines[0]} to {lines[-1]}: a text holds {error.object[error.start]!r}, "
+                        "half of a surrogate pair, which is no character. Correct the text or the encoding."
+                    ) from None
+                writer.write_batch(pa.record_batch([pa.array(lines, pa.int64()), *texts], schema=schema))
         with no_progress_bars():
             return datasets.Dataset.from_file(str(table))
 
 
+def _batches(
+    rows: Iterator[tuple[int | None, Sequence[str | None]]],
+) -> Iterator[list[tuple[int | None, Sequence[str | None]]]]:
+    batch: list[tuple[int | None, Sequence[str | None]]] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += sum(len(cell) for cell in row[1] if cell)
+        if len(batch) == _BATCH_ROWS or characters > _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
 def _text_rows(
     source: DataSource, path: Path, kind: FileFormat, file: IO[str]
-) -> tuple[tuple[str, ...], Iterator[Sequence[str | None]]]:
+) -> tuple[tuple[str, ...], Iterator[tuple[int, Sequence[str | None]]]]:
+    """The names of the columns, and each row: the line where it begins, from 1, and its fields."""
     if kind == "lines":
         if source.pattern is None:
-            return ("text",), ((line,) for _, line in _lines(file))
+            return ("text",), ((number, (line,)) for number, line in _lines(file))
         pattern = re.compile(source.pattern)
         return tuple(pattern.groupindex), _matches(pattern, path, file)
     records = _records(source, path, kind, file)
@@ -182,26 +215,30 @@ def _text_rows(
         raise DataError(f"{path.name} has no rows: it holds only blank lines.")
     names = source.column_names or tuple(first[1])
     if source.column_names is None and len(set(names)) < len(names):
+        twice = next(name for at, name in enumerate(names) if name in names[:at])
         raise DataError(
-            f"{path.name}: its first line should name the columns, each once; found {shorten(first[1], 200)}. "
+            f"{path.name}: its first line should name the columns, each once; found {shorten(twice)} twice. "
             "If it is a row already, give column_names."
         )
-    if any("\0" in name for name in names):
-        raise DataError(
-            f"{path.name}: the name of a column holds a zero byte: {shorten(list(names), 200)}. Is it text?"
-        )
+    if odd := next((name for name in names if "\0" in name), None):
+        raise DataError(f"{path.name}: the name of a column holds a zero byte: {shorten(odd)}. Is it text?")
     return names, _fields(names, path, first, records)
 
 
-def _lines(file: IO[str]) -> Iterator[tuple[int, str]]:
+def _lines(file: IO[str], delimiter: str = "") -> Iterator[tuple[int, str]]:
     """(line number from 1, line without its end), blank lines left out."""
     for number, line in enumerate(file, start=1):
         line = line.removesuffix("\n").removesuffix("\r")
-        if line.strip():
+        if not _is_blank(line, delimiter):
             yield number, line
 
 
-def _matches(pattern: re.Pattern[str], path: Path, file: IO[str]) -> Iterator[Sequence[str | None]]:
+def _is_blank(line: str, delimiter: str = "") -> bool:
+    """Whether a line is none for pandas: blanks and tabs alone, unless these are delimiters between empty fields."""
+    return not line.strip(" \t\r\n") and (not delimiter or delimiter not in line)
+
+
+def _matches(pattern: re.Pattern[str], path: Path, file: IO[str]) -> Iterator[tuple[int, Sequence[str | None]]]:
     for row, (number, line) in enumerate(_lines(file)):
         match = pattern.fullmatch(line)
         if match is None:
@@ -209,23 +246,27 @@ def _matches(pattern: re.Pattern[str], path: Path, file: IO[str]) -> Iterator[Se
                 f"{path.name}, row {row} (line {number}) does not match the pattern {pattern.pattern}: "
                 f"{shorten(line)}. Correct the line, the pattern or the encoding."
             )
-        yield tuple(match.group(name) for name in pattern.groupindex)
+        yield number, tuple(match.group(name) for name in pattern.groupindex)
 
 
 def _records(source: DataSource, path: Path, kind: FileFormat, file: IO[str]) -> Iterator[tuple[int, list[str]]]:
-    """(line number from 1, fields) of each line that is not blank."""
+    """(line number from 1, fields) of each line, or lines in quotation marks, that is not blank."""
     delimiter = source.delimiter or ("\t" if kind == "tsv" else ",")
     quoting = source.quoting if source.quoting is not None else kind == "csv"
     if not quoting:
-        for number, line in _lines(file):
+        for number, line in _lines(file, delimiter):
             yield number, line.split(delimiter)
         return
+    lines = _Followed(file)
     # strict: a quotation mark that is never closed would otherwise swallow the rest of the file as one field.
-    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    number = 1
     try:
         for fields in reader:
-            if any(field.strip() for field in fields):
-                yield reader.line_num, fields
+            # A line of blanks in quotation marks is a row: only the line itself tells it from a blank one.
+            if reader.line_num > number or not _is_blank(lines.last, delimiter):
+                yield number, fields
+            number = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
             f"{path.name}, line {reader.line_num} is not well-formed {kind}: {error}. "
@@ -233,9 +274,22 @@ def _records(source: DataSource, path: Path, kind: FileFormat, file: IO[str]) ->
         ) from None
 
 
+class _Followed:
+    """The lines of a file, the last of which can be looked at."""
+
+    def __init__(self, file: IO[str]):
+        self._file = file
+        self.last = ""
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._file:
+            self.last = line
+            yield line
+
+
 def _fields(
     names: tuple[str, ...], path: Path, first: tuple[int, list[str]], records: Iterator[tuple[int, list[str]]]
-) -> Iterator[Sequence[str]]:
+) -> Iterator[tuple[int, Sequence[str]]]:
     row = 0
     if tuple(first[1]) != names:
         yield _checked(names, path, row, *first)
@@ -245,15 +299,16 @@ def _fields(
         row += 1
 
 
-def _checked(names: tuple[str, ...], path: Path, row: int, number: int, fields: list[str]) -> list[str]:
+def _checked(names: tuple[str, ...], path: Path, row: int, number: int, fields: list[str]) -> tuple[int, list[str]]:
     if len(fields) != len(names):
         raise DataError(
-            f"{path.name}, row {row} (line {number}): expected {len(names)} columns ({', '.join(names)}), "
-            f"found {len(fields)}: {shorten(fields)}. Check the delimiter and the column names."
+            f"{path.name}, row {row} (line {number}): expected {len(names)} columns ({', '.join(names):.80}), "
+            f"found {len(fields)}, the last of which holds {shorten(fields[-1])}. Check the delimiter, quotation marks "
+            "and the column names."
         )
-    return fields
+    return number, fields
 
 
 def _read_encoding(encoding: str) -> str:
     """utf-8 with or without a byte order mark; every other encoding as it is."""
-    return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+    return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding

@@ -4,21 +4,25 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from petals_eval.data.files import scratch_folder
+from petals_eval.data.files import load_json, scratch_folder
 from petals_eval.data.quiet import no_progress_bars
-from petals_eval.data.source import DataSource
+from petals_eval.data.source import DataSource, format_of, local_path
+from petals_eval.data.tables import Table
 from petals_eval.errors import DataError, MachineError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
 __all__ = ["load_folder", "load_hub"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def load_hub(source: DataSource) -> "Dataset":
+def load_hub(source: DataSource) -> Table:
     """One split of a data set on the hub, through the cache of `datasets` (HF_DATASETS_CACHE says where that is).
+
+    Its values have the types that `datasets` gives them, but csv files give texts as they are written there, unless the
+    data set declares what a column means.
 
     Raises DataError for a name, subset or split that does not exist, a gated or private data set, and a hub that
     cannot be reached; the message lists what there is.
@@ -27,29 +31,58 @@ def load_hub(source: DataSource) -> "Dataset":
         raise DataError(
             f"{source.path!r} is neither a file nor the name of a data set on the hub, which looks like owner/name."
         )
-    return _load(source, source.path, cache=None)
+    return Table(_load(source, source.path, cache=None))
 
 
-def load_folder(source: DataSource) -> "Dataset":
-    """One split of a local folder of data files, leaving nothing in the cache. Raises DataError as `load_hub` does."""
+def load_folder(source: DataSource) -> Table:
+    """One split of a local folder of data files, leaving nothing in the cache. Raises DataError as `load_hub` does.
+
+    csv and JSON files are read as they are written, unless the folder declares what their columns mean.
+    """
+    path = local_path(source.path)
     with scratch_folder() as folder:
-        return _load(source, str(Path(source.path).expanduser()), cache=folder)
+        if files := _json_files(source, path, folder):
+            try:
+                return load_json(files)
+            except UnicodeError as error:
+                raise DataError(f"a file of the folder {source.path} is not utf-8: {error}") from None
+        return Table(_load(source, str(path), cache=folder))
+
+
+def _json_files(source: DataSource, path: Path, cache: str) -> list[Path]:
+    """The files of the split where they are plain JSON and nothing is declared of their columns; otherwise none."""
+    import datasets
+
+    try:
+        with no_progress_bars():
+            builder = datasets.load_dataset_builder(str(path), source.subset, cache_dir=cache)
+    except (OSError, ValueError, RuntimeError):
+        return []  # loading it will say what is wrong
+    by_split = getattr(builder.config, "data_files", None) or {}
+    if builder.info.features is not None or getattr(builder.config, "field", None) is not None:
+        return []
+    split = source.split if source.split is not None or len(by_split) != 1 else next(iter(by_split))
+    files = [Path(file) for file in by_split.get(split, ())]
+    return files if all(format_of(file.name) == "jsonl" and file.is_file() for file in files) else []
 
 
 def _load(source: DataSource, path: str, cache: str | None) -> "Dataset":
     import datasets
 
     token = source.token.get_secret_value() if source.token is not None else None
+
+    def load(**reading: object) -> "Dataset":
+        settings = {"split": source.split, "revision": source.revision, "token": token, "cache_dir": cache}
+        return _only_split(source, datasets.load_dataset(path, source.subset, **settings, **reading))
+
     try:
         with no_progress_bars():
-            loaded = datasets.load_dataset(
-                path,
-                source.subset,
-                split=source.split,
-                revision=source.revision,
-                token=token,
-                cache_dir=cache,
-            )
+            loaded = load()
+            if loaded.info.builder_name == "csv" and _has_plain_types(loaded):
+                # Their reader takes 00 for a number and NA for nothing. Once the names of the columns are known, it can
+                # be told that all of them are texts.
+                texts = datasets.Features({name: datasets.Value("string") for name in loaded.column_names})
+                loaded = load(features=texts, keep_default_na=False)
     except PermissionError as error:
         raise MachineError(
             f"cannot write the cache of datasets: {error}. Set HF_DATASETS_CACHE to another folder."
@@ -58,12 +91,25 @@ def _load(source: DataSource, path: str, cache: str | None) -> "Dataset":
     # version, but all of it is one of these; StopIteration is what datasets 5 makes of a file without rows.
     except (OSError, ValueError, RuntimeError, datasets.builder.DatasetGenerationError, StopIteration) as error:
         raise DataError(_explain(source, error)) from error
-    if not isinstance(loaded, datasets.Dataset):
-        splits = ", ".join(sorted(loaded))
-        if len(loaded) != 1:
-            raise DataError(f"{source.path} has several splits: {splits}. Say which one is to be evaluated (split).")
-        loaded = next(iter(loaded.values()))
     return loaded
+
+
+def _only_split(source: DataSource, loaded: "Dataset | DatasetDict") -> "Dataset":
+    import datasets
+
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if len(loaded) != 1:
+        splits = ", ".join(sorted(loaded))
+        raise DataError(f"{source.path} has several splits: {splits}. Say which one is to be evaluated (split).")
+    return next(iter(loaded.values()))
+
+
+def _has_plain_types(loaded: "Dataset") -> bool:
+    """Whether no column has a meaning that its data set declares, such as class names."""
+    import datasets
+
+    return all(isinstance(feature, datasets.Value) for feature in loaded.features.values())
 
 
 def _explain(source: DataSource, error: Exception) -> str:
@@ -87,7 +133,7 @@ def _explain(source: DataSource, error: Exception) -> str:
             f"{source.path} is a data set with a loading script, which today's datasets does not run. "
             "Most have a copy without one: set revision: refs/convert/parquet."
         )
-    if Path(source.path).expanduser().is_dir():
+    if local_path(source.path).is_dir():
         return f"the folder {source.path} holds no data that can be loaded: {text} Give the path of a file."
     if isinstance(error, FileNotFoundError) and not isinstance(error, ConnectionError):
         revision = f" at revision {source.revision}" if source.revision else ""

@@ -9,10 +9,21 @@ from pydantic import BaseModel, ValidationError
 
 __all__ = ["closest", "explain", "shorten"]
 
+# What pydantic expects, in the words of a YAML file.
+_EXPECTED = {
+    "tuple_type": "should be a list, such as [first, second]",
+    "model_type": "should be keys and values, such as {path: reviews.csv}",
+    "dict_type": "should be keys and values, such as {key: value}",
+}
+
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line a mistake: the key, what was expected there and what was found. `model` is what failed to validate."""
-    return "\n".join(f"  {_line(dict(problem), model)}" for problem in error.errors(include_url=False))
+    problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors(include_url=False)]
+    # A list whose elements are wrong counts as empty, which nobody would understand.
+    inside = {tuple(problem["loc"][:-1]) for problem in problems}
+    told = [one for one in problems if not (one["type"] == "too_short" and tuple(one["loc"]) in inside)]
+    return "\n".join(f"  {_line(problem, model)}" for problem in told)
 
 
 def closest(word: str, known: Iterable[str]) -> str:
@@ -37,12 +48,13 @@ def _line(problem: dict[str, Any], model: type[BaseModel]) -> str:
         return f"{key}: unknown key.{closest(location[-1], known)} Known here: {', '.join(known)}."
     if problem["type"] == "missing":
         return f"{key}: missing, and it must be given."
-    expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    expected = _EXPECTED.get(problem["type"]) or problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    found = "nothing" if problem["input"] is None else shorten(problem["input"])
     if not key:
-        return expected
-    line = f"{key}: {expected}, found {shorten(problem['input'])}"
-    if isinstance(problem["input"], bool):
-        line += " (YAML reads a bare yes, no, on, off, true and false as a truth value: put it in quotes)"
+        return f"{expected}, found {found}" if problem["type"] in _EXPECTED else expected
+    line = f"{key}: {expected}, found {found}"
+    if problem["type"] == "string_type" and isinstance(problem["input"], dict | list):
+        line += " (in YAML a text that begins with { or [ stands in quotes)"
     return line
 
 

@@ -1,9 +1,9 @@
-"""Keep the progress bars of `datasets` off our screen, and give them back to whoever had them on."""
+"""Keep what `datasets` prints off our screen, and give it back to whoever had it on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["no_progress_bars"]
+__all__ = ["no_log_lines", "no_progress_bars"]
 
 
 @contextmanager
@@ -18,3 +18,16 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             enable_progress_bar()
+
+
+@contextmanager
+def no_log_lines() -> Iterator[None]:
+    """No lines of `datasets` on stderr inside the block: it logs each error that it raises, with the whole path."""
+    from datasets.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

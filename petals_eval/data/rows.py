@@ -1,14 +1,14 @@
 """Labelled rows, read lazily from a memory-mapped table."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from numbers import Integral, Rational, Real
 from typing import TYPE_CHECKING
 
-from petals_eval.data.source import DataSource, is_local
+from petals_eval.data.source import DataSource, is_local, local_path
+from petals_eval.data.tables import Table
 from petals_eval.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,38 +25,34 @@ class Row:
     """One row of a data set.
 
     index: its position in the source split, from 0, before any sampling.
-    columns: its values by column name.
+    columns: its values by column name. A value of csv, tsv and plain lines is the text of the file. A value of JSON is
+        what Python makes of it, but `str` shows a number as the file has it (4.50, 1e3). Every other value has the
+        type that its source gives it.
+    line: the line of the file where the row begins, from 1; None where the rows have no lines.
     """
 
     index: int
     columns: Mapping[str, object]
+    line: int | None = None
 
 
 class Rows:
     """The rows of one split, in the order of the source. Iterating reads a chunk at a time: memory does not grow.
 
     name: what to call them in reports; never a local path.
+    columns: the names of the columns.
     class_names: for each column of class numbers whose source says what the numbers mean, these names in order.
+    truth_words: how the source writes false and true.
     """
 
     def __init__(
-        self,
-        table: "Dataset",
-        *,
-        name: str,
-        fingerprint: str | None = None,
-        positions: "np.ndarray | None" = None,
+        self, table: Table, *, name: str, fingerprint: str | None = None, positions: "np.ndarray | None" = None
     ):
         """`positions`: ascending int64 rows of `table` to keep; None keeps all. `fingerprint` is that of `table`."""
-        from datasets import ClassLabel
-
         self.name = name
-        self.columns: tuple[str, ...] = tuple(table.column_names)
-        self.class_names: Mapping[str, tuple[str, ...]] = {
-            column: tuple(feature.names)
-            for column, feature in table.features.items()
-            if isinstance(feature, ClassLabel)
-        }
+        self.columns: tuple[str, ...] = table.columns
+        self.class_names: Mapping[str, tuple[str, ...]] = table.class_names
+        self.truth_words = table.truth_words
         self._table = table
         self._table_fingerprint = fingerprint
         self._positions = positions
@@ -68,10 +64,8 @@ class Rows:
         for start in range(0, len(self), _CHUNK_ROWS):
             stop = min(start + _CHUNK_ROWS, len(self))
             indices = range(start, stop) if self._positions is None else self._positions[start:stop].tolist()
-            chunk = self._table[start:stop] if self._positions is None else self._table[indices]
-            values = [chunk[column] for column in self.columns]
-            for index, row in zip(indices, zip(*values, strict=True), strict=True):
-                yield Row(index, dict(zip(self.columns, row, strict=True)))
+            for index, (columns, line) in zip(indices, self._table.read(indices), strict=True):
+                yield Row(index, columns, line)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -80,7 +74,7 @@ class Rows:
         Of a local file: its bytes and the settings that turn them into rows. Of everything else (hub, folder, rows in
         memory): the column names, class names and values. Of a sample: these and the positions that were drawn.
         """
-        whole = self._table_fingerprint or self._content_hash()
+        whole = self._table_fingerprint or self._table.content_hash()
         if self._positions is None:
             return whole
         return hashlib.sha256(whole.encode() + self._positions.astype("<i8").tobytes()).hexdigest()
@@ -90,42 +84,40 @@ class Rows:
         kept = positions if self._positions is None else self._positions[positions]
         return Rows(self._table, name=self.name, fingerprint=self._table_fingerprint, positions=kept)
 
-    def _content_hash(self) -> str:
-        digest = hashlib.sha256(json.dumps([self.columns, dict(self.class_names)], sort_keys=True).encode())
-        table = self._table.with_format("arrow")  # stored values: an image or a sound is not decoded to be hashed
-        for start in range(0, len(table), _CHUNK_ROWS):
-            for row in table[start : start + _CHUNK_ROWS].to_pylist():
-                digest.update(json.dumps([row[column] for column in self.columns], default=str).encode())
-                digest.update(b"\n")
-        return digest.hexdigest()
-
 
 def load_rows(source: DataSource) -> Rows:
     """Read a file, a folder or a data set of the hub. Raises DataError, which names it and says what to do.
 
     Local data leaves nothing in the cache of `datasets`; data of the hub is kept there.
+
+    Of a file every value is what is written there, and so it is of csv and JSON files in a local folder. A data set of
+    the hub has the types that `datasets` gives it: its own, and text for csv. Of JSON on the hub without types of its
+    own `datasets` makes one type a column: 4 beside 4.5 becomes 4.0, and a date is no text.
     """
     if not is_local(source):
         from petals_eval.data.hub import load_hub
 
         return _not_empty(Rows(load_hub(source), name=_name(source)), source)
-    path = Path(source.path).expanduser()
+    path = local_path(source.path)
     if path.is_dir():
         from petals_eval.data.hub import load_folder
 
         return _not_empty(Rows(load_folder(source), name=_name(source, path.resolve().name)), source)
     from petals_eval.data.files import file_fingerprint, load_file
 
-    table = load_file(source)
-    return _not_empty(Rows(table, name=path.name, fingerprint=file_fingerprint(source)), source)
+    return _not_empty(Rows(load_file(source), name=path.name, fingerprint=file_fingerprint(source)), source)
 
 
 def rows_of(data: "Dataset | Iterable[Mapping[str, object]]", *, name: str = "data") -> Rows:
-    """Rows that are at hand already: a `datasets.Dataset`, or dictionaries with the same keys. Raises DataError."""
+    """Rows that are at hand already: a `datasets.Dataset`, or dictionaries with the same keys.
+
+    The values keep their types: 4 stays a whole number beside 4.5. Raises DataError for rows that differ in their keys
+    or in the types of a column, and for no rows.
+    """
     import datasets
 
     if isinstance(data, datasets.Dataset):
-        table = data.with_format(None)
+        table = Table(data.with_format(None))
     else:
         records = [dict(row) for row in data]
         odd = next((index for index, row in enumerate(records) if row.keys() != records[0].keys()), None)
@@ -134,13 +126,34 @@ def rows_of(data: "Dataset | Iterable[Mapping[str, object]]", *, name: str = "da
                 f"row {odd} has the columns {', '.join(records[odd])}, but row 0 has {', '.join(records[0])}. "
                 "Give every row the same columns."
             )
+        numbers = _numbers_without_a_type(records)
+        stored = [{**row, **{key: _written(row[key]) for key in numbers}} for row in records] if numbers else records
         try:
-            table = datasets.Dataset.from_list(records)
+            table = Table(datasets.Dataset.from_list(stored), numbers=numbers)
         except (ValueError, TypeError, OverflowError) as error:  # what pyarrow raises for values of mixed types
-            raise DataError(f"{name}: every column needs values of one type ({error}).") from error
+            raise DataError(f"{name}: every column needs values of one type ({str(error)[:120]}).") from error
     if len(table) == 0:
         raise DataError(f"{name} is empty: expected at least one row.")
     return Rows(table, name=name)
+
+
+def _numbers_without_a_type(records: list[dict[str, object]]) -> list[str]:
+    """The columns of numbers for which Arrow has no type that keeps them: 4 would become 4.0 beside 4.5."""
+    found = []
+    for column in records[0] if records else ():
+        values = [row[column] for row in records if row[column] is not None]
+        if any(isinstance(value, bool) or not isinstance(value, Real) for value in values):
+            continue
+        whole = [int(value) for value in values if isinstance(value, Integral)]
+        if any(isinstance(value, Rational) and not isinstance(value, Integral) for value in values):
+            continue  # a Fraction, which is for Arrow to refuse
+        if 0 < len(whole) < len(values) or any(not -(2**63) <= value < 2**63 for value in whole):
+            found.append(column)
+    return found
+
+
+def _written(number: object) -> str | None:
+    return None if number is None else str(number)
 
 
 def _not_empty(rows: Rows, source: DataSource) -> Rows:

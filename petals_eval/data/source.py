@@ -18,7 +18,7 @@ from pydantic import (
 from petals_eval.data.problems import explain
 from petals_eval.errors import DataError
 
-__all__ = ["DataSource", "FileFormat", "FileReading", "format_of", "is_local"]
+__all__ = ["DataSource", "FileFormat", "FileReading", "format_of", "is_local", "local_path"]
 
 FileFormat = Literal["csv", "tsv", "jsonl", "parquet", "lines"]
 
@@ -115,9 +115,17 @@ def format_of(path: str) -> FileFormat:
     return _SUFFIXES.get(Path(path).suffix.lower(), "lines")
 
 
+def local_path(path: str | Path) -> Path:
+    """Where a path is on this machine: `~` is the home folder, and `~nobody` a name, where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def is_local(source: DataSource) -> bool:
     """Whether `source` is meant to be on this machine: it exists, or is written as only a path can be written."""
-    path = Path(source.path).expanduser()
+    path = local_path(source.path)
     return (
         path.exists()
         or source.format is not None

@@ -1,32 +1,97 @@
-"""YAML as it comes from files that others may have written: values, or what is wrong with it in words."""
+"""YAML as it comes from files that others may have written: what is written there, or what is wrong with it in words.
 
-from typing import Any
+A scalar without quotes stays the text that it is. By the rules of YAML 1.1 `no` would be a truth value, `00` the number
+0, `1:30` the number 90 and `2020-01-01` a date, and nothing would show that a label was meant. What a setting is for
+says whether it is a number: its type makes one of the text, or says that it cannot.
+"""
+
+from collections.abc import Callable, Iterator
+from inspect import isclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
+from pydantic import BaseModel, SecretStr
 
-__all__ = ["MOST_BYTES", "MOST_VALUES", "read_yaml"]
+from petals_eval.data.problems import shorten
+
+__all__ = ["MOST_BYTES", "MOST_VALUES", "Plain", "read_yaml", "resolve_nulls"]
 
 MOST_BYTES = 1 << 20
 MOST_VALUES = 100_000
 """Each alias counts as what it stands for: ten lines of them can stand for a thousand million values, and whoever shows
 or checks those is busy for hours."""
 
+_PLAIN = "tag:petals-eval,2026:plain"  # a tag of our own, which no file can spell by accident
+_MERGE = "tag:yaml.org,2002:merge"
+_NULLS = ("null", "Null", "NULL", "~")
+
+
+class Plain(str):
+    """Text that stands in the file without quotes, so that `null` may mean nothing."""
+
+    __slots__ = ()
+
 
 class _Loader(yaml.SafeLoader):
-    """Merged keys (`<<`) are copied while they are read, so that they have to be counted there."""
+    """It knows no type but text: only a tag such as `!!int`, which somebody wrote on purpose, makes another one.
+
+    same_key: two keys that it spells alike are one key.
+    """
+
+    def __init__(self, text: str, same_key: Callable[[str], str]):
+        super().__init__(text)
+        self._same_key = same_key
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        if kind is yaml.ScalarNode and implicit[0]:
+            return _MERGE if value == "<<" else _PLAIN
+        return str(super().resolve(kind, value, implicit))
+
+    def construct_plain(self, node: yaml.ScalarNode) -> Plain | None:
+        """Where nothing is written there is nothing; an empty text has quotes."""
+        return Plain(node.value) if node.value else None
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Keys given twice are found here: later, merged ones (`<<`) are among them, which a mapping may override."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            spelled = self._same_key(key.value)
+            if spelled in lines:
+                problem = f"the key {shorten(key.value)} is given twice, here and in line {lines[spelled]}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            lines[spelled] = key.start_mark.line + 1
+        return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
+        """Merged keys are copied while they are read, so that they have to be counted here."""
+        try:
+            super().flatten_mapping(node)
+        except yaml.constructor.ConstructorError as error:
+            error.problem = f"{error.problem}; << has a meaning of its own, and as text it stands in quotes"
+            raise
         if len(node.value) > MOST_VALUES:
             raise yaml.constructor.ConstructorError(None, None, f"more than {MOST_VALUES:,} keys", node.start_mark)
 
 
-def read_yaml(text: str) -> Any:
-    """The values in a text. Raises ValueError, whose message says what is wrong and, where known, in which line."""
+_Loader.add_constructor(_PLAIN, _Loader.construct_plain)
+
+
+def read_yaml(text: str, same_key: Callable[[str], str] = str) -> Any:
+    """The values in a text: a scalar without quotes is a `Plain`, whatever it looks like, or None for nothing at all.
+
+    same_key: what it makes of two keys of one mapping tells whether they are the same key.
+    Raises ValueError, whose message says what is wrong and, where known, in which line.
+    """
     if len(text) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES:,} characters")
     try:
-        values = yaml.load(text, Loader=_Loader)  # it is a SafeLoader
+        loader = _Loader(text, same_key)
+        try:
+            values = loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         where = f"line {place.line + 1}: " if place is not None else ""
@@ -34,10 +99,49 @@ def read_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError("too deep: values within values within values") from None
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
-        # such as a date that does not exist, or a number of thousands of digits
+        # such as `!!timestamp` of a date that does not exist, or `!!int` of thousands of digits
         raise ValueError(f"not valid YAML: {str(error)[:200]}") from None
     _count(values)
     return values
+
+
+def resolve_nulls(value: Any, expected: Any) -> Any:
+    """What `read_yaml` gave, with None where a null without quotes stands for a setting that is not set.
+
+    expected: the pydantic model that the values are for, or the type of one value. Where that takes text but no None
+        (a key of `label_map`, a label, the name of a column), `null` and `~` are text like any other.
+    """
+    kinds = list(_kinds(expected))
+    if isinstance(value, Plain):
+        takes_text = any(kind in (Any, str, SecretStr) or get_origin(kind) is Literal for kind in kinds)
+        return None if value in _NULLS and (NoneType in kinds or not takes_text) else str(value)
+    if isinstance(value, dict):
+        model = next((kind for kind in kinds if isclass(kind) and issubclass(kind, BaseModel)), None)
+        if model is not None:
+            fields = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+            return {_text(key): resolve_nulls(inner, fields.get(key, Any)) for key, inner in value.items()}
+        inside = next((get_args(kind)[1] for kind in kinds if get_origin(kind) is dict), Any)
+        return {_text(key): resolve_nulls(inner, inside) for key, inner in value.items()}
+    if isinstance(value, list):
+        inside = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), Any)
+        return [resolve_nulls(inner, inside) for inner in value]
+    return value
+
+
+def _kinds(expected: Any) -> Iterator[Any]:
+    """The types that a union stands for, without what `Annotated` says of them."""
+    origin = get_origin(expected)
+    if origin is Annotated:
+        yield from _kinds(get_args(expected)[0])
+    elif origin in (Union, UnionType):
+        for kind in get_args(expected):
+            yield from _kinds(kind)
+    else:
+        yield expected
+
+
+def _text(key: Any) -> Any:
+    return str(key) if isinstance(key, Plain) else key
 
 
 def _count(values: Any) -> None:

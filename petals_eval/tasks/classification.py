@@ -15,11 +15,11 @@ from pydantic import (
     model_validator,
 )
 
-from petals_eval.data.problems import closest, explain
+from petals_eval.data.problems import closest, explain, shorten
 from petals_eval.data.rows import Row, Rows
 from petals_eval.data.source import DataSource, FileFormat, FileReading
 from petals_eval.errors import AdapterError, DataError, NotFiniteError, PetalsEvalError, TaskError
-from petals_eval.tasks.labels import Labels, plain
+from petals_eval.tasks.labels import Labels, spelled
 from petals_eval.tasks.requests import Example, Prediction, Request
 from petals_eval.tasks.template import Template
 from petals_eval.tasks.tokens import Continued, continue_texts, cut, tokenize
@@ -33,9 +33,18 @@ __all__ = ["ClassificationTask"]
 _CHUNK_ROWS = 256
 
 
-def _plain_keys(mapping: Any) -> Any:
-    """YAML reads the keys 0 and true as a number and a truth value; a label_map compares text."""
-    return {plain(key): value for key, value in mapping.items()} if isinstance(mapping, Mapping) else mapping
+def _spelled_keys(mapping: Any) -> Any:
+    """A label_map compares text, but a Python program may write its keys as numbers and truth values."""
+    if not isinstance(mapping, Mapping):
+        return mapping
+    if None in mapping:
+        raise ValueError('should have text as keys, and one of them is missing: put an empty text in quotes, as ""')
+    keys: dict[str, object] = {}
+    for key, name in mapping.items():
+        if spelled(key) in keys:
+            raise ValueError(f"has the key {spelled(key)!r} twice: outer blanks do not count")
+        keys[spelled(key)] = name
+    return keys
 
 
 class ClassificationTask(BaseModel):
@@ -45,8 +54,10 @@ class ClassificationTask(BaseModel):
     text: template with a {column} for each value that is read, such as "{premise} </s> {hypothesis}".
     label_column: the column of the labels. Its values may be label names, positions in `label_names` (also as text),
         or true and false; where the source names its classes, these names decide and not their numbers.
-    label_names: in the order of the head's outputs.
-    label_map: for other values, which label name each stands for.
+        `petals_eval.tasks.labels.Labels` has the rules.
+    label_names: in the order of the head's outputs. Outer blanks do not tell labels apart.
+    label_map: for other values, which label name each stands for. A key is the value as the data spell it: 00 is not
+        0. Where a key or a label name is a number, no number is read as a position.
     max_length: tokens of text at most, the tokenizer's special tokens included, tuned prompts not.
     metrics: names that `petals_eval.metrics` knows.
     data: what to evaluate when nothing else is said.
@@ -68,7 +79,7 @@ class ClassificationTask(BaseModel):
     text: str
     label_column: str = Field(min_length=1)
     label_names: tuple[str, ...] = Field(min_length=2)
-    label_map: Annotated[dict[str, str], BeforeValidator(_plain_keys)] = Field(default_factory=dict)
+    label_map: Annotated[dict[str, str], BeforeValidator(_spelled_keys)] = Field(default_factory=dict)
     max_length: int = Field(default=512, ge=1)
     metrics: tuple[str, ...] = Field(default=("accuracy", "f1_macro"), min_length=1)
     data: DataSource | None = None
@@ -97,19 +108,30 @@ class ClassificationTask(BaseModel):
         Template.parse(text)
         return text
 
-    @field_validator("label_names", "label_words")
+    @field_validator("label_names")
     @classmethod
-    def _distinct(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if names is not None and (len(set(names)) < len(names) or not all(name.strip() for name in names)):
-            raise ValueError("should be different from each other, and none of them empty")
+    def _distinct_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Labels in the data are compared without outer blanks, so that names must differ without them."""
+        words = {name.strip() for name in names}
+        if len(words) < len(names) or "" in words:
+            raise ValueError("should be different from each other, also without outer blanks, and none of them empty")
         return names
+
+    @field_validator("label_words")
+    @classmethod
+    def _distinct_words(cls, words: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """Here a blank makes another word: it makes other tokens."""
+        if words is not None and (len(set(words)) < len(words) or not all(word.strip() for word in words)):
+            raise ValueError("should be different from each other, and none of them empty")
+        return words
 
     def _disagreement(self) -> str | None:
         """What of the definition does not fit the label names, or None."""
+        known = {name.strip() for name in self.label_names}
         for value, name in self.label_map.items():
-            if name not in self.label_names:
+            if name.strip() not in known:
                 labels = ", ".join(self.label_names)
-                return f"label_map.{value}: should be one of the label names ({labels}), found {name!r}"
+                return f"label_map.{value}: should be one of the label names ({labels}), found {shorten(name)}"
         if self.label_words is not None and len(self.label_words) != len(self.label_names):
             return (
                 f"label_words: should be one word for each of the {len(self.label_names)} labels, "
@@ -153,7 +175,7 @@ class ClassificationTask(BaseModel):
         labels = self._labels(rows)
         for row in rows:
             self._label(row, labels, rows)
-            template.render(row.columns, where=_where(rows, row))
+            _text(template, rows, row)
 
     def predict(self, example: Example, answers: "Sequence[torch.Tensor]") -> Prediction:
         """The label with the highest score (the first of equals), and the softmax of the scores in float64.
@@ -215,7 +237,7 @@ class ClassificationTask(BaseModel):
     def _for_trained_head(
         self, rows: Rows, chunk: list[Row], found: list[int], template: Template, tokenizer: Any
     ) -> Iterator[Example]:
-        texts = [template.render(row.columns, where=_where(rows, row)) for row in chunk]
+        texts = [_text(template, rows, row) for row in chunk]
         tokenized = tokenize(tokenizer, texts, self.max_length)
         for row, label, text, (ids, truncated) in zip(chunk, found, texts, tokenized, strict=True):
             if not ids:
@@ -232,8 +254,8 @@ class ClassificationTask(BaseModel):
         tokenizer: Any,
         words: tuple[str, ...],
     ) -> Iterator[Example]:
-        texts = [template.render(row.columns, where=_where(rows, row)) for row in chunk]
-        bodies = [template.render(row.columns, where=_where(rows, row), with_tail=False) for row in chunk]
+        texts = [_text(template, rows, row) for row in chunk]
+        bodies = [_text(template, rows, row, with_tail=False) for row in chunk]
         for row, label, text, continued in zip(
             chunk, found, texts, continue_texts(tokenizer, texts, bodies, words), strict=True
         ):
@@ -275,8 +297,14 @@ def _word_requests(key: str, context: tuple[int, ...], words: tuple[tuple[int, .
     )
 
 
+def _text(template: Template, rows: Rows, row: Row, *, with_tail: bool = True) -> str:
+    where = _where(rows, row)
+    return template.render(row.columns, where=where, with_tail=with_tail, truth_words=rows.truth_words)
+
+
 def _where(rows: Rows, row: Row) -> str:
-    return f"{rows.name}, row {row.index}"
+    line = "" if row.line is None else f" (line {row.line})"
+    return f"{rows.name}, row {row.index}{line}"
 
 
 def _no_tokens(rows: Rows, row: Row, text: str) -> DataError:

@@ -1,21 +1,57 @@
 """What a value in the label column means."""
 
-from collections.abc import Mapping
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from functools import cached_property
+from math import isfinite
 
 from petals_eval.data.problems import shorten
 from petals_eval.errors import DataError
 
-__all__ = ["Labels", "plain"]
+__all__ = ["Labels", "other_spellings", "spelled"]
+
+# The truth values as JSON and as pandas write them, each with the position it has among two labels.
+_TRUTH = {"false": 0, "False": 0, "true": 1, "True": 1}
+_OTHER_TRUTH = {"true": "True", "True": "true", "false": "False", "False": "false"}
+# A whole number that is written in the one usual way, and as pandas writes it in a column with fractions or gaps.
+_WHOLE = re.compile(r"(0|-?[1-9][0-9]*)(\.0)?")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_NO_LABELS = (list, tuple, dict, bytes)
+# Above it a number such as 1e999999999 would be written out for hours.
+_MOST_DIGITS = 400
 
 
-def plain(value: object) -> str:
-    """A label value as the keys of `label_map` spell it: text without outer blanks, 3 for 3.0, true and false."""
+def spelled(value: object) -> str:
+    """The exact spelling of a value, which the keys of `label_map` and the label names are held against.
+
+    A text is spelled as it stands in the file, without outer blanks; so is a number of a JSON file (1.0, 1e3). A truth
+    value is spelled true or false. A number of a typed column, such as parquet's, is spelled as Python writes it: 1.0
+    where the column holds fractions.
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
     return str(value).strip()
+
+
+def other_spellings(value: object) -> tuple[str, ...]:
+    """How pandas or JSON may write the same value otherwise: True and true, False and false, 3 and 3.0.
+
+    What is a number already, and no text, has those of its value: 1e3 is also 1000 and 1000.0, and 0.50 is also 0.5.
+    A text such as 01, +1 or 1e3 has none: only whoever wrote it knows whether it is a number.
+    """
+    word = spelled(value)
+    if word in _TRUTH:
+        return (_OTHER_TRUTH[word],)
+    whole = _whole(value)
+    others = [] if whole is None else [whole, f"{whole}.0"]
+    if isinstance(value, float) and isfinite(value):
+        shortest = repr(float(value))
+        others += [shortest] if _exact(value) == Decimal(shortest) else []
+    return tuple(dict.fromkeys(other for other in others if other != word))
 
 
 @dataclass(frozen=True)
@@ -23,17 +59,19 @@ class Labels:
     """Reads one label column.
 
     names: the task's label names, in the order of the head's outputs.
-    mapping: the task's label_map: data value, as `plain` spells it -> label name.
+    mapping: the task's label_map: a value, as `spelled` has it -> label name.
     class_names: what the source itself says that its class numbers mean, or None.
 
-    A value is read by the first of these that holds:
+    Outer blanks of keys and names do not count. A value is read by the first of these that holds:
       1. the source names its classes: the number stands for that name, never for a position in `names`;
-      2. it (or that name) is a key of `mapping`;
-      3. it (or that name) is one of `names`;
-      4. true and false of a task with two labels: position 1 and 0;
-      5. a whole number, also as text: the position in `names`, from 0; not where a name is a whole number itself, for
-         a file that counts from 0 would then be read half by name and half by position.
-    Nothing is guessed beyond that: every other value is an error.
+      2. its exact spelling (or that name) is a key of `mapping`;
+      3. its exact spelling (or that name) is one of `names`;
+      4. one of its `other_spellings` is a key or a name, and all that are mean one label;
+      5. true and false of a task with two labels: position 1 and 0;
+      6. a whole number, also as text (1 or 1.0): the position in `names`, from 0.
+    By position nothing is read where a key or a name is a number: a file that counts from 0 would then be read half by
+    name and half by position. Nor are truth values where one of them is a key or a name, and 0 and 1 where these give
+    true and false other labels than positions would. Nothing is guessed beyond that: every other value is an error.
     """
 
     names: tuple[str, ...]
@@ -47,45 +85,121 @@ class Labels:
             raise DataError(self._complaint(value, where, column))
         return index
 
-    def _find(self, value: object) -> int | None:
-        if value is None:
-            return None
-        word = plain(value)
-        name = self._class_name(value)
-        for known in (word,) if name is None else (name, word):
-            if known in self.mapping:
-                return self.names.index(self.mapping[known])
-        if name is not None:
-            return self.names.index(name) if name in self.names else None
-        if word in self.names:
-            return self.names.index(word)
-        if self.class_names is not None:
-            return None
-        if word in ("true", "false") and len(self.names) == 2:
-            return int(word == "true")
-        if self._have_positions() and _is_number(word) and int(word) < len(self.names):
-            return int(word)
-        return None
+    @cached_property
+    def _names(self) -> dict[str, int]:
+        return {name.strip(): index for index, name in enumerate(self.names)}
 
-    def _have_positions(self) -> bool:
-        return not any(_is_number(name) for name in self.names)
+    @cached_property
+    def _keys(self) -> dict[str, int]:
+        return {key.strip(): self._names[name.strip()] for key, name in self.mapping.items()}
+
+    @cached_property
+    def _numbered(self) -> bool:
+        """Whether a key or a name is a number."""
+        return any(_NUMBER.fullmatch(word) for word in (*self._keys, *self._names))
+
+    @cached_property
+    def _truths(self) -> dict[str, int]:
+        """The truth values among keys and names, with the label that each stands for."""
+        return {word: index for word, index in {**self._names, **self._keys}.items() if word in _TRUTH}
+
+    def _find(self, value: object) -> int | None:
+        if value is None or isinstance(value, _NO_LABELS):
+            return None
+        name = self._class_name(value)
+        words = (spelled(value),) if name is None else (name, spelled(value))
+        for word in words:
+            if word in self._keys:
+                return self._keys[word]
+        if words[0] in self._names:
+            return self._names[words[0]]
+        fitting = {index for _, index in self._fitting(value if name is None else name)}
+        if fitting:
+            return fitting.pop() if len(fitting) == 1 else None
+        return self._position(value) if self.class_names is None else None
+
+    def _fitting(self, value: object) -> Iterator[tuple[str, int]]:
+        """The other spellings of a value that are keys or names, with the label of each."""
+        for word in other_spellings(value):
+            for known in (self._keys, self._names):
+                if word in known:
+                    yield word, known[word]
+
+    def _position(self, value: object) -> int | None:
+        if self._numbered:
+            return None
+        word = spelled(value)
+        if word in _TRUTH:
+            return _TRUTH[word] if len(self.names) == 2 and not self._truths else None
+        whole = _whole(value)
+        if whole is None or not 0 <= int(whole) < len(self.names):
+            return None
+        turned = any(_TRUTH[truth] != index for truth, index in self._truths.items())
+        return None if turned and whole in ("0", "1") else int(whole)
 
     def _class_name(self, value: object) -> str | None:
         if self.class_names is None or isinstance(value, bool) or not isinstance(value, int):
             return None
-        return self.class_names[value] if 0 <= value < len(self.class_names) else None
+        return self.class_names[value].strip() if 0 <= value < len(self.class_names) else None
 
     def _complaint(self, value: object, where: str, column: str) -> str:
         name = self._class_name(value)
         found = shorten(value) if name is None else f"{shorten(value)}, which this source calls {name!r}"
-        known = [f"{index} {label}" for index, label in enumerate(self.names)] if self._have_positions() else self.names
-        message = f"{where}: the label in column {column} is {found}. Expected one of: {', '.join(known)}."
-        if value is None:
-            return f"{message} The row has no label."
-        if plain(value) == "-1":
-            return f"{message} -1 stands for a hidden label, as in the test splits of benchmarks: use another split."
-        return f"{message} If it stands for one of them, say so in the task's label_map."
+        counted = self.class_names is None and not self._numbered
+        known = [f"{index} {label}" for index, label in enumerate(self.names)] if counted else self.names
+        keys = f", or a key of label_map: {_listed(self._keys)}" if self._keys else ""
+        expected = f"Expected one of: {', '.join(known)}{keys}."
+        return f"{where}: the label in column {column} is {found}. {expected} {self._advice(value, name)}"
+
+    def _advice(self, value: object, name: str | None) -> str:
+        word = name if name is not None else spelled(value)
+        if value is None or value != value or not word:
+            return "The row has no label."
+        if isinstance(value, _NO_LABELS):
+            return "A label is one value: a text, a number, or true or false."
+        if _whole(value) == "-1":
+            return "-1 stands for a hidden label, as in the test splits of benchmarks: use another split."
+        hints = []
+        if fitting := list(self._fitting(value if name is None else name)):
+            shown = " and ".join(f"{spelling} ({self.names[index]})" for spelling, index in fitting)
+            hints.append(f"It could be meant for {shown}.")
+        elif self._numbered and _NUMBER.fullmatch(word):
+            hints.append("Where keys or names are numbers, no number is read as a position.")
+        elif _NUMBER.fullmatch(word) and _whole(value) is None:
+            hints.append("A position is a whole number without a sign and without zeros before it.")
+        elif alike := next((known for known in (*self._keys, *self._names) if _folded(known) == _folded(word)), None):
+            hints.append(f"It differs from {alike!r} in capital letters, or in how Unicode composes its letters.")
+        spelling = json.dumps(word if len(word) <= 40 else "...", ensure_ascii=False)
+        hints.append(f"If it stands for one of them, say so in the task's label_map, with quotes: {{{spelling}: ...}}.")
+        return " ".join(hints)
 
 
-def _is_number(word: str) -> bool:
-    return word.isascii() and word.isdigit()
+def _whole(value: object) -> str | None:
+    """The digits of a whole number (with a sign if it is negative), or None for what is none."""
+    if isinstance(value, str):
+        match = _WHOLE.fullmatch(value.strip())
+        return match.group(1) if match else None
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        return None
+    number = _exact(value)
+    if number is None or number.adjusted() > _MOST_DIGITS or number != number.to_integral_value():
+        return None
+    return str(int(number))
+
+
+def _exact(number: int | float | Decimal) -> Decimal | None:
+    """The number that is written, by way of its text: a float above 2^53 no longer has all of its digits."""
+    try:
+        exact = Decimal(str(number))
+    except InvalidOperation:  # an exponent of twenty digits
+        return None
+    return exact if exact.is_finite() else None
+
+
+def _folded(word: str) -> str:
+    return unicodedata.normalize("NFC", word).casefold()
+
+
+def _listed(words: Mapping[str, int], limit: int = 20) -> str:
+    shown = ", ".join(shorten(word) for word in list(words)[:limit])
+    return shown if len(words) <= limit else f"{shown} and {len(words) - limit} more"

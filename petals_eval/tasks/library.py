@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from petals_eval.data.problems import closest, shorten
-from petals_eval.data.source import DataSource, FileReading, format_of, is_local
-from petals_eval.data.yaml_text import read_yaml
+from petals_eval.data.source import DataSource, FileReading, format_of, is_local, local_path
+from petals_eval.data.yaml_text import read_yaml, resolve_nulls
 from petals_eval.errors import ConfigError, TaskError
 from petals_eval.tasks.base import Task
 from petals_eval.tasks.classification import ClassificationTask
@@ -35,7 +35,7 @@ def load_task(task: "str | Path | Task") -> Task:
     shipped = _shipped()
     if isinstance(task, str) and task in shipped:
         return _parse(shipped[task], f"the shipped task {task}", name=task, folder=None)
-    path = Path(task).expanduser()
+    path = local_path(task)
     if path.is_file():
         loaded = _parse(_read(path), str(task), name=path.stem, folder=path.parent)
         _check_metrics(loaded, str(task))
@@ -77,7 +77,7 @@ def resolve_source(task: Task, path: str | Path | None = None, **overrides: Any)
         return DataSource.model_validate({**base, "path": str(path), **given})
     formats: Mapping[str, FileReading] = getattr(task, "formats", {})
     reading = formats.get(wanted.format or format_of(wanted.path))
-    if reading is None or Path(wanted.path).expanduser().is_dir():
+    if reading is None or local_path(wanted.path).is_dir():
         return wanted
     return DataSource.model_validate({**_settings(reading), **_settings(wanted)})
 
@@ -120,6 +120,7 @@ def _parse(text: str, origin: str, *, name: str, folder: Path | None) -> Classif
     unknown = [key for key in values if not isinstance(key, str)]
     if unknown:
         raise TaskError(f"{origin}: every key should be text, found {shorten(unknown[0])}.")
+    values = resolve_nulls(values, _KINDS[kind])
     try:
         return _KINDS[kind].model_validate({"name": name, **_with_own_folder(values, folder)})
     except TaskError as error:
@@ -131,7 +132,7 @@ def _with_own_folder(values: dict[str, Any], folder: Path | None) -> dict[str, A
     data = values.get("data")
     if folder is None or not isinstance(data, dict) or not isinstance(data.get("path"), str):
         return values
-    beside = folder / Path(data["path"]).expanduser()
+    beside = folder / local_path(data["path"])
     return {**values, "data": {**data, "path": str(beside)}} if beside.exists() else values
 
 

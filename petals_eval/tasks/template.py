@@ -38,17 +38,27 @@ class Template:
         """The columns used, each once, in the order of their first use."""
         return tuple(dict.fromkeys(column for _, column in self.segments))
 
-    def render(self, values: Mapping[str, object], *, where: str, with_tail: bool = True) -> str:
-        """The text of a row. `where` names the row in the DataError for a value that is missing, empty or no text."""
+    def render(
+        self,
+        values: Mapping[str, object],
+        *,
+        where: str,
+        with_tail: bool = True,
+        truth_words: tuple[str, str] = ("False", "True"),
+    ) -> str:
+        """The text of a row: texts as they are, numbers as `str` writes them, false and true as `truth_words`.
+
+        `where` names the row in the DataError for a value that is missing, empty or no text.
+        """
         parts: list[str] = []
         filled = False
         for literal, column in self.segments:
             value = values[column]
-            if value is None:
+            if value is None or value != value:  # not a number: so does pandas mark what is missing
                 raise DataError(f"{where} has no text in column {column}. Remove the row, or fill it in.")
             if not isinstance(value, str | int | float):
                 raise DataError(f"{where}: column {column} should hold text, found {type(value).__name__}.")
-            shown = str(value)
+            shown = truth_words[value] if isinstance(value, bool) else str(value)
             filled = filled or bool(shown.strip())
             parts += (literal, shown)
         if not filled:

@@ -107,7 +107,7 @@ def test_adapters_that_cannot_be_used(stage: Stage, tensors: dict, peft: dict | 
     [
         (
             "text,coarse_label\nwho,human\nwhat,7\n",
-            ["data.csv, row 1: the label in column coarse_label is '7'", "5 number"],
+            ["data.csv, row 1 (line 3): the label in column coarse_label is '7'", "5 number"],
         ),
         ("text,coarse_label\n", ["data.csv is empty: expected at least one row"]),
         ("text,kind\nwho,human\n", ["data.csv has no column coarse_label", "Columns found: text, kind"]),

@@ -100,7 +100,8 @@ def test_mistakes_show_before_the_swarm_is_asked(stage: Stage) -> None:
     Path("data.csv").write_text("text,kind\nwho,human\n")
     refused(before_any_swarm(stage, data="data.csv"), "data.csv has no column coarse_label")
     Path("data.csv").write_text("text,coarse_label\nwho,human\nwhat,7\n")
-    refused(before_any_swarm(stage, data="data.csv"), "data.csv, row 1: the label in column coarse_label is '7'")
+    expected = "data.csv, row 1 (line 3): the label in column coarse_label is '7'"
+    refused(before_any_swarm(stage, data="data.csv"), expected)
 
 
 def test_a_misspelt_adapter_does_not_wait_for_a_hub_that_cannot_be_reached(

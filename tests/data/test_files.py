@@ -111,6 +111,25 @@ def test_lines_without_a_pattern_are_one_column(tmp_path):
     assert values(load(write(tmp_path, "a.txt", "one\n\n two\n"))) == [{"text": "one"}, {"text": " two"}]
 
 
+def test_a_row_of_delimiters_alone_is_a_row_and_a_blank_line_is_none(tmp_path):
+    path = write(tmp_path, "a.csv", 'text,label\n\nfar,1\n,\n  \n"a\nb",\n\t\nwho,0\n')
+    rows = list(load(path))
+    assert [dict(row.columns) for row in rows] == [
+        {"text": "far", "label": "1"},
+        {"text": "", "label": ""},
+        {"text": "a\nb", "label": ""},
+        {"text": "who", "label": "0"},
+    ]
+    assert [(row.index, row.line) for row in rows] == [(0, 3), (1, 4), (2, 6), (3, 9)]
+    rows = list(load(write(tmp_path, "a.tsv", "text\tlabel\n\t\n  \nwho\t0\n")))
+    assert [(row.index, row.line, row.columns["text"]) for row in rows] == [(0, 2, ""), (1, 4, "who")]
+
+
+def test_rows_of_plain_lines_know_their_lines(tmp_path):
+    rows = load(write(tmp_path, "q", "\n1 one\n \n2 two\n"), pattern=TREC)
+    assert [(row.index, row.line) for row in rows] == [(0, 2), (1, 4)]
+
+
 def test_many_rows_come_in_order(tmp_path):
     path = write(tmp_path, "a.tsv", "".join(f"text {number}\t{number % 2}\n" for number in range(7001)))
     rows = load(path, column_names=["text", "label"])
@@ -130,7 +149,14 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: pytest.fail("the hub was asked"))
-    for path in ("./nothing", "nothing.csv", str(tmp_path / "nothing"), "../nothing", "~/nothing-here"):
+    for path in (
+        "./nothing",
+        "nothing.csv",
+        str(tmp_path / "nothing"),
+        "../nothing",
+        "~/nothing-here",
+        "~no-such-user/x",
+    ):
         message = fails(path)
         assert f"there is no file {path}" in message and "owner/name" in message
     assert "there is no file plain" in fails("plain", format="lines")
@@ -145,12 +171,24 @@ def test_a_line_beside_the_pattern_is_named(tmp_path):
 
 def test_a_row_with_other_columns_is_named(tmp_path):
     message = fails(write(tmp_path, "a.tsv", "a\t1\nb\t0\textra\n"), column_names=["sentence", "label"])
-    assert "row 1 (line 2): expected 2 columns (sentence, label), found 3" in message
+    assert "row 1 (line 2): expected 2 columns (sentence, label), found 3, the last of which holds 'extra'" in message
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "U8", "utf", "cp65001", "utf_8_sig"])
+def test_every_name_of_utf_8_knows_the_byte_order_mark(tmp_path, encoding):
+    path = write(tmp_path, "a.csv", b"\xef\xbb\xbftext\na\n")
+    assert values(load(path, encoding=encoding)) == [{"text": "a"}]
+
+
+def test_half_of_a_surrogate_pair_is_an_error_with_its_lines(tmp_path):
+    path = write(tmp_path, "a.csv", "text\ngood\n\\ud83d\n")
+    assert "lines 2 to 3: a text holds '\\ud83d', half of a surrogate pair" in fails(path, encoding="unicode_escape")
 
 
 def test_a_wrong_encoding_says_so(tmp_path):
     message = fails(write(tmp_path, "q", b"1 caf\xe9 ?\n"), pattern=TREC)
     assert "q is not utf-8" in message and "encoding: latin-1" in message
+    assert "q is not punycode: " in fails(write(tmp_path, "q", b"text,label\n"), encoding="punycode")
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet", "a.txt"])
@@ -169,7 +207,8 @@ def test_a_header_alone_is_empty(tmp_path):
 
 
 def test_a_header_must_name_each_column_once(tmp_path):
-    assert "give column_names" in fails(write(tmp_path, "a.csv", "x,x\n1,2\n"))
+    message = fails(write(tmp_path, "a.csv", "a,x,x\n1,2,3\n"))
+    assert "found 'x' twice" in message and "give column_names" in message
 
 
 def test_a_broken_json_line_is_named(tmp_path):
@@ -179,6 +218,28 @@ def test_a_broken_json_line_is_named(tmp_path):
 
 def test_a_file_that_is_no_parquet(tmp_path):
     assert "expected a parquet file" in fails(write(tmp_path, "a.parquet", "no parquet at all, but long enough"))
+
+
+def test_datasets_prints_nothing_of_what_it_cannot_read(tmp_path, capfd):
+    fails(write(tmp_path, "a.parquet", "no parquet at all, but long enough"))
+    fails(write(tmp_path, "a.jsonl", "no json"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_parquet_without_rows(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    assert "a.parquet is empty: expected at least one row" in fails(str(tmp_path / "a.parquet"))
+
+
+def test_long_texts_make_small_batches(tmp_path, monkeypatch):
+    from petals_eval.data import files
+
+    monkeypatch.setattr(files, "_BATCH_CHARACTERS", 100)
+    rows = load(write(tmp_path, "a.csv", "text\n" + "".join(f"{'x' * number}\n" for number in range(1, 90))))
+    assert [len(row.columns["text"]) for row in rows] == list(range(1, 90))
 
 
 def test_a_file_has_no_split(tmp_path):

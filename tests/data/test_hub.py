@@ -118,9 +118,59 @@ def test_a_local_folder(tmp_path: Path):
     for split, text in (("train", "x"), ("test", "y")):
         (tmp_path / f"{split}.csv").write_text(f"text,label\n{text},1\n")
     rows = load_rows(DataSource(path=str(tmp_path), split="test"))
-    assert [dict(row.columns) for row in rows] == [{"text": "y", "label": 1}]
+    assert [dict(row.columns) for row in rows] == [{"text": "y", "label": "1"}]
     assert rows.name == f"{tmp_path.name} test"
     assert "has no split 'dev'. The splits there are: train, test." in fails(path=str(tmp_path), split="dev")
+
+
+def test_csv_in_a_folder_is_read_as_it_is_written(tmp_path: Path):
+    (tmp_path / "data.csv").write_text("text,label,note\nNA,00,1e3\nnull,01,\n,True,2020-01-01\n")
+    rows = load_rows(DataSource(path=str(tmp_path)))
+    assert [tuple(row.columns.values()) for row in rows] == [
+        ("NA", "00", "1e3"),
+        ("null", "01", ""),
+        ("", "True", "2020-01-01"),
+    ]
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_json_in_a_folder_is_read_as_it_is_written(tmp_path: Path, ending: str):
+    (tmp_path / f"test-1.{ending}").write_text('{"text": "2020-01-01", "n": 4, "label": 1}\n')
+    rows = load_rows(DataSource(path=str(tmp_path), split="test"))
+    assert [(row.line, row.columns["text"]) for row in rows] == [(1, "2020-01-01")]
+    alone = rows.fingerprint
+    (tmp_path / f"test-2.{ending}").write_text('{"text": "b", "n": 4.50, "label": "x", "late": true}\n')
+    rows = load_rows(DataSource(path=str(tmp_path)))
+    assert rows.columns == ("text", "n", "label", "late") and rows.truth_words == ("false", "true")
+    assert [(row.line, row.columns["text"], str(row.columns["n"])) for row in rows] == [
+        (None, "2020-01-01", "4"),
+        (None, "b", "4.50"),
+    ]
+    assert len({rows.fingerprint, alone}) == 2
+    again = load_rows(DataSource(path=str(tmp_path), split="test"))
+    assert again.fingerprint == rows.fingerprint
+    (tmp_path / f"test-2.{ending}").write_text('{"text": "b"\n')
+    assert f"test-2.{ending} cannot be read" in fails(path=str(tmp_path))
+    (tmp_path / f"test-2.{ending}").write_bytes(b'{"text": "\xff"}\n')
+    assert "is not utf-8" in fails(path=str(tmp_path))
+
+
+def test_json_in_a_folder_without_that_split(tmp_path: Path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text('{"text": "a"}\n')
+    assert "has several splits: test, train" in fails(path=str(tmp_path))
+    assert "has no split 'dev'. The splits there are: train, test." in fails(path=str(tmp_path), split="dev")
+
+
+def test_class_names_that_a_folder_declares_stay(tmp_path: Path):
+    (tmp_path / "data.csv").write_text("text,label\na,1\n")
+    (tmp_path / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - {name: text, dtype: string}\n  - name: label\n    dtype:\n"
+        "      class_label:\n        names:\n          '0': bad\n          '1': good\n---\n"
+    )
+    rows = load_rows(DataSource(path=str(tmp_path)))
+    assert rows.class_names == {"label": ("bad", "good")}
+    assert [row.columns["label"] for row in rows] == [1]
 
 
 def test_an_empty_folder(tmp_path: Path):

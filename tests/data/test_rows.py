@@ -36,6 +36,24 @@ def test_rows_at_hand_that_do_not_fit_together():
         rows_of([])
 
 
+def test_numbers_at_hand_keep_their_kind_and_their_digits():
+    records = [{"n": 4, "big": 2**70, "mixed": 2**53 + 1}, {"n": 4.5, "big": -1, "mixed": None}]
+    records.append({"n": None, "big": None, "mixed": 1e22})
+    found = [dict(row.columns) for row in rows_of(records)]
+    assert found == records
+    assert [str(row["n"]) for row in found] == ["4", "4.5", "None"]
+    assert [type(row["mixed"]) for row in found] == [int, type(None), float]
+    other = [{**row, "n": str(row["n"])} for row in records]
+    assert rows_of(records).fingerprint != rows_of(other).fingerprint
+    assert rows_of(records).fingerprint == rows_of([dict(row) for row in records]).fingerprint
+
+
+@pytest.mark.parametrize("odd", ["a", True, [1]])
+def test_numbers_beside_something_else_are_no_column(odd):
+    with pytest.raises(DataError, match="every column needs values of one type"):
+        rows_of([{"n": 1}, {"n": odd}])
+
+
 def test_a_known_sample_stays_what_it_is():
     """These positions must never change: they are what a seed in a paper stands for."""
     assert [row.index for row in sample(numbered(1000), 8, 0)] == [11, 196, 269, 403, 600, 850, 855, 921]

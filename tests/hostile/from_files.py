@@ -187,7 +187,11 @@ TARGETS: dict[str, Target] = {
     "csv": Target(_table("csv"), (b'text,label\na,0\n"b,c",1\n',), longest=500),
     "tsv": Target(_table("tsv"), (b"text\tlabel\na\t0\n",), longest=500),
     "txt": Target(_table("txt"), (b"DESC:manner How\n",), longest=500),
-    "jsonl": Target(_table("jsonl"), (b'{"text": "a", "label": 0}\n{"text": "b"}\n',), longest=500),
+    "jsonl": Target(
+        _table("jsonl"),
+        (b'{"text": "a", "label": 0}\n{"text": "b"}\n', b'[{"a": -1.5e3}, {\n"b": [true, "\\ud83d\\ude00"]}]'),
+        longest=500,
+    ),
     "parquet": Target(_table("parquet"), (_parquet(),)),
 }
 
