@@ -17,7 +17,7 @@ from petals_eval.local_swarm import LocalSwarm
 from petals_eval.tasks import ClassificationTask
 
 INPUTS = Path(__file__).parent / "inputs"
-DATA = INPUTS / "q6.csv"
+DATA = INPUTS / "data" / "q6.csv"
 TASK = ClassificationTask(
     name="t",
     text="{text}",
