@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,9 +17,22 @@ SPANS = [(start, start + 3) for start in range(0, BLOCKS, 3)]
 MANY = [server(f"s{index}-{start}", start, end) for index in range(FEW) for start, end in SPANS]
 
 
-def find(pipe, position=0, tokens=16, too_large=lambda peer: None, seconds=0.5):
+@dataclass
+class Admits:
+    """Refuses those who are not in `only`, if it is given."""
+
+    only: frozenset[str] | None = None
+
+    def refusal(self, server, first, last):
+        return None if self.only is None or server.peer_id in self.only else RequestTooLargeError("too long")
+
+    def wait(self, server, first, last):
+        return None
+
+
+def find(pipe, position=0, tokens=16, admission=Admits(), seconds=0.5):  # noqa: B008 - it does not change
     give_up = time.monotonic() + seconds
-    return asyncio.run(pipe._finder.find(position, BLOCKS, tokens, give_up, too_large))
+    return asyncio.run(pipe._finder.find(position, BLOCKS, tokens, give_up, admission))
 
 
 def test_the_quickest_of_many_is_found_and_what_it_was_found_slow_since_counts_at_once():
@@ -49,12 +63,10 @@ def test_servers_that_fail_or_do_not_take_it_are_passed_over():
             pipe.peers.failed(each.peer_id, PeerUnreachableError("gone"))
     assert find(pipe).server.peer_id == "s3-0"
 
-    def too_large(peer):
-        return None if peer == "s5-3" else RequestTooLargeError("too long")
-
-    assert find(pipe, position=3, too_large=too_large).server.peer_id == "s5-3"
+    only = Admits(frozenset({"s5-3"}))
+    assert find(pipe, position=3, admission=only).server.peer_id == "s5-3"
     with pytest.raises(RequestTooLargeError):
-        find(pipe, position=6, too_large=too_large)
+        find(pipe, position=6, admission=only)
 
 
 def test_a_new_look_at_the_directory_is_a_new_plan_and_a_hole_is_said():
