@@ -5,9 +5,13 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
+from hivemind.p2p.p2p_daemon_bindings.control import P2PHandlerError
 
 from petals_eval.config import SwarmSettings
+from petals_eval.errors import DeadlineError
+from petals_eval.health import Verdict, check_health
 from petals_eval.swarm import SwarmConnection
+from tests.health.fakes import findings, server_of
 from tests.interop.petals_folders import make_petals_tiny
 from tests.interop.real_petals import RealPetalsSwarm
 from tests.local_swarm.wire_client import WireClient, WireSession, chain
@@ -82,3 +86,54 @@ def test_two_of_ours_that_want_a_full_cache_at_once_leave_it_to_others(swarm, th
         opened(third, server, TOKENS).finish()
         wait_until_free(third, server)
         assert [each.result() for each in both] == [4, 4]
+
+
+def lose_the_lock(client: WireClient, other: WireClient, server) -> None:
+    """What no client of ours does any more: let two sessions wait at once for a full cache."""
+
+    def wait_in_vain(who: WireClient) -> None:
+        metadata = {"max_length": 10, "alloc_timeout": 0.5}
+        with WireSession(who, server.peer_id, ALL, **metadata) as session, pytest.raises(P2PHandlerError):
+            session.step(torch.empty(1, 0, HIDDEN))
+
+    holder = opened(client, server, TOKENS)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(wait_in_vain, (client, other)))
+    holder.finish()
+    wait_until_free(client, server)
+
+
+def test_a_server_that_lost_its_lock_is_told_as_what_it_is_and_computes_on(folder):
+    """Whether its openings hang or, when enough of them do, are refused."""
+    with (
+        RealPetalsSwarm(folder, [(0, BLOCKS)], dht_prefix=TINY, **CACHE) as locked,
+        WireClient(locked.initial_peers) as one,
+        WireClient(locked.initial_peers) as other,
+    ):
+        (server,) = locked.servers
+        lose_the_lock(one, other, server)
+        settings = {"connect_timeout": 2.0, "deadline": 5.0}
+        with SwarmConnection.connect(SwarmSettings(initial_peers=tuple(locked.initial_peers), **settings)) as ours:
+            blocks = ours.remote_sequential(TINY, BLOCKS)
+            with (
+                blocks.inference_session(8) as session,
+                pytest.raises(DeadlineError, match=r"opens no session within 2 s, .* its cache may be locked"),
+            ):
+                session.step(torch.zeros(1, 4, HIDDEN))
+            assert blocks(torch.zeros(1, 4, HIDDEN)).shape == (1, 4, HIDDEN)
+            assert blocks.status().retries == 0
+
+        report = check_health(locked.initial_peers, connect_timeout=2.0)
+        assert findings(report) == {"opens-no-session"} and report.verdict is Verdict.DEGRADED
+        # What the openings that hang asked for is counted for ever. With all of the cache asked for in vain the
+        # rest is refused, although it says that all of it is free.
+        left = BLOCKS * TOKENS - BLOCKS * 8 - 1
+        for uid, tokens in ((ALL, left // BLOCKS), (chain(TINY, 0, 1), left % BLOCKS)):
+            with WireSession(one, server.peer_id, uid, max_length=tokens) as hanging:
+                hanging.send(torch.empty(1, 0, HIDDEN))
+                with pytest.raises(TimeoutError):
+                    hanging.receive(1.0)
+        (found,) = server_of(check_health(locked.initial_peers, level="forward"), server.peer_id).findings
+        assert found.name == "opens-no-session"
+        assert f"says that {BLOCKS * TOKENS} tokens of its cache are free" in found.detail
+        assert "out of memory" in found.detail

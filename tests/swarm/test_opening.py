@@ -12,6 +12,7 @@ import torch
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import DeadlineError, MissingBlocksError, RequestTooLargeError
+from petals_eval.health import check_health
 from petals_eval.local_swarm import faults, sessions
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.swarm import SwarmConnection
@@ -90,7 +91,8 @@ def until(condition, seconds: float = 10.0) -> None:
 
 
 def test_no_session_of_ours_ever_lets_a_server_wait_for_room(model, openings):
-    """Of whatever kind: rows in steps, checks of such rows, inference sessions, the proof of rolling back, pushes."""
+    """Of whatever kind: rows in steps, checks of such rows, inference sessions, the proof of rolling back, pushes, and
+    probes of the swarm's health."""
     with start(model, [(0, 2), (2, 4), (0, 2), (2, 4)]) as swarm:
         with blocks_over(swarm, verify=1.0) as blocks:
             blocks(states(1, 40))
@@ -105,8 +107,10 @@ def test_no_session_of_ours_ever_lets_a_server_wait_for_room(model, openings):
         with blocks_over(swarm, push="always") as blocks:
             blocks(states(2, 8))
             kinds.append(len(openings))
-    assert kinds == [4, 8, 10]
-    assert [metadata["alloc_timeout"] for metadata in openings.values()] == [0.0] * 10
+        check_health(swarm.initial_peers)
+        kinds.append(len(openings))
+    assert kinds == [4, 8, 10, 14]
+    assert [metadata["alloc_timeout"] for metadata in openings.values()] == [0.0] * 14
 
 
 def test_a_row_in_steps_waits_for_room_while_others_go_on(model, openings):
