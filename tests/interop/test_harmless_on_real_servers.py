@@ -1,8 +1,17 @@
 """What our sessions leave behind on a real Petals 2.2.0 server: nothing, whatever befalls them."""
 
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 
+import psutil
 import pytest
 import torch
 from hivemind.p2p.p2p_daemon_bindings.control import P2PHandlerError
@@ -86,6 +95,57 @@ def test_two_of_ours_that_want_a_full_cache_at_once_leave_it_to_others(swarm, th
         opened(third, server, TOKENS).finish()
         wait_until_free(third, server)
         assert [each.result() for each in both] == [4, 4]
+
+
+@contextlib.contextmanager
+def clients_to_kill(swarm) -> Iterator[Callable[[], psutil.Process]]:
+    """Starts a client that opens one session after the other, in a process of its own."""
+    settings = {"initial_peers": swarm.initial_peers, "dht_prefix": TINY, "blocks": BLOCKS, "hidden": HIDDEN}
+    nursery = subprocess.Popen(
+        [sys.executable, "-m", "tests.interop.session_clients", json.dumps(settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+    def start() -> psutil.Process:
+        nursery.stdin.write("\n")
+        nursery.stdin.flush()
+        return psutil.Process(int(nursery.stdout.readline()))
+
+    try:
+        yield start
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(nursery.pid, signal.SIGKILL)
+        nursery.communicate()
+
+
+def test_a_client_killed_at_random_moments_leaves_no_cache_behind(swarm, third, request):
+    """In mid-opening, in mid-step, in mid-upload; `--session-kills 200 --session-seed 7` for more."""
+    kills = request.config.getoption("--session-kills")
+    dice = random.Random(request.config.getoption("--session-seed"))
+    (server,) = swarm.servers
+    in_use, seconds, killed_with = 0, [], []
+    with clients_to_kill(swarm) as start:
+        for _ in range(kills):
+            client = start()
+            give_up = time.monotonic() + 30
+            while free(third, server) == TOKENS:
+                assert time.monotonic() < give_up and client.is_running(), "no session opened"
+            time.sleep(dice.uniform(0.0, 0.5))
+            in_use += free(third, server) < TOKENS
+            killed_with += [client, *client.children(recursive=True)]
+            client.kill()
+            killed = time.monotonic()
+            wait_until_free(third, server)
+            seconds.append(time.monotonic() - killed)
+            opened(third, server, TOKENS).finish()
+            wait_until_free(third, server)
+        assert psutil.wait_procs(killed_with, timeout=10)[1] == []
+    assert in_use > 0, "no kill hit an open session"
+    print(f"{kills} kills, {in_use} while a cache was in use; all of it free after {max(seconds):.2f} s at most")
 
 
 def lose_the_lock(client: WireClient, other: WireClient, server) -> None:
