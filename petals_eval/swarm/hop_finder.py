@@ -73,9 +73,14 @@ class HopFinder:
 
         tokens: of the micro-batch. admission: which servers take it; its refusal is raised where it leaves no route.
         """
+        await self.begin()
         while isinstance(found := await self.find_or_wait(position, last, tokens, give_up, admission), Wait):
             await self.wait_for_cache(found, give_up)
         return found
+
+    async def begin(self) -> None:
+        """Before anything is planned: see to it that what is known of the servers is not old."""
+        await self._directory.use()
 
     async def wait_for_cache(self, wait: Wait, give_up: float) -> None:
         """Wait until a server may be asked for room once more, or until `give_up`."""

@@ -112,6 +112,7 @@ class Pipeline:
         give_up: float | None = None
         overflow = Overflow(self._calls)
         admission = RowAdmission(self._limits, self._caches, seq)
+        await self._finder.begin()
         way = self._push_calls.sent(hidden, prompts)
         self._under_way += 1
         try:

@@ -34,6 +34,9 @@ class FakeDirectory:
         self.looks = 0
         self.on_look: Callable[[FakeDirectory], None] | None = None
 
+    async def use(self) -> None:
+        """It is always fresh."""
+
     async def refresh(self, *, older_than: float = 0.0) -> Snapshot:
         self.looks += 1
         if self.on_look is not None:
