@@ -108,6 +108,7 @@ class RemoteCalls:
         self._metadata = {code: wire.forward_metadata(settings.active_adapter, code) for code in codes}
         self._infos: dict[str, asyncio.Task[wire.ServerInfo]] = {}
         self._rolls_back: dict[str, bool] = {}
+        self._stepping: dict[str, asyncio.Lock] = {}  # by server
         self._stubs: dict[str, Any] = {}
 
     async def info(self, hop: Hop) -> wire.ServerInfo:
@@ -205,16 +206,21 @@ class RemoteCalls:
         return Answer(answer, time.monotonic() - started, sent, received)
 
     async def forward_in_steps(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, step: int) -> Answer:
-        """A session of its own for these hidden states; causal blocks give the same numbers as in one call."""
+        """A session of its own for these hidden states; causal blocks give the same numbers as in one call.
+
+        One at a time on a server, checks included: beside it another of this length may have no room.
+        """
         batch, seq = hidden.shape[:2]
-        session = await self.session(hop, batch, seq)
-        try:
-            answers = []
-            for start in range(0, seq, step):
-                part = slice(start, start + step)
-                answers.append(await session.step(hidden[:, part], None if prompts is None else prompts[:, :, part]))
-        finally:
-            await session.close()
+        async with self._stepping.setdefault(hop.server.peer_id, asyncio.Lock()):
+            session = await self.session(hop, batch, seq)
+            try:
+                answers = []
+                for start in range(0, seq, step):
+                    part = slice(start, start + step)
+                    some_prompts = None if prompts is None else prompts[:, :, part]
+                    answers.append(await session.step(hidden[:, part], some_prompts))
+            finally:
+                await session.close()
         return Answer(
             torch.cat([answer.hidden for answer in answers], dim=1),
             sum(answer.seconds for answer in answers),

@@ -1,8 +1,9 @@
 """Opening sessions: what a server may be asked, for how long, and what it means when it gives none. Nobody waits here.
 
-The cache is reserved by a step of no positions before anything is computed. It costs a round trip, and tells a full
-cache, a locked one and a failing server apart: a server answers it without computing, so that it can have a time limit
-of its own, and whoever is refused has not uploaded anything. Measured on a real 2.2.0 server beside us: 3 ms.
+The cache is reserved by a step of no positions before anything is computed. A server answers it without computing, so
+that it can have a time limit of its own: a full cache, a locked one and a server that fails are told apart, and whoever
+is refused has uploaded nothing. It costs a round trip, and one for all of a route that is opened together: on real
+2.2.0 servers 5 ms beside us, and 47 ms at 20 ms each way.
 """
 
 import asyncio

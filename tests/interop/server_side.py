@@ -57,12 +57,15 @@ class ServerSide:
             time.sleep(0.002)
 
 
-def connections_of(daemon: int, server: RealPetalsServer) -> int:
-    """TCP connections to a server that a client's libp2p daemon (process id) has now, counted at the server."""
-    theirs = {each.laddr.port for each in psutil.Process(daemon).net_connections("tcp")}
+def ports_of(daemon: int) -> set[int]:
+    """The TCP ports of a client's libp2p daemon (process id)."""
+    return {each.laddr.port for each in psutil.Process(daemon).net_connections("tcp")}
+
+
+def connections_from(ports: set[int], server: RealPetalsServer) -> int:
+    """Connections that a server has with these ports now."""
     return sum(
-        each.raddr.port in theirs
+        bool(each.raddr) and each.raddr.port in ports and each.status == psutil.CONN_ESTABLISHED
         for process in server.processes()
         for each in psutil.Process(process).net_connections("tcp")
-        if each.status == psutil.CONN_ESTABLISHED
     )

@@ -163,17 +163,14 @@ def lose_the_lock(client: WireClient, other: WireClient, server) -> None:
     wait_until_free(client, server)
 
 
-def test_a_server_that_lost_its_lock_is_told_as_what_it_is_and_computes_on(folder):
-    """Whether its openings hang or, when enough of them do, are refused."""
-    with (
-        RealPetalsSwarm(folder, [(0, BLOCKS)], dht_prefix=TINY, **CACHE) as locked,
-        WireClient(locked.initial_peers) as one,
-        WireClient(locked.initial_peers) as other,
-    ):
-        (server,) = locked.servers
-        lose_the_lock(one, other, server)
+def test_a_server_that_lost_its_lock_is_told_as_what_it_is_and_computes_on(swarm, third):
+    """Whether its openings hang or, when enough of them do, are refused. The last test of this module: from here on no
+    session opens on its server."""
+    (server,) = swarm.servers
+    with WireClient(swarm.initial_peers) as fourth:
+        lose_the_lock(third, fourth, server)
         settings = {"connect_timeout": 2.0, "deadline": 5.0}
-        with SwarmConnection.connect(SwarmSettings(initial_peers=tuple(locked.initial_peers), **settings)) as ours:
+        with SwarmConnection.connect(SwarmSettings(initial_peers=tuple(swarm.initial_peers), **settings)) as ours:
             blocks = ours.remote_sequential(TINY, BLOCKS)
             with (
                 blocks.inference_session(8) as session,
@@ -183,17 +180,17 @@ def test_a_server_that_lost_its_lock_is_told_as_what_it_is_and_computes_on(folde
             assert blocks(torch.zeros(1, 4, HIDDEN)).shape == (1, 4, HIDDEN)
             assert blocks.status().retries == 0
 
-        report = check_health(locked.initial_peers, connect_timeout=2.0)
+        report = check_health(swarm.initial_peers, connect_timeout=2.0)
         assert findings(report) == {"opens-no-session"} and report.verdict is Verdict.DEGRADED
         # What the openings that hang asked for is counted for ever. With all of the cache asked for in vain the
         # rest is refused, although it says that all of it is free.
         left = BLOCKS * TOKENS - BLOCKS * 8 - 1
         for uid, tokens in ((ALL, left // BLOCKS), (chain(TINY, 0, 1), left % BLOCKS)):
-            with WireSession(one, server.peer_id, uid, max_length=tokens) as hanging:
+            with WireSession(third, server.peer_id, uid, max_length=tokens) as hanging:
                 hanging.send(torch.empty(1, 0, HIDDEN))
                 with pytest.raises(TimeoutError):
                     hanging.receive(1.0)
-        (found,) = server_of(check_health(locked.initial_peers, level="forward"), server.peer_id).findings
+        (found,) = server_of(check_health(swarm.initial_peers, level="forward"), server.peer_id).findings
         assert found.name == "opens-no-session"
         assert f"says that {BLOCKS * TOKENS} tokens of its cache are free" in found.detail
         assert "out of memory" in found.detail
