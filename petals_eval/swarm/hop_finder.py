@@ -181,10 +181,11 @@ class HopFinder:
         return what_is_missing(self._directory, self._peers, position, last, since)
 
     def _deadline_error(self, position: int, last: int, waits: list[Wait]) -> MissingBlocksError | DeadlineError:
-        """waits: for room in the servers' caches, if that is what was lacking."""
-        reason = _first_of(waits, position, last).why if waits else self._what_is_missing(position, last, 0.0)
-        message = f"stopped at the deadline ({_span_of_time(self._settings.deadline)}): {reason}"
+        """waits: for room in caches, which is what was lacking where no blocks are missing."""
         absent = within(self._directory.snapshot.missing(), position, last)
+        for_caches = _first_of(waits, position, last).why if waits and not absent else None
+        reason = for_caches or self._what_is_missing(position, last, 0.0)
+        message = f"stopped at the deadline ({_span_of_time(self._settings.deadline)}): {reason}"
         return MissingBlocksError(message, absent) if absent else DeadlineError(message)
 
 

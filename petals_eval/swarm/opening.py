@@ -122,7 +122,7 @@ class SessionOpener:
 async def all_or_none(openings: Sequence[Coroutine[Any, Any, HopSession]]) -> list[HopSession | PeerError]:
     """Open them together. Where one fails the others are closed: no cache is held while another is waited for.
 
-    Returns the session, or its error, of each; sessions only where there are no errors.
+    Returns of each the session, which is closed again where there is an error among them, or the error.
     """
     tasks = [asyncio.create_task(_or_error(opening)) for opening in openings]
     try:

@@ -181,11 +181,11 @@ class Pipeline:
                     except PeerError as error:
                         overflow.note(asked, error)
                         seq = hidden.shape[1]
-                        too_small = self._is_too_small(asked, error, 1, seq) and RowAdmission(
-                            self._limits, self._caches, seq
-                        ).refusal(asked.server, asked.first, asked.last)
-                        # Of a server that is not left aside from now on: it would be asked again at once, and for ever.
-                        if not too_small:
+                        admission = RowAdmission(self._limits, self._caches, seq)
+                        left_aside = self._is_too_small(asked, error, 1, seq) and admission.refusal(
+                            asked.server, asked.first, asked.last
+                        )
+                        if not left_aside:  # it would be asked again at once, and for ever
                             self._failed(asked, error)
                     else:
                         for slower in under_way.values():
