@@ -168,7 +168,7 @@ class SwarmSettings(Settings):
     allow_nondeterministic: bool = False  # where nobody else holds the blocks, use servers that run in training mode
 
     startup_timeout: Seconds = 30.0  # seconds until the libp2p daemon and the DHT node must be up
-    connect_timeout: Seconds = 10.0  # seconds for a server's first answer (rpc_info) or for opening a stream
+    connect_timeout: Seconds = 10.0  # seconds for a server's first answer (rpc_info), or for a session to be opened
     request_timeout: Seconds = 180.0  # seconds for one call of one hop; Petals servers stop working on it then, too
     deadline: Seconds = 600.0  # seconds a micro-batch may take for one hop: waiting for a server, calls and retries
 

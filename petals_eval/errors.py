@@ -20,6 +20,8 @@
     │   ├── PeerUnreachableError                  no connection, or the connection broke
     │   ├── PeerTimeoutError                      no answer in time
     │   ├── PeerRefusedError                      it answered with an error
+    │   │   └── PeerCacheFullError                    no room for a session now, which is no fault of it
+    │   ├── PeerNoSessionError                    it opens no session that this client can use; ordinary calls go on
     │   ├── PeerAnswerError                       wrong count, shape or dtype
     │   │   └── PeerNotFiniteError                    NaN or infinity
     │   └── PeerDistrustedError                   caught with something that does not pass: left out for good
@@ -45,9 +47,11 @@ __all__ = [
     "ModelError",
     "NotFiniteError",
     "PeerAnswerError",
+    "PeerCacheFullError",
     "PeerDisagreesError",
     "PeerDistrustedError",
     "PeerError",
+    "PeerNoSessionError",
     "PeerNondeterministicError",
     "PeerNotFiniteError",
     "PeerRefusedError",
@@ -152,6 +156,14 @@ class PeerTimeoutError(PeerError):
 
 class PeerRefusedError(PeerError):
     """The server answered with an error of its own."""
+
+
+class PeerCacheFullError(PeerRefusedError):
+    """The server's cache has no room for a session now. It is asked again later, and used for ordinary calls."""
+
+
+class PeerNoSessionError(PeerError):
+    """The server opens no session that this client can use. It is used for ordinary calls all the same."""
 
 
 class PeerAnswerError(PeerError):

@@ -10,6 +10,8 @@ import torch
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--client-kills", type=int, default=4, help="kills of the client in tests/chaos")
     parser.addoption("--client-seed", type=int, default=1, help="of their moments")
+    parser.addoption("--session-kills", type=int, default=10, help="kills of a client with sessions in tests/interop")
+    parser.addoption("--session-seed", type=int, default=1, help="of their moments")
     parser.addoption("--server-absence", type=float, default=10.0, help="seconds a server is away in tests/chaos")
 
 

@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from petals_eval.health import HealthReport, HealthSettings
+    from petals_eval.health.locked import LockedServers
 
 __all__ = ["HELP", "SHORT", "health"]
 
@@ -121,10 +122,10 @@ def health(
     return report.exit_code
 
 
-def _look(settings: "HealthSettings") -> "HealthReport":
+def _look(settings: "HealthSettings", locked: "LockedServers | None" = None) -> "HealthReport":
     from petals_eval.health.check import check
 
-    return check(settings)
+    return check(settings, locked)
 
 
 def _show(report: "HealthReport", json_output: bool, html: Path | None) -> None:
@@ -143,7 +144,9 @@ def _watch(settings: "HealthSettings", every: float, json_output: bool, html: Pa
     """Look until Ctrl-C. The first look in full, then what changed; with --json a line each, in full."""
     from petals_eval.errors import SwarmError
     from petals_eval.health.changes import changes
+    from petals_eval.health.locked import LockedServers
 
+    locked = LockedServers()
     last: HealthReport | None = None
     code = 3
     try:
@@ -151,7 +154,7 @@ def _watch(settings: "HealthSettings", every: float, json_output: bool, html: Pa
             began = time.monotonic()
             clock = time.strftime("%H:%M:%S")
             try:
-                report = _look(settings)
+                report = _look(settings, locked)
             except SwarmError as error:
                 typer.echo(f"{clock} unknown: {error}", err=True)
                 code = error.exit_code

@@ -14,6 +14,7 @@ from petals_eval.health.compare import Answered, Votes
 from petals_eval.health.findings import finding
 from petals_eval.health.home import Home, load_home
 from petals_eval.health.live import LiveSwarm, RouteTimes, try_route
+from petals_eval.health.locked import LockedServers
 from petals_eval.health.probing import Calls, Probed, Prober
 from petals_eval.health.results import Finding, HealthReport, ModelHealth, Traffic, Verdict
 from petals_eval.health.settings import HealthSettings, Level
@@ -48,14 +49,17 @@ def check_health(initial_peers: str | Sequence[str] = (), **settings: Any) -> He
     return check(HealthSettings(**{"initial_peers": initial_peers, **settings}))
 
 
-def check(chosen: HealthSettings) -> HealthReport:
-    """`check_health` with its settings in one piece."""
+def check(chosen: HealthSettings, locked: LockedServers | None = None) -> HealthReport:
+    """`check_health` with its settings in one piece.
+
+    locked: servers that opened no session in looks before this one, and what this one adds.
+    """
     from petals_eval.swarm import SwarmConnection
 
     home = load_home(chosen)
     started, began = time.monotonic(), time.time()
     with SwarmConnection.connect(LiveSwarm.settings(chosen)) as connection:
-        looked = connection.run(look, LiveSwarm(connection), chosen, started + chosen.time_limit, home)
+        looked = connection.run(look, LiveSwarm(connection), chosen, started + chosen.time_limit, home, locked)
         routes: dict[str, RouteTimes | Finding] = {}
         for model in looked.models if chosen.level >= Level.ROUTE else ():
             left = started + chosen.time_limit - time.monotonic()
@@ -89,10 +93,17 @@ class Looked:
         return HealthReport(began, seconds, self._settings.level, verdict, models, traffic, notes)
 
 
-async def look(swarm: Swarm, settings: HealthSettings, deadline: float, home: Home | None = None) -> Looked:
+async def look(
+    swarm: Swarm,
+    settings: HealthSettings,
+    deadline: float,
+    home: Home | None = None,
+    locked: LockedServers | None = None,
+) -> Looked:
     """Ask every server of the models chosen, as far as the level says.
 
-    deadline: on the monotonic clock. home: blocks of one of the models, to hold its servers against.
+    deadline: on the monotonic clock. home: blocks of one of the models, to hold its servers against. locked: servers
+    that opened no session in looks before this one.
     """
     announced, malformed = await swarm.models()
     notes = [f"{malformed} announced models cannot be read"] if malformed else []
@@ -104,7 +115,8 @@ async def look(swarm: Swarm, settings: HealthSettings, deadline: float, home: Ho
     looks = []
     for model in chosen:
         judge = home if home is not None and home.prefix == model.prefix else None
-        looks.append(_ModelLook(await swarm.census(model), swarm.calls(model.prefix), settings, budget, judge))
+        prober = Prober(swarm.calls(model.prefix), model.num_blocks, settings, locked)
+        looks.append(_ModelLook(await swarm.census(model), prober, settings, budget, judge))
     await asyncio.gather(*(each.ask() for each in looks))
     return Looked(settings, looks, notes)
 
@@ -138,9 +150,9 @@ class _Budget:
 class _ModelLook:
     """The probes of one model's servers."""
 
-    def __init__(self, census: Census, calls: Calls, settings: HealthSettings, budget: _Budget, home: Home | None):
+    def __init__(self, census: Census, prober: Prober, settings: HealthSettings, budget: _Budget, home: Home | None):
         self.census = census
-        self.prober = Prober(calls, census.model.num_blocks, settings)
+        self.prober = prober
         self.hidden_size = settings.hidden_size or (home.hidden_size if home is not None else None)
         self._home = home
         self._settings = settings
@@ -224,6 +236,7 @@ class _ModelLook:
             if hidden is None:
                 return
             self._ballots[segment].add(Answered(probed.claim.peer_id, hidden, probed.claim.record.quant_type))
+        await self.prober.session(probed)
 
     async def _hold_against_home(self, home: Home, segment: Segment, ballot: Votes) -> None:
         by_peer = {probed.claim.peer_id: probed for probed in self._probed}

@@ -61,6 +61,7 @@ FINDINGS: dict[str, Kind] = {
     "nondeterministic": Kind("two answers to one question: its blocks run in training mode", _BROKEN, Level.FORWARD),
     "disagrees-with-replica": Kind("most other servers of these blocks compute something else", _BROKEN, Level.FORWARD),
     "disagrees-with-home": Kind("blocks at home compute something else (--verify-local)", _BROKEN, Level.FORWARD),
+    "opens-no-session": Kind("it computes, says its cache has room, and opens no session", _DEGRADED, Level.FORWARD),
     "disputed": Kind("servers of these blocks disagree, and there is no majority", _UNKNOWN, Level.FORWARD),
 }  # fmt: skip
 

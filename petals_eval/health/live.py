@@ -42,6 +42,7 @@ class LiveSwarm:
             connect_timeout=health.connect_timeout,
             request_timeout=health.call_timeout,
             deadline=health.time_limit,
+            verify=0.0,  # replicas are held against each other by the level before the route
         )
 
     async def models(self) -> tuple[list[AnnouncedModel], int]:

@@ -1,15 +1,17 @@
 """Levels `info` and `forward`: ask one server what it is, and let it compute. Behind a seam: tests need no network."""
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from petals_eval.errors import PeerError, PeerRefusedError
+from petals_eval.errors import PeerCacheFullError, PeerError, PeerRefusedError
 from petals_eval.health.canary import Segment, canary_for
 from petals_eval.health.census import Claim, age
 from petals_eval.health.findings import finding, from_forward_error, from_info_error
+from petals_eval.health.locked import LockedServers
 from petals_eval.health.results import Finding, ServerHealth
 from petals_eval.health.settings import HealthSettings, Level
 from petals_eval.health.verdict import of_server
@@ -18,6 +20,7 @@ from petals_eval.swarm import wire
 from petals_eval.swarm.calls import Answer, Asked
 from petals_eval.swarm.determinism import TOLERANCE, difference
 from petals_eval.swarm.limits import TokenLimits
+from petals_eval.swarm.peers import in_words
 from petals_eval.swarm.records import ServerState, SpanServer
 from petals_eval.swarm.routing import Hop
 
@@ -25,6 +28,7 @@ __all__ = ["Calls", "Count", "ProbeCalls", "Probed", "Prober"]
 
 _MISSED = 0.75  # of the announce period: a record with less time left than this should have been renewed
 _MOST_ADAPTERS = 3  # of those a server announces, to try
+_PAUSES = (0.0, 0.5, 1.0)  # seconds before a server is asked for a session, as often as it refuses one
 
 
 class ProbeCalls(Protocol):
@@ -33,6 +37,14 @@ class ProbeCalls(Protocol):
     async def ask_info(self, peer_id: str, block: int) -> Asked: ...
 
     async def forward(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None) -> Answer: ...
+
+    async def session(self, hop: Hop, batch: int, max_length: int) -> "OpenSession": ...
+
+
+class OpenSession(Protocol):
+    """One whose cache is reserved."""
+
+    async def close(self) -> None: ...
 
 
 class Calls(Protocol):
@@ -136,12 +148,14 @@ class Count:
 class Prober:
     """Asks servers of one model. Concurrency is the caller's."""
 
-    def __init__(self, calls: Calls, num_blocks: int, settings: HealthSettings):
+    def __init__(self, calls: Calls, num_blocks: int, settings: HealthSettings, locked: LockedServers | None = None):
+        """locked: servers that opened no session in looks before this one."""
         self._network = calls
         self._calls = calls.with_adapter(settings.active_adapter)
         self._num_blocks = num_blocks
         self._settings = settings
         self._limits = TokenLimits(None)
+        self._locked = locked or LockedServers()
         self.count = Count()
 
     def record(self, claim: Claim) -> Probed:
@@ -233,6 +247,41 @@ class Prober:
             probed.found(from_forward_error(error, f"{segment[0]}:{segment[1]}"))
             probed.asked[Level.FORWARD] = False
             return None
+
+    async def session(self, probed: Probed) -> None:
+        """Level `forward`: whether a session opens, with room for one token in one block, and closed at once.
+
+        Only where its sessions are those of Petals, and where it says right then that its cache has room. What refuses
+        all the same is asked again: others may be waiting for more than there is.
+        """
+        peer_id = probed.claim.peer_id
+        found = self._locked.known(peer_id)
+        if found is None:
+            try:
+                found = await self._refusal_of_a_session(probed)
+            except PeerError as error:
+                found = finding("opens-no-session", in_words(error))
+            if found is None:
+                return
+            self._locked.add(peer_id, found)
+        probed.found(found)
+
+    async def _refusal_of_a_session(self, probed: Probed) -> Finding | None:
+        """Raises PeerError, but for a full cache."""
+        refusal = ""
+        for pause in _PAUSES:
+            await asyncio.sleep(pause)
+            info = (await self._ask(probed.claim.peer_id, probed.claim.start)).info
+            if wire.other_layout(info) or not info.cache_tokens_available:
+                return None
+            self.count.calls += 1
+            try:
+                hop = Hop(probed.server, probed.claim.start, probed.claim.start + 1)
+                await (await self._calls.session(hop, batch=1, max_length=1)).close()
+                return None
+            except PeerCacheFullError as error:
+                refusal = f"it says that {info.cache_tokens_available:,} tokens of its cache are free: {error}"
+        return finding("opens-no-session", refusal)
 
     async def _twice(self, probed: Probed, span: Segment, question: torch.Tensor) -> tuple[Answer, float, float]:
         """An answer, the difference of two, and what rounding explains."""

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 from petals_eval.errors import ConfigError, MachineError, SwarmError
 from petals_eval.health.changes import changes
-from petals_eval.health.check import check
+from petals_eval.health.check import check as look
 from petals_eval.health.history import History
+from petals_eval.health.locked import LockedServers
 from petals_eval.health.metrics import CONTENT_TYPE_LATEST, Tally, exposition
 from petals_eval.health.page import page
 from petals_eval.health.results import SCHEMA_VERSION, HealthReport
@@ -45,13 +47,14 @@ class Monitor:
         every: float,
         history: History,
         say: Callable[[str], object],
-        check: Callable[[HealthSettings], HealthReport] = check,
+        check: Callable[[HealthSettings], HealthReport] | None = None,
     ):
+        """check: takes a look. None: over the network, remembering what is not to be asked each time."""
         self._settings = settings
         self._every = every
         self._history = history
         self._say = say
-        self._check = check
+        self._check = check or partial(look, locked=LockedServers())
         self._lock = threading.Lock()
         self._report: HealthReport | None = None
         self._error: str | None = None

@@ -1,4 +1,12 @@
-"""The budget that inference sessions share for their keys and values."""
+"""The budget that inference sessions share for their keys and values, with the lock that real servers lose.
+
+Source: Petals 2.2.0 and 2.3.0.dev2 (`petals.server.memory_cache`), which agree, and what 2.2.0 was seen to do. One
+session at a time is given room, under a lock, which a session that may wait for room keeps meanwhile. Whoever waits for
+the lock does so in a thread; when its time is up the waiting is given up, but not by the thread: that one gets the lock
+some day, for nobody, and no session opens any more. Nothing else shows it: `rpc_info` tells of room, and the blocks
+compute. A session that may not wait is refused as long as more is asked for than there is room, what others wait for
+counted; otherwise it, too, waits for the lock, and goes on waiting when its client has left.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,13 +20,15 @@ class AllocationFailed(Exception):
 
 
 class CacheBudget:
-    """Bytes handed out to sessions, first come, first served. Used from the server's event loop only."""
+    """Bytes handed out to sessions, one after the other. Used from the server's event loop only."""
 
     def __init__(self, total_bytes: int):
         self.total_bytes = total_bytes
         self.used_bytes = 0
-        self._freed = asyncio.Condition()
-        self._turn = asyncio.Lock()
+        self._asked_bytes = 0  # by sessions that wait, for the lock or for room
+        self._freed = asyncio.Event()
+        self._lock = asyncio.Lock()
+        self._lost: set[asyncio.Task[bool]] = set()  # threads that get the lock for nobody
 
     @property
     def bytes_left(self) -> int:
@@ -27,19 +37,53 @@ class CacheBudget:
     @asynccontextmanager
     async def reserve(self, size: int, timeout: float) -> AsyncIterator[None]:
         """Hold `size` bytes. Waits up to `timeout` seconds for room; raises AllocationFailed where there is none."""
-        if timeout == 0 and (size > self.bytes_left or self._turn.locked()):
+        allocating = asyncio.create_task(self._allocate(size, timeout))
+        try:
+            await asyncio.shield(allocating)
+            yield
+        finally:
+            if allocating.done():
+                self._free(allocating, size)
+            else:
+                allocating.add_done_callback(lambda task: self._free(task, size))
+
+    async def _allocate(self, size: int, timeout: float) -> None:
+        self._asked_bytes += size
+        try:
+            if timeout == 0 and self.used_bytes + self._asked_bytes > self.total_bytes:
+                raise AllocationFailed(f"Could not allocate {size} bytes immediately: out of memory")
+            async with asyncio.timeout(timeout or None) as limit:
+                await self._acquire(limit)
+                try:
+                    await self._wait_for_room(size, timeout)
+                finally:
+                    self._lock.release()
+            self.used_bytes += size
+        except TimeoutError:
+            raise AllocationFailed(f"Could not allocate {size} within {timeout} seconds") from None
+        finally:
+            self._asked_bytes -= size
+
+    async def _acquire(self, limit: asyncio.Timeout) -> None:
+        thread = asyncio.create_task(self._lock.acquire())
+        try:
+            await asyncio.shield(thread)
+        except asyncio.CancelledError:
+            if limit.expired():
+                self._lost.add(thread)
+            raise
+
+    async def _wait_for_room(self, size: int, timeout: float) -> None:
+        if size > self.bytes_left and timeout == 0:
             raise AllocationFailed(f"Could not allocate {size} bytes immediately: out of memory")
         if size > self.total_bytes:
             raise AllocationFailed(f"Could not allocate {size} bytes, max cache size = {self.total_bytes} bytes")
-        try:
-            async with asyncio.timeout(timeout or None), self._turn, self._freed:
-                await self._freed.wait_for(lambda: size <= self.bytes_left)
-                self.used_bytes += size
-        except TimeoutError:
-            raise AllocationFailed(f"Could not allocate {size} bytes within {timeout} seconds") from None
-        try:
-            yield
-        finally:
+        while size > self.bytes_left:
+            self._freed.clear()
+            await self._freed.wait()
+
+    def _free(self, allocating: "asyncio.Task[None]", size: int) -> None:
+        """Give back what a session was given, be it after its end."""
+        if not allocating.cancelled() and allocating.exception() is None:
             self.used_bytes -= size
-            async with self._freed:
-                self._freed.notify_all()
+            self._freed.set()

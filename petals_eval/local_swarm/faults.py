@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 __all__ = [
     "FAULTS",
+    "OVER_SESSIONS",
     "AnyFault",
     "ClaimsDtype",
     "ClaimsSpan",
@@ -20,8 +21,10 @@ __all__ = [
     "Hits",
     "InfoOnly",
     "JoiningForEver",
+    "LockedCache",
     "Noise",
     "NotFinite",
+    "OtherLayout",
     "OtherWeights",
     "Oversized",
     "RecordWithoutServer",
@@ -99,6 +102,15 @@ class Refuse(Fault):
     name: Literal["refuse"] = "refuse"
     words: Literal["overload", "batch_size", "not_served", "adapter", "cache"] = "overload"
     text: str | None = None
+
+
+class LockedCache(Fault):
+    """No session opens: the lock of its cache is lost (`petals_eval.local_swarm.cache`). All else goes on.
+
+    A call, to it, is the opening of a session.
+    """
+
+    name: Literal["locked_cache"] = "locked_cache"
 
 
 # -- the message is malformed
@@ -212,6 +224,16 @@ class VersionLie(Fault):
     version: str = "0.0.1"
 
 
+class OtherLayout(Fault):
+    """A step of a session has so many tensors, as rpc_info says, and is refused with the three of Petals.
+
+    Some servers announce a version of Petals and mean other things by a step (BloomBee: ten tensors).
+    """
+
+    name: Literal["other_layout"] = "other_layout"
+    tensors: int = Field(default=10, ge=0)
+
+
 class ClockSkew(Fault):
     """Its records expire by a clock that is wrong. seconds_off: ahead of the others'; negative: behind.
 
@@ -229,15 +251,17 @@ class JoiningForEver(Fault):
 
 
 FAULTS: tuple[type[Fault], ...] = (
-    Crash, Hang, Slow, Reset, InfoOnly, Refuse, Truncated, Oversized, WrongShape, WrongDtype, NotFinite, FlippedBit,
-    Noise, OtherWeights, Swapped, TrainingMode, StaleRecord, RecordWithoutServer, ClaimsSpan, ClaimsDtype, VersionLie,
-    ClockSkew, JoiningForEver,
+    Crash, Hang, Slow, Reset, InfoOnly, Refuse, LockedCache, Truncated, Oversized, WrongShape, WrongDtype, NotFinite,
+    FlippedBit, Noise, OtherWeights, Swapped, TrainingMode, StaleRecord, RecordWithoutServer, ClaimsSpan, ClaimsDtype,
+    VersionLie, OtherLayout, ClockSkew, JoiningForEver,
 )  # fmt: skip
+OVER_SESSIONS: tuple[type[Fault], ...] = (LockedCache, OtherLayout)
+"""Those that nobody meets who opens no session."""
 
 AnyFault = Annotated[
-    Crash | Hang | Slow | Reset | InfoOnly | Refuse | Truncated | Oversized | WrongShape | WrongDtype | NotFinite
-    | FlippedBit | Noise | OtherWeights | Swapped | TrainingMode | StaleRecord | RecordWithoutServer | ClaimsSpan
-    | ClaimsDtype | VersionLie | ClockSkew | JoiningForEver,
+    Crash | Hang | Slow | Reset | InfoOnly | Refuse | LockedCache | Truncated | Oversized | WrongShape | WrongDtype
+    | NotFinite | FlippedBit | Noise | OtherWeights | Swapped | TrainingMode | StaleRecord | RecordWithoutServer
+    | ClaimsSpan | ClaimsDtype | VersionLie | OtherLayout | ClockSkew | JoiningForEver,
     Field(discriminator="name"),
 ]  # fmt: skip
 

@@ -17,7 +17,7 @@ from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 from petals_eval.local_swarm.cache import CacheBudget
 from petals_eval.local_swarm.compute import Compute, Work
-from petals_eval.local_swarm.faults import VersionLie
+from petals_eval.local_swarm.faults import OtherLayout, VersionLie
 from petals_eval.local_swarm.faulty import Switchboard
 from petals_eval.local_swarm.messages import ServedBlocks, decoded, given, read_metadata, unpacked
 from petals_eval.local_swarm.sessions import Sessions
@@ -67,11 +67,13 @@ class TransformerConnectionHandler(ServicerBase):
             )
             prompts = BatchTensorDescriptor((), dtype=self._span.dtype)
             hypo_ids = BatchTensorDescriptor((), dtype=torch.int64)
+            layout = self._faults.of(OtherLayout)
+            step = (hidden, prompts, hypo_ids) if layout is None else (hidden,) * layout.tensors
             info |= {
                 "forward_schema": ((hidden,), {}),
                 "outputs_schema": (hidden,),
                 "keyword_names": (),
-                "inference_schema": ((hidden, prompts, hypo_ids), {}),
+                "inference_schema": (step, {}),
             }
         return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
 

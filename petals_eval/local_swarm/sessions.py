@@ -17,6 +17,7 @@ from hivemind.utils.serializer import MSGPackSerializer
 
 from petals_eval.local_swarm.cache import CacheBudget
 from petals_eval.local_swarm.compute import Compute, Work
+from petals_eval.local_swarm.faults import LockedCache, OtherLayout
 from petals_eval.local_swarm.faulty import Switchboard
 from petals_eval.local_swarm.messages import ServedBlocks, decoded, given, read_metadata, unpacked
 from petals_eval.local_swarm.settings import ServerSettings
@@ -74,6 +75,10 @@ class Sessions:
             batch = opening.tensors[0].size[0] if opening.tensors else 1
             size = batch * max_length * self._span.cache_bytes_per_token * (last - first)
             timeout = min(float(metadata.get("alloc_timeout", 0.0)), self._settings.max_alloc_timeout)
+            if layout := self._faults.acts(OtherLayout):
+                raise ValueError(f"expected {layout[0].tensors} tensors in a step, found {len(opening.tensors)}")
+            if self._faults.acts(LockedCache):
+                await self._faults.for_ever()
             async with self._budget.reserve(size, timeout):
                 session = _Session(self._settings, self._span, first, last, batch, max_length, metadata)
                 async with aclosing(self._steps(opening, requests, metadata.get("session_id"))) as steps:

@@ -14,7 +14,9 @@ from hivemind.proto import runtime_pb2
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerAnswerError, PeerError, PeerRefusedError, PeerUnreachableError
 from petals_eval.swarm import wire
+from petals_eval.swarm.cache_book import CacheBook
 from petals_eval.swarm.hop_session import PROOF_TOKENS, HopSession, proves_rolling_back
+from petals_eval.swarm.opening import SessionOpener, all_or_none
 from petals_eval.swarm.pushing import Pushed, push_through
 from petals_eval.swarm.routing import Hop
 from petals_eval.swarm.rpc import (
@@ -65,7 +67,11 @@ class BlockCalls(Protocol):
         ...
 
     async def session(self, hop: Hop, batch: int, max_length: int) -> HopSession:
-        """A session on the hop's blocks; nothing is sent for it before its first step. Raises PeerError."""
+        """A session on the hop's blocks with its cache reserved, to be closed by whoever asked for it.
+
+        Raises PeerCacheFullError, PeerNoSessionError (what they say is known to the connection's cache book), and other
+        PeerErrors.
+        """
         ...
 
     async def rolls_back(self, hop: Hop, hidden_size: int) -> bool:
@@ -80,16 +86,29 @@ class BlockCalls(Protocol):
 class RemoteCalls:
     """Calls over libp2p."""
 
-    def __init__(self, p2p: P2P, dht_prefix: str, settings: SwarmSettings, wires: WireBook | None = None):
-        """wires: what the connection knows of servers and the lossy code of its settings; None: all is lossless."""
+    def __init__(
+        self,
+        p2p: P2P,
+        dht_prefix: str,
+        settings: SwarmSettings,
+        wires: WireBook | None = None,
+        caches: CacheBook | None = None,
+    ):
+        """
+        wires: what the connection knows of servers and the lossy code of its settings; None: all is lossless.
+        caches: what it knows of their caches; None: nothing yet.
+        """
         self._p2p = p2p
         self._prefix = dht_prefix
         self._settings = settings
         self._wires = wires or WireBook(None)
+        self._caches = caches or CacheBook()
+        self._opener = SessionOpener(p2p, dht_prefix, settings, self._caches, self._look)
         codes = {None, self._wires.code}
         self._metadata = {code: wire.forward_metadata(settings.active_adapter, code) for code in codes}
         self._infos: dict[str, asyncio.Task[wire.ServerInfo]] = {}
         self._rolls_back: dict[str, bool] = {}
+        self._stepping: dict[str, asyncio.Lock] = {}  # by server
         self._stubs: dict[str, Any] = {}
 
     async def info(self, hop: Hop) -> wire.ServerInfo:
@@ -110,6 +129,7 @@ class RemoteCalls:
 
     def forget(self, peer_id: str) -> None:
         self._wires.forget(peer_id)
+        self._caches.forget(peer_id)
         self._rolls_back.pop(peer_id, None)
         task = self._infos.get(peer_id)
         if task is not None and task.done():
@@ -122,7 +142,12 @@ class RemoteCalls:
         with as_peer_errors(self._settings.connect_timeout):
             answer = await self._stub(peer_id).rpc_info(request, timeout=self._settings.connect_timeout)
         seconds = time.monotonic() - started
-        return Asked(wire.read_info(answer.serialized_info), seconds, request.ByteSize(), answer.ByteSize())
+        info = wire.read_info(answer.serialized_info)
+        self._caches.shown(peer_id, info.cache_tokens_available)
+        return Asked(info, seconds, request.ByteSize(), answer.ByteSize())
+
+    async def _look(self, peer_id: str, block: int) -> wire.ServerInfo:
+        return (await self.ask_info(peer_id, block)).info
 
     async def _ask_info(self, peer_id: str, block: int) -> wire.ServerInfo:
         info = (await self.ask_info(peer_id, block)).info
@@ -181,16 +206,21 @@ class RemoteCalls:
         return Answer(answer, time.monotonic() - started, sent, received)
 
     async def forward_in_steps(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, step: int) -> Answer:
-        """A session of its own for these hidden states; causal blocks give the same numbers as in one call."""
+        """A session of its own for these hidden states; causal blocks give the same numbers as in one call.
+
+        One at a time on a server, checks included: beside it another of this length may have no room.
+        """
         batch, seq = hidden.shape[:2]
-        session = await self.session(hop, batch, seq)
-        try:
-            answers = []
-            for start in range(0, seq, step):
-                part = slice(start, start + step)
-                answers.append(await session.step(hidden[:, part], None if prompts is None else prompts[:, :, part]))
-        finally:
-            await session.close()
+        async with self._stepping.setdefault(hop.server.peer_id, asyncio.Lock()):
+            session = await self.session(hop, batch, seq)
+            try:
+                answers = []
+                for start in range(0, seq, step):
+                    part = slice(start, start + step)
+                    some_prompts = None if prompts is None else prompts[:, :, part]
+                    answers.append(await session.step(hidden[:, part], some_prompts))
+            finally:
+                await session.close()
         return Answer(
             torch.cat([answer.hidden for answer in answers], dim=1),
             sum(answer.seconds for answer in answers),
@@ -199,33 +229,28 @@ class RemoteCalls:
         )
 
     async def push(self, hops: Sequence[Hop], hidden: torch.Tensor, timeout: float) -> Pushed:
+        """`timeout` begins when all sessions are open, each within connect_timeout."""
         batch, seq = hidden.shape[:2]
-        sessions = []
         for index, hop in enumerate(hops):
             try:
-                version = (await self.info(hop)).version
-                if not wire.may_push(version):
-                    raise PeerRefusedError(f"petals {version or 'of no version'} does not push on what it was pushed")
-                # No waiting for room in its cache: micro-batches that wait for each other's would never end.
-                sessions.append(await self._session(hop, batch, seq, alloc_timeout=0.0))
+                info = await self.info(hop)
+                if not wire.may_push(info.version):
+                    raise PeerRefusedError(
+                        f"petals {info.version or 'of no version'} does not push on what it was pushed"
+                    )
+                self._opener.check(hop, info)
             except PeerError as error:
                 return Pushed((), error, index)
+        sessions = []
+        for index, opened in enumerate(await all_or_none([self.session(hop, batch, seq) for hop in hops])):
+            if isinstance(opened, PeerError):
+                return Pushed((), opened, index)
+            sessions.append(opened)
         ends = [(hop.server.peer_id, hop.first, hop.last) for hop in hops]
         return await push_through(sessions, ends, hidden, timeout)
 
     async def session(self, hop: Hop, batch: int, max_length: int) -> HopSession:
-        return await self._session(hop, batch, max_length, alloc_timeout=self._settings.connect_timeout)
-
-    async def _session(self, hop: Hop, batch: int, max_length: int, alloc_timeout: float) -> HopSession:
-        opening = wire.session_metadata(max_length, alloc_timeout, self._settings.active_adapter)
-        return HopSession(
-            partial(open_stream, self._p2p, hop.server.peer_id, "rpc_inference"),
-            wire.block_uid(self._prefix, hop.first, hop.last),
-            await self.info(hop),
-            batch=batch,
-            opening=opening,
-            timeout=self._settings.request_timeout,
-        )
+        return await self._opener.open(hop, await self.info(hop), batch, max_length)
 
     async def rolls_back(self, hop: Hop, hidden_size: int) -> bool:
         """Asked once per server: by its version first, and where that may, by trying it out."""
@@ -233,10 +258,8 @@ class RemoteCalls:
         if peer_id not in self._rolls_back:
             answer = False
             if wire.may_roll_back((await self.info(hop)).version):
-                # No waiting for room in its cache: what holds it may be the very session that wants to roll back.
-                session = await self._session(hop, 1, PROOF_TOKENS, alloc_timeout=0.0)
                 try:
-                    answer = await proves_rolling_back(session, hidden_size)
+                    answer = await proves_rolling_back(await self.session(hop, 1, PROOF_TOKENS), hidden_size)
                 except PeerRefusedError:
                     return False  # no room in its cache now; asked again another time
             self._rolls_back[peer_id] = answer

@@ -17,6 +17,7 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import SwarmError, SwarmUnreachableError
+from petals_eval.swarm.cache_book import CacheBook
 from petals_eval.swarm.daemon import end_daemon, start_daemon, wait_until_lost
 from petals_eval.swarm.untrusted import bound_hivemind
 from petals_eval.swarm.wire_book import WireBook
@@ -48,6 +49,7 @@ class SwarmConnection:
     def __init__(self, settings: SwarmSettings):
         self.settings = settings
         self.wires = WireBook(settings.wire)  # which servers take the lossy code of the settings
+        self.caches = CacheBook()  # which have room for sessions
         self._portal_context = start_blocking_portal("asyncio", {"use_uvloop": True}, name="petals-eval")
         self._portal: BlockingPortal | None = None
         self._p2p: P2P | None = None

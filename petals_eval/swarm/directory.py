@@ -41,6 +41,7 @@ class Directory:
         )
         self._refreshing: asyncio.Task[None] | None = None
         self._refreshed_at = -math.inf
+        self._is_used = True
         self._announcements: dict[tuple[int, str], Announcement] = {}  # the newest of each block and peer
         self.dht_prefix = dht_prefix
         self.snapshot = Snapshot(num_blocks, {})
@@ -54,14 +55,27 @@ class Directory:
         return self.snapshot
 
     async def keep_fresh(self) -> None:
-        """Refresh every update_period seconds until cancelled."""
+        """Refresh every update_period seconds until cancelled, as long as somebody uses it: a connection that is kept
+        between the epochs of a training asks nothing of anybody."""
         while True:
             await asyncio.sleep(self._settings.update_period)
-            try:
-                await self.refresh(older_than=self._settings.update_period / 2)
-            except Exception:  # noqa: BLE001  # see below
-                # hivemind decodes strangers' values in there; whatever that raises, the last look holds.
-                _log.debug("the directory could not be read", exc_info=True)
+            if self._is_used:
+                self._is_used = False
+                await self._refresh_if_it_can(self._settings.update_period / 2)
+
+    async def use(self) -> None:
+        """Keep the snapshot fresh from now on, and refresh it first where nobody has used it for long."""
+        self._is_used = True
+        longest = 2 * self._settings.update_period
+        if time.monotonic() - self._refreshed_at > longest:
+            await self._refresh_if_it_can(longest)
+
+    async def _refresh_if_it_can(self, older_than: float) -> None:
+        try:
+            await self.refresh(older_than=older_than)
+        except Exception:  # noqa: BLE001  # see below
+            # hivemind decodes strangers' values in there; whatever that raises, the last look holds.
+            _log.debug("the directory could not be read", exc_info=True)
 
     async def _read(self) -> None:
         """Take in what the DHT says now. A record holds until it expires, also when the DHT cannot be asked: the nodes

@@ -136,7 +136,8 @@ class HopCalls:
         self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, parts: Sequence[slice], step: int
     ) -> list[Answer]:
         peer_id = hop.server.peer_id
-        # One session at a time: a server may have no room for a second one of this length.
+        # One session at a time: a server may have no room for a second one of this length. In line here and not below
+        # (`RemoteCalls.forward_in_steps`), where it would not be noticed that the server has failed meanwhile.
         async with self._stepping.setdefault(peer_id, asyncio.Lock()):
             if not self._peers.is_usable(peer_id):
                 raise PeerUnreachableError("it failed while this input waited for its turn")

@@ -26,11 +26,12 @@ _OPENINGS = 3  # times a session is opened: when a server refuses one, its reaso
 
 _WITHOUT_A_WORD = "it ended the session without a word"
 
-OpenStream = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
+Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+OpenStream = Callable[[], Awaitable[Stream]]
 
 
 class HopSession:
-    """One stream to one server. An error of any kind ends it; `close` it in any case.
+    """One stream to one server. `open` it first, and `close` it in any case; an error of any kind ends it.
 
     position: positions of each row in the server's cache.
     """
@@ -44,10 +45,11 @@ class HopSession:
         batch: int,
         opening: Mapping[str, object],
         timeout: float,
+        on_end: Callable[[], object] = lambda: None,
     ):
         """
         open_stream: to the server's rpc_inference. uid: of the blocks. opening: of `wire.session_metadata`.
-        timeout: seconds for a step.
+        timeout: seconds for a step. on_end: called once when a session that was opened is over.
         """
         self.batch = batch
         self.position = 0
@@ -58,15 +60,27 @@ class HopSession:
         self._info = info
         self._opening = opening
         self._timeout = timeout
+        self._on_end = on_end
         self._id = ""
-        self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._is_over = False
+        self._stream: Stream | None = None
+        self._is_over = True
+        self._has_cache = False
         self._start_from: int | None = None
 
     @property
     def id(self) -> str:
-        """By which other servers push into it; known once it has had its first step."""
+        """By which other servers push into it; known once it is open."""
         return self._id
+
+    async def open(self, timeout: float) -> None:
+        """Have the server reserve the cache, by a step of no positions. timeout: seconds. Raises PeerError."""
+        nothing = torch.empty(self.batch, 0, self._info.hidden_size or 1)
+        started = time.monotonic()
+        with as_peer_errors(timeout):
+            async with asyncio.timeout(timeout):
+                response = await self._reserve(self._tensors(nothing, None, None))
+        self._answer(response, tuple(nothing.shape), started, sent=0)
+        self._has_cache = True
 
     def roll_back(self, position: int) -> None:
         """Let the next step begin at this position. Only for servers that are known to do it."""
@@ -79,41 +93,51 @@ class HopSession:
         hypo_ids: torch.Tensor | None = None,
         next_servers: Sequence[tuple[str, str, int, int]] = (),
     ) -> Answer:
-        """Run hidden (batch, seq, hidden) after the positions so far; zero positions only reserve the cache.
+        """Run hidden (batch, seq, hidden) after the positions so far.
 
         prompts: (blocks, batch or 1, prefix, hidden), added to the first `prefix` of these positions.
         hypo_ids: int64 (batch,): row i goes on from what row hypo_ids[i] was.
-        next_servers: of `wire.step_metadata`; not in the first step. Raises PeerError.
+        next_servers: of `wire.step_metadata`. Raises PeerError.
         """
-        if self._is_over:
-            raise PeerUnreachableError("the session is over")
+        stream = self._running()
         if self.before_first_step is not None and hidden.numel():
             await self.before_first_step(hidden)
             self.before_first_step = None
         self._is_over = True  # until the answer is there
         started = time.monotonic()
-        tensors = [
-            wire.encode_for(self._info, hidden),
-            wire.encode_for(self._info, prompts if prompts is not None and prompts.numel() else None),
-            wire.encode_tensor(torch.empty(0, dtype=torch.int64) if hypo_ids is None else hypo_ids),
-        ]
+        tensors = self._tensors(hidden, prompts, hypo_ids)
+        metadata = wire.step_metadata(self._id, str(uuid.uuid4()), {}, self._start_from, next_servers)
         with as_peer_errors(self._timeout):
             async with asyncio.timeout(self._timeout):
-                response = await self._exchange(tensors, next_servers)
+                response = await self._ask(stream, tensors, metadata)
         sent = sum(len(tensor.buffer) for tensor in tensors)
         return self._answer(response, tuple(hidden.shape), started, sent)
 
     async def pushed_step(self, seq: int, hidden_size: int) -> Answer:
-        """The answer to a step of `seq` positions that another server pushes, after the first one. Raises PeerError."""
-        if self._is_over or self._stream is None:
-            raise PeerUnreachableError("the session is over")
+        """The answer to a step of `seq` positions that another server pushes. Raises PeerError."""
+        reader, _ = self._running()
         self._is_over = True  # until the answer is there
         started = time.monotonic()
         shape = (self.batch, seq, hidden_size)
         with as_peer_errors(self._timeout):
             async with asyncio.timeout(self._timeout):
-                response = await _hear(self._stream[0], 4 * math.prod(shape) + MOST_WORDS)
+                response = await _hear(reader, 4 * math.prod(shape) + MOST_WORDS)
         return self._answer(response, shape, started, sent=0)
+
+    def _running(self) -> Stream:
+        """The stream of a session that goes on."""
+        if self._is_over or self._stream is None:
+            raise PeerUnreachableError("the session is over")
+        return self._stream
+
+    def _tensors(
+        self, hidden: torch.Tensor, prompts: torch.Tensor | None, hypo_ids: torch.Tensor | None
+    ) -> list[runtime_pb2.Tensor]:
+        return [
+            wire.encode_for(self._info, hidden),
+            wire.encode_for(self._info, prompts if prompts is not None and prompts.numel() else None),
+            wire.encode_tensor(torch.empty(0, dtype=torch.int64) if hypo_ids is None else hypo_ids),
+        ]
 
     def _answer(
         self, response: runtime_pb2.ExpertResponse, shape: tuple[int, ...], started: float, sent: int
@@ -126,13 +150,8 @@ class HopSession:
         received = sum(len(tensor.buffer) for tensor in response.tensors)
         return Answer(answer, time.monotonic() - started, sent, received)
 
-    async def _exchange(
-        self, tensors: list[runtime_pb2.Tensor], next_servers: Sequence[tuple[str, str, int, int]]
-    ) -> runtime_pb2.ExpertResponse:
-        """Send a step and wait for its answer; opens the stream for the first one."""
-        if self._stream is not None:
-            metadata = wire.step_metadata(self._id, str(uuid.uuid4()), {}, self._start_from, next_servers)
-            return await self._ask(self._stream, tensors, metadata)
+    async def _reserve(self, tensors: list[runtime_pb2.Tensor]) -> runtime_pb2.ExpertResponse:
+        """Open the stream with a first step."""
         openings = 0
         while True:
             openings += 1
@@ -148,7 +167,7 @@ class HopSession:
 
     async def _ask(
         self,
-        stream: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        stream: Stream,
         tensors: list[runtime_pb2.Tensor],
         metadata: bytes,
     ) -> runtime_pb2.ExpertResponse:
@@ -166,6 +185,7 @@ class HopSession:
         """End the session, so that the server frees its cache; where all is well, wait for that, but not for long."""
         stream, self._stream = self._stream, None
         is_well, self._is_over = not self._is_over, True
+        had_cache, self._has_cache = self._has_cache, False
         if stream is None:
             return
         reader, writer = stream
@@ -178,6 +198,8 @@ class HopSession:
                         await reader.read()
         finally:
             writer.close()
+            if had_cache:
+                self._on_end()
 
 
 async def _hear(reader: asyncio.StreamReader, limit: int) -> runtime_pb2.ExpertResponse:
@@ -188,7 +210,7 @@ async def _hear(reader: asyncio.StreamReader, limit: int) -> runtime_pb2.ExpertR
 
 
 async def proves_rolling_back(session: HopSession, hidden_size: int) -> bool:
-    """Whether a server's sessions honour start_from_position; `session` is a fresh one of its, and closed here.
+    """Whether a server's sessions honour start_from_position; `session` is a fresh one of its, open, and closed here.
 
     Eight random positions are computed, then the last five once more after going back to the third, then the same
     five without going back. A server that goes back repeats its first answer there, and differs where they are

@@ -5,7 +5,7 @@ import re
 from petals_eval.errors import PeerRefusedError, RequestTooLargeError
 from petals_eval.swarm.peers import short_peer
 
-__all__ = ["USUAL_MAX_TOKENS", "TokenLimits"]
+__all__ = ["USUAL_MAX_TOKENS", "TokenLimits", "says_cache_is_full"]
 
 USUAL_MAX_TOKENS = 2048
 """Tokens (rows x positions) any Petals server takes in one call unless its operator said otherwise."""
@@ -14,6 +14,18 @@ USUAL_MAX_TOKENS = 2048
 _PER_CALL = re.compile(r"Task size greater than max_batch_size \((\d+)\)")
 _PER_SESSION = re.compile(r"Cannot allocate KV cache for \d+ tokens, max = (\d+)")
 _CACHE = re.compile(r"Could not allocate (\d+) bytes, max cache size = (\d+) bytes")
+# Of 2.2.0 and 2.3.0.dev2 alike. The first is all that a session hears that is never to wait, the others are for those
+# that are.
+_FULL = re.compile(
+    r"Could not allocate \d+ bytes immediately: out of memory"
+    r"|Could not allocate \d+( bytes)? (\(timeout=|within )"
+    r"|attention cache is full"
+)
+
+
+def says_cache_is_full(error: PeerRefusedError) -> bool:
+    """Whether a server refused a session because its cache has no room for it now."""
+    return _FULL.search(str(error)) is not None
 
 
 class TokenLimits:
@@ -56,11 +68,6 @@ class TokenLimits:
             return False
         self._per_session[peer_id, batch] = limit
         return True
-
-    def row_too_large(self, peer_id: str, positions: int) -> RequestTooLargeError | None:
-        """The error for one row where the server is known to take it neither in one call nor in steps."""
-        per_call = self.per_call(peer_id)
-        return None if per_call is None or per_call >= positions else self.session_too_large(peer_id, 1, positions)
 
     def session_too_large(self, peer_id: str, batch: int, positions: int) -> RequestTooLargeError | None:
         """The error for a session of these sizes, where the server is known not to take it."""

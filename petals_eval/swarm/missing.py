@@ -7,7 +7,7 @@ from petals_eval.swarm.directory import Directory
 from petals_eval.swarm.peers import PeerBook, short_peer
 from petals_eval.swarm.records import Snapshot
 
-__all__ = ["spans_text", "what_is_missing", "within"]
+__all__ = ["listed", "spans_text", "what_is_missing", "within"]
 
 Spans = Sequence[tuple[int, int]]
 
@@ -22,7 +22,7 @@ def what_is_missing(directory: Directory, peers: PeerBook, first: int, last: int
     absent = within(snapshot.missing(), first, last)
     failing = _minus(within(snapshot.missing(without=failed), first, last), absent)
     fail = f"every server of blocks {spans_text(failing)} fails"
-    reasons = _listed(
+    reasons = listed(
         f"{short_peer(peer)}: {peers.of(peer).last_error}"
         for peer in sorted(failed)
         if _touches(snapshot.servers[peer].start, snapshot.servers[peer].end, failing)
@@ -56,7 +56,7 @@ def _who_else(directory: Directory, absent: Spans) -> str:
         if not snapshot.left_out:
             hold = f"nobody announces {directory.dht_prefix!r}: is that the name the servers use?"
     dropped = f", {snapshot.dropped} malformed records ignored" if snapshot.dropped else ""
-    left_out = _listed(
+    left_out = listed(
         (
             f"{short_peer(peer)} {reason}"
             for peer, (server, reason) in sorted(snapshot.left_out.items())
@@ -83,7 +83,7 @@ def _minus(spans: Spans, others: Spans) -> tuple[tuple[int, int], ...]:
     return tuple(left)
 
 
-def _listed(reasons: Iterable[str], separator: str = "; ", most: int = 3) -> str:
+def listed(reasons: Iterable[str], separator: str = "; ", most: int = 3) -> str:
     """The first few, and a sign where there are more."""
     every = list(reasons)
     return separator.join(every[:most]) + (" ..." if every[most:] else "")

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import (
     PeerAnswerError,
+    PeerCacheFullError,
     PeerDisagreesError,
     PeerNondeterministicError,
+    PeerNoSessionError,
     PeerNotFiniteError,
     PeerRefusedError,
     PeerTimeoutError,
@@ -29,6 +31,8 @@ _WHAT_IT_DOES: dict[type[Exception], str] = {
     PeerUnreachableError: "cannot be reached",
     PeerTimeoutError: "does not answer",
     PeerRefusedError: "refuses",
+    PeerCacheFullError: "has no room",
+    PeerNoSessionError: "gives no session",
     PeerAnswerError: "answers wrongly",
     PeerNotFiniteError: "answers wrongly",
     PeerNondeterministicError: "is left out",

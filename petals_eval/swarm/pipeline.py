@@ -9,10 +9,14 @@ import torch
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import (
+    PeerCacheFullError,
     PeerDistrustedError,
     PeerError,
+    PeerNoSessionError,
     PeerRefusedError,
 )
+from petals_eval.swarm.admission import RowAdmission, SessionAdmission, is_ready
+from petals_eval.swarm.cache_book import CacheBook, Wait
 from petals_eval.swarm.calls import BlockCalls
 from petals_eval.swarm.directory import Directory
 from petals_eval.swarm.distrust import Distrust
@@ -64,15 +68,25 @@ class SwarmStatus:
 class Pipeline:
     """Sends micro-batches along routes. Used from the connection's event loop only."""
 
-    def __init__(self, calls: BlockCalls, directory: Directory, peers: PeerBook, settings: SwarmSettings):
+    def __init__(
+        self,
+        calls: BlockCalls,
+        directory: Directory,
+        peers: PeerBook,
+        settings: SwarmSettings,
+        caches: CacheBook | None = None,
+    ):
+        """caches: what `calls` note of the servers' caches; None: nothing yet."""
         self._calls = calls
         self._settings = settings
+        self._caches = caches or CacheBook()
+        self._under_way = 0
         self._limits = TokenLimits(settings.max_tokens_per_call)
         self.lines = Lines()
         self.sizes = MicroBatchSize()
         self._hop_calls = HopCalls(calls, peers, self._limits, self.lines)
         self._push_calls = PushCalls(
-            calls, peers, self._limits, self._hop_calls, self.lines, self.sizes, settings, failed=self._failed
+            calls, peers, self._limits, self._caches, self._hop_calls, self.lines, self.sizes, settings, self._failed
         )
         self.distrust = Distrust(directory, peers, allow_nondeterministic=settings.allow_nondeterministic)
         self._finder = HopFinder(directory, peers, self.distrust, settings, self._hop_calls.seconds)
@@ -97,7 +111,10 @@ class Pipeline:
         position = first
         give_up: float | None = None
         overflow = Overflow(self._calls)
+        admission = RowAdmission(self._limits, self._caches, seq)
+        await self._finder.begin()
         way = self._push_calls.sent(hidden, prompts)
+        self._under_way += 1
         try:
             if way == "pushed":
                 plan = functools.partial(self._finder.plan, first, last, positions)
@@ -108,7 +125,11 @@ class Pipeline:
                 async with self.lines.first(position) as line:
                     # Waiting in line is nobody's failure.
                     give_up = give_up or time.monotonic() + self._settings.deadline
-                    hop = await self._hop_with_room(position, last, hidden.shape[0], seq, give_up, line)
+                    found = await self._hop_with_room(position, last, hidden.shape[0], give_up, admission, line)
+                if isinstance(found, Wait):  # out of line: those behind it may need no room in a cache
+                    await self._finder.wait_for_cache(found, give_up)
+                    continue
+                hop = found
                 span_prompts = None if prompts is None else prompts[hop.first - first : hop.last - first]
                 served = await self._compute(hop, hidden, span_prompts, give_up, overflow)
                 if served is None:
@@ -119,6 +140,7 @@ class Pipeline:
                 position = hop.last
                 give_up, overflow = None, Overflow(self._calls)
         finally:
+            self._under_way -= 1
             self._push_calls.ended(way)
         self._push_calls.came_back(way, [hop.version for hop in route], positions)
         self.sizes.begin(max((self.peers.of(hop.peer_id).flow.distance for hop in route), default=0.0))
@@ -159,8 +181,9 @@ class Pipeline:
                     except PeerError as error:
                         overflow.note(asked, error)
                         seq = hidden.shape[1]
-                        left_aside = self._is_too_small(asked, error, 1, seq) and self._limits.row_too_large(
-                            asked.server.peer_id, seq
+                        admission = RowAdmission(self._limits, self._caches, seq)
+                        left_aside = self._is_too_small(asked, error, 1, seq) and admission.refusal(
+                            asked.server, asked.first, asked.last
                         )
                         if not left_aside:  # it would be asked again at once, and for ever
                             self._failed(asked, error)
@@ -176,35 +199,34 @@ class Pipeline:
     def _free_hop_like(self, hop: Hop, hidden: torch.Tensor) -> Hop | None:
         """The same blocks on the server that would be done soonest, of those that could begin at once."""
         rows, seq = hidden.shape[:2]
+        admission = RowAdmission(self._limits, self._caches, seq)
         free = [
             other
             for other in self._finder.others_of(hop)
-            if self._limits.row_too_large(other.server.peer_id, seq) is None
+            if admission.refusal(other.server, other.first, other.last) is None
+            and is_ready(admission, other.server, other.first, other.last)
             and self._hop_calls.has_room_for(other, rows * seq)
         ]
         return min(free, key=lambda other: self._hop_calls.seconds_for(other, hidden), default=None)
 
-    async def _hop_with_room(self, position: int, last: int, rows: int, seq: int, give_up: float, line: Line) -> Hop:
+    async def _hop_with_room(
+        self, position: int, last: int, rows: int, give_up: float, admission: RowAdmission, line: Line
+    ) -> Hop | Wait:
         """The hop that would be done soonest, once its server has room for another call."""
+        tokens = rows * admission.positions
         while True:
-            hop = await self._finder.find(
-                position, last, rows * seq, give_up, lambda peer: self._limits.row_too_large(peer, seq)
-            )
-            if self._settings.window or self._hop_calls.has_room_for(hop, rows * seq):
+            hop = await self._finder.find_or_wait(position, last, tokens, give_up, admission)
+            if isinstance(hop, Wait) or self._settings.window or self._hop_calls.has_room_for(hop, tokens):
                 return hop
             await line.news(give_up - time.monotonic())
 
     def session(self, first: int, last: int, batch: int, max_length: int) -> RouteSession:
         """An inference session on blocks first:last, for `batch` rows of up to `max_length` positions."""
 
+        admission = SessionAdmission(self._limits, self._caches, batch, max_length)
+
         async def find_hop(position: int, last: int, tokens: int, give_up: float) -> Hop:
-            return await self._finder.find(
-                position,
-                last,
-                tokens,
-                give_up,
-                lambda peer: self._limits.session_too_large(peer, batch, max_length),
-            )
+            return await self._finder.find(position, last, tokens, give_up, admission)
 
         def failed(hop: Hop, error: PeerError) -> None:
             if not self._is_too_small(hop, error, batch, max_length):
@@ -229,8 +251,13 @@ class Pipeline:
         return isinstance(error, PeerRefusedError) and self._limits.learn_per_session(peer_id, error, batch, positions)
 
     def _failed(self, hop: Hop, error: PeerError) -> None:
-        """Leave the hop's server alone for a while, or for good when it answers otherwise each time."""
+        """Leave the hop's server alone for a while, or for good when it answers otherwise each time.
+
+        One that gives no session has not failed: the cache book knows when to ask it for another.
+        """
         peer_id = hop.server.peer_id
+        if isinstance(error, PeerCacheFullError | PeerNoSessionError):
+            return
         if not isinstance(error, PeerDistrustedError):
             self._calls.forget(peer_id)
             self.peers.failed(peer_id, error)
@@ -241,7 +268,13 @@ class Pipeline:
         """Safe to call from any thread: it only reads."""
         used = tuple(peer for peer, history in list(self.peers.histories.items()) if history.calls)
         distrust = self.distrust
-        return SwarmStatus(self.peers.retries, used, self._finder.waiting, distrust.notices, distrust.unequal)
+        notices = (*distrust.notices, *self._caches.notices)
+        return SwarmStatus(self.peers.retries, used, self._waiting(), notices, distrust.unequal)
+
+    def _waiting(self) -> str | None:
+        """Why nothing moves. Where some wait for room in a cache, others may go on."""
+        for_caches = self._finder.waiting_for_caches
+        return self._finder.waiting or (for_caches[0] if len(for_caches) >= max(1, self._under_way) else None)
 
 
 def _served(hop: Hop, answer: torch.Tensor) -> ServedHop:

@@ -8,8 +8,16 @@ from typing import Literal
 import torch
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import PeerAnswerError, PeerDistrustedError, PeerError, PeerRefusedError
+from petals_eval.errors import (
+    PeerAnswerError,
+    PeerCacheFullError,
+    PeerDistrustedError,
+    PeerError,
+    PeerNoSessionError,
+    PeerRefusedError,
+)
 from petals_eval.swarm import wire
+from petals_eval.swarm.cache_book import CacheBook
 from petals_eval.swarm.calls import BlockCalls
 from petals_eval.swarm.flow import Flow, Sent
 from petals_eval.swarm.hop_calls import FIRST_PATIENCE, HopCalls
@@ -47,6 +55,7 @@ class PushCalls:
         calls: BlockCalls,
         peers: PeerBook,
         limits: TokenLimits,
+        caches: CacheBook,
         hop_calls: HopCalls,
         lines: Lines,
         sizes: MicroBatchSize,
@@ -57,6 +66,7 @@ class PushCalls:
         self._calls = calls
         self._peers = peers
         self._limits = limits
+        self._caches = caches
         self._hop_calls = hop_calls
         self._lines = lines
         self._sizes = sizes
@@ -106,8 +116,8 @@ class PushCalls:
                 if hops is None or not self._takes(hops, hidden):
                     return []
                 flow.distance = sum(self._peers.of(hop.server.peer_id).flow.distance for hop in hops)
-                has_room = flow.has_room(work, last - first, len(hops))
-                if self._settings.window or (has_room and self._has_cache(hops, hidden)):
+                has_room = self._settings.window or flow.has_room(work, last - first, len(hops))
+                if has_room and self._has_cache(hops, hidden):
                     break
                 await line.news(_LOOK_AGAIN)
             patience = self._patience(hops, hidden)
@@ -141,6 +151,7 @@ class PushCalls:
             wire.may_push(hop.server.record.version)
             and rows * seq <= (self._limits.per_call(hop.server.peer_id) or USUAL_MAX_TOKENS)
             and self._limits.session_too_large(hop.server.peer_id, rows, seq) is None
+            and self._caches.may_be_asked(hop.server.peer_id, _size(hop, hidden))
             and self._rests.get(hop.server.peer_id, (0.0, 0.0))[0] <= now
             for hop in hops
         )
@@ -192,7 +203,8 @@ class PushCalls:
             or self._limits.learn_per_session(peer_id, error, rows, seq)
         ):
             return  # it pushes what is smaller
-        self._peers.retries += 1
+        if not isinstance(error, PeerCacheFullError | PeerNoSessionError):
+            self._peers.retries += 1
         now = time.monotonic()
         until, rest = self._rests.get(peer_id, (0.0, 0.0))
         if until <= now:  # those in flight together fail together

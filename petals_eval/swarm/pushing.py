@@ -1,6 +1,7 @@
 """One micro-batch through a whole route: sent once, and passed on from server to server. No retries, no other servers.
 
-Each server has a session of its own, opened before anything is sent: a push to a session that is not open vanishes.
+Each server has a session of its own, opened before anything is sent: a push to a session that is not open vanishes, and
+what a session is opened with would be pushed again with every step.
 The step to the first one names the others' sessions. Every server pushes its answer to the next and sends it to the
 client as well, so that each can be checked. What a client saves is its uplink.
 """
@@ -35,7 +36,7 @@ class Pushed:
 async def push_through(
     sessions: Sequence[HopSession], ends: Sequence[tuple[str, int, int]], hidden: torch.Tensor, timeout: float
 ) -> Pushed:
-    """Run hidden (batch, seq, hidden) through fresh sessions, one a hop, and close them.
+    """Run hidden (batch, seq, hidden) through fresh sessions, one a hop and open, and close them.
 
     ends: of each hop its server's peer id, and its blocks first:last. timeout: seconds for all of it.
     """
@@ -46,15 +47,12 @@ async def push_through(
     try:
         with as_peer_errors(timeout):
             async with asyncio.timeout(timeout):
-                tasks = [asyncio.create_task(session.step(hidden[:, :0])) for session in sessions]
-                for at, task in enumerate(tasks):  # noqa: B007 - it says who failed
-                    await task
                 rest = [(peer, sessions[hop].id, first, last) for hop, (peer, first, last) in enumerate(ends)][1:]
                 tasks = [
                     asyncio.create_task(sessions[0].step(hidden, next_servers=rest)),
                     *(asyncio.create_task(session.pushed_step(seq, size)) for session in sessions[1:]),
                 ]
-                for at, task in enumerate(tasks):  # noqa: B007
+                for at, task in enumerate(tasks):  # noqa: B007 - it says who failed
                     answers.append(await task)
     except PeerError as error:
         return Pushed(tuple(answers), error, at)

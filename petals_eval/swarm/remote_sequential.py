@@ -64,9 +64,10 @@ class RemoteSequential(nn.Module):
         settings = connection.settings
         directory = Directory(connection.dht, dht_prefix, num_blocks, settings)
         peers = PeerBook(settings)
-        calls = CheckedCalls(RemoteCalls(connection.p2p, dht_prefix, settings, connection.wires), peers, settings)
+        remote = RemoteCalls(connection.p2p, dht_prefix, settings, connection.wires, connection.caches)
+        calls = CheckedCalls(remote, peers, settings)
         verified = VerifiedCalls(calls, directory, peers, settings)
-        pipeline = Pipeline(verified, directory, peers, settings)
+        pipeline = Pipeline(verified, directory, peers, settings, connection.caches)
         verified.on_distrusted = pipeline.distrust.leave_out
         verified.on_finding = lambda finding: pipeline.distrust.note(unequal_by(finding))
         connection.run(directory.refresh)

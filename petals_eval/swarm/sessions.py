@@ -12,14 +12,18 @@ from dataclasses import dataclass
 import torch
 from anyio import CancelScope
 
-from petals_eval.errors import CallerError, PeerError, PeerRefusedError, RequestTooLargeError
+from petals_eval.errors import CallerError, PeerCacheFullError, PeerError, PeerRefusedError, RequestTooLargeError
 from petals_eval.swarm.calls import BlockCalls
 from petals_eval.swarm.hop_session import HopSession
 from petals_eval.swarm.limits import USUAL_MAX_TOKENS, TokenLimits
+from petals_eval.swarm.opening import all_or_none
 from petals_eval.swarm.peers import PeerBook, short_peer
 from petals_eval.swarm.routing import Hop
 
 __all__ = ["RouteSession"]
+
+MOST_HELD = 5.0
+"""Seconds for which the other servers' caches are held while a hop that is replaced in mid-session waits for room."""
 
 FindHop = Callable[[int, int, int, float], Awaitable[Hop]]
 """(first, last, tokens, time to give up) -> the next hop; raises SwarmError or RequestTooLargeError."""
@@ -140,7 +144,10 @@ class RouteSession:
         end = self._position + hidden.shape[1]
         states, start = hidden, self._position  # what enters the block, from which position on
         block, index = self.first, 0
+        if not self._legs:
+            await self._open_route(end)
         give_up = time.monotonic() + self._deadline
+        waits_since: float | None = None
         while block < self.last:
             leg = await self._leg(index, block, end, give_up)
             if block not in self._inputs:
@@ -153,10 +160,40 @@ class RouteSession:
                 states = await self._run(leg, since, end)
             except PeerError as error:
                 await self._leave(leg, error)
+                if isinstance(error, PeerCacheFullError):
+                    waits_since = waits_since or time.monotonic()
+                    if time.monotonic() - waits_since > MOST_HELD:
+                        await self._let_caches_go()
                 continue
             start, block, index = since, leg.hop.last, index + 1
-            give_up = time.monotonic() + self._deadline
+            give_up, waits_since = time.monotonic() + self._deadline, None
         return states[:, self._position - start :]
+
+    async def _open_route(self, end: int) -> None:
+        """Reserve the caches of a whole route, or none: what is held while another is waited for, nobody else can use.
+
+        Two that each hold what the other waits for would do so until their deadlines.
+        """
+        give_up = time.monotonic() + self._deadline
+        while not self._legs:
+            hops: list[Hop] = []
+            while not hops or hops[-1].last < self.last:
+                block = hops[-1].last if hops else self.first
+                hops.append(await self._find_hop(block, self.last, self.batch * end, give_up))
+            openings = [self._calls.session(hop, self.batch, self.max_length) for hop in hops]
+            legs = []
+            for hop, opened in zip(hops, await all_or_none(openings), strict=True):
+                if isinstance(opened, PeerError):
+                    self._failed(hop, opened)
+                else:
+                    legs.append(_Leg(hop, opened))
+            if len(legs) == len(hops):
+                self._legs = legs
+
+    async def _let_caches_go(self) -> None:
+        """Close every stream. What they held is computed anew from what entered each hop, when it is needed."""
+        for leg in self._legs:
+            await leg.close()
 
     async def _leg(self, index: int, block: int, end: int, give_up: float) -> _Leg:
         """The hop that begins at this block: the session's own, or a new one that ends where the next one begins."""

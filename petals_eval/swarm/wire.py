@@ -23,6 +23,7 @@ __all__ = [
     "LOSSY",
     "MAX_PUSH_BYTES",
     "MAX_UNARY_BYTES",
+    "SESSION_TENSORS",
     "LossyCode",
     "ServerInfo",
     "block_uid",
@@ -34,6 +35,7 @@ __all__ = [
     "itemsize_of",
     "may_push",
     "may_roll_back",
+    "other_layout",
     "read_answer",
     "read_info",
     "session_metadata",
@@ -46,6 +48,8 @@ MAX_UNARY_BYTES = MAX_UNARY_PAYLOAD_SIZE // 2
 """Raw tensor bytes above which both sides switch to the streaming call (1 MiB)."""
 MAX_PUSH_BYTES = DEFAULT_MAX_MSG_SIZE - (64 << 10)
 """Raw tensor bytes that one server pushes to another: one message, with room for the words around them."""
+SESSION_TENSORS = 3
+"""Tensors in a step of a session: hidden states, deep prompts, hypo_ids (Petals 2.2.0, 2.3.0.dev2, DRIFT-LLM)."""
 
 _CODES = runtime_pb2.CompressionType
 
@@ -87,7 +91,9 @@ class ServerInfo:
 
     input_dtype, output_dtype: what it computes in and answers with.
     version: of its petals package, as it says.
+    cache_tokens_available: free now (`petals_eval.swarm.cache_book` says what is counted); None where it does not say.
     hidden_size: of the hidden states it takes; None where its descriptor does not say.
+    session_tensors: in a step of a session; None where it does not say.
     """
 
     version: str | None
@@ -95,6 +101,7 @@ class ServerInfo:
     output_dtype: torch.dtype
     cache_tokens_available: int | None
     hidden_size: int | None = None
+    session_tensors: int | None = None
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -190,14 +197,15 @@ def forward_metadata(active_adapter: str | None, code: LossyCode | None = None) 
     )
 
 
-def session_metadata(max_length: int, alloc_timeout: float, active_adapter: str | None) -> dict[str, object]:
+def session_metadata(max_length: int, active_adapter: str | None) -> dict[str, object]:
     """What opens an inference session: it goes into the metadata of the first step.
 
-    max_length: tokens of each row to reserve. alloc_timeout: seconds the server may wait for room in its cache.
+    max_length: tokens of each row to reserve. The server is never to wait for room in its cache: two sessions that do
+    so at once leave it where no session opens any more, for anybody (Petals 2.2.0, 2.3.0.dev2 and DRIFT-LLM alike).
     """
     return {
         "max_length": max_length,
-        "alloc_timeout": alloc_timeout,
+        "alloc_timeout": 0.0,
         "points": 0,
         "active_adapter": active_adapter or "",
     }
@@ -227,6 +235,18 @@ def step_metadata(
     if next_servers:
         metadata["next_servers"] = tuple(next_servers)
     return MSGPackSerializer.dumps(metadata)
+
+
+def other_layout(info: ServerInfo) -> str | None:
+    """How a server's sessions differ from those of Petals, so that none is to be opened there; None: they do not.
+
+    No version tells: several forks announce the same one, and at least one of them (BloomBee, ten tensors) takes three
+    tensors for other things than Petals does.
+    """
+    if info.session_tensors == SESSION_TENSORS:
+        return None
+    found = "it does not say how many" if info.session_tensors is None else f"{info.session_tensors} tensors"
+    return f"its sessions have another layout ({found} in a step, expected {SESSION_TENSORS})"
 
 
 def may_roll_back(version: str | None) -> bool:
@@ -306,6 +326,7 @@ def read_info(serialized: bytes) -> ServerInfo:
         named = hidden.dtype, _descriptor(output).dtype
         size = hidden.size[-1] if isinstance(hidden.size, (tuple, list)) and len(hidden.size) > 1 else None
         version, cache = info.get("version"), info.get("cache_tokens_available")
+        step = info.get("inference_schema")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise PeerAnswerError(f"its rpc_info cannot be read: {shown(f'{type(error).__name__}: {error}')}") from error
     input_dtype, output_dtype = (_DTYPES.get(str(name).removeprefix("torch.")) for name in named)
@@ -316,9 +337,18 @@ def read_info(serialized: bytes) -> ServerInfo:
         version=shown(version) if isinstance(version, str) else None,
         input_dtype=input_dtype,
         output_dtype=output_dtype,
-        cache_tokens_available=cache if isinstance(cache, int) else None,
+        cache_tokens_available=cache if isinstance(cache, int) and cache >= 0 else None,
         hidden_size=size if isinstance(size, int) and size > 0 else None,
+        session_tensors=_count_of(step),
     )
+
+
+def _count_of(schema: object) -> int | None:
+    """Tensors among the positional arguments of a schema, `((descriptor, ...), {})`; None for anything else."""
+    arguments = schema[0] if isinstance(schema, (tuple, list)) and schema else None
+    if not isinstance(arguments, (tuple, list)) or not all(isinstance(one, untrusted.Descriptor) for one in arguments):
+        return None
+    return len(arguments)
 
 
 def _descriptor(schema: Any) -> untrusted.Descriptor:

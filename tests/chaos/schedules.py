@@ -22,6 +22,8 @@ ADAPTER = "trec-deep_ptune"
 SPANS = ((0, 3), (3, 5))
 REPLICAS = 3
 EXAMPLES = 160
+KINDS = tuple(kind for kind in f.FAULTS if kind not in f.OVER_SESSIONS)
+"""A run with deep prompts opens no session."""
 LYING = (f.FlippedBit, f.Noise, f.OtherWeights, f.Swapped, f.TrainingMode)
 """Answers that look right. A third replica is needed to say who is wrong, so that they hit one of three at most."""
 _SILENT = r"does not answer|no server holds|no server of blocks 3:5 has answered"
@@ -95,11 +97,11 @@ def plan(seed: int, attempt: int = 0) -> Planned:
         ]
         return Planned(seed, f.Schedule(seed=drawn_by, switched=tuple(switched)), nobody=True)
     ordinal = seed - seed // 4  # of the schedules with replicas
-    first, second = (f.FAULTS[(2 * ordinal + each) % len(f.FAULTS)] for each in (0, 1))
+    first, second = (KINDS[(2 * ordinal + each) % len(KINDS)] for each in (0, 1))
     spans = draws.sample(range(len(SPANS)), len(SPANS))
     chosen = [(first, spans[0]), (second, spans[1])]
     if first not in LYING and draws.random() < 0.4:  # two of three replicas
-        others = [kind for kind in f.FAULTS if kind not in LYING]
+        others = [kind for kind in KINDS if kind not in LYING]
         chosen.append((draws.choice(others), spans[0]))
     switched, hit = [], set()
     for number, (kind, span) in enumerate(chosen):

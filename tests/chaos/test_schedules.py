@@ -2,8 +2,7 @@
 
 import pytest
 
-from petals_eval.local_swarm import faults as f
-from tests.chaos.schedules import LYING, SAYS, Chaos, plan
+from tests.chaos.schedules import KINDS, LYING, SAYS, Chaos, plan
 
 SEEDS = (0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 3, 23)
 """Twelve over replicas, with every kind of fault; two without any server left: crashed ones, and ones that refuse."""
@@ -25,7 +24,7 @@ def test_a_run_through_faults_ends_as_the_quiet_run_or_says_why_not(seed, chaos)
 def test_the_short_set_has_every_kind_of_fault():
     planned = [plan(seed) for seed in SEEDS]
     kinds = {type(each.fault) for plan in planned for each in plan.schedule.switched if not plan.nobody}
-    assert kinds == set(f.FAULTS)
+    assert kinds == set(KINDS)
 
 
 def test_schedules_are_drawn_by_their_seed_and_leave_a_majority_that_is_right():

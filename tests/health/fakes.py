@@ -1,6 +1,7 @@
 """A swarm at the seam of a look: no network; each server is a few lines of what it says and computes."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +11,7 @@ from petals_eval.errors import PeerError, PeerRefusedError
 from petals_eval.health.census import AnnouncedModel, Census, claims_in
 from petals_eval.health.check import look
 from petals_eval.health.home import Home
+from petals_eval.health.locked import LockedServers
 from petals_eval.health.results import HealthReport
 from petals_eval.health.settings import HealthSettings
 from petals_eval.swarm import wire
@@ -42,7 +44,7 @@ class FakeBlocks:
 
 @dataclass
 class FakeServer:
-    """Block b multiplies by 1 + b / 10. info, answer: what it does instead."""
+    """Block b multiplies by 1 + b / 10. info, answer: what it does instead. session: raises what it opens none for."""
 
     start: int
     end: int
@@ -51,6 +53,7 @@ class FakeServer:
     record: dict[str, object] = field(default_factory=dict)
     info: Callable[[int], wire.ServerInfo] | None = None
     answer: Callable[[torch.Tensor], torch.Tensor] | None = None
+    session: Callable[[int], None] | None = None
     remaining: float = 240.0
     delay: float = 0.0
     connected: bool = True
@@ -60,7 +63,7 @@ class FakeServer:
             return self.info(block)
         if not self.start <= block < self.end:
             raise PeerRefusedError(f"KeyError('tiny.{block}')")
-        return wire.ServerInfo("2.2.0", self.dtype, self.dtype, 100, HIDDEN)
+        return wire.ServerInfo("2.2.0", self.dtype, self.dtype, 100, HIDDEN, wire.SESSION_TENSORS)
 
     def announcements(self, peer_id: str, now: float) -> list[Announcement]:
         name = wire.dtype_name(self.dtype)
@@ -80,6 +83,8 @@ class FakeSwarm:
         self.adapters: list[str | None] = []
         self.in_flight = self.most_in_flight = 0
         self.forwards: list[tuple[str, int, int]] = []
+        self.sessions: Counter[str] = Counter()  # asked for
+        self.open_sessions = 0
 
     async def models(self):
         return self.announced if self.announced is not None else [AnnouncedModel("tiny", self.num_blocks, None)], 0
@@ -121,6 +126,14 @@ class _FakeCalls:
         sent = hidden.numel() * server.dtype.itemsize
         return Answer(hidden.to(server.dtype), 0.001, sent, sent)
 
+    async def session(self, hop: Hop, batch: int, max_length: int) -> "_FakeSession":
+        assert batch * max_length * (hop.last - hop.first) == 1, "a probe reserves no more than it takes"
+        self._swarm.sessions[hop.server.peer_id] += 1
+        server = await self._reach(hop.server.peer_id)
+        if server.session is not None:
+            server.session(self._swarm.sessions[hop.server.peer_id])
+        return _FakeSession(self._swarm)
+
     async def _reach(self, peer_id: str) -> FakeServer:
         swarm, server = self._swarm, self._swarm.servers[peer_id]
         swarm.in_flight += 1
@@ -132,15 +145,30 @@ class _FakeCalls:
         return server
 
 
+class _FakeSession:
+    def __init__(self, swarm: FakeSwarm):
+        self._swarm = swarm
+        swarm.open_sessions += 1
+
+    async def close(self) -> None:
+        self._swarm.open_sessions -= 1
+
+
 def report_on(
-    swarm: FakeSwarm, *, route: object = None, home: FakeBlocks | None = None, **settings: object
+    swarm: FakeSwarm,
+    *,
+    route: object = None,
+    home: FakeBlocks | None = None,
+    locked: LockedServers | None = None,
+    **settings: object,
 ) -> HealthReport:
-    """A look at it. route: what trying the route gave, as the verdict should see it. home: blocks at home."""
+    """A look at it. route: what trying the route gave, as the verdict should see it. home: blocks at home. locked: what
+    looks before it found."""
     import time
 
     chosen = HealthSettings(initial_peers=(PEER,), **{"level": "forward", **settings})
     judge = None if home is None else Home("tiny", home, HIDDEN)
-    looked = asyncio.run(look(swarm, chosen, time.monotonic() + chosen.time_limit, judge))
+    looked = asyncio.run(look(swarm, chosen, time.monotonic() + chosen.time_limit, judge, locked))
     return looked.report(
         0.0, 1.0, {} if route is None else {model.census.model.prefix: route for model in looked.models}
     )

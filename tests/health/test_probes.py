@@ -5,6 +5,8 @@ import torch
 
 from petals_eval.errors import (
     PeerAnswerError,
+    PeerCacheFullError,
+    PeerNoSessionError,
     PeerNotFiniteError,
     PeerRefusedError,
     PeerTimeoutError,
@@ -13,7 +15,9 @@ from petals_eval.errors import (
 from petals_eval.health import FINDINGS, Level, Verdict
 from petals_eval.health.findings import finding, from_forward_error
 from petals_eval.health.live import RouteTimes
+from petals_eval.health.locked import LockedServers
 from petals_eval.swarm import wire
+from petals_eval.swarm.cache_book import LOCKED_REST
 from petals_eval.swarm.records import Announcement
 from tests.health.fakes import HIDDEN, FakeBlocks, FakeServer, FakeSwarm, findings, raising, report_on, server_of
 
@@ -32,6 +36,7 @@ def info_of(**fields: object):
             "output_dtype": torch.float32,
             "cache_tokens_available": 5,
             "hidden_size": HIDDEN,
+            "session_tensors": 3,
             **fields,
         }
     )
@@ -77,6 +82,10 @@ FAULTS = {
     "wrong-answer": (FakeServer(0, 4, answer=raising(PeerAnswerError("expected float32, found int8"))), Verdict.BROKEN),
     "nondeterministic": (FakeServer(0, 4, answer=training), Verdict.BROKEN),
     "disagrees-with-replica": (FakeServer(0, 4, answer=noisy), Verdict.BROKEN),
+    "opens-no-session": (
+        FakeServer(0, 4, session=raising(PeerNoSessionError("it opens no session within 10 s"))),
+        Verdict.DEGRADED,
+    ),
 }
 
 
@@ -101,6 +110,65 @@ def test_what_cannot_be_found_has_no_name() -> None:
     of_models = {"not-announced", "missing-blocks", "thin-blocks", "malformed-records", "route-fails"}
     elsewhere = {"disagrees-with-home", "adapter-not-announced", "adapter-fails", "disputed", "probe-error"}
     assert set(FINDINGS) == set(FAULTS) | of_models | elsewhere
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """A server that refuses a session is asked again without a pause."""
+    monkeypatch.setattr("petals_eval.health.probing._PAUSES", (0.0,) * 3)
+
+
+def refusing(times: int):
+    def session(number: int) -> None:
+        if number <= times:
+            raise PeerCacheFullError("Could not allocate 256 bytes immediately: out of memory")
+
+    return session
+
+
+@pytest.mark.parametrize(
+    ("server", "asked", "found"),
+    [
+        (FakeServer(0, 4), 1, set()),
+        (FakeServer(0, 4, session=refusing(2)), 3, set()),  # others asked at the same moment
+        (FakeServer(0, 4, session=refusing(3)), 3, {"opens-no-session"}),
+        (FakeServer(0, 4, session=raising(REFUSED)), 1, {"opens-no-session"}),
+        # where nothing is known of its sessions, or there is no room, nothing is asked and nothing found
+        (FakeServer(0, 4, session=refusing(9), info=info_of(cache_tokens_available=0)), 0, set()),
+        (FakeServer(0, 4, session=refusing(9), info=info_of(cache_tokens_available=None)), 0, set()),
+        (FakeServer(0, 4, session=refusing(9), info=info_of(session_tensors=10)), 0, set()),
+        (FakeServer(0, 4, session=refusing(9), info=info_of(session_tensors=None)), 0, set()),
+        (FakeServer(0, 4, session=refusing(9), answer=raising(REFUSED)), 0, {"info-ok-forward-fails"}),
+    ],
+)
+def test_whether_a_session_opens_is_asked_where_it_should(server, asked, found, at_once) -> None:
+    swarm = FakeSwarm(4, one=server)
+    report = report_on(swarm)
+    assert findings(report, "one") == found
+    assert swarm.sessions["one"] == asked and swarm.open_sessions == 0
+    report_on(swarm, level="info")
+    assert swarm.sessions["one"] == asked
+
+
+def test_a_server_that_opens_no_session_says_what_it_said(at_once) -> None:
+    report = report_on(FakeSwarm(4, one=FakeServer(0, 4, session=refusing(9))))
+    (found,) = server_of(report, "one").findings
+    assert "100 tokens of its cache are free" in found.detail and "out of memory" in found.detail
+    assert server_of(report, "one").probes["forward"] == "passed", "it computes all the same"
+
+
+def test_a_server_that_opened_no_session_is_not_asked_again_for_a_while(at_once) -> None:
+    now = 0.0
+    locked = LockedServers(lambda: now)
+    swarm = FakeSwarm(4, one=FakeServer(0, 4, session=raising(PeerNoSessionError("its cache may be locked"))))
+    for _ in range(5):
+        assert findings(report_on(swarm, locked=locked)) == {"opens-no-session"}
+    assert swarm.sessions["one"] == 1
+    now = LOCKED_REST
+    swarm.servers["one"] = FakeServer(0, 4)  # restarted
+    for _ in range(2):
+        assert findings(report_on(swarm, locked=locked)) == set()
+    assert swarm.sessions["one"] == 3
 
 
 def test_a_clean_swarm_is_healthy_and_every_block_was_compared() -> None:

@@ -22,9 +22,10 @@ NAMES = {
     "wrong-answer": [f.WrongDtype(), f.Truncated(), f.Oversized()],
     "dtype-mismatch": [f.ClaimsDtype()],
     "joining": [f.JoiningForEver()],
+    "opens-no-session": [f.LockedCache()],
 }
 FAULTS = [(name, fault) for name, each in NAMES.items() for fault in each]
-QUICK = {"level": "forward", "connect_timeout": 5, "call_timeout": 2}
+QUICK = {"level": "forward", "connect_timeout": 3, "call_timeout": 2}
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,13 @@ def test_a_fault_of_the_stub_has_its_name_and_is_not_green(name, fault, sick, sw
     assert server_of(report, sick.peer_id).verdict is not Verdict.HEALTHY
     assert report.verdict is not Verdict.HEALTHY
     assert all(findings(report, other.peer_id) == set() for other in swarm.servers[:3])
+
+
+def test_a_server_whose_sessions_are_of_another_layout_is_asked_for_none(sick, swarm: LocalSwarm) -> None:
+    sick.switch(f.OtherLayout(tensors=10))
+    report = check_health(swarm.initial_peers, **QUICK)
+    assert findings(report) == set() and report.verdict is Verdict.HEALTHY
+    assert "other_layout" not in sick.hits()
 
 
 def test_a_record_without_a_server_is_found_beside_the_server_that_left_it(sick, swarm: LocalSwarm) -> None:

@@ -104,6 +104,7 @@ def info(data: bytes) -> None:
         return
     _expect(found.version is None or _is_plain(found.version), "words that move the cursor")
     wire.may_roll_back(found.version)
+    wire.other_layout(found)
     wire.encode_for(found, torch.zeros(1, 1, 4))
 
 
@@ -199,7 +200,8 @@ def _framed(content: bytes, mark: bytes = b"\0") -> bytes:
 def _info_seed() -> bytes:
     described = BatchTensorDescriptor(1, 64, dtype=torch.bfloat16)
     fields = {"version": "2.2.0", "cache_tokens_available": 10, "forward_schema": ((described,), {})}
-    return MSGPackSerializer.dumps({**fields, "outputs_schema": (described,)})
+    schemas = {"outputs_schema": (described,), "inference_schema": ((described,) * 3, {})}
+    return MSGPackSerializer.dumps({**fields, **schemas})
 
 
 _ANSWER = runtime_pb2.ExpertResponse(tensors=[wire.encode_tensor(torch.ones(SHAPE))]).SerializeToString()

@@ -5,6 +5,7 @@ join). So several servers load in parallel although the first must be up before 
 because whoever started it is gone, the whole process group is killed: no test run leaves a server or a p2pd behind.
 """
 
+import functools
 import json
 import os
 import signal
@@ -39,9 +40,24 @@ def without_bitsandbytes() -> None:
     del functional.quantize_blockwise, functional.dequantize_blockwise
 
 
+def log_rpc_info() -> None:
+    """In the words in which Petals logs every other call: tests count what a client asks of a server."""
+    from petals.server.handler import TransformerConnectionHandler as Handler
+
+    answer = Handler.rpc_info
+
+    @functools.wraps(answer)
+    async def rpc_info(self, request, context):
+        self._log_request("rpc_info", [request.uid], context)
+        return await answer(self, request, context)
+
+    Handler.rpc_info = rpc_info
+
+
 if __name__ == "__main__":
     if os.environ.get("WITHOUT_BITSANDBYTES"):
         without_bitsandbytes()
+    log_rpc_info()
     sys.argv += json.loads(read_line())
     threading.Thread(target=end_with_parent, daemon=True).start()
     main()

@@ -172,6 +172,38 @@ def test_refuse(client, server, words, said):
         ask(client, server)
 
 
+def test_a_locked_cache(client, server):
+    before = hits(server, "locked_cache")
+    with WireSession(client, server.peer_id, SPAN, max_length=4) as opened:
+        opened.step(states(batch=1, seq=1))
+        server.switch(f.LockedCache(at_most=2))
+        for _ in range(2):
+            with WireSession(client, server.peer_id, SPAN, max_length=4) as session:
+                session.send(states(batch=1, seq=0))
+                with pytest.raises(TimeoutError):
+                    session.receive(0.3)
+        assert hits(server, "locked_cache").times - before.times == 2
+        assert client.info(server.peer_id)["cache_tokens_available"] > 4 * 2
+        ask(client, server, seconds=SOON)
+        assert opened.step(states(batch=1, seq=1)).shape == (1, 1, 32), "what is open goes on"
+    with WireSession(client, server.peer_id, SPAN, max_length=4) as session:
+        session.step(states(batch=1, seq=1))
+
+
+def test_another_layout_of_sessions(client, server):
+    assert len(client.info(server.peer_id, "tiny.0")["inference_schema"][0]) == 3
+    before = hits(server, "other_layout")
+    server.switch(f.OtherLayout(tensors=10))
+    assert len(client.info(server.peer_id, "tiny.0")["inference_schema"][0]) == 10
+    ask(client, server, seconds=SOON)
+    with (
+        WireSession(client, server.peer_id, SPAN, max_length=4) as session,
+        pytest.raises(P2PHandlerError, match="expected 10 tensors in a step, found 3"),
+    ):
+        session.step(states(batch=1, seq=1))
+    assert hits(server, "other_layout").times - before.times == 1
+
+
 # -- the message is malformed
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 
 from petals_eval.config import SwarmSettings
+from petals_eval.errors import PeerCacheFullError
+from petals_eval.swarm.cache_book import CacheBook
 from petals_eval.swarm.calls import Answer
 from petals_eval.swarm.peers import PeerBook
 from petals_eval.swarm.pipeline import Pipeline
@@ -32,6 +34,9 @@ class FakeDirectory:
         self.looks = 0
         self.on_look: Callable[[FakeDirectory], None] | None = None
 
+    async def use(self) -> None:
+        """It is always fresh."""
+
     async def refresh(self, *, older_than: float = 0.0) -> Snapshot:
         self.looks += 1
         if self.on_look is not None:
@@ -52,6 +57,7 @@ class FakeCalls:
         self.in_flight = 0
         self.most_in_flight = 0
         self.forgotten: list[str] = []
+        self.caches = CacheBook()
 
     def forget(self, peer_id: str) -> None:
         self.forgotten.append(peer_id)
@@ -78,7 +84,12 @@ class FakeCalls:
     async def forward_in_steps(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, step: int) -> Answer:
         self.in_steps.append((hop.server.peer_id, tuple(hidden.shape), step))
         if self.on_session is not None:
-            self.on_session(hop, hidden)
+            try:
+                self.on_session(hop, hidden)
+            except PeerCacheFullError as error:  # noted as the real calls do
+                need = hidden.shape[0] * hidden.shape[1] * (hop.last - hop.first)
+                self.caches.refused(hop.server.peer_id, need, str(error))
+                raise
         self.sessions += 1
         self.most_sessions = max(self.most_sessions, self.sessions)
         try:
@@ -89,7 +100,7 @@ class FakeCalls:
 
 def pipeline(directory: FakeDirectory, calls: FakeCalls, **values: object) -> Pipeline:
     chosen = settings(**values)
-    return Pipeline(calls, directory, PeerBook(chosen), chosen)
+    return Pipeline(calls, directory, PeerBook(chosen), chosen, calls.caches)
 
 
 def set_pace(peers: PeerBook, peer_id: str, seconds_per_token_block: float) -> None:

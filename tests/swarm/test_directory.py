@@ -90,6 +90,37 @@ def test_a_plain_value_in_the_place_of_records_is_dropped_and_counted(value):
     assert (snapshot.servers, snapshot.dropped) == ({}, 2)
 
 
+def test_a_directory_that_nobody_uses_asks_nothing_and_looks_first_when_it_is_used_again():
+    looks = 0
+
+    async def get_many(uids, expiration, num_workers):
+        nonlocal looks
+        looks += 1
+        return {}
+
+    async def live() -> None:
+        nonlocal looks
+        dht = FakeDHT()
+        dht.get_many = get_many
+        directory = Directory(dht, "tiny", 2, settings(update_period=0.05))
+        await directory.refresh()
+        keeping = asyncio.create_task(directory.keep_fresh())
+        while looks < 4:
+            await directory.use()
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # what was still in use
+        looks = 0
+        await asyncio.sleep(0.5)
+        assert looks == 0
+        await directory.use()
+        assert looks == 1, "what it knew is old"
+        await directory.use()
+        assert looks == 1
+        keeping.cancel()
+
+    asyncio.run(asyncio.wait_for(live(), 10))
+
+
 def test_a_look_that_raises_does_not_end_keeping_fresh():
     """hivemind decodes what strangers stored inside its own search; the next look may find better."""
 
@@ -108,6 +139,7 @@ def test_a_look_that_raises_does_not_end_keeping_fresh():
         directory = Directory(dht, "tiny", 2, settings(update_period=0.02))
         keeping = asyncio.create_task(directory.keep_fresh())
         while looks < 3:
+            await directory.use()
             await asyncio.sleep(0.01)
         keeping.cancel()
         return set(directory.snapshot.servers)

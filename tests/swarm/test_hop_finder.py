@@ -2,11 +2,13 @@
 
 import asyncio
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from petals_eval.errors import MissingBlocksError, PeerUnreachableError, RequestTooLargeError
+from petals_eval.errors import DeadlineError, MissingBlocksError, PeerUnreachableError, RequestTooLargeError
+from petals_eval.swarm.cache_book import Wait
 from petals_eval.swarm.hop_finder import FEW
 from petals_eval.swarm.records import Snapshot
 from tests.swarm.fakes import FakeCalls, FakeDirectory, pipeline, server, set_pace
@@ -16,9 +18,23 @@ SPANS = [(start, start + 3) for start in range(0, BLOCKS, 3)]
 MANY = [server(f"s{index}-{start}", start, end) for index in range(FEW) for start, end in SPANS]
 
 
-def find(pipe, position=0, tokens=16, too_large=lambda peer: None, seconds=0.5):
+@dataclass
+class Admits:
+    """Refuses those who are not in `only`, if it is given; those in `full` are never to be asked now."""
+
+    only: frozenset[str] | None = None
+    full: frozenset[str] = frozenset()
+
+    def refusal(self, server, first, last):
+        return None if self.only is None or server.peer_id in self.only else RequestTooLargeError("too long")
+
+    def wait(self, server, first, last):
+        return Wait(0.05, f"{server.peer_id} has no room") if server.peer_id in self.full else None
+
+
+def find(pipe, position=0, tokens=16, admission=Admits(), seconds=0.5):  # noqa: B008 - it does not change
     give_up = time.monotonic() + seconds
-    return asyncio.run(pipe._finder.find(position, BLOCKS, tokens, give_up, too_large))
+    return asyncio.run(pipe._finder.find(position, BLOCKS, tokens, give_up, admission))
 
 
 def test_the_quickest_of_many_is_found_and_what_it_was_found_slow_since_counts_at_once():
@@ -49,12 +65,27 @@ def test_servers_that_fail_or_do_not_take_it_are_passed_over():
             pipe.peers.failed(each.peer_id, PeerUnreachableError("gone"))
     assert find(pipe).server.peer_id == "s3-0"
 
-    def too_large(peer):
-        return None if peer == "s5-3" else RequestTooLargeError("too long")
-
-    assert find(pipe, position=3, too_large=too_large).server.peer_id == "s5-3"
+    only = Admits(frozenset({"s5-3"}))
+    assert find(pipe, position=3, admission=only).server.peer_id == "s5-3"
     with pytest.raises(RequestTooLargeError):
-        find(pipe, position=6, too_large=too_large)
+        find(pipe, position=6, admission=only)
+
+
+@pytest.mark.parametrize("servers", [MANY, MANY[:8]], ids=["many", "few"])
+def test_servers_without_room_in_their_caches_are_passed_over_and_where_there_is_no_other_waited_for(servers):
+    pipe = pipeline(FakeDirectory(BLOCKS, *servers), FakeCalls())
+    first = [each.peer_id for each in servers if each.start == 0]
+    all_but_one = Admits(full=frozenset(first[1:]))
+    assert find(pipe, admission=all_but_one).server.peer_id == first[0]
+    with pytest.raises(DeadlineError, match=r"no server of blocks 0:12 has room for a session now: s0-0 has no room"):
+        find(pipe, admission=Admits(full=frozenset(first)), seconds=0.2)
+    assert pipe._finder.waiting_for_caches == ()
+
+
+def test_blocks_that_nobody_holds_are_said_before_caches_that_are_full():
+    pipe = pipeline(FakeDirectory(BLOCKS, server("a", 0, 3)), FakeCalls())
+    with pytest.raises(MissingBlocksError, match="no server holds blocks 3:12"):
+        find(pipe, admission=Admits(full=frozenset("a")), seconds=0.2)
 
 
 def test_a_new_look_at_the_directory_is_a_new_plan_and_a_hole_is_said():

@@ -11,6 +11,7 @@ from petals_eval.errors import (
     DeadlineError,
     MissingBlocksError,
     PeerAnswerError,
+    PeerCacheFullError,
     PeerRefusedError,
     PeerUnreachableError,
     RequestTooLargeError,
@@ -252,13 +253,14 @@ def test_a_cache_that_is_full_for_the_moment_is_waited_for():
 
     def refuse(hop: Hop, hidden: torch.Tensor) -> None:
         if len(calls.in_steps) < 3:
-            raise PeerRefusedError("Could not allocate 7000 bytes immediately: out of memory")
+            raise PeerCacheFullError("Could not allocate 7000 bytes immediately: out of memory")
 
     calls.on_session = refuse
     pipe = pipeline(FakeDirectory(4, server("a", 0, 4)), calls, max_tokens_per_call=3, deadline=5)
     answer, _ = run(pipe, torch.zeros(1, 7, 4))
     assert torch.equal(answer, torch.full((1, 7, 4), 1111.0))
-    assert pipe.peers.retries == 2
+    assert len(calls.in_steps) == 3
+    assert pipe.peers.retries == 0, "no failure of the server"
 
 
 def test_servers_that_fail_in_turns_end_at_the_deadline_too():

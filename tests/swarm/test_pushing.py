@@ -156,6 +156,25 @@ def test_a_full_cache_is_no_fault_of_the_server(realdata, ordinary):
             assert close(blocks(small), ordinary(small))
 
 
+@pytest.mark.parametrize("window", [None, 40])
+def test_pushes_never_take_more_than_half_of_what_a_cache_has(realdata, ordinary, window):
+    """Others have sessions, too; also where the number of micro-batches in flight is set by hand."""
+    tokens = 400
+    inputs = [hidden_states(2, 10) for _ in range(60)]
+    with swarm_of(realdata, attn_cache_tokens=tokens, inference_max_length=tokens) as tight:
+        last = tight.servers[3]
+        last.switch(faults.Slow(delay=0.1))  # they pile up there
+        most = 0
+        with blocks_over(tight, window=window) as blocks:
+            for computed in blocks.stream(Work(*each, None) for each in enumerate(inputs)):
+                most = max(
+                    most, *(each._server.budget.used_bytes / each._server.budget.total_bytes for each in tight.servers)
+                )
+                assert close(computed.hidden, ordinary(inputs[computed.tag]))
+            assert sent_to(blocks, tight)[1:] == [0, 0, 0], "all were pushed"
+        assert 0.1 < most <= 0.5
+
+
 def test_a_server_without_sessions_serves_on_the_ordinary_way(realdata, ordinary):
     """The only one that holds its block: if that were held against its calls, the run would stop for half a minute."""
     hidden = hidden_states(3, 9)

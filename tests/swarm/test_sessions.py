@@ -12,7 +12,7 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import CallerError, DeadlineError, GradientError, RequestTooLargeError
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.remote_model import RemoteModel
-from petals_eval.swarm import SwarmConnection, wire
+from petals_eval.swarm import SwarmConnection, cache_book, wire
 from petals_eval.swarm.hop_session import proves_rolling_back
 from petals_eval.tasks.requests import Request
 from tests.model.reference import classifier, full_logits, make_adapter
@@ -327,8 +327,10 @@ def test_a_full_cache_is_refused_cleanly_and_used_once_it_is_free(model):
         with blocks.inference_session(20) as first:
             first.step(hidden)
             second = blocks.inference_session(20)
-            with pytest.raises(DeadlineError, match="Could not allocate"):
+            with pytest.raises(DeadlineError, match=r"40 tokens of its cache are free; .* needs 80 .* 120 are"):
                 second.step(hidden)
+            assert blocks.status().retries == 0
+            assert blocks(hidden).shape == hidden.shape  # what needs no session goes on
             # Rolling back needs no proof that would need room, too.
             first.position = 4
             close(first.step(hidden[:, 4:8]), blocks(hidden)[:, 4:8])
@@ -337,26 +339,50 @@ def test_a_full_cache_is_refused_cleanly_and_used_once_it_is_free(model):
         assert cache_in_use(swarm) == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "cache"),
-    [({"inference_max_length": 50}, 50), ({"inference_max_length": 99, "attn_cache_tokens": 60}, 60)],
-)
-def test_a_session_that_never_fits_fails_at_once_with_the_numbers(model, options, cache):
-    with (
-        start(model, [(0, 4), (0, 4)], max_batch_size=32, **options) as swarm,
-        connect(swarm, deadline=60) as connection,
-    ):
+def test_a_session_longer_than_any_may_be_fails_at_once_with_the_numbers(model):
+    options = {"max_batch_size": 32, "inference_max_length": 50}
+    with start(model, [(0, 4), (0, 4)], **options) as swarm, connect(swarm, deadline=60) as connection:
         blocks = connection.remote_sequential(swarm.dht_prefix, BLOCKS)
         started = time.monotonic()
         for _ in range(2):
-            with blocks.inference_session(70) as session, pytest.raises(RequestTooLargeError, match=f"70 .* {cache} "):
+            with blocks.inference_session(70) as session, pytest.raises(RequestTooLargeError, match=r"70 .* 50 "):
                 session.step(hidden_states(1, 4))
         # The same through forward, where a row is longer than a call may be.
-        with pytest.raises(RequestTooLargeError, match=rf"holds 70 tokens .* 32 in one call .* {cache} in a session"):
+        with pytest.raises(RequestTooLargeError, match=r"holds 70 tokens .* 32 in one call .* 50 in a session"):
             blocks(hidden_states(2, 70))
         assert time.monotonic() - started < 5.0
         assert blocks.status().retries == 0
         assert cache_in_use(swarm) == 0
+
+
+def test_a_session_larger_than_any_cache_ever_was_is_told_of_at_once_and_fails_a_while_later(model, monkeypatch):
+    """A server says "out of memory" to it as to one that has to wait."""
+    monkeypatch.setattr(cache_book, "PATIENCE", 1.5)
+    options = {"max_batch_size": 32, "inference_max_length": 99, "attn_cache_tokens": 60}
+    with start(model, [(0, 4), (0, 4)], **options) as swarm, connect(swarm, deadline=60) as connection:
+        blocks = connection.remote_sequential(swarm.dht_prefix, BLOCKS)
+        started = time.monotonic()
+        with ThreadPoolExecutor(1) as pool:
+            row = pool.submit(blocks, hidden_states(1, 70))
+            wait_for(lambda: blocks.status().notices and blocks.status().waiting, 1.0)
+            assert "needs 280 tokens" in blocks.status().notices[0] and "240 are the most" in blocks.status().notices[0]
+            assert "needs 280 tokens" in blocks.status().waiting and "240 are the most" in blocks.status().waiting
+            text = (
+                "holds 70 tokens .* 32 in one call, and the session needs 280 tokens .* 240 are the most .*max_length"
+            )
+            with pytest.raises(RequestTooLargeError, match=text):
+                row.result()
+        assert 1.5 <= time.monotonic() - started < 8.0
+        with (
+            blocks.inference_session(70) as session,
+            pytest.raises(RequestTooLargeError, match=r"needs 280 tokens .* 240 are the most .*max_length or batch"),
+        ):
+            session.step(hidden_states(1, 4))
+        assert time.monotonic() - started < 8.0, "it is known by now"
+        assert len(blocks.status().notices) == 2, "one a server"
+        assert blocks.status().retries == 0
+        assert cache_in_use(swarm) == 0
+        assert blocks(hidden_states(1, 20)).shape == (1, 20, HIDDEN)
 
 
 def test_rows_longer_than_a_call_may_be_are_computed_in_steps(model):

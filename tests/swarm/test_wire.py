@@ -12,8 +12,9 @@ from hivemind.utils.tensor_descr import BatchTensorDescriptor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals_eval.errors import PeerAnswerError
+from petals_eval.errors import PeerAnswerError, PeerRefusedError
 from petals_eval.swarm import wire
+from petals_eval.swarm.limits import says_cache_is_full
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -86,14 +87,14 @@ def info(**changes: object) -> bytes:
         "forward_schema": ((descriptor,), {}),
         "outputs_schema": (descriptor,),
         "keyword_names": (),
-        "inference_schema": ((descriptor,), {}),
+        "inference_schema": ((descriptor,) * 3, {}),
     }
     return MSGPackSerializer.dumps({**fields, **changes})
 
 
 def test_info_is_read():
     read = wire.read_info(info())
-    assert read == wire.ServerInfo("2.2.0", torch.bfloat16, torch.bfloat16, 10, 64)
+    assert read == wire.ServerInfo("2.2.0", torch.bfloat16, torch.bfloat16, 10, 64, 3)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,70 @@ def test_info_is_read():
 def test_info_that_is_none_is_refused(changes):
     with pytest.raises(PeerAnswerError, match="rpc_info"):
         wire.read_info(info(**changes))
+
+
+DESCRIPTOR = BatchTensorDescriptor(1, 64, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("tensors", [0, 1, 3, 10])
+def test_the_layout_of_sessions_is_read(tensors):
+    read = wire.read_info(info(inference_schema=((DESCRIPTOR,) * tensors, {})))
+    assert read.session_tensors == tensors
+    said = wire.other_layout(read)
+    assert said is None if tensors == 3 else f"({tensors} tensors in a step, expected 3)" in said
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        None,
+        3,
+        "xyz",
+        b"xyz",
+        (),
+        ((),),
+        [[]],
+        (3, {}),
+        ("xyz", {}),
+        ((1, 2, 3), {}),
+        ((DESCRIPTOR, None, DESCRIPTOR), {}),
+    ],
+)
+def test_a_layout_that_cannot_be_read_is_none_of_ours(schema):
+    read = wire.read_info(info(inference_schema=schema))
+    assert read.session_tensors in (None, 0)
+    assert "another layout" in wire.other_layout(read)
+
+
+@pytest.mark.parametrize("tokens", [-1, None, "many", 1.5])
+def test_room_in_a_cache_that_is_no_number_is_not_known(tokens):
+    assert wire.read_info(info(cache_tokens_available=tokens)).cache_tokens_available is None
+
+
+def test_a_server_is_never_to_wait_for_room():
+    assert wire.session_metadata(100, None)["alloc_timeout"] == 0.0
+    metadata = MSGPackSerializer.loads(wire.step_metadata("s", "1", wire.session_metadata(100, "lora")))
+    assert (metadata["alloc_timeout"], metadata["max_length"], metadata["active_adapter"]) == (0.0, 100, "lora")
+
+
+@pytest.mark.parametrize(
+    ("words", "is_full"),
+    [
+        # as petals 2.2.0 was heard to say
+        ("Could not allocate 3840 bytes immediately: out of memory", True),
+        ("AllocationFailed('Could not allocate 3840 bytes immediately: out of memory')", True),
+        ("Could not allocate 38400 within 1.0 seconds", True),
+        ("Could not allocate 153600 bytes, max cache size = 98304 bytes", False),
+        ("Cannot allocate KV cache for 300 tokens, max = 256", False),
+        # as its source has it
+        ("Could not allocate 38400 bytes within 1.0 seconds", True),
+        ("Could not allocate 38400 (timeout=1.0)", True),
+        ("Server's attention cache is full, failed to allocate 38400 bytes in 1.0 seconds", True),
+        ("CUDA error: out of memory", False),
+    ],
+)
+def test_a_full_cache_is_told_from_other_refusals(words, is_full):
+    assert says_cache_is_full(PeerRefusedError(words)) is is_full
 
 
 @given(st.binary(max_size=200))
