@@ -50,6 +50,7 @@ class RemoteModel:
         self.adapters = tuple(adapters)
         self._connection = connection
         blocks.warn_of_dropout(self.config_dropout)
+        blocks.limit_steps(local.rotary.original_length)
 
     @property
     def config_dropout(self) -> dict[str, float]:

@@ -73,6 +73,7 @@ def test_deep_prompts_are_rounded_to_the_dtype_at_home_as_petals_does():
     blocks = SimpleNamespace(
         stream=lambda work, **options: iter(sent.extend(work) or ()),
         warn_of_dropout=lambda found: 0,
+        limit_steps=lambda positions: 0,
         positions_at_once=lambda hidden_size, dtype: 100,
         micro_batch_bytes=1000,
     )

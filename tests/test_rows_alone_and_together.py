@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from petals_eval.errors import ExampleError
+from petals_eval import RemoteModel
+from petals_eval.errors import ExampleError, RequestTooLargeError
+from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.tasks.requests import Request
 from tests.model.reference import PREFIX, close, full_logits, make_adapter
 from tests.test_against_hugging_face import remote_model
@@ -111,6 +113,52 @@ def test_the_comparison_sees_a_row_that_depends_on_its_neighbours(tmp_path):
         }
         assert close(found["s"], alone(folder, model.local, None, short))
         assert close(found["l"], alone(folder, model.local, None, long))
+
+
+SHORT, LONGER, LONG = (tuple(range(3, 3 + length)) for length in (ORIGINAL, ORIGINAL + 9, STRETCHED - 10))
+FEW_TOKENS = ORIGINAL + 16
+
+
+def test_longrope_rows_never_go_in_steps(tmp_path):
+    """Steps turn the first positions by other angles than one call: a row too long for a call fails, and says so."""
+    folder = made("llama", tmp_path, "longrope")
+    options = {"max_batch_size": FEW_TOKENS, "inference_max_length": STRETCHED}
+    with remote_model(folder, spans=[(0, 3)], **options) as model:
+        requests = [Request("short", 0, SHORT), Request("longer", 0, LONGER), Request("long", 0, LONG)]
+        failed = []
+        found = {
+            each.request.key: each.answer
+            for each in model.compute(requests, on_failed=lambda request, error: failed.append((request.key, error)))
+        }
+        assert [key for key, _ in failed] == ["long"]
+        assert "in steps it would get other numbers than in one call" in str(failed[0][1])
+        for key, text in (("short", SHORT), ("longer", LONGER)):
+            assert close(found[key], alone(folder, model.local, None, text))
+        hidden = torch.randn(1, ORIGINAL, 32)
+        too_long = model.blocks.inference_session(max_length=ORIGINAL + 1)
+        with pytest.raises(RequestTooLargeError, match="in steps it would get other numbers"), too_long as session:
+            session.step(hidden)
+        with model.blocks.inference_session(max_length=ORIGINAL) as session:
+            in_steps = torch.cat([session.step(hidden[:, :10]), session.step(hidden[:, 10:])], dim=1)
+        assert close(in_steps, model.blocks(hidden))
+
+
+def test_longrope_rows_go_to_a_server_that_takes_them_in_one_call_and_nobody_is_accused(tmp_path):
+    """Also where answers are checked: a server that would have to compute them in steps cannot judge of them."""
+    folder = made("llama", tmp_path, "longrope")
+    options = {"max_batch_size": ORIGINAL - 4, "inference_max_length": STRETCHED}
+    with (
+        LocalSwarm(folder, spans=[(0, 3)] * 2, mode="thread", dht_prefix="tiny", **options) as swarm,
+        LocalSwarm(folder, spans=[(0, 3)], mode="thread", dht_prefix="tiny", initial_peers=swarm.initial_peers),
+    ):
+        peers = swarm.initial_peers
+        with RemoteModel.from_pretrained(str(folder), initial_peers=peers, dht_prefix="tiny", verify=1.0) as model:
+            requests = [Request(str(index), 0, LONG[index:]) for index in range(8)]
+            for each in model.compute(requests, tokens_per_micro_batch=1):
+                assert close(each.answer, alone(folder, model.local, None, each.request.input_ids))
+            model.blocks.settle()
+            assert model.blocks.status().unequal == ()
+            assert model.blocks.checks().impossible > 0
 
 
 @pytest.mark.parametrize("family", ROTARY_FAMILIES)

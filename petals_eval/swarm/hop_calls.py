@@ -110,6 +110,8 @@ class HopCalls:
             limit = known or USUAL_MAX_TOKENS
             step = max(1, limit // seq)
             parts = [slice(start, start + step) for start in range(0, rows, step)]
+            if in_steps and (too_large := self._limits.session_too_large(peer_id, 1, seq)) is not None:
+                raise PeerRefusedError(str(too_large))
             try:
                 if in_steps:
                     answers = await self._call_in_steps(hop, hidden, prompts, parts, limit)

@@ -32,9 +32,12 @@ class TokenLimits:
     """The limits of the servers met so far.
 
     max_tokens_per_call: rows x positions that servers take as long as they have not said otherwise, or None.
+    steps_alike: positions up to which the steps of a session compute what one call does; None: always. Where rotary
+        angles go by the length of a call, it is the length beyond which they change.
     """
 
     def __init__(self, max_tokens_per_call: int | None):
+        self.steps_alike: int | None = None
         self._default = max_tokens_per_call
         self._per_call: dict[str, int] = {}
         self._per_session: dict[tuple[str, int], int] = {}
@@ -70,7 +73,16 @@ class TokenLimits:
         return True
 
     def session_too_large(self, peer_id: str, batch: int, positions: int) -> RequestTooLargeError | None:
-        """The error for a session of these sizes, where the server is known not to take it."""
+        """The error for a session of these sizes, where the server is known not to take it, or where it would compute
+        something else than one call."""
+        if self.steps_alike is not None and positions > self.steps_alike:
+            return RequestTooLargeError(
+                f"an input holds {positions} tokens (prompt included), more than the {self.steps_alike} up to which "
+                "calls of any length turn this model's rotary embeddings alike: in steps it would get other numbers "
+                f"than in one call. Server {short_peer(peer_id)} takes "
+                f"{self.per_call(peer_id) or USUAL_MAX_TOKENS} in one call: set a smaller max_length in the task, or "
+                "in the session"
+            )
         limit = self._per_session.get((peer_id, batch))
         if limit is None or limit >= positions:
             return None

@@ -151,6 +151,10 @@ class Pipeline:
         if not self._push_calls.choice.is_on_trial:
             self.sizes.came_back(made_for, positions, time.monotonic())
 
+    def limit_steps(self, positions: int | None) -> None:
+        """Let no row of more positions go in steps, and no session have more (`TokenLimits.steps_alike`)."""
+        self._limits.steps_alike = positions
+
     def pause(self) -> None:
         """Nothing is in flight any more: what comes next is another stream's."""
         self.sizes.pause()
@@ -182,9 +186,10 @@ class Pipeline:
                         overflow.note(asked, error)
                         seq = hidden.shape[1]
                         admission = RowAdmission(self._limits, self._caches, seq)
-                        left_aside = self._is_too_small(asked, error, 1, seq) and admission.refusal(
-                            asked.server, asked.first, asked.last
-                        )
+                        if isinstance(error, PeerRefusedError):
+                            self._limits.learn_per_session(asked.server.peer_id, error, 1, seq)
+                        is_refusal = isinstance(error, PeerRefusedError)
+                        left_aside = is_refusal and admission.refusal(asked.server, asked.first, asked.last)
                         if not left_aside:  # it would be asked again at once, and for ever
                             self._failed(asked, error)
                     else:

@@ -213,6 +213,14 @@ class RemoteSequential(nn.Module):
         """What the model's config at home says of dropout in the blocks, to be named where servers answer unalike."""
         self._pipeline.distrust.config_dropout = dict(dropout)
 
+    def limit_steps(self, positions: int | None) -> None:
+        """Compute rows of more positions in one call or not at all, and open no session for more; None: no limit.
+
+        For models whose rotary angles go by the length of a call, so that steps would compute something else.
+        """
+        self._pipeline.limit_steps(positions)
+        self._verified.limit_steps(positions)
+
     @property
     def snapshot(self) -> Snapshot:
         """The directory as last seen."""

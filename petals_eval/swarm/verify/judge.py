@@ -111,7 +111,7 @@ class Judge:
         self._directory = directory
         self._peers = peers
         self._settings = settings
-        self._limits = TokenLimits(settings.max_tokens_per_call)
+        self.limits = TokenLimits(settings.max_tokens_per_call)
         self._draws = draws
         self._at_home = asyncio.Lock()
         self._on_distrusted = on_distrusted
@@ -236,11 +236,14 @@ class Judge:
         rows, seq = claim.question.shape[:2]
         peer_id = hop.server.peer_id
         while True:
-            known = self._limits.per_call(peer_id)
+            known = self.limits.per_call(peer_id)
             limit = known or USUAL_MAX_TOKENS
             in_steps = claim.step is not None or (known is not None and seq > known)
             size = max(1, limit // seq)
             parts = [slice(start, start + size) for start in range(0, rows, size)]
+            # In steps it would compute something else, and pass for wrong.
+            if in_steps and (too_large := self.limits.session_too_large(peer_id, 1, seq)) is not None:
+                raise PeerRefusedError(str(too_large))
             try:
                 if in_steps:
                     answers = [
@@ -256,7 +259,7 @@ class Judge:
                     answers = await together(calls)
                 return torch.cat([answer.hidden for answer in answers])
             except PeerRefusedError as error:
-                if not self._limits.learn_per_call(peer_id, error, limit if in_steps else size * seq):
+                if not self.limits.learn_per_call(peer_id, error, limit if in_steps else size * seq):
                     raise
 
     # -- blocks at home

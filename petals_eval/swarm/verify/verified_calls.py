@@ -81,6 +81,10 @@ class VerifiedCalls:
         """Hold servers of these blocks against them."""
         self._judge.home = blocks
 
+    def limit_steps(self, positions: int | None) -> None:
+        """Check nothing of more positions in steps (`TokenLimits.steps_alike`)."""
+        self._judge.limits.steps_alike = positions
+
     async def forward(
         self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, *, lossless: bool = False
     ) -> Answer:
