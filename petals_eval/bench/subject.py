@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]
 
-from petals_eval.bench.settings import BenchSettings, Wire
+from petals_eval.bench.settings import BenchSettings, InferenceSettings, Wire
 from petals_eval.config import PUBLIC_SWARM, SwarmSettings
 from petals_eval.errors import ConfigError
 from petals_eval.model import Checkpoint
+from petals_eval.model.rotary import RotaryScaling, rotary_scaling
 
 if TYPE_CHECKING:
     from petals_eval.local_swarm.network import EmulatedNetwork, LinkUse
@@ -52,6 +53,8 @@ def opened(settings: BenchSettings) -> Iterator[Subject]:
 
     token = settings.token.get_secret_value() if settings.token else None
     checkpoint = Checkpoint.open(settings.model, revision=settings.revision, token=token)
+    rotary = rotary_scaling(checkpoint.config)
+    _spare_servers(settings, rotary)
     with contextlib.ExitStack() as stack:
         network = None
         processes: dict[str, int] = {}
@@ -93,10 +96,12 @@ def opened(settings: BenchSettings) -> Iterator[Subject]:
                 )
             )
         )
+        blocks = connection.remote_sequential(prefix, checkpoint.family.num_blocks(checkpoint.config))
+        blocks.limit_steps(rotary.original_length)
         yield Subject(
             model=checkpoint.name,
             hidden_size=checkpoint.family.hidden_size(checkpoint.config),
-            blocks=connection.remote_sequential(prefix, checkpoint.family.num_blocks(checkpoint.config)),
+            blocks=blocks,
             client=(os.getpid(), *(_children() - children)),
             server_processes=processes,
             network=network,
@@ -115,6 +120,17 @@ def over(subject: Subject, wire: Wire) -> Iterator[Subject]:
     with SwarmConnection.connect(subject.blocks.settings.model_copy(update={"wire": wire})) as connection:
         blocks = connection.remote_sequential(subject.blocks.dht_prefix, len(subject.blocks))
         yield replace(subject, blocks=blocks, client=(os.getpid(), *(_children() - children)))
+
+
+def _spare_servers(settings: BenchSettings, rotary: RotaryScaling) -> None:
+    """Raise ConfigError for lengths that would change what servers answer to everybody, from then on."""
+    longest = max(settings.lengths) + (settings.new_tokens if isinstance(settings, InferenceSettings) else 0)
+    if rotary.remembers_calls and rotary.original_length is not None and longest > rotary.original_length:
+        raise ConfigError(
+            f"lengths: expected at most {rotary.original_length} positions, found {longest}: this model's rotary "
+            "embeddings are scaled dynamically (rope_type dynamic), and a server that was sent a longer row answers "
+            "everybody otherwise afterwards."
+        )
 
 
 def _children() -> set[int]:

@@ -140,6 +140,20 @@ def test_a_wrong_setting_is_named(settings: dict, message: str):
         ForwardSettings(model="tiny", **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "longest"),
+    (({"lengths": (33,)}, 33), ({"lengths": (20, 30), "new_tokens": 3}, 33)),
+)
+def test_lengths_that_a_server_would_remember_are_refused(settings: dict, longest: int, tmp_path: Path):
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    folder = make_tiny("llama", tmp_path, max_position_embeddings=32, rope_parameters=scaling)
+    kind, measure = (
+        (InferenceSettings, bench_inference) if "new_tokens" in settings else (ForwardSettings, bench_forward)
+    )
+    with pytest.raises(ConfigError, match=f"at most 32 positions, found {longest}.*answers everybody otherwise"):
+        measure(kind(model=str(folder), local_swarm=1, **settings), print)
+
+
 def test_sessions_are_lossless():
     with pytest.raises(ConfigError, match="wires"):
         InferenceSettings(model="tiny", local_swarm=2, wires="float16")
