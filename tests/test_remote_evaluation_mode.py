@@ -61,8 +61,8 @@ def evaluate(realdata, model, out, **options):
 
 
 def predictions(folder):
-    """Everything scored, to the last bit."""
-    return (folder / "predictions.jsonl").read_text()
+    """Everything scored, line by line."""
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,9 @@ def quiet(realdata, tmp_path_factory):
     with swarm_of(realdata, [(0, 3), (3, 5)]) as swarm, model_over(realdata, swarm) as model:
         result = evaluate(realdata, model, out)
     assert result.noisy_servers == ()
-    return predictions(out)
+    # A row in a micro-batch of another size may differ in its last bits: how many go together is found out on the way.
+    close = [pytest.approx(line["probabilities"], abs=1e-6) for line in predictions(out)]
+    return [line | {"probabilities": each} for line, each in zip(predictions(out), close, strict=True)]
 
 
 def test_a_replica_that_drops_out_a_hundredth_is_left_out_though_the_config_says_nothing(realdata, tmp_path, quiet):

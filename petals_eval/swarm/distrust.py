@@ -48,16 +48,16 @@ class Distrust:
         """Tell of a server whose answers cannot be counted on; whoever found out has left it out where it is to be."""
         peer_id = unequal.server.peer_id
         known = self._unequal.get(peer_id)
-        if unequal.verdict == "disputed" and known is not None:
-            return  # told already
+        if unequal.verdict == "disputed" and (known is not None or all(map(self._peers.is_left_out, unequal.others))):
+            return  # told already, or cleared: whoever it disagrees with has been caught in the meantime
         self._unequal[peer_id] = unequal
         if unequal.verdict == "disputed":
             if not any(other in self._unequal for other in unequal.others):  # one warning names them all
                 self._warn_of(unequal, others=0)
             return
-        # Whoever was in dispute with nobody but this one is cleared.
+        # Whoever was in dispute with nobody but servers that are left out now is cleared.
         for other in [each for each in self._unequal.values() if each.verdict == "disputed"]:
-            if set(other.others) <= {peer_id}:
+            if all(map(self._peers.is_left_out, other.others)):
                 del self._unequal[other.server.peer_id]
         first, last = unequal.blocks or (unequal.server.start, unequal.server.end)
         trusted = self.trusted()

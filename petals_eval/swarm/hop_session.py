@@ -74,7 +74,7 @@ class HopSession:
 
     async def open(self, timeout: float) -> None:
         """Have the server reserve the cache, by a step of no positions. timeout: seconds. Raises PeerError."""
-        nothing = torch.empty(self.batch, 0, self._info.hidden_size or 1)
+        nothing = torch.empty(self.batch, 0, self._info.hidden_size or 1, dtype=torch.float32)
         started = time.monotonic()
         with as_peer_errors(timeout):
             async with asyncio.timeout(timeout):

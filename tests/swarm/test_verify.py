@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from petals_eval.errors import MissingBlocksError, PeerNondeterministicError
+from petals_eval.swarm.routing import Hop
+from petals_eval.swarm.unequal import UnequalServer
 from tests.swarm.fakes import FakeDirectory, server, set_pace
 from tests.swarm.verifying import BLOCKS, SIZE, Run, Servers, bfloat16, float32, noise, states
 
@@ -79,6 +81,29 @@ def test_two_replicas_that_disagree_are_both_named_and_both_used():
             break
     assert run.verdicts == {"a": "liar"}
     assert "answered otherwise than others" in run.notices[-1]
+
+
+@pytest.mark.parametrize("dispute_comes", ["before", "after"])
+def test_a_dispute_with_a_server_that_was_caught_names_nobody_else(dispute_comes):
+    """A check may end after the server in question was left out for training mode."""
+    run = Run(Servers(), float32("caught", 0, 2), float32("honest", 0, 2), float32("third", 0, 2), float32("c", 2, 4))
+    servers = run.directory.snapshot.servers
+    disputes = [
+        UnequalServer(servers["honest"], 0.1, is_used=True, verdict="disputed", others=("caught",), blocks=(0, 2)),
+        UnequalServer(
+            servers["third"], 0.1, is_used=True, verdict="disputed", others=("caught", "honest"), blocks=(0, 2)
+        ),
+    ]
+    caught = PeerNondeterministicError("two answers", 0.5)
+    if dispute_comes == "before":
+        run.pipe.distrust.note(disputes[0])
+    run.pipe.distrust.leave_out(Hop(servers["caught"], 0, 2), caught)
+    run.pipe.distrust.note(disputes[0])
+    assert run.verdicts == {"caught": "noisy"}
+    run.pipe.distrust.note(disputes[1])  # with somebody else, too
+    assert run.verdicts == {"caught": "noisy", "third": "disputed"}
+    run.pipe.distrust.leave_out(Hop(servers["honest"], 0, 2), caught)
+    assert run.verdicts == {"caught": "noisy", "honest": "noisy"}
 
 
 def test_a_server_that_contradicts_itself_needs_no_third():
