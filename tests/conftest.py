@@ -13,6 +13,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--session-kills", type=int, default=10, help="kills of a client with sessions in tests/interop")
     parser.addoption("--session-seed", type=int, default=1, help="of their moments")
     parser.addoption("--server-absence", type=float, default=10.0, help="seconds a server is away in tests/chaos")
+    parser.addoption("--soak", action="store_true", help="all cases of tests that otherwise run a sample of theirs")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the cases that only scripts/soak.sh has the time for."""
+    if config.getoption("--soak"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("soak") is not None]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.get_closest_marker("soak") is None]
 
 
 @pytest.fixture(scope="session")

@@ -77,10 +77,17 @@ def drawn_texts(draws, longest):
     return texts
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"),
-    [("bloom", "default"), *((family, kind) for family in ROTARY_FAMILIES for kind in SCALINGS)],
-)
+def sampled():
+    """Every family with the scalings that go by the length of calls, and with one other that is drawn; the rest soaks."""
+    others = [kind for kind in SCALINGS if kind not in ("longrope", "dynamic")]
+    for family in ROTARY_FAMILIES:
+        drawn = random.Random(family).choice(others)
+        for kind in SCALINGS:
+            is_sample = kind in ("longrope", "dynamic", drawn)
+            yield pytest.param(family, kind, marks=[] if is_sample else pytest.mark.soak)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("bloom", "default"), *sampled()])
 def test_a_row_alone_and_among_others(family, kind, tmp_path):
     draws = random.Random(f"{family} {kind}")
     folder = made(family, tmp_path, kind)

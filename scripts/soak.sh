@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# What takes longer than every change should wait for: all cases of tests that otherwise run a sample of theirs, hundreds of
+# seeded schedules of faults, and hundreds of kills. Some hours on two cores. SOAK_SEED draws other schedules and moments.
+# Every step runs; the script fails if one of them does.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/environment.sh
+
+set_up "[test]"
+scripts/petals_peer.sh
+export CI=true OMP_NUM_THREADS=1
+seed="${SOAK_SEED:-0}"
+failed=()
+
+.venv/bin/python -m pytest --soak --timeout 3600 --client-kills 30 --client-seed "$seed" --session-kills 200 \
+  --session-seed "$seed" --server-absence 60 || failed+=(pytest)
+.venv/bin/python scripts/chaos.py --schedules 200 --seed "$seed" --jobs 2 || failed+=(scripts/chaos.py)
+
+if [ ${#failed[@]} -gt 0 ]; then
+  printf 'failed: %s\n' "${failed[@]}" >&2
+  exit 1
+fi
