@@ -78,7 +78,7 @@ def drawn_texts(draws, longest):
 
 
 def sampled():
-    """Every family with the scalings that go by the length of calls, and with one other that is drawn; the rest soaks."""
+    """Every family with the scalings that go by the length of calls and one that is drawn; the others are soaked."""
     others = [kind for kind in SCALINGS if kind not in ("longrope", "dynamic")]
     for family in ROTARY_FAMILIES:
         drawn = random.Random(family).choice(others)
