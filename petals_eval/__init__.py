@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from petals_eval import errors
     from petals_eval.config import PUBLIC_SWARM, SwarmSettings
     from petals_eval.data import DataSource
-    from petals_eval.evaluator import evaluate
+    from petals_eval.evaluation.evaluate import evaluate
+    from petals_eval.evaluation.merge import merge
     from petals_eval.health import HealthReport, check_health
     from petals_eval.local_swarm import LocalSwarm
-    from petals_eval.merger import merge
     from petals_eval.remote_model import RemoteModel
     from petals_eval.runs.results import AdapterResult, RunResult
     from petals_eval.swarm import RemoteSequential, SwarmConnection
@@ -54,8 +54,8 @@ _HOMES = {
     "RemoteModel": "petals_eval.remote_model",
     "AdapterResult": "petals_eval.runs.results",
     "RunResult": "petals_eval.runs.results",
-    "evaluate": "petals_eval.evaluator",
-    "merge": "petals_eval.merger",
+    "evaluate": "petals_eval.evaluation.evaluate",
+    "merge": "petals_eval.evaluation.merge",
     "HealthReport": "petals_eval.health",
     "check_health": "petals_eval.health",
     "RemoteSequential": "petals_eval.swarm",

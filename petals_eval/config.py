@@ -42,7 +42,7 @@ class Settings(BaseModel):
 
 def explain_validation(model: type[BaseModel], error: ValidationError) -> str:
     """One line per mistake: the key, what was expected and what was found; never a secret."""
-    from petals_eval.data.problems import closest  # here, because the rest of that room takes seconds to import
+    from petals_eval.validation import closest  # here, because the rest of that room takes seconds to import
 
     names = [field.alias or name for name, field in model.model_fields.items()]
     lines = []

@@ -55,7 +55,7 @@ class RemoteModel:
     @property
     def config_dropout(self) -> dict[str, float]:
         """What the model's config says of dropout in its blocks, where it is above zero."""
-        from petals_eval.swarm.determinism import dropout_in
+        from petals_eval.swarm.trust.determinism import dropout_in
 
         return dropout_in(self.local.config.to_dict())
 

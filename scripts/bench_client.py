@@ -35,7 +35,7 @@ from petals_eval.bench.statistics import Spread  # noqa: E402
 from petals_eval.config import SwarmSettings  # noqa: E402
 from petals_eval.local_swarm import LocalSwarm  # noqa: E402
 from petals_eval.swarm import RemoteSequential, SwarmConnection, Work  # noqa: E402
-from petals_eval.swarm.daemon import start_daemon  # noqa: E402
+from petals_eval.swarm.transport.daemon import start_daemon  # noqa: E402
 
 HIDDEN = 256
 IN_FLIGHT = 8

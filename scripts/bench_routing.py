@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 
 from petals_eval.health.canary import segments_of
 from petals_eval.health.census import claims_in
-from petals_eval.swarm.records import Announcement, Snapshot, SpanServer, read_snapshot
-from petals_eval.swarm.routing import RouteIndex, hold_all, next_hop, plan_route
+from petals_eval.swarm.directory.routing import RouteIndex, hold_all, next_hop, plan_route
+from petals_eval.swarm.wire.records import Announcement, Snapshot, SpanServer, read_snapshot
 
 PERIOD = 240.0
 

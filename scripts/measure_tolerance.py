@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from petals_eval.model import LocalModel
 from petals_eval.model.blocks import BlockSpan
-from petals_eval.swarm.verify.tolerance import LAST_BIT, measure, relative_difference
+from petals_eval.swarm.trust.tolerance import LAST_BIT, measure, relative_difference
 from tests.tiny_models import make_tiny
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16

@@ -9,7 +9,7 @@ import torch
 from petals_eval import RemoteModel
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.model import LocalModel
-from petals_eval.swarm import wire
+from petals_eval.swarm.wire import messages as wire
 from petals_eval.tasks.requests import Request
 from tests.tiny_models import make_tiny
 

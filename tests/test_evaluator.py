@@ -10,7 +10,7 @@ from petals_eval.model import Adapter
 from petals_eval.model.rotary import RotaryScaling
 from petals_eval.remote_model import RemoteModel
 from petals_eval.swarm import SwarmStatus
-from petals_eval.swarm.unequal import UnequalServer
+from petals_eval.swarm.trust.unequal import UnequalServer
 from petals_eval.tasks.requests import Request
 from tests.fake_model import ROWS, FakeModel, answers_of, write_rows
 from tests.fake_model import evaluate as evaluate_rows

@@ -111,7 +111,7 @@ def test_a_merge_that_was_interrupted_is_done_again(parts, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("petals_eval.merger.finish", full)
+        patch.setattr("petals_eval.evaluation.merge.finish", full)
         with pytest.raises(KeyboardInterrupt):
             petals_eval.merge(parts, out=tmp_path / "merged")
     assert petals_eval.merge(parts, out=tmp_path / "merged").first.n_examples == 11

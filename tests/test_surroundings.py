@@ -7,7 +7,7 @@ import pytest
 
 import petals_eval
 from petals_eval.local_swarm import LocalSwarm
-from petals_eval.swarm.codecs import blockwise_codebook
+from petals_eval.swarm.wire.codecs import blockwise_codebook
 from tests.model.test_arithmetic import SURROUNDINGS
 
 PREFIX = "stories260K-hf"

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from petals_eval.errors import MissingBlocksError
-from petals_eval.local_swarm.faults import FlippedBit, Noise, OtherWeights, Swapped
+from petals_eval.local_swarm.faults.catalog import FlippedBit, Noise, OtherWeights, Swapped
 from petals_eval.runs import RunFolder
 from tests.test_remote_evaluation_mode import EXAMPLES, Lines, evaluate, model_over, predictions, quiet, swarm_of
 

@@ -7,12 +7,12 @@ from itertools import count
 
 import torch
 
+from petals_eval.bench.monitor import Watch, Watched
 from petals_eval.bench.settings import ForwardSettings, Wire
 from petals_eval.bench.statistics import Spread, percentile
-from petals_eval.bench.subject import Subject
-from petals_eval.bench.watch import Watch, Watched
+from petals_eval.bench.target import Subject
 from petals_eval.errors import SwarmError
-from petals_eval.swarm.peers import short_peer
+from petals_eval.swarm.peers.peer import short_peer
 
 __all__ = ["ForwardCase", "ForwardPoint", "forward_cases", "measure_forward"]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from petals_eval.bench.forward import random_prompts
+from petals_eval.bench.monitor import Watch, Watched
 from petals_eval.bench.settings import InferenceSettings, Wire
 from petals_eval.bench.statistics import Spread, percentile
-from petals_eval.bench.subject import Subject
-from petals_eval.bench.watch import Watch, Watched
+from petals_eval.bench.target import Subject
 
 __all__ = ["InferenceCase", "InferencePoint", "inference_cases", "measure_inference"]
 

@@ -18,7 +18,7 @@ from petals_eval.bench.outcome import (
     servers_table,
 )
 from petals_eval.bench.settings import BenchSettings, ForwardSettings, InferenceSettings
-from petals_eval.bench.subject import Subject, opened, over
+from petals_eval.bench.target import Subject, opened, over
 from petals_eval.errors import RequestTooLargeError, SwarmError
 from petals_eval.report import printable
 

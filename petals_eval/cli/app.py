@@ -7,7 +7,7 @@ import typer
 
 from petals_eval.cli import bench, bootstrap, demo, health, merge, run, swarm, tasks
 from petals_eval.cli.command import GroupedCommand
-from petals_eval.cli.exits import run_command
+from petals_eval.cli.exit_codes import run_command
 
 __all__ = ["app", "main"]
 
@@ -48,7 +48,7 @@ def _version(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `petals-eval`: runs `arguments` (default: those of the process) and exits.
 
-    Exit codes: see petals_eval.cli.exits.run_command.
+    Exit codes: see petals_eval.cli.exit_codes.run_command.
     """
 
     def command() -> int:

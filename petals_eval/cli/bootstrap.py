@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from petals_eval.cli.listening import (
+from petals_eval.cli.address_flags import (
     LOOPBACK,
     Announce,
     Identity,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from petals_eval.cli.opening import local_options, open_model
+from petals_eval.cli.open_swarm import local_options, open_model
 from petals_eval.config import RunSettings
 from petals_eval.errors import CallerError, ConfigError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from petals_eval.model import Adapter
     from petals_eval.remote_model import RemoteModel
     from petals_eval.runs import RunResult
-    from petals_eval.runs.bars import Bar
+    from petals_eval.runs.thresholds import Bar
     from petals_eval.tasks import Task
 
 __all__ = ["execute", "show_result"]
@@ -32,7 +32,7 @@ def execute(settings: RunSettings) -> int:
     task = _task(settings)
     source = _source(settings, task)
     if settings.dry_run:
-        from petals_eval.cli.dry import show_dry_run
+        from petals_eval.cli.dry_run import show_dry_run
 
         return show_dry_run(settings, task, source)
     return _evaluate(settings, task, source)
@@ -64,10 +64,10 @@ def _source(settings: RunSettings, task: "Task") -> "DataSource":
 
 def _evaluate(settings: RunSettings, task: "Task", source: "DataSource") -> int:
     from petals_eval.data import load_rows, sample
-    from petals_eval.evaluator import evaluate
+    from petals_eval.evaluation.evaluate import evaluate
     from petals_eval.report import ProgressDisplay
     from petals_eval.runs import Shard
-    from petals_eval.runs.bars import Bar
+    from petals_eval.runs.thresholds import Bar
 
     local_options(settings)  # a device this machine lacks shows before a swarm is started
     bars = [Bar.parse(text, task.label_names) for text in settings.fail_under]
@@ -102,7 +102,7 @@ def _evaluate(settings: RunSettings, task: "Task", source: "DataSource") -> int:
 def show_result(result: "RunResult", folder: Path, bars: "Sequence[Bar]", *, max_failed: int, as_json: bool) -> int:
     """Print the result, and on stderr what is below a bar. Returns the exit code: 1 where something is."""
     from petals_eval.report import console_for, print_result
-    from petals_eval.runs.bars import below
+    from petals_eval.runs.thresholds import below
 
     if as_json:
         typer.echo(json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
@@ -139,7 +139,7 @@ def _say_outlook(model: "RemoteModel", task: "Task", source: "DataSource", n_exa
     import numpy as np
 
     from petals_eval.data import load_rows
-    from petals_eval.health.outlook import outlook
+    from petals_eval.evaluation.estimate import outlook
 
     rows = load_rows(source)
     first = rows.at(np.arange(min(len(rows), _ROWS_FOR_OUTLOOK)))

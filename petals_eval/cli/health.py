@@ -130,7 +130,7 @@ def _look(settings: "HealthSettings", locked: "LockedServers | None" = None) -> 
 
 def _show(report: "HealthReport", json_output: bool, html: Path | None) -> None:
     from petals_eval.health.terminal import print_report
-    from petals_eval.report.text import console_for
+    from petals_eval.text import console_for
 
     if html is not None:
         _write_page(report, html)

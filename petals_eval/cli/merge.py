@@ -32,9 +32,9 @@ def merge(
     json_output: Annotated[bool, typer.Option("--json", help="Print metrics.json alone on stdout.")] = False,
 ) -> int:
     from petals_eval.cli.evaluation import show_result
-    from petals_eval.merger import merge as merge_parts
+    from petals_eval.evaluation.merge import merge as merge_parts
     from petals_eval.runs import Manifest
-    from petals_eval.runs.bars import Bar
+    from petals_eval.runs.thresholds import Bar
 
     names = Manifest.read(parts[0] / "manifest.json").run_settings.get("label_names")
     labels = [str(name) for name in names] if isinstance(names, list) else []

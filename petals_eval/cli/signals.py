@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from petals_eval.holding import now_or_soon
+from petals_eval.interrupts import now_or_soon
 
 __all__ = ["ending_signals", "how_it_ended", "interrupted_code"]
 

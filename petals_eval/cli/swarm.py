@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from petals_eval.cli.listening import (
+from petals_eval.cli.address_flags import (
     LOOPBACK,
     Announce,
     Identity,

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from petals_eval.data.json_text import read_objects
-from petals_eval.data.problems import shorten
 from petals_eval.data.quiet import no_log_lines, no_progress_bars
 from petals_eval.data.source import DataSource, FileFormat, format_of, local_path
 from petals_eval.data.tables import LINE, JsonTable, Table, TextTable
 from petals_eval.errors import DataError, MachineError
+from petals_eval.validation import shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset

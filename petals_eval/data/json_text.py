@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import IO, Any, NoReturn
 
-from petals_eval.data.problems import shorten
 from petals_eval.errors import DataError
+from petals_eval.validation import shorten
 
 __all__ = ["WrittenFloat", "read_objects", "value_of"]
 

@@ -15,8 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from petals_eval.data.problems import explain
 from petals_eval.errors import DataError
+from petals_eval.validation import explain
 
 __all__ = ["DataSource", "FileFormat", "FileReading", "format_of", "is_local", "local_path"]
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, SecretStr
 
-from petals_eval.data.problems import shorten
+from petals_eval.validation import shorten
 
 __all__ = ["MOST_BYTES", "MOST_VALUES", "Plain", "read_yaml", "resolve_nulls"]
 

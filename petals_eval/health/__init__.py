@@ -1,8 +1,8 @@
 """Is a swarm fit for work now, which blocks are thin, and which servers do not do what they say?"""
 
+from petals_eval.evaluation.estimate import outlook
 from petals_eval.health.check import check_health
 from petals_eval.health.findings import FINDINGS
-from petals_eval.health.outlook import outlook
 from petals_eval.health.results import (
     SCHEMA_VERSION,
     Finding,

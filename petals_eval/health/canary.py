@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from petals_eval.swarm.determinism import question_from
+from petals_eval.swarm.trust.determinism import question_from
 
 __all__ = ["Segment", "canary_for", "segments_of", "shared_segments"]
 

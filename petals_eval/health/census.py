@@ -8,10 +8,10 @@ from typing import Any
 
 from hivemind.dht.node import DHTNode
 
-from petals_eval.report.text import printable
-from petals_eval.swarm import wire
-from petals_eval.swarm.directory import LOOK_TIMEOUT, read_announcements
-from petals_eval.swarm.records import Announcement, ServerRecord, ServerState, newest_readable
+from petals_eval.swarm.directory.dht import LOOK_TIMEOUT, read_announcements
+from petals_eval.swarm.wire import messages as wire
+from petals_eval.swarm.wire.records import Announcement, ServerRecord, ServerState, newest_readable
+from petals_eval.text import printable
 
 __all__ = [
     "AnnouncedModel",

@@ -1,8 +1,8 @@
 """What is different between two looks at the same swarm, in words. Pure."""
 
 from petals_eval.health.results import HealthReport, ModelHealth
-from petals_eval.report.text import printable
-from petals_eval.swarm.peers import short_peer
+from petals_eval.swarm.peers.peer import short_peer
+from petals_eval.text import printable
 
 __all__ = ["changes"]
 

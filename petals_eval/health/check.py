@@ -12,10 +12,10 @@ from petals_eval.health.canary import Segment, canary_for, segments_of, shared_s
 from petals_eval.health.census import AnnouncedModel, Census
 from petals_eval.health.compare import Answered, Votes
 from petals_eval.health.findings import finding
-from petals_eval.health.home import Home, load_home
 from petals_eval.health.live import LiveSwarm, RouteTimes, try_route
 from petals_eval.health.locked import LockedServers
 from petals_eval.health.probing import Calls, Probed, Prober
+from petals_eval.health.reference_blocks import Home, load_home
 from petals_eval.health.results import Finding, HealthReport, ModelHealth, Traffic, Verdict
 from petals_eval.health.settings import HealthSettings, Level
 

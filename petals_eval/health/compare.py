@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from petals_eval.swarm.determinism import TOLERANCE, difference
+from petals_eval.swarm.trust.determinism import TOLERANCE, difference
 
 __all__ = ["Answered", "Votes", "agree"]
 

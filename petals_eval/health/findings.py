@@ -12,8 +12,8 @@ from petals_eval.errors import (
 )
 from petals_eval.health.results import Finding, Verdict
 from petals_eval.health.settings import Level
-from petals_eval.report.text import printable
-from petals_eval.swarm.peers import in_words
+from petals_eval.swarm.peers.peer import in_words
+from petals_eval.text import printable
 
 __all__ = ["FINDINGS", "Kind", "finding", "from_forward_error", "from_info_error"]
 

@@ -17,8 +17,8 @@ from petals_eval.health.census import AnnouncedModel, Census, announced_models, 
 from petals_eval.health.findings import finding
 from petals_eval.health.results import Finding
 from petals_eval.health.settings import HealthSettings
-from petals_eval.swarm.calls import RemoteCalls
 from petals_eval.swarm.connection import SwarmConnection
+from petals_eval.swarm.transport.client import RemoteCalls
 
 if TYPE_CHECKING:
     from petals_eval.swarm.remote_sequential import RemoteSequential

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 from petals_eval.health.results import Finding
-from petals_eval.swarm.cache_book import LOCKED_REST
+from petals_eval.swarm.peers.caches import LOCKED_REST
 
 __all__ = ["LockedServers"]
 

@@ -15,14 +15,14 @@ from petals_eval.health.locked import LockedServers
 from petals_eval.health.results import Finding, ServerHealth
 from petals_eval.health.settings import HealthSettings, Level
 from petals_eval.health.verdict import of_server
-from petals_eval.report.text import printable
-from petals_eval.swarm import wire
-from petals_eval.swarm.calls import Answer, Asked
-from petals_eval.swarm.determinism import TOLERANCE, difference
-from petals_eval.swarm.limits import TokenLimits
-from petals_eval.swarm.peers import in_words
-from petals_eval.swarm.records import ServerState, SpanServer
-from petals_eval.swarm.routing import Hop
+from petals_eval.swarm.directory.routing import Hop
+from petals_eval.swarm.peers.limits import TokenLimits
+from petals_eval.swarm.peers.peer import in_words
+from petals_eval.swarm.transport.client import Answer, Asked
+from petals_eval.swarm.trust.determinism import TOLERANCE, difference
+from petals_eval.swarm.wire import messages as wire
+from petals_eval.swarm.wire.records import ServerState, SpanServer
+from petals_eval.text import printable
 
 __all__ = ["Calls", "Count", "ProbeCalls", "Probed", "Prober"]
 
@@ -32,7 +32,7 @@ _PAUSES = (0.0, 0.5, 1.0)  # seconds before a server is asked for a session, as 
 
 
 class ProbeCalls(Protocol):
-    """What probes ask of a server; `petals_eval.swarm.calls.RemoteCalls` is one."""
+    """What probes ask of a server; `petals_eval.swarm.transport.client.RemoteCalls` is one."""
 
     async def ask_info(self, peer_id: str, block: int) -> Asked: ...
 

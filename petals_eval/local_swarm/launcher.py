@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from petals_eval.config import explain_validation
 from petals_eval.errors import ConfigError, ModelError
+from petals_eval.local_swarm.handles import LocalServer, Nursery, ProcessServer, ThreadServer
 from petals_eval.local_swarm.loop_thread import LoopThread
-from petals_eval.local_swarm.servers import LocalServer, Nursery, ProcessServer, ThreadServer
-from petals_eval.local_swarm.settings import ServerSettings
+from petals_eval.local_swarm.server.settings import ServerSettings
 from petals_eval.model.families import Family, family_of
 from petals_eval.model.sources import Folder, Source, open_source
 

@@ -9,7 +9,7 @@ from hivemind.p2p.p2p_daemon import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
 from petals_eval.errors import SwarmUnreachableError
-from petals_eval.swarm.daemon import start_daemon
+from petals_eval.swarm.transport.daemon import start_daemon
 
 __all__ = ["Peer"]
 

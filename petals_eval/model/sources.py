@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from petals_eval.data.problems import closest
 from petals_eval.errors import CallerError
+from petals_eval.validation import closest
 
 __all__ = ["Folder", "HubRepository", "Source", "first_found", "open_source"]
 

@@ -13,8 +13,8 @@ from petals_eval.report.numbers import (
     value_text,
     wire_lines,
 )
-from petals_eval.report.text import printable
 from petals_eval.runs import AdapterResult, Manifest, NoisyServer, RunResult, ServerUsed, WireRecord
+from petals_eval.text import printable
 
 __all__ = ["markdown_report"]
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 from petals_eval.metrics import METRICS, Metric
-from petals_eval.report.text import printable
 from petals_eval.runs import AdapterResult, ComputedIn, RunResult, WireRecord
+from petals_eval.text import printable
 
 __all__ = [
     "counts_line",

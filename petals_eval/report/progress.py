@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from petals_eval.report.numbers import plural, rate_text
-from petals_eval.report.text import console_for, printable
+from petals_eval.text import console_for, printable
 
 __all__ = ["ProgressDisplay"]
 

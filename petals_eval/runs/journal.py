@@ -13,12 +13,12 @@ from typing import Self
 import numpy as np
 
 from petals_eval.errors import MachineError, RunFolderError
-from petals_eval.holding import undisturbed
-from petals_eval.runs.copying import copy_rows
+from petals_eval.interrupts import undisturbed
+from petals_eval.runs.copy_rows import copy_rows
+from petals_eval.runs.lookup_tables import SmallTables
 from petals_eval.runs.manifest import ServerUsed
 from petals_eval.runs.rows import Counts, Failure, Row, ScoredArrays, packed, unpacked
 from petals_eval.runs.schema import blame_sqlite, connect
-from petals_eval.runs.small_tables import SmallTables
 from petals_eval.tasks.requests import Prediction
 
 __all__ = ["Counts", "Failure", "Journal", "ScoredArrays", "commit_what_waits"]

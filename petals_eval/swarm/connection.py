@@ -17,10 +17,10 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import SwarmError, SwarmUnreachableError
-from petals_eval.swarm.cache_book import CacheBook
-from petals_eval.swarm.daemon import end_daemon, start_daemon, wait_until_lost
-from petals_eval.swarm.untrusted import bound_hivemind
-from petals_eval.swarm.wire_book import WireBook
+from petals_eval.swarm.peers.caches import CacheBook
+from petals_eval.swarm.transport.codec_negotiation import WireBook
+from petals_eval.swarm.transport.daemon import end_daemon, start_daemon, wait_until_lost
+from petals_eval.swarm.wire.msgpack_reader import bound_hivemind
 
 if TYPE_CHECKING:
     from petals_eval.swarm.remote_sequential import RemoteSequential

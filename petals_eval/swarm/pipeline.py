@@ -15,23 +15,23 @@ from petals_eval.errors import (
     PeerNoSessionError,
     PeerRefusedError,
 )
-from petals_eval.swarm.admission import RowAdmission, SessionAdmission, is_ready
-from petals_eval.swarm.cache_book import CacheBook, Wait
-from petals_eval.swarm.calls import BlockCalls
-from petals_eval.swarm.directory import Directory
-from petals_eval.swarm.distrust import Distrust
-from petals_eval.swarm.hop_calls import HopCalls
-from petals_eval.swarm.hop_finder import HopFinder
-from petals_eval.swarm.limits import USUAL_MAX_TOKENS, TokenLimits
-from petals_eval.swarm.lines import Line, Lines
-from petals_eval.swarm.missing import spans_text
-from petals_eval.swarm.overflow import Overflow
-from petals_eval.swarm.peers import PeerBook, short_peer
-from petals_eval.swarm.push_calls import PushCalls
-from petals_eval.swarm.routing import Hop
-from petals_eval.swarm.sessions import RouteSession
-from petals_eval.swarm.sizes import MicroBatchSize
-from petals_eval.swarm.unequal import UnequalServer
+from petals_eval.swarm.directory.coverage import spans_text
+from petals_eval.swarm.directory.dht import Directory
+from petals_eval.swarm.directory.routing import Hop
+from petals_eval.swarm.peers.caches import CacheBook, Wait
+from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS, TokenLimits
+from petals_eval.swarm.peers.peer import PeerBook, short_peer
+from petals_eval.swarm.scheduling.admission import Line, Lines
+from petals_eval.swarm.scheduling.capacity import RowAdmission, SessionAdmission, is_ready
+from petals_eval.swarm.scheduling.hop_runner import HopCalls
+from petals_eval.swarm.scheduling.push_scheduler import PushCalls
+from petals_eval.swarm.scheduling.router import HopFinder
+from petals_eval.swarm.scheduling.tuning import MicroBatchSize
+from petals_eval.swarm.sessions.route_session import RouteSession
+from petals_eval.swarm.transport.client import BlockCalls
+from petals_eval.swarm.trust.overflow import Overflow
+from petals_eval.swarm.trust.quarantine import Distrust
+from petals_eval.swarm.trust.unequal import UnequalServer
 
 __all__ = ["USUAL_MAX_TOKENS", "Pipeline", "ServedHop", "SwarmStatus", "short_peer", "spans_text"]
 

@@ -10,21 +10,21 @@ from torch import nn
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import CallerError, ExampleError
-from petals_eval.swarm.calls import RemoteCalls
-from petals_eval.swarm.checked_calls import CheckedCalls
 from petals_eval.swarm.connection import SwarmConnection
-from petals_eval.swarm.directory import Directory
-from petals_eval.swarm.flight import Computed, Failed, Flight, Work
+from petals_eval.swarm.directory.dht import Directory
 from petals_eval.swarm.gradients import refuse_gradients
-from petals_eval.swarm.inference_session import InferenceSession
-from petals_eval.swarm.peers import PeerBook, PeerHistory
+from petals_eval.swarm.peers.peer import PeerBook, PeerHistory
 from petals_eval.swarm.pipeline import USUAL_MAX_TOKENS, Pipeline, SwarmStatus
-from petals_eval.swarm.records import Snapshot
-from petals_eval.swarm.unequal import unequal_by
-from petals_eval.swarm.verify.judge import BlocksAtHome
-from petals_eval.swarm.verify.verified_calls import Checks, VerifiedCalls
-from petals_eval.swarm.wire import LOSSY, itemsize_of
-from petals_eval.swarm.wire_book import WireBook
+from petals_eval.swarm.sessions.inference_session import InferenceSession
+from petals_eval.swarm.stream import Computed, Failed, Flight, Work
+from petals_eval.swarm.transport.client import RemoteCalls
+from petals_eval.swarm.transport.codec_negotiation import WireBook
+from petals_eval.swarm.trust.arbiter import BlocksAtHome
+from petals_eval.swarm.trust.audit import Checks, VerifiedCalls
+from petals_eval.swarm.trust.determinism_guard import CheckedCalls
+from petals_eval.swarm.trust.unequal import unequal_by
+from petals_eval.swarm.wire.messages import LOSSY, itemsize_of
+from petals_eval.swarm.wire.records import Snapshot
 
 __all__ = ["Computed", "RemoteSequential", "Work"]
 
@@ -127,8 +127,8 @@ class RemoteSequential(nn.Module):
         """Send micro-batches and yield them as they come back, in any order.
 
         window: micro-batches in flight at most (default: the settings'; without one there, the servers' own windows
-            decide, see `petals_eval.swarm.flow`). The next one is taken from `work` only when there is room for it, so
-            memory is bounded.
+            decide, see `petals_eval.swarm.peers.window`). The next one is taken from `work` only when there is room for
+            it, so memory is bounded.
         on_tick: called about every `tick` seconds, and whenever one comes back.
         on_error: says what to send in the place of a micro-batch that nobody can compute, if anything. Any other error,
             and without it this one too, cancels the rest and is raised.

@@ -15,7 +15,6 @@ from pydantic import (
     model_validator,
 )
 
-from petals_eval.data.problems import closest, explain, shorten
 from petals_eval.data.rows import Row, Rows
 from petals_eval.data.source import DataSource, FileFormat, FileReading
 from petals_eval.errors import AdapterError, DataError, NotFiniteError, PetalsEvalError, TaskError
@@ -23,6 +22,7 @@ from petals_eval.tasks.labels import Labels, spelled
 from petals_eval.tasks.requests import Example, Prediction, Request
 from petals_eval.tasks.template import Template
 from petals_eval.tasks.tokens import Continued, continue_texts, cut, tokenize
+from petals_eval.validation import closest, explain, shorten
 
 if TYPE_CHECKING:
     import numpy as np

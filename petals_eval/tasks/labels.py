@@ -9,8 +9,8 @@ from decimal import Decimal, InvalidOperation
 from functools import cached_property
 from math import isfinite
 
-from petals_eval.data.problems import shorten
 from petals_eval.errors import DataError
+from petals_eval.validation import shorten
 
 __all__ = ["Labels", "other_spellings", "spelled"]
 

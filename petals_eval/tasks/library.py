@@ -5,12 +5,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from petals_eval.data.problems import closest, shorten
 from petals_eval.data.source import DataSource, FileReading, format_of, is_local, local_path
 from petals_eval.data.yaml_text import read_yaml, resolve_nulls
 from petals_eval.errors import ConfigError, TaskError
 from petals_eval.tasks.base import Task
 from petals_eval.tasks.classification import ClassificationTask
+from petals_eval.validation import closest, shorten
 
 __all__ = ["list_tasks", "load_task", "resolve_source"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import petals_eval
 from petals_eval.errors import MachineError, SwarmError
 from petals_eval.local_swarm import LocalSwarm
-from petals_eval.local_swarm import faults as f
+from petals_eval.local_swarm.faults import catalog as f
 from petals_eval.runs import RunFolder
 
 ADAPTER = "trec-deep_ptune"

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from petals_eval.local_swarm import LocalSwarm
-from petals_eval.local_swarm.faults import Slow
+from petals_eval.local_swarm.faults.catalog import Slow
 
 SECONDS = 90  # until a step of another process must be done; the machine may be busy
 ROWS_A_KILL = 250  # so that the run is not over before the last kill

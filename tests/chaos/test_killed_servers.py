@@ -16,7 +16,7 @@ import pytest
 import petals_eval
 from petals_eval.errors import DeadlineError, MissingBlocksError, RunFolderError
 from petals_eval.local_swarm import LocalSwarm
-from petals_eval.local_swarm.faults import Slow
+from petals_eval.local_swarm.faults.catalog import Slow
 from petals_eval.runs import RunFolder
 
 EXAMPLES = 500

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from petals_eval.local_swarm import LocalSwarm
-from petals_eval.local_swarm.faults import Slow
-from petals_eval.local_swarm.servers import LocalServer
+from petals_eval.local_swarm.faults.catalog import Slow
+from petals_eval.local_swarm.handles import LocalServer
 
 SPANS = ((0, 2), (2, 4), (4, 5))
 

@@ -121,7 +121,7 @@ def surroundings(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets, "load_dataset", _with_sst2(datasets.load_dataset))
-    monkeypatch.setattr("petals_eval.cli.opening.PUBLIC_SWARM", public_swarm)
+    monkeypatch.setattr("petals_eval.cli.open_swarm.PUBLIC_SWARM", public_swarm)
     threaded = functools.partial(LocalSwarm, mode="thread")
     monkeypatch.setattr(petals_eval.local_swarm, "LocalSwarm", threaded)
     monkeypatch.setenv("COLUMNS", "110")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from petals_eval.local_swarm import LocalSwarm
-from petals_eval.swarm.calls import RemoteCalls
+from petals_eval.swarm.transport.client import RemoteCalls
 from tests.cli.conftest import Stage
 from tests.cli.invoking import invoke
 

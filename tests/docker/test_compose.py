@@ -11,8 +11,8 @@ import pytest
 import typer
 import yaml
 
+from petals_eval.cli.address_flags import own_address
 from petals_eval.cli.app import UsageError, app
-from petals_eval.cli.listening import own_address
 from petals_eval.config import RunSettings
 from petals_eval.demo import demo_paths
 from petals_eval.health.serving import address_of

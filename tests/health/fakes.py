@@ -10,14 +10,14 @@ import torch
 from petals_eval.errors import PeerError, PeerRefusedError
 from petals_eval.health.census import AnnouncedModel, Census, claims_in
 from petals_eval.health.check import look
-from petals_eval.health.home import Home
 from petals_eval.health.locked import LockedServers
+from petals_eval.health.reference_blocks import Home
 from petals_eval.health.results import HealthReport
 from petals_eval.health.settings import HealthSettings
-from petals_eval.swarm import wire
-from petals_eval.swarm.calls import Answer, Asked
-from petals_eval.swarm.records import Announcement
-from petals_eval.swarm.routing import Hop
+from petals_eval.swarm.directory.routing import Hop
+from petals_eval.swarm.transport.client import Answer, Asked
+from petals_eval.swarm.wire import messages as wire
+from petals_eval.swarm.wire.records import Announcement
 from tests.swarm.fakes import PEER
 
 HIDDEN = 32

@@ -11,13 +11,13 @@ from hivemind.p2p.p2p_daemon import P2PContext
 from hivemind.proto import runtime_pb2
 from hivemind.utils.timed_storage import get_dht_time
 
-from petals_eval.local_swarm.announce import announce
-from petals_eval.local_swarm.compute import Compute, Work
 from petals_eval.local_swarm.loop_thread import LoopThread
 from petals_eval.local_swarm.peer import Peer
-from petals_eval.local_swarm.server import BlockServer
-from petals_eval.local_swarm.settings import ServerSettings
-from petals_eval.swarm.records import ServerState
+from petals_eval.local_swarm.server.announce import announce
+from petals_eval.local_swarm.server.block_server import BlockServer
+from petals_eval.local_swarm.server.compute import Compute, Work
+from petals_eval.local_swarm.server.settings import ServerSettings
+from petals_eval.swarm.wire.records import ServerState
 
 TIMEOUT = 60
 UNKNOWN_PEER = "12D3KooWHdduK3xuXojcDqUBywcuLzygJjMv9zAMFptPRwfLsKui"

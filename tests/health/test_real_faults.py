@@ -6,7 +6,7 @@ import pytest
 
 from petals_eval.health import Verdict, check_health
 from petals_eval.local_swarm import LocalSwarm
-from petals_eval.swarm.records import ServerState
+from petals_eval.swarm.wire.records import ServerState
 from tests.health import hostile
 from tests.health.conftest import STORIES
 from tests.health.fakes import findings, server_of

@@ -7,8 +7,8 @@ import pytest
 
 from petals_eval.health import Verdict, check_health
 from petals_eval.local_swarm import LocalSwarm
-from petals_eval.local_swarm import faults as f
-from petals_eval.local_swarm.servers import LocalServer
+from petals_eval.local_swarm.faults import catalog as f
+from petals_eval.local_swarm.handles import LocalServer
 from tests.health.conftest import STORIES
 from tests.health.fakes import findings, server_of
 

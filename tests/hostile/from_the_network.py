@@ -19,10 +19,12 @@ from hivemind.utils.timed_storage import ValueWithExpiration
 
 from petals_eval.errors import PeerError
 from petals_eval.health.census import claims_in
-from petals_eval.swarm import codecs, untrusted, wire
-from petals_eval.swarm.directory import read_announcements
-from petals_eval.swarm.records import Announcement, read_snapshot
-from petals_eval.swarm.rpc import as_peer_errors, receive, streamed
+from petals_eval.swarm.directory.dht import read_announcements
+from petals_eval.swarm.transport.rpc import as_peer_errors, receive, streamed
+from petals_eval.swarm.wire import codecs
+from petals_eval.swarm.wire import messages as wire
+from petals_eval.swarm.wire import msgpack_reader as untrusted
+from petals_eval.swarm.wire.records import Announcement, read_snapshot
 
 PEER = "12D3KooWHdduK3xuXojcDqUBywcuLzygJjMv9zAMFptPRwfLsKui"
 SHAPE = (2, 3, 4)

@@ -11,14 +11,14 @@ from hivemind.proto.p2pd_pb2 import RPCError
 from hivemind.utils.serializer import MSGPackSerializer
 from safetensors.torch import save_file
 
-from petals_eval.cli.exits import run_command
+from petals_eval.cli.exit_codes import run_command
 from petals_eval.errors import AdapterError, DeadlineError, PeerError
-from petals_eval.report.text import printable
-from petals_eval.swarm import wire
-from petals_eval.swarm.peers import in_words
-from petals_eval.swarm.records import Announcement, ServerRecord, SpanServer, read_snapshot
-from petals_eval.swarm.rpc import as_peer_errors, receive
-from petals_eval.swarm.unequal import UnequalServer, stop_text, warning_text
+from petals_eval.swarm.peers.peer import in_words
+from petals_eval.swarm.transport.rpc import as_peer_errors, receive
+from petals_eval.swarm.trust.unequal import UnequalServer, stop_text, warning_text
+from petals_eval.swarm.wire import messages as wire
+from petals_eval.swarm.wire.records import Announcement, ServerRecord, SpanServer, read_snapshot
+from petals_eval.text import printable
 from tests.hostile.from_files import TARGETS, _adapter
 from tests.swarm.fakes import FakeCalls, FakeDirectory, pipeline
 from tests.swarm.test_wire import info

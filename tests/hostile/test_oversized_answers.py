@@ -15,12 +15,12 @@ from hivemind.proto import runtime_pb2
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerError
 from petals_eval.local_swarm import LocalSwarm
-from petals_eval.local_swarm.faults import Oversized
+from petals_eval.local_swarm.faults.catalog import Oversized
 from petals_eval.local_swarm.loop_thread import LoopThread
 from petals_eval.swarm import SwarmConnection
-from petals_eval.swarm.calls import RemoteCalls
-from petals_eval.swarm.records import ServerRecord, ServerState, SpanServer
-from petals_eval.swarm.routing import Hop
+from petals_eval.swarm.directory.routing import Hop
+from petals_eval.swarm.transport.client import RemoteCalls
+from petals_eval.swarm.wire.records import ServerRecord, ServerState, SpanServer
 from tests.swarm.test_wire import info
 
 MIB = 1 << 20

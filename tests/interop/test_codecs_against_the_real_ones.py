@@ -7,7 +7,7 @@ import pytest
 import torch
 from hivemind.proto import runtime_pb2
 
-from petals_eval.swarm import codecs
+from petals_eval.swarm.wire.messages import codecs
 from tests.interop.petals_folders import block_states
 from tests.interop.real_petals import run_petals_loop
 

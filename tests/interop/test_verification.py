@@ -4,7 +4,7 @@ import torch
 
 import petals_eval
 from petals_eval.local_swarm import LocalSwarm
-from petals_eval.local_swarm.faults import Noise
+from petals_eval.local_swarm.faults.catalog import Noise
 from petals_eval.model.blocks import BlockSpan
 from petals_eval.swarm import SwarmConnection
 from tests.interop.conftest import STORIES

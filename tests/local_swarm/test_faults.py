@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from petals_eval.errors import MachineError
 from petals_eval.local_swarm import LocalSwarm
-from petals_eval.local_swarm import faults as f
-from petals_eval.local_swarm.announce import nobody
+from petals_eval.local_swarm.faults import catalog as f
+from petals_eval.local_swarm.server.announce import nobody
 from petals_eval.model.blocks import BlockSpan
 from tests.local_swarm.wire_client import TIMEOUT, WireClient, WireSession, chain, request
 from tests.tiny_models import make_tiny

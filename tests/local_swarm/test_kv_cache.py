@@ -5,8 +5,8 @@ import asyncio
 import pytest
 import torch
 
-from petals_eval.local_swarm.compute import SpanThread, Work
-from petals_eval.local_swarm.kv_cache import SessionCache
+from petals_eval.local_swarm.server.compute import SpanThread, Work
+from petals_eval.local_swarm.server.kv_cache import SessionCache
 from petals_eval.model.blocks import BlockSpan
 from tests.local_swarm.test_blocks import Reference, distance
 from tests.tiny_models import FAMILIES, make_tiny

@@ -18,9 +18,9 @@ from hivemind.utils.asyncio import as_aiter
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.streaming import combine_from_streaming, split_for_streaming
 
-from petals_eval.local_swarm.handler import TransformerConnectionHandler
 from petals_eval.local_swarm.loop_thread import LoopThread
 from petals_eval.local_swarm.peer import Peer
+from petals_eval.local_swarm.server.handler import TransformerConnectionHandler
 
 TIMEOUT = 60
 

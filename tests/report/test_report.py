@@ -10,7 +10,7 @@ from rich.console import Console
 
 import petals_eval.report.numbers
 import petals_eval.report.progress
-import petals_eval.report.text
+import petals_eval.text
 from petals_eval.metrics import Metric
 from petals_eval.report import ProgressDisplay, console_for, markdown_report, print_result, printable
 from petals_eval.runs import (
@@ -290,7 +290,7 @@ def test_every_control_and_bidirectional_character_is_replaced() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [petals_eval.report.text, petals_eval.report.numbers, petals_eval.report.progress],
+    [petals_eval.text, petals_eval.report.numbers, petals_eval.report.progress],
     ids=lambda m: m.__name__,
 )
 def test_examples_in_docstrings_hold(module) -> None:

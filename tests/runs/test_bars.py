@@ -5,7 +5,7 @@ import pytest
 from petals_eval.errors import ConfigError
 from petals_eval.metrics import Metric
 from petals_eval.runs import AdapterResult, RunResult
-from petals_eval.runs.bars import Bar, below
+from petals_eval.runs.thresholds import Bar, below
 
 LABELS = ("no", "yes")
 

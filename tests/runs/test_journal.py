@@ -14,11 +14,11 @@ import pytest
 from run_samples import SERVERS, prediction, reachable_folder, unprivileged
 
 from petals_eval.errors import MachineError, RunFolderError
-from petals_eval.holding import now_or_soon
+from petals_eval.interrupts import now_or_soon
 from petals_eval.runs import Counts, Journal, ServerUsed
 from petals_eval.runs import journal as journal_module
+from petals_eval.runs.lookup_tables import SmallTables
 from petals_eval.runs.rows import Row
-from petals_eval.runs.small_tables import SmallTables
 
 
 @pytest.fixture

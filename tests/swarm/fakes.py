@@ -8,12 +8,12 @@ import torch
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerCacheFullError
-from petals_eval.swarm.cache_book import CacheBook
-from petals_eval.swarm.calls import Answer
-from petals_eval.swarm.peers import PeerBook
+from petals_eval.swarm.directory.routing import Hop
+from petals_eval.swarm.peers.caches import CacheBook
+from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.pipeline import Pipeline
-from petals_eval.swarm.records import ServerRecord, ServerState, Snapshot, SpanServer
-from petals_eval.swarm.routing import Hop
+from petals_eval.swarm.transport.client import Answer
+from petals_eval.swarm.wire.records import ServerRecord, ServerState, Snapshot, SpanServer
 
 PEER = "/ip4/127.0.0.1/tcp/1/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY"
 

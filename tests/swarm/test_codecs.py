@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petals_eval.errors import PeerAnswerError
-from petals_eval.swarm import codecs, wire
+from petals_eval.swarm.wire import codecs
+from petals_eval.swarm.wire import messages as wire
 
 CODES = runtime_pb2.CompressionType
 SHAPES = [(1, 1, 1), (3, 5, 7), (2, 64, 32), (1, 1, 4097), (2, 0, 8)]

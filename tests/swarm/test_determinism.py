@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from petals_eval.errors import MissingBlocksError, PeerNondeterministicError, PeerUnreachableError
-from petals_eval.swarm.calls import Answer
-from petals_eval.swarm.checked_calls import CheckedCalls
-from petals_eval.swarm.determinism import TOLERANCE, difference, dropout_in, question_from
-from petals_eval.swarm.peers import PeerBook
+from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.pipeline import Pipeline
+from petals_eval.swarm.transport.client import Answer
+from petals_eval.swarm.trust.determinism import TOLERANCE, difference, dropout_in, question_from
+from petals_eval.swarm.trust.determinism_guard import CheckedCalls
 from tests.swarm.fakes import FakeDirectory, server, settings
 from tests.tiny_models import make_tiny
 
@@ -379,7 +379,7 @@ def test_after_being_caught_a_server_is_refused_whatever_was_decided_before():
 
 
 def run_hop(name: str):
-    from petals_eval.swarm.routing import Hop
+    from petals_eval.swarm.directory.routing import Hop
 
     return Hop(server(name, 0, 4), 0, 4)
 

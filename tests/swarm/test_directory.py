@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from petals_eval.swarm import directory as module
-from petals_eval.swarm.directory import Directory
+from petals_eval.swarm.directory import dht as module
+from petals_eval.swarm.directory.dht import Directory
 from tests.swarm.fakes import settings
 
 PEERS = ("QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY", "QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from petals_eval.local_swarm.loop_thread import LoopThread
-from petals_eval.swarm.flight import AHEAD, MOST_WAITING, Flight, Work
-from petals_eval.swarm.flow import LEAST_CALLS
+from petals_eval.swarm.peers.window import LEAST_CALLS
+from petals_eval.swarm.stream import AHEAD, MOST_WAITING, Flight, Work
 from tests.swarm.fakes import FakeCalls, FakeDirectory, pipeline, server
 
 

@@ -4,7 +4,7 @@ import heapq
 
 import pytest
 
-from petals_eval.swarm.flow import LEAST_CALLS, MOST_TOKENS, Flow
+from petals_eval.swarm.peers.window import LEAST_CALLS, MOST_TOKENS, Flow
 
 
 class Simulated:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from petals_eval.errors import DeadlineError, MissingBlocksError, PeerUnreachableError, RequestTooLargeError
-from petals_eval.swarm.cache_book import Wait
-from petals_eval.swarm.hop_finder import FEW
-from petals_eval.swarm.records import Snapshot
+from petals_eval.swarm.peers.caches import Wait
+from petals_eval.swarm.scheduling.router import FEW
+from petals_eval.swarm.wire.records import Snapshot
 from tests.swarm.fakes import FakeCalls, FakeDirectory, pipeline, server, set_pace
 
 BLOCKS = 12

@@ -13,11 +13,12 @@ import torch
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import DeadlineError, MissingBlocksError, RequestTooLargeError
 from petals_eval.health import check_health
-from petals_eval.local_swarm import faults, sessions
+from petals_eval.local_swarm.faults import catalog as faults
 from petals_eval.local_swarm.launcher import LocalSwarm
+from petals_eval.local_swarm.server import sessions
 from petals_eval.swarm import SwarmConnection
-from petals_eval.swarm import sessions as route_sessions
-from petals_eval.swarm.rpc import open_stream
+from petals_eval.swarm.sessions import route_session as route_sessions
+from petals_eval.swarm.transport.rpc import open_stream
 from tests.local_swarm.wire_client import WireClient, WireSession, chain
 from tests.tiny_models import make_tiny
 

@@ -16,9 +16,9 @@ from petals_eval.errors import (
     PeerUnreachableError,
     RequestTooLargeError,
 )
+from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.pipeline import ServedHop
-from petals_eval.swarm.records import Snapshot
-from petals_eval.swarm.routing import Hop
+from petals_eval.swarm.wire.records import Snapshot
 from tests.swarm.fakes import FakeCalls, FakeDirectory, pipeline, server, set_pace
 
 HIDDEN = torch.zeros(2, 3, 4)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from petals_eval.swarm.push_choice import EPOCH_SECONDS, FIRST_REST, PushChoice
+from petals_eval.swarm.scheduling.push_choice import EPOCH_SECONDS, FIRST_REST, PushChoice
 
 POSITIONS = 60
 

@@ -8,11 +8,12 @@ import torch
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import MissingBlocksError
-from petals_eval.local_swarm import faults
+from petals_eval.local_swarm.faults import catalog as faults
 from petals_eval.local_swarm.launcher import LocalSwarm
-from petals_eval.local_swarm.sessions import Sessions
-from petals_eval.swarm import SwarmConnection, Work, push_calls
-from petals_eval.swarm.determinism import difference
+from petals_eval.local_swarm.server.sessions import Sessions
+from petals_eval.swarm import SwarmConnection, Work
+from petals_eval.swarm.scheduling import push_scheduler as push_calls
+from petals_eval.swarm.trust.determinism import difference
 
 BLOCKS, HIDDEN = 5, 64
 SPANS = [(0, 2), (2, 3), (3, 4), (4, 5)]

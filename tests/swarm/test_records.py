@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_eval.errors import ConfigError
-from petals_eval.swarm.records import Announcement, Choice, ServerRecord, ServerState, read_snapshot
+from petals_eval.swarm.wire.records import Announcement, Choice, ServerRecord, ServerState, read_snapshot
 from tests.swarm.fakes import settings
 
 FULL = {

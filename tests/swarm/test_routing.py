@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals_eval.swarm.routing import RouteIndex, hold_all, next_hop, plan_route
+from petals_eval.swarm.directory.routing import RouteIndex, hold_all, next_hop, plan_route
 from tests.swarm.fakes import server
 
 

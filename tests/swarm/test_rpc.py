@@ -11,7 +11,7 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerAnswerError, PeerRefusedError
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.swarm import SwarmConnection
-from petals_eval.swarm.rpc import as_peer_errors, receive, streamed, together
+from petals_eval.swarm.transport.rpc import as_peer_errors, receive, streamed, together
 
 
 def test_a_call_over_one_mebibyte_streams(realdata):

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from petals_eval.swarm.verify import sampling
-from petals_eval.swarm.verify.sampling import Sampler, catch_probability
+from petals_eval.swarm.trust import sampling
+from petals_eval.swarm.trust.sampling import Sampler, catch_probability
 from tests.swarm.fakes import FakeDirectory
 from tests.swarm.verifying import BLOCKS, Run, Servers, float32, noise, states
 

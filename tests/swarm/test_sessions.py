@@ -12,8 +12,10 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import CallerError, DeadlineError, GradientError, RequestTooLargeError
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.remote_model import RemoteModel
-from petals_eval.swarm import SwarmConnection, cache_book, wire
-from petals_eval.swarm.hop_session import proves_rolling_back
+from petals_eval.swarm import SwarmConnection
+from petals_eval.swarm.peers import caches as cache_book
+from petals_eval.swarm.transport.hop_session import proves_rolling_back
+from petals_eval.swarm.wire import messages as wire
 from petals_eval.tasks.requests import Request
 from tests.model.reference import classifier, full_logits, make_adapter
 from tests.tiny_models import make_tiny
@@ -140,7 +142,7 @@ def test_whether_a_server_rolls_back_is_found_out_once(swarm, line, monkeypatch)
         proofs.append(await proves_rolling_back(session, hidden_size))
         return proofs[-1]
 
-    monkeypatch.setattr("petals_eval.swarm.calls.proves_rolling_back", prove)
+    monkeypatch.setattr("petals_eval.swarm.transport.client.proves_rolling_back", prove)
     with connect(swarm) as connection:
         blocks = connection.remote_sequential(swarm.dht_prefix, BLOCKS)
         for _ in range(2):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from petals_eval.swarm.sizes import LARGEST, NEAR, NEAR_START, SMALLEST, START, MicroBatchSize
+from petals_eval.swarm.scheduling.tuning import LARGEST, NEAR, NEAR_START, SMALLEST, START, MicroBatchSize
 
 BYTES_PER_POSITION = 256
 

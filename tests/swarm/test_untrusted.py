@@ -10,7 +10,8 @@ import torch
 from hivemind.utils.serializer import MSGPackSerializer
 
 from petals_eval.errors import PeerAnswerError
-from petals_eval.swarm import untrusted, wire
+from petals_eval.swarm.wire import messages as wire
+from petals_eval.swarm.wire import msgpack_reader as untrusted
 from tests.swarm.test_wire import info
 
 
@@ -32,7 +33,7 @@ def test_messages_that_nest_too_deep_are_refused(depth):
 def test_values_of_the_dht_that_nest_too_deep_are_refused_by_hivemind_itself():
     """In a process of its own, for it would end this one."""
     script = (
-        "from petals_eval.swarm.untrusted import bound_hivemind\n"
+        "from petals_eval.swarm.wire.msgpack_reader import bound_hivemind\n"
         "from hivemind.dht.node import DHTNode\n"
         "from hivemind.utils.serializer import MSGPackSerializer\n"
         "from tests.swarm.test_untrusted import nested\n"

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_eval.errors import PeerAnswerError, PeerRefusedError
-from petals_eval.swarm import wire
-from petals_eval.swarm.limits import says_cache_is_full
+from petals_eval.swarm.peers.limits import says_cache_is_full
+from petals_eval.swarm.wire import messages as wire
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

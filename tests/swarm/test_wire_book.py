@@ -9,12 +9,12 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerAnswerError, PeerRefusedError, PeerUnreachableError
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.swarm import SwarmConnection
-from petals_eval.swarm.checked_calls import CheckedCalls
-from petals_eval.swarm.peers import PeerBook
-from petals_eval.swarm.routing import Hop
-from petals_eval.swarm.rpc import Answer
-from petals_eval.swarm.wire import LOSSY, ServerInfo
-from petals_eval.swarm.wire_book import WireBook
+from petals_eval.swarm.directory.routing import Hop
+from petals_eval.swarm.peers.peer import PeerBook
+from petals_eval.swarm.transport.codec_negotiation import WireBook
+from petals_eval.swarm.transport.rpc import Answer
+from petals_eval.swarm.trust.determinism_guard import CheckedCalls
+from petals_eval.swarm.wire.messages import LOSSY, ServerInfo
 from tests.swarm.fakes import FakeCalls, server, settings
 
 FLOAT32 = ServerInfo("2.2.0", torch.float32, torch.float32, 10)

@@ -1,0 +1,175 @@
+"""A dry run: what an evaluation would send, and to whom. Nothing is sent."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from petals_eval.data import Rows, micro_batches
+from petals_eval.errors import ExampleError
+from petals_eval.swarm.scheduling.tuning import START
+from petals_eval.tasks import Task, show_example
+from petals_eval.tasks.requests import Example, Request
+
+if TYPE_CHECKING:
+    from petals_eval.model import Adapter, LocalModel
+    from petals_eval.swarm.wire.records import Snapshot
+
+__all__ = ["DryRun", "dry_run", "route_lines"]
+
+_NAMED = 6  # tensors
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What one adapter's evaluation would send.
+
+    shown: the first examples as text and as tokens, with prompt and pooling positions.
+    n_failed: examples that cannot be computed, among all n_examples; why_failed: the first of them.
+    n_text_tokens: without prompts and padding; n_positions: with them.
+    hidden_bytes: of the hidden states, in the dtype at home or the lossy wire's; they travel to each hop and back.
+    prompt_bytes: of the deep prompts, which travel once, split among the hops.
+    notes: what else one should know of it, a sentence each.
+    Servers of a narrower dtype than the one at home are sent less.
+    """
+
+    shown: tuple[str, ...]
+    n_examples: int
+    n_requests: int
+    n_micro_batches: int
+    n_truncated: int
+    n_failed: int
+    why_failed: str
+    n_text_tokens: int
+    n_positions: int
+    hidden_bytes: int
+    prompt_bytes: int
+    notes: tuple[str, ...] = ()
+
+    def bytes_sent(self, hops: int) -> int:
+        return self.hidden_bytes * hops + self.prompt_bytes
+
+    def bytes_received(self, hops: int) -> int:
+        return self.hidden_bytes * hops
+
+
+def dry_run(
+    local: "LocalModel",
+    adapter: "Adapter | None",
+    task: Task,
+    rows: Rows,
+    *,
+    show: int = 2,
+    tokens_per_micro_batch: int | None = None,
+    wire: str | None = None,
+) -> DryRun:
+    """Prepare every example as a run would, and count. wire: as `SwarmSettings.wire`.
+
+    Raises what a run would raise before it sends anything. Examples that cannot be computed are counted, as a run notes
+    them as failures.
+    """
+    from petals_eval.swarm.wire.messages import LOSSY
+
+    value_bytes = local.dtype.itemsize if wire is None else min(local.dtype.itemsize, LOSSY[wire].bytes_per_value)
+    prefix = 0 if adapter is None else adapter.prefix_length
+    at_once = tokens_per_micro_batch or START // (local.hidden_size * value_bytes)
+    tokenizer = local.tokenizer
+    examples = task.examples(rows, tokenizer)
+    first = list(itertools.islice(examples, show))
+
+    def pooled_token(input_ids: Sequence[int]) -> int:
+        return local.pooled_token(input_ids, adapter)
+
+    shown = tuple(show_example(example, tokenizer, prefix, task.label_names, pooled_token) for example in first)
+    notes: dict[str, None] = {}
+    counted = _Counted()
+
+    def requests() -> Iterator[Request]:
+        for example in counted.over(itertools.chain(first, examples)):
+            try:
+                for request in example.requests:
+                    local.check_length(len(request.input_ids), prefix)
+            except ExampleError as error:
+                counted.fail(error)
+            else:
+                if task.head == "class":
+                    found = (local.pooling_note(request.input_ids, adapter) for request in example.requests)
+                    notes.update((note, None) for note in found if note is not None)
+                yield from example.requests
+
+    batches = positions = n_requests = 0
+    boundary = local.rotary.original_length
+    for batch in micro_batches(requests(), max_tokens=at_once, prefix=prefix, boundary=boundary):
+        batches += 1
+        n_requests += len(batch.requests)
+        positions += len(batch.requests) * (prefix + batch.input_ids.shape[1])
+    deep_prompts = None if adapter is None else adapter.deep_prompts
+    return DryRun(
+        shown=shown,
+        n_examples=counted.examples,
+        n_requests=n_requests,
+        n_micro_batches=batches,
+        n_truncated=counted.truncated,
+        n_failed=counted.failed,
+        why_failed=counted.why_failed,
+        n_text_tokens=counted.tokens,
+        n_positions=positions,
+        hidden_bytes=positions * local.hidden_size * value_bytes,
+        notes=(*notes, *_unused_tensors(local, adapter)),
+        prompt_bytes=0 if deep_prompts is None else batches * deep_prompts.numel() * local.dtype.itemsize,
+    )
+
+
+def _unused_tensors(local: "LocalModel", adapter: "Adapter | None") -> Iterator[str]:
+    """A sentence for the model and one for the prompts, where their files hold tensors that nothing needs."""
+    from petals_eval.model.tensor_files import shown_name
+
+    held = [(str(local.fingerprint["model"]), local.unused)]
+    if adapter is not None:
+        held.append((adapter.name, adapter.unused))
+    for name, unused in held:
+        if unused:
+            named = ", ".join(shown_name(each) for each in unused[:_NAMED])
+            more = f" and {len(unused) - _NAMED:,} more" if len(unused) > _NAMED else ""
+            yield f"{name} also holds tensors that are not needed and change no answer: {named}{more}"
+
+
+@dataclass(slots=True)
+class _Counted:
+    examples: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    failed: int = 0
+    why_failed: str = ""
+
+    def fail(self, error: ExampleError) -> None:
+        self.failed += 1
+        self.why_failed = self.why_failed or str(error)
+
+    def over(self, examples: Iterable[Example]) -> Iterator[Example]:
+        for example in examples:
+            self.examples += 1
+            self.tokens += example.n_tokens
+            self.truncated += example.truncated
+            yield example
+
+
+def route_lines(snapshot: "Snapshot") -> list[str]:
+    """The servers a run would use first, hop by hop, or the blocks nobody holds."""
+    from petals_eval.swarm.directory.routing import plan_route
+    from petals_eval.swarm.pipeline import short_peer, spans_text
+
+    servers = list(snapshot.servers.values())
+    route = plan_route(servers, 0, snapshot.num_blocks, lambda server, blocks: 1.0)
+    if route is None:
+        return [f"no server holds blocks {spans_text(snapshot.missing())} of {snapshot.num_blocks}"]
+    return [
+        f"blocks {hop.first}:{hop.last}  {short_peer(hop.server.peer_id)}"
+        f"  petals {_plain(hop.server.record.version)}  {_plain(hop.server.record.torch_dtype)}"
+        for hop in route
+    ] + [f"{len(servers)} servers hold these {snapshot.num_blocks} blocks"]
+
+
+def _plain(text: str | None) -> str:
+    """A peer's words, safe on a terminal."""
+    return "?" if text is None else "".join(character for character in text if character.isprintable())[:40]

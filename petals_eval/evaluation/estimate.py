@@ -1,0 +1,63 @@
+"""Before a run: can this swarm do it, and how long will it take? From the records alone, in one line."""
+
+from collections.abc import Mapping
+
+from petals_eval.swarm.directory.coverage import spans_text
+from petals_eval.swarm.wire.records import Snapshot
+
+__all__ = ["outlook"]
+
+
+def outlook(snapshot: Snapshot, positions: int, measured: Mapping[str, float] | None = None) -> str:
+    """One line on whether the servers of a snapshot can do a run, and about how long they take.
+
+    positions: rows x positions that go through every block, prompts included.
+    measured: tokens/s by peer id, as seen from here; where a server has none its own word is taken.
+
+    All servers of a block share its work, and the slowest block holds up the rest. Petals reckons a server's
+    `throughput` for its whole span, so that the sum over a block's servers is what the block takes.
+
+    >>> from petals_eval.swarm.wire.records import ServerRecord, SpanServer
+    >>> record = ServerRecord(state=2, throughput=50.0)
+    >>> servers = {"a": SpanServer("a", 0, 3, record), "b": SpanServer("b", 0, 2, record)}
+    >>> outlook(Snapshot(3, servers), 10_000)
+    'swarm: 2 servers hold all 3 blocks (fewest: block 2, 1 server); at the 50 tok/s they claim 10,000 positions take \
+about 3 min'
+    >>> outlook(Snapshot(4, servers), 10_000)
+    'swarm: no server holds blocks 3:4 of 4: a run would wait for one'
+    """
+    missing = snapshot.missing()
+    if missing:
+        return f"swarm: no server holds blocks {spans_text(missing)} of {snapshot.num_blocks}: a run would wait for one"
+    holders = [0] * snapshot.num_blocks
+    rates = [0.0] * snapshot.num_blocks
+    seen = measured or {}
+    for server in snapshot.servers.values():
+        for block in range(server.start, min(server.end, snapshot.num_blocks)):
+            holders[block] += 1
+            rates[block] += seen.get(server.peer_id, server.record.throughput)
+    fewest = min(holders)
+    servers = f"{_servers(len(snapshot.servers))} all {snapshot.num_blocks} blocks"
+    thinnest = f"fewest: block {holders.index(fewest)}, {fewest} server{'' if fewest == 1 else 's'}"
+    rate = min(rates)
+    if rate <= 0:
+        return f"swarm: {servers} ({thinnest}); how fast they are, they do not say"
+    source = "seen" if set(snapshot.servers) <= set(seen) else "they claim"
+    time = _duration(positions / rate)
+    return f"swarm: {servers} ({thinnest}); at the {rate:,.0f} tok/s {source} {positions:,} positions take about {time}"
+
+
+def _servers(count: int) -> str:
+    return f"{count} server{' holds' if count == 1 else 's hold'}"
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(0.4), _duration(90), _duration(7000), _duration(200_000)
+    ('1 s', '90 s', '117 min', '56 h')
+    """
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 7200:
+        return f"{round(seconds / 60)} min"
+    return f"{round(seconds / 3600)} h"

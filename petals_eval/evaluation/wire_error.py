@@ -1,0 +1,109 @@
+"""What a lossy wire did to a run: how far it moves answers on a sample, and which servers did not take it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from petals_eval.data import Rows, sample
+from petals_eval.errors import RequestTooLargeError
+from petals_eval.runs.folder import RunFolder
+from petals_eval.runs.manifest import LosslessServer, WireRecord, WireSample
+from petals_eval.tasks import Task
+from petals_eval.tasks.requests import Example
+
+if TYPE_CHECKING:
+    import torch
+
+    from petals_eval.model import Adapter
+    from petals_eval.remote_model import RemoteModel
+
+__all__ = ["SAMPLE", "note_lossless_servers", "note_sample"]
+
+SAMPLE = 16
+"""Examples that are computed both ways."""
+
+
+def note_sample(
+    model: "RemoteModel",
+    task: Task,
+    rows: Rows,
+    adapter: "tuple[str, Adapter | None]",
+    folder: RunFolder,
+    *,
+    seed: int,
+    on_tick: Callable[[], object],
+) -> None:
+    """Once a run on a lossy wire: compute a sample lossless as well, and note in the run folder how far answers moved.
+
+    adapter: with its name. seed: draws the sample. Raises SwarmError.
+    """
+    wire = model.blocks.settings.wire
+    if wire is None or (folder.manifest.wire is not None and folder.manifest.wire.sample is not None):
+        return
+    try:
+        found = _measured(model, task, sample(rows, SAMPLE, seed), adapter, on_tick)
+    except RequestTooLargeError as error:
+        found = WireSample(adapter[0], 0, None, None, 0, f"not measured: {error}")
+    folder.note_wire(replace(folder.manifest.wire or WireRecord(wire), sample=found))
+
+
+def note_lossless_servers(model: "RemoteModel", folder: RunFolder) -> list[str]:
+    """Note in the run folder which servers take the code and which do not; a line for each new one that does not.
+
+    A server that did not take it in an earlier part of the run stays noted.
+    """
+    if model.blocks.settings.wire is None:
+        return []
+    from petals_eval.swarm.peers.peer import short_peer
+
+    book = model.blocks.wires
+    before = folder.manifest.wire or WireRecord(model.blocks.settings.wire)
+    known = {server.peer_id for server in before.lossless}
+    new = [LosslessServer(peer, why) for peer, why in list(book.lossless.items()) if peer not in known]
+    taken_by = tuple(dict.fromkeys([*before.taken_by, *sorted(book.taken_by)]))
+    folder.note_wire(replace(before, lossless=(*before.lossless, *new), taken_by=taken_by))
+    return [
+        f"note: server {short_peer(server.peer_id)} does not take --wire {before.name} ({server.reason}): "
+        "hidden states travel lossless to it and back"
+        for server in new
+    ]
+
+
+def _measured(
+    model: "RemoteModel",
+    task: Task,
+    rows: Rows,
+    adapter: "tuple[str, Adapter | None]",
+    on_tick: Callable[[], object],
+) -> WireSample:
+    import torch
+
+    from petals_eval.remote_model import RemoteModel
+    from petals_eval.swarm import SwarmConnection
+
+    name, prompts = adapter
+    examples = list(task.examples(rows, model.local.tokenizer))
+    settings = model.blocks.settings.model_copy(update={"wire": None})
+    with SwarmConnection.connect(settings) as connection:
+        blocks = connection.remote_sequential(model.blocks.dht_prefix, len(model.blocks))
+        exact = _answers(RemoteModel(model.local, blocks), examples, prompts, on_tick)
+    moved = _answers(model, examples, prompts, on_tick)
+    differences = torch.cat(
+        [(after - before).abs() for key in exact for before, after in zip(exact[key], moved[key], strict=True)]
+    )
+    changed = sum(
+        task.predict(example, exact[example.key]).prediction != task.predict(example, moved[example.key]).prediction
+        for example in examples
+    )
+    return WireSample(name, len(examples), float(differences.max()), float(differences.mean()), changed)
+
+
+def _answers(
+    model: "RemoteModel", examples: Sequence[Example], adapter: "Adapter | None", on_tick: Callable[[], object]
+) -> "dict[str, list[torch.Tensor]]":
+    """By example, in the order of its requests."""
+    requests = [request for example in examples for request in example.requests]
+    found = {
+        (each.request.key, each.request.part): each.answer for each in model.compute(requests, adapter, on_tick=on_tick)
+    }
+    return {example.key: [found[example.key, request.part] for request in example.requests] for example in examples}

@@ -1,0 +1,83 @@
+"""What one server of the local swarm is told. Every default in one place, each with its unit."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from petals_eval.local_swarm.faults.catalog import AnyFault, TrainingMode
+
+__all__ = ["ServerSettings"]
+
+
+class ServerSettings(BaseModel):
+    """Settings of one server. It travels to server processes as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str  # a local folder, or a repository of the hub
+    revision: str | None = None  # of the repository
+    token: str | None = Field(default=None, repr=False)
+    cache_dir: str | None = None
+    dht_prefix: str
+    first: int = Field(ge=0)  # blocks first:last
+    last: int
+    initial_peers: tuple[str, ...] = ()
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: the checkpoint's
+
+    throughput: float | None = Field(default=None, ge=0)  # tokens per second, as announced; None: as measured
+    public_name: str | None = None
+    version: str = "2.3.0.dev2"  # the line of Petals whose wire this server speaks
+    # LoRA adapters it announces and accepts. It applies none: calls that name one are computed without.
+    adapters: tuple[str, ...] = ()
+    update_period: float = Field(default=120.0, gt=0)  # seconds between announcements; they live for two of these
+
+    max_batch_size: int = Field(default=2048, ge=1)  # tokens (batch x seq) of a call
+    inference_max_length: int | None = Field(default=None, ge=1)  # tokens of a session; None: max_batch_size
+    attn_cache_tokens: int | None = Field(
+        default=None, ge=1
+    )  # tokens of all sessions; None: twice inference_max_length
+    max_chunk_bytes: int = Field(default=256 * 2**20, ge=1)  # of attention weights at once in a session's step
+    max_alloc_timeout: float = Field(default=600.0, ge=0)  # seconds a session may wait for room in the cache
+
+    # Whether sessions honour start_from_position, as 2.3.0 servers do; 2.2.0 servers ignore it and go on appending.
+    rolls_back: bool = True
+
+    # Whether the code BLOCKWISE_8BIT is taken and given: hivemind leaves it to bitsandbytes. This server has its own.
+    has_bitsandbytes: bool = True
+
+    # What is wrong with it from the start; `LocalServer.switch` changes that. dropout: short for TrainingMode.
+    faults: tuple[AnyFault, ...] = ()
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    request_timeout: float = Field(default=180.0, gt=0)  # seconds
+    session_timeout: float = Field(default=1800.0, gt=0)  # seconds
+    step_timeout: float = Field(default=300.0, gt=0)  # seconds between two steps of a session
+
+    threads: int = Field(default=1, ge=1)  # of arithmetic, in a process of its own
+
+    host_maddrs: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
+    announce_maddrs: tuple[str, ...] = ()  # where others are told to connect, such as an emulated link; default: there
+    identity_path: str | None = None  # file of the libp2p key; None: a new identity
+
+    @model_validator(mode="after")
+    def _check(self) -> "ServerSettings":
+        if self.last <= self.first:
+            raise ValueError(f"expected a span first:last with last > first, found {self.first}:{self.last}")
+        if "." in self.dht_prefix or " " in self.dht_prefix or not self.dht_prefix:
+            raise ValueError(f"expected a DHT prefix without dots and spaces, found {self.dht_prefix!r}")
+        return self
+
+    @property
+    def first_faults(self) -> tuple[AnyFault, ...]:
+        """Those it starts with."""
+        return (*self.faults, *([TrainingMode(dropout=self.dropout)] if self.dropout else []))
+
+    @property
+    def session_tokens(self) -> int:
+        """Tokens one session may reserve."""
+        return self.inference_max_length or self.max_batch_size
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens all sessions together may reserve."""
+        return self.attn_cache_tokens or 2 * self.session_tokens
