@@ -51,6 +51,7 @@ __all__ = [
     "PeerDisagreesError",
     "PeerDistrustedError",
     "PeerError",
+    "PeerLimitError",
     "PeerNoSessionError",
     "PeerNondeterministicError",
     "PeerNotFiniteError",
@@ -156,6 +157,10 @@ class PeerTimeoutError(PeerError):
 
 class PeerRefusedError(PeerError):
     """The server answered with an error of its own."""
+
+
+class PeerLimitError(PeerRefusedError):
+    """The server refused because of the size, and how much it takes is known now: ask for less, or another server."""
 
 
 class PeerCacheFullError(PeerRefusedError):

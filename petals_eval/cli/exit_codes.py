@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from petals_eval.cli.signals import ending_signals, how_it_ended, interrupted_code
-from petals_eval.environment import unless_set
+from petals_eval.environment import environment_defaults
 from petals_eval.errors import InterruptedRunError, MachineError, PetalsEvalError
 
 __all__ = ["run_command"]
@@ -90,5 +90,5 @@ def _quiet_libraries() -> Iterator[None]:
     """The libraries' own log lines are not for the user of a command; HIVEMIND_LOGLEVEL brings hivemind's back."""
     for name in ("transformers", "huggingface_hub"):  # where they are imported already
         logging.getLogger(name).setLevel(logging.ERROR)
-    with unless_set(_QUIET):
+    with environment_defaults(_QUIET):
         yield

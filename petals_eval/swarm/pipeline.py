@@ -1,49 +1,56 @@
 """The way of a micro-batch through the swarm: hop by hop, on to another server where one fails, under a deadline."""
 
 import asyncio
-import functools
-import time
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-
-import torch
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import (
     PeerCacheFullError,
     PeerDistrustedError,
     PeerError,
+    PeerLimitError,
     PeerNoSessionError,
-    PeerRefusedError,
+    PeerNotFiniteError,
+    PeerTimeoutError,
 )
-from petals_eval.swarm.directory.coverage import spans_text
-from petals_eval.swarm.directory.dht import Directory
+from petals_eval.swarm.activations import Activations
+from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.directory.routing import Hop
-from petals_eval.swarm.peers.caches import CacheBook, Wait
-from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS, TokenLimits
-from petals_eval.swarm.peers.peer import PeerBook, short_peer
-from petals_eval.swarm.scheduling.admission import Line, Lines
-from petals_eval.swarm.scheduling.capacity import RowAdmission, SessionAdmission, is_ready
-from petals_eval.swarm.scheduling.hop_runner import HopCalls
-from petals_eval.swarm.scheduling.push_scheduler import PushCalls
-from petals_eval.swarm.scheduling.router import HopFinder
-from petals_eval.swarm.scheduling.tuning import MicroBatchSize
+from petals_eval.swarm.peers.finding import TrustFinding
+from petals_eval.swarm.peers.peer import PeerBook
+from petals_eval.swarm.runtime import Runtime
+from petals_eval.swarm.scheduling.admission import AdmissionQueues, SessionAdmission
+from petals_eval.swarm.scheduling.push_scheduler import PushScheduler
+from petals_eval.swarm.scheduling.router import HopDeadline, Router
+from petals_eval.swarm.scheduling.tuning import Delivery, Tuning
 from petals_eval.swarm.sessions.route_session import RouteSession
-from petals_eval.swarm.transport.client import BlockCalls
-from petals_eval.swarm.trust.overflow import Overflow
-from petals_eval.swarm.trust.quarantine import Distrust
-from petals_eval.swarm.trust.unequal import UnequalServer
+from petals_eval.swarm.transport.client import HopClient
+from petals_eval.swarm.transport.rpc import Answer
+from petals_eval.swarm.transport.transport import Transport
+from petals_eval.swarm.trust.acceptance import Acceptance
+from petals_eval.swarm.trust.arbiter import Arbiter
+from petals_eval.swarm.trust.audit import ReplicaAudit
+from petals_eval.swarm.trust.determinism_guard import DeterminismGuard
+from petals_eval.swarm.trust.non_finite import raise_if_input_overflows
+from petals_eval.swarm.trust.quarantine import Quarantine
+from petals_eval.swarm.trust.recorded_call import RecordedCall
+from petals_eval.swarm.wire.span import Span
 
-__all__ = ["USUAL_MAX_TOKENS", "Pipeline", "ServedHop", "SwarmStatus", "short_peer", "spans_text"]
+__all__ = ["Pipeline", "ServedHop", "SwarmStatus"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ServedHop:
-    """Who computed blocks first:last of a micro-batch, and in what: the server's own words on version and quantisation,
-    the dtype of its answer."""
+    """Who computed blocks of a micro-batch, and in what: the server's own words on version and quantisation, the dtype
+    of its answer."""
 
     peer_id: str
-    first: int
-    last: int
+    span: Span
     version: str | None
     dtype: str
     quant: str | None
@@ -53,236 +60,231 @@ class ServedHop:
 class SwarmStatus:
     """What a progress display shows.
 
-    waiting: why nothing moves, or None.
-    notices: warnings, in order; each is to be shown once.
-    unequal: servers that gave two answers to one question.
+    waiting: why nothing moves, or None. notices: warnings, in order; each is to be shown once.
+    findings: servers whose answers cannot be counted on.
     """
 
     retries: int
     servers: tuple[str, ...]
     waiting: str | None
     notices: tuple[str, ...] = ()
-    unequal: tuple[UnequalServer, ...] = ()
+    findings: tuple[TrustFinding, ...] = ()
 
 
 class Pipeline:
-    """Sends micro-batches along routes. Used from the connection's event loop only."""
+    """Sends micro-batches along routes. Used from the connection's event loop only; `status` from any thread."""
 
     def __init__(
         self,
-        calls: BlockCalls,
+        transport: Transport,
         directory: Directory,
         peers: PeerBook,
         settings: SwarmSettings,
-        caches: CacheBook | None = None,
+        runtime: Runtime | None = None,
     ):
-        """caches: what `calls` note of the servers' caches; None: nothing yet."""
-        self._calls = calls
-        self._settings = settings
-        self._caches = caches or CacheBook()
-        self._under_way = 0
-        self._limits = TokenLimits(settings.max_tokens_per_call)
-        self.lines = Lines()
-        self.sizes = MicroBatchSize()
-        self._hop_calls = HopCalls(calls, peers, self._limits, self.lines)
-        self._push_calls = PushCalls(
-            calls, peers, self._limits, self._caches, self._hop_calls, self.lines, self.sizes, settings, self._failed
-        )
-        self.distrust = Distrust(directory, peers, allow_nondeterministic=settings.allow_nondeterministic)
-        self._finder = HopFinder(directory, peers, self.distrust, settings, self._hop_calls.seconds)
         self.peers = peers
+        self._directory = directory
+        self._settings = settings
+        self._runtime = runtime = runtime or Runtime()
+        self._under_way = 0
+        self._client = client = HopClient(transport, peers, settings)
+        self.quarantine = Quarantine(directory, peers, allow_nondeterministic=settings.allow_nondeterministic)
+        self.guard = DeterminismGuard(client, peers, self.quarantine, settings)
+        unaudited = Acceptance(peers, self.guard, settings)
+        arbiter = Arbiter(client, unaudited, directory, peers, settings, runtime)
+        self.audit = ReplicaAudit(arbiter, peers, self.quarantine, settings, runtime)
+        self._acceptance = Acceptance(peers, self.guard, settings, self.audit)
+        self.queues = AdmissionQueues()
+        self.tuning = Tuning(settings, runtime)
+        self._router = Router(directory, peers, self.quarantine, self.queues, settings, runtime)
+        self._pushes = PushScheduler(
+            client,
+            self._acceptance,
+            self._router,
+            self.queues,
+            self.tuning.push,
+            peers,
+            settings,
+            runtime,
+            self._on_failed,
+        )
 
-    async def forward(
-        self,
-        hidden: torch.Tensor,
-        prompts: torch.Tensor | None,
-        first: int,
-        last: int,
-    ) -> tuple[torch.Tensor, tuple[ServedHop, ...]]:
-        """Run hidden (batch, seq, hidden) through blocks first:last.
+    async def forward(self, activations: Activations, span: Span) -> tuple[Activations, tuple[ServedHop, ...]]:
+        """Run activations through these blocks, hop by hop; on to another server where one fails.
 
-        prompts: (last - first, batch or 1, prefix, hidden) or None.
-        Returns the hidden states in the last server's dtype, and who computed them, hop by hop.
+        Returns the hidden states in the last server's dtype, and who computed them.
         Raises MissingBlocksError or DeadlineError when a hop finds no server within the deadline, RequestTooLargeError
         when a single row is longer than the servers take, even in steps, NotFiniteError when it overflows their dtype.
         """
-        positions, seq = hidden.shape[0] * hidden.shape[1], hidden.shape[1]
-        route: list[ServedHop] = []
-        position = first
-        give_up: float | None = None
-        overflow = Overflow(self._calls)
-        admission = RowAdmission(self._limits, self._caches, seq)
-        await self._finder.begin()
-        way = self._push_calls.sent(hidden, prompts)
+        hops: list[ServedHop] = []
+        block, tokens = span.start, activations.tokens
+        delivery = self.tuning.choose(activations)
+        deadline, non_finite = HopDeadline(), list[Hop]()
         self._under_way += 1
         try:
-            if way == "pushed":
-                plan = functools.partial(self._finder.plan, first, last, positions)
-                for hop, answer in await self._push_calls.through(plan, hidden, first, last):
-                    route.append(_served(hop, answer))
-                    position, hidden = hop.last, answer
-            while position < last:
-                async with self.lines.first(position) as line:
-                    # Waiting in line is nobody's failure.
-                    give_up = give_up or time.monotonic() + self._settings.deadline
-                    found = await self._hop_with_room(position, last, hidden.shape[0], give_up, admission, line)
-                if isinstance(found, Wait):  # out of line: those behind it may need no room in a cache
-                    await self._finder.wait_for_cache(found, give_up)
-                    continue
-                hop = found
-                span_prompts = None if prompts is None else prompts[hop.first - first : hop.last - first]
-                served = await self._compute(hop, hidden, span_prompts, give_up, overflow)
+            if delivery is Delivery.PUSHED:
+                for hop, answer in await self._pushes.push(activations, span):
+                    hops.append(_served(hop, answer))
+                    block, activations = hop.span.stop, activations.after(answer.hidden, hop.span.stop)
+            while block < span.stop:
+                hop = await self._router.admit(activations, Span(block, span.stop), deadline)
+                served = await self._hedged(hop, activations, deadline.give_up or 0.0, non_finite)
                 if served is None:
-                    await overflow.judge(self._finder.holders(position), hidden)
+                    if non_finite:
+                        holders = self._router.holders(block)
+                        await raise_if_input_overflows(self._client, non_finite, holders, activations)
                     continue
-                hop, hidden = served
-                route.append(_served(hop, hidden))
-                position = hop.last
-                give_up, overflow = None, Overflow(self._calls)
+                hop, answer = served
+                hops.append(_served(hop, answer))
+                block, activations = hop.span.stop, activations.after(answer.hidden, hop.span.stop)
+                deadline, non_finite = HopDeadline(), []
         finally:
             self._under_way -= 1
-            self._push_calls.ended(way)
-        self._push_calls.came_back(way, [hop.version for hop in route], positions)
-        self.sizes.begin(max((self.peers.of(hop.peer_id).flow.distance for hop in route), default=0.0))
-        return hidden, tuple(route)
+            self.tuning.release(delivery)
+        farthest = max((self.peers.of(hop.peer_id).window.min_rtt for hop in hops), default=0.0)
+        self.tuning.record(delivery, [hop.version for hop in hops], tokens, farthest)
+        return activations, tuple(hops)
 
-    def size_came_back(self, made_for: int, positions: int) -> None:
-        """A micro-batch made for this size is back: what the size brings, while all else stays as it is."""
-        if not self._push_calls.choice.is_on_trial:
-            self.sizes.came_back(made_for, positions, time.monotonic())
+    async def _hedged(
+        self, hop: Hop, activations: Activations, give_up: float, non_finite: list[Hop]
+    ) -> tuple[Hop, Answer] | None:
+        """Return the hop's answer, with who gave it; None where it failed.
 
-    def limit_steps(self, positions: int | None) -> None:
-        """Let no row of more positions go in steps, and no session have more (`TokenLimits.steps_alike`)."""
-        self._limits.steps_alike = positions
-
-    def pause(self) -> None:
-        """Nothing is in flight any more: what comes next is another stream's."""
-        self.sizes.pause()
-        self._push_calls.choice.pause()
-
-    async def _compute(
-        self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, give_up: float, overflow: Overflow
-    ) -> tuple[Hop, torch.Tensor] | None:
-        """The hop's answer, with who gave it; None where it failed.
-
-        Where its server takes far longer than was to be expected and another one is free, that one is asked, too, and
-        the first answer counts: one straggler would otherwise hold up the end of a run.
+        Where its server takes far longer than was to be expected and a replica is free, that one is asked, too, and the
+        first answer counts: one straggler would otherwise hold up the end of a run.
+        non_finite: hops that answered with NaN or infinity, to be added to.
         """
-        patience: float | None = self._hop_calls.patience(hop, hidden)
-        under_way = {self._hop_calls.start(hop, hidden, prompts, give_up): hop}
+        patience: float | None = self._router.patience(hop, activations.tokens)
+        under_way = {self._start(hop, activations, give_up): hop}
         try:
             while under_way:
                 done, _ = await asyncio.wait(under_way, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     patience = None
-                    other = self._free_hop_like(hop, hidden)
-                    if other is not None:
-                        under_way[self._hop_calls.start(other, hidden, prompts, give_up)] = other
+                    replica = self._router.free_replica(hop, activations)
+                    if replica is not None:
+                        under_way[self._start(replica, activations, give_up)] = replica
                 for call in done:
                     asked = under_way.pop(call)
                     try:
                         answer = call.result()
                     except PeerError as error:
-                        overflow.note(asked, error)
-                        seq = hidden.shape[1]
-                        admission = RowAdmission(self._limits, self._caches, seq)
-                        if isinstance(error, PeerRefusedError):
-                            self._limits.learn_per_session(asked.server.peer_id, error, 1, seq)
-                        is_refusal = isinstance(error, PeerRefusedError)
-                        left_aside = is_refusal and admission.refusal(asked.server, asked.first, asked.last)
-                        if not left_aside:  # it would be asked again at once, and for ever
-                            self._failed(asked, error)
+                        if isinstance(error, PeerNotFiniteError):
+                            non_finite.append(asked)
+                        self._on_failed(asked, error)
                     else:
                         for slower in under_way.values():
-                            self.peers.overtaken(slower.server.peer_id)
+                            self.peers.of(slower.peer_id).on_overtaken()
                         return asked, answer
             return None
         finally:
             for call in under_way:
                 call.cancel()
 
-    def _free_hop_like(self, hop: Hop, hidden: torch.Tensor) -> Hop | None:
-        """The same blocks on the server that would be done soonest, of those that could begin at once."""
-        rows, seq = hidden.shape[:2]
-        admission = RowAdmission(self._limits, self._caches, seq)
-        free = [
-            other
-            for other in self._finder.others_of(hop)
-            if admission.refusal(other.server, other.first, other.last) is None
-            and is_ready(admission, other.server, other.first, other.last)
-            and self._hop_calls.has_room_for(other, rows * seq)
-        ]
-        return min(free, key=lambda other: self._hop_calls.seconds_for(other, hidden), default=None)
+    def _start(self, hop: Hop, activations: Activations, give_up: float) -> asyncio.Task[Answer]:
+        """Send it now. The task raises PeerError, and PeerTimeoutError when nothing came by `give_up`."""
+        peer, tokens = self.peers.of(hop.peer_id), activations.tokens
+        if _log.isEnabledFor(logging.DEBUG):
+            expected, window = self._router.seconds_for(hop, tokens), peer.window
+            limit = window.limit(hop.blocks)
+            _log.debug(
+                "blocks %s to %s: %d tokens, expected in %.3f s, window %.0f of %.0f token-blocks",
+                *(hop.span, peer.name, tokens, expected, window.in_flight, limit),
+            )
+        peer.tokens_in_flight += tokens
+        sent = peer.window.send(float(tokens * hop.blocks), self._runtime.monotonic())
+        call = asyncio.create_task(self._run_by(give_up, hop, activations))
 
-    async def _hop_with_room(
-        self, position: int, last: int, rows: int, give_up: float, admission: RowAdmission, line: Line
-    ) -> Hop | Wait:
-        """The hop that would be done soonest, once its server has room for another call."""
-        tokens = rows * admission.positions
-        while True:
-            hop = await self._finder.find_or_wait(position, last, tokens, give_up, admission)
-            if isinstance(hop, Wait) or self._settings.window or self._hop_calls.has_room_for(hop, tokens):
-                return hop
-            await line.news(give_up - time.monotonic())
+        def ended(call: asyncio.Task[Answer]) -> None:
+            peer.tokens_in_flight -= tokens
+            if call.cancelled() or call.exception() is not None:
+                peer.window.on_lost(sent)
+            else:
+                peer.window.on_delivered(sent, self._runtime.monotonic())
+            self.queues.notify_capacity()
 
-    def session(self, first: int, last: int, batch: int, max_length: int) -> RouteSession:
-        """An inference session on blocks first:last, for `batch` rows of up to `max_length` positions."""
+        call.add_done_callback(ended)
+        return call
 
-        admission = SessionAdmission(self._limits, self._caches, batch, max_length)
+    async def _run_by(self, give_up: float, hop: Hop, activations: Activations) -> Answer:
+        """Run a hop on its server. No call goes on after the deadline, however long a call may take."""
+        peer = self.peers.of(hop.peer_id)
+        try:
+            async with asyncio.timeout(give_up - self._runtime.monotonic()):
+                return await self._run_accepted(hop, activations.entering(hop.span.start, hop.span.stop))
+        except TimeoutError as error:
+            began_with = peer.first_error_in_a_row if peer.is_failing else ""
+            before = f"; before: {began_with}" if began_with else ""
+            raise PeerTimeoutError(f"nothing by the deadline{before}") from error
 
-        async def find_hop(position: int, last: int, tokens: int, give_up: float) -> Hop:
-            return await self._finder.find(position, last, tokens, give_up, admission)
+    async def _run_accepted(self, hop: Hop, activations: Activations) -> Answer:
+        """Every ordinary answer passes here. Raises PeerError."""
+        peer = self.peers.of(hop.peer_id)
+        await self._acceptance.ready(hop, activations)
+        peer.window.mark_started(self._runtime.monotonic())
+        answer = await self._client.run(hop, activations)
+        limit = peer.limits.per_call
+        step = limit if limit is not None and activations.positions > limit else None
+        await self._acceptance.accept(RecordedCall(hop, activations, answer.hidden, step, answer.seconds))
+        peer.on_succeeded(
+            hop.server.span, tokens=activations.tokens, sent=answer.bytes_sent, received=answer.bytes_received
+        )
+        return answer
 
-        def failed(hop: Hop, error: PeerError) -> None:
-            if not self._is_too_small(hop, error, batch, max_length):
-                self._failed(hop, error)
+    def _on_failed(self, hop: Hop, error: PeerError) -> None:
+        """The one retry policy. A server that is quarantined, or that only said how much it takes, has not failed; nor
+        has one that gives no session: its cache knows when to ask it for another."""
+        if isinstance(error, PeerDistrustedError | PeerLimitError | PeerCacheFullError | PeerNoSessionError):
+            return
+        peer = self.peers.of(hop.peer_id)
+        peer.ask_anew()
+        peer.on_failed(error)
+
+    def session(self, span: Span, rows: int, max_length: int) -> RouteSession:
+        """Return an inference session on these blocks, for `rows` rows of up to `max_length` positions."""
+        admission = SessionAdmission(self.peers, rows, max_length)
+
+        async def find_hop(rest: Span, tokens: int, give_up: float) -> Hop:
+            return await self._router.find(rest, tokens, give_up, admission)
 
         return RouteSession(
-            self._calls,
+            self._client,
+            self._acceptance,
             find_hop,
-            failed,
+            self._on_failed,
             self.peers,
-            self._limits,
-            first=first,
-            last=last,
-            batch=batch,
+            self._runtime,
+            span=span,
+            rows=rows,
             max_length=max_length,
             deadline=self._settings.deadline,
         )
 
-    def _is_too_small(self, hop: Hop, error: PeerError, batch: int, positions: int) -> bool:
-        """Whether it refused because of its size: no fault, but `_find_hop` leaves it aside from now on."""
-        peer_id = hop.server.peer_id
-        return isinstance(error, PeerRefusedError) and self._limits.learn_per_session(peer_id, error, batch, positions)
-
-    def _failed(self, hop: Hop, error: PeerError) -> None:
-        """Leave the hop's server alone for a while, or for good when it answers otherwise each time.
-
-        One that gives no session has not failed: the cache book knows when to ask it for another.
-        """
-        peer_id = hop.server.peer_id
-        if isinstance(error, PeerCacheFullError | PeerNoSessionError):
-            return
-        if not isinstance(error, PeerDistrustedError):
-            self._calls.forget(peer_id)
-            self.peers.failed(peer_id, error)
-        else:
-            self.distrust.leave_out(hop, error)
+    @asynccontextmanager
+    async def streaming(self) -> AsyncIterator[None]:
+        """Keep what is known of the servers fresh while the body sends micro-batches."""
+        await self._router.begin()
+        self._directory.users += 1
+        try:
+            yield
+        finally:
+            self._directory.users -= 1
+            self.tuning.pause()
 
     def status(self) -> SwarmStatus:
-        """Safe to call from any thread: it only reads."""
-        used = tuple(peer for peer, history in list(self.peers.histories.items()) if history.calls)
-        distrust = self.distrust
-        notices = (*distrust.notices, *self._caches.notices)
-        return SwarmStatus(self.peers.retries, used, self._waiting(), notices, distrust.unequal)
+        """Return what a progress display shows."""
+        peers = list(self.peers.values())
+        used = tuple(peer.peer_id for peer in peers if peer.calls)
+        notices = (*self.quarantine.notices, *(peer.cache.notice for peer in peers if peer.cache.notice))
+        return SwarmStatus(self.peers.retries, used, self._waiting(), notices, self.quarantine.findings)
 
     def _waiting(self) -> str | None:
-        """Why nothing moves. Where some wait for room in a cache, others may go on."""
-        for_caches = self._finder.waiting_for_caches
-        return self._finder.waiting or (for_caches[0] if len(for_caches) >= max(1, self._under_way) else None)
+        """Return why nothing moves. Where some wait for room in a cache, others may go on."""
+        for_caches = self._router.waiting_for_caches
+        return self._router.waiting or (for_caches[0] if len(for_caches) >= max(1, self._under_way) else None)
 
 
-def _served(hop: Hop, answer: torch.Tensor) -> ServedHop:
+def _served(hop: Hop, answer: Answer) -> ServedHop:
     record = hop.server.record
-    dtype = str(answer.dtype).removeprefix("torch.")
-    return ServedHop(hop.server.peer_id, hop.first, hop.last, record.version, dtype, record.quant_type)
+    dtype = str(answer.hidden.dtype).removeprefix("torch.")
+    return ServedHop(hop.peer_id, hop.span, record.version, dtype, record.quant_type)

@@ -1,7 +1,7 @@
 """Which server next: pure functions over a snapshot of the directory.
 
-A route is found from its end: the cheapest way from block b to the last block is the cheapest server that holds b, plus
-the cheapest way from where that server ends. Costs are estimated seconds.
+A route is found from its end: the cheapest way from block b to the last one is the cheapest server that holds b, plus
+the cheapest way from where that server stops. Costs are estimated seconds.
 """
 
 import math
@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from petals_eval.swarm.wire.records import SpanServer
+from petals_eval.swarm.wire.span import Span
 
-__all__ = ["Hop", "RouteIndex", "hold_all", "next_hop", "plan_route"]
+__all__ = ["Cost", "Hop", "RouteIndex", "hold_all", "next_hop", "plan_route"]
 
 Cost = Callable[[SpanServer, int], float]
 """Estimated seconds until a server has computed a number of its blocks for one micro-batch."""
@@ -18,99 +19,104 @@ Cost = Callable[[SpanServer, int], float]
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """Blocks first:last on one server."""
+    """Blocks on the server that is to compute them."""
 
     server: SpanServer
-    first: int
-    last: int
+    span: Span
+
+    @property
+    def peer_id(self) -> str:
+        """The server's identity."""
+        return self.server.peer_id
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks these are."""
+        return self.span.stop - self.span.start
 
 
 class RouteIndex:
-    """The servers of one snapshot by the blocks they hold, and the cheapest way on from each block.
+    """The servers of one snapshot by the blocks they hold, and the cheapest way on from each block up to `stop`.
 
     For large swarms: `plan` looks at every server of every block, which is worth doing once after a refresh; picking a
     server for a micro-batch then looks at the servers of one block only. In between, the way on from where a server
-    ends is reckoned with the costs of the last `plan`, while the servers to pick from have their costs of now.
+    stops is reckoned with the costs of the last `plan`, while the servers to pick from have their costs of now.
     """
 
-    def __init__(self, servers: Iterable[SpanServer], num_blocks: int):
-        self.num_blocks = num_blocks
-        self._holders: list[list[SpanServer]] = [[] for _ in range(num_blocks)]
+    def __init__(self, servers: Iterable[SpanServer], stop: int):
+        self.stop = stop
+        self._holders: list[list[SpanServer]] = [[] for _ in range(stop)]
         for server in servers:
-            for holders in self._holders[server.start : server.end]:
+            for holders in self._holders[server.span.start : server.span.stop]:
                 holders.append(server)
-        self._rest: list[float] = [math.inf] * num_blocks + [0.0]
+        self._rest: list[float] = [math.inf] * stop + [0.0]
 
     def holders(self, block: int) -> Sequence[SpanServer]:
-        """The servers that hold a block."""
+        """Return the servers that hold a block."""
         return self._holders[block]
 
-    def plan(self, cost: Cost, first: int = 0, last: int | None = None) -> None:
-        """Reckon the cheapest way from each block of first:last to the last one; `last` None: the model's."""
-        last = self.num_blocks if last is None else last
-        self._rest = [math.inf] * (self.num_blocks + 1)
-        self._rest[last] = 0.0
-        for block in range(last - 1, first - 1, -1):
-            hop = self.next_hop(block, cost, last)
+    def plan(self, cost: Cost, start: int = 0) -> None:
+        """Reckon the cheapest way on from each block from `start` on."""
+        self._rest = [math.inf] * self.stop + [0.0]
+        for block in range(self.stop - 1, start - 1, -1):
+            hop = self.next_hop(block, cost)
             if hop is not None:
-                self._rest[block] = cost(hop.server, hop.last - block) + self._rest[hop.last]
+                self._rest[block] = cost(hop.server, hop.blocks) + self._rest[hop.span.stop]
 
     def next_hop(
-        self, block: int, cost: Cost, last: int | None = None, is_usable: Callable[[SpanServer], bool] | None = None
+        self, block: int, cost: Cost, is_usable: Callable[[SpanServer], bool] | None = None
     ) -> Hop | None:
-        """The best server of a block now; None where no way leads on to `last`, which must be that of `plan`."""
-        last = self.num_blocks if last is None else last
+        """Return the hop that begins the cheapest way on from a block; None where no way leads on."""
         rest = self._rest
         best, chosen = math.inf, None
         for server in self._holders[block]:
-            end = server.end if server.end < last else last
-            after = rest[end]
+            stop = server.span.stop if server.span.stop < self.stop else self.stop
+            after = rest[stop]
             if after == math.inf or (is_usable is not None and not is_usable(server)):
                 continue
-            total = cost(server, end - block) + after
+            total = cost(server, stop - block) + after
             if total < best:
                 best, chosen = total, server
-        return None if chosen is None else Hop(chosen, block, min(chosen.end, last))
+        return None if chosen is None else Hop(chosen, Span(block, min(chosen.span.stop, self.stop)))
 
-    def route(self, first: int, cost: Cost, last: int | None = None) -> tuple[Hop, ...] | None:
-        """The hops from block `first` on; None where there is a hole."""
-        last = self.num_blocks if last is None else last
+    def route(self, start: int, cost: Cost) -> tuple[Hop, ...] | None:
+        """Return the hops from block `start` on; None where there is a hole."""
         hops: list[Hop] = []
-        block = first
-        while block < last:
-            hop = self.next_hop(block, cost, last)
+        block = start
+        while block < self.stop:
+            hop = self.next_hop(block, cost)
             if hop is None:
                 return None
             hops.append(hop)
-            block = hop.last
+            block = hop.span.stop
         return tuple(hops)
 
 
-def plan_route(servers: Iterable[SpanServer], first: int, last: int, cost: Cost) -> tuple[Hop, ...] | None:
-    """The cheapest hops from block `first` up to, not including, `last`; None where no server holds a block.
+def plan_route(servers: Iterable[SpanServer], span: Span, cost: Cost) -> tuple[Hop, ...] | None:
+    """Return the cheapest hops through these blocks; None where no server holds one of them.
 
     A hop goes on to the end of its server's span: every hop costs a round trip, and stopping early saves none.
     """
-    index = RouteIndex(servers, last)
-    index.plan(cost, first)
-    return index.route(first, cost)
+    index = RouteIndex(servers, span.stop)
+    index.plan(cost, span.start)
+    return index.route(span.start, cost)
 
 
-def next_hop(servers: Iterable[SpanServer], first: int, last: int, cost: Cost) -> Hop | None:
-    """The first hop of the cheapest route; None where there is no route."""
-    index = RouteIndex(servers, last)
-    index.plan(cost, first)
-    return index.next_hop(first, cost) if first < last else None
+def next_hop(servers: Iterable[SpanServer], span: Span, cost: Cost) -> Hop | None:
+    """Return the first hop of the cheapest route through these blocks; None where there is no route."""
+    index = RouteIndex(servers, span.stop)
+    index.plan(cost, span.start)
+    return index.next_hop(span.start, cost) if span.start < span.stop else None
 
 
-def hold_all(servers: Iterable[SpanServer], first: int, last: int) -> bool:
-    """Whether these servers hold every block of first:last between them."""
-    reach = [0] * (last + 1)  # by block: how far a server leads that begins there, or before for the first
+def hold_all(servers: Iterable[SpanServer], span: Span) -> bool:
+    """Return whether these servers hold every one of these blocks between them."""
+    reach = [0] * (span.stop + 1)  # by block: how far a server leads that begins there, or before for the first
     for server in servers:
-        start = min(max(server.start, first), last)
-        reach[start] = max(reach[start], server.end)
-    furthest = first
-    for block in range(first, last):
+        start = min(max(server.span.start, span.start), span.stop)
+        reach[start] = max(reach[start], server.span.stop)
+    furthest = span.start
+    for block in range(span.start, span.stop):
         furthest = max(furthest, reach[block])
         if furthest <= block:
             return False

@@ -1,14 +1,14 @@
-"""How many tokens a server takes: read from its refusals, for the records do not say."""
+"""How many tokens a server takes at once: read from its refusals, for the records do not say. No I/O."""
 
 import re
+from dataclasses import dataclass
 
 from petals_eval.errors import PeerRefusedError, RequestTooLargeError
-from petals_eval.swarm.peers.peer import short_peer
 
-__all__ = ["USUAL_MAX_TOKENS", "TokenLimits", "says_cache_is_full"]
+__all__ = ["USUAL_MAX_TOKENS", "ModelLimits", "TokenLimits", "says_cache_is_full"]
 
 USUAL_MAX_TOKENS = 2048
-"""Tokens (rows x positions) any Petals server takes in one call unless its operator said otherwise."""
+"""Tokens (rows x positions) that any Petals server takes in one call unless its operator said otherwise."""
 
 # What Petals servers of both lines say; the operator's number is in it.
 _PER_CALL = re.compile(r"Task size greater than max_batch_size \((\d+)\)")
@@ -24,38 +24,44 @@ _FULL = re.compile(
 
 
 def says_cache_is_full(error: PeerRefusedError) -> bool:
-    """Whether a server refused a session because its cache has no room for it now."""
+    """Return whether a server refused a session because its cache has no room for it now."""
     return _FULL.search(str(error)) is not None
 
 
-class TokenLimits:
-    """The limits of the servers met so far.
+@dataclass(slots=True)
+class ModelLimits:
+    """Limits that come with the model and hold on every server.
 
-    max_tokens_per_call: rows x positions that servers take as long as they have not said otherwise, or None.
     steps_alike: positions up to which the steps of a session compute what one call does; None: always. Where rotary
         angles go by the length of a call, it is the length beyond which they change.
     """
 
-    def __init__(self, max_tokens_per_call: int | None):
-        self.steps_alike: int | None = None
-        self._default = max_tokens_per_call
-        self._per_call: dict[str, int] = {}
-        self._per_session: dict[tuple[str, int], int] = {}
+    steps_alike: int | None = None
 
-    def per_call(self, peer_id: str) -> int | None:
-        """Tokens (rows x positions) the server takes in one call, as it said or as was set; None: not known."""
-        return self._per_call.get(peer_id, self._default)
 
-    def learn_per_call(self, peer_id: str, error: PeerRefusedError, tokens: int) -> bool:
-        """Whether the server refused `tokens` in one call because they are more than it takes."""
+class TokenLimits:
+    """How much one server takes.
+
+    per_call: tokens (rows x positions) in one call, as far as it was set or told; None: nothing is known.
+    """
+
+    def __init__(self, server: str, per_call: int | None, model: ModelLimits):
+        """server: its name for messages. model: shared with all servers."""
+        self.per_call = per_call
+        self._server = server
+        self._model = model
+        self._per_session: dict[int, int] = {}  # positions, by rows
+
+    def learn_per_call(self, error: PeerRefusedError, tokens: int) -> bool:
+        """Return whether the server refused `tokens` in one call because they are more than it takes, and note that."""
         told = _PER_CALL.search(str(error))
         if told is None or not 0 < int(told[1]) < tokens:
             return False
-        self._per_call[peer_id] = int(told[1])
+        self.per_call = int(told[1])
         return True
 
-    def learn_per_session(self, peer_id: str, error: PeerRefusedError, batch: int, positions: int) -> bool:
-        """Whether the server refused a session of `batch` rows because it never has room for so many positions.
+    def learn_per_session(self, error: PeerRefusedError, rows: int, positions: int) -> bool:
+        """Return whether the server refused a session because it never has room for so many positions, and note that.
 
         A cache that is full at the moment is another matter.
         """
@@ -69,26 +75,27 @@ class TokenLimits:
             return False
         if limit >= positions:
             return False
-        self._per_session[peer_id, batch] = limit
+        self._per_session[rows] = limit
         return True
 
-    def session_too_large(self, peer_id: str, batch: int, positions: int) -> RequestTooLargeError | None:
-        """The error for a session of these sizes, where the server is known not to take it, or where it would compute
-        something else than one call."""
-        if self.steps_alike is not None and positions > self.steps_alike:
+    def session_refusal(self, rows: int, positions: int) -> RequestTooLargeError | None:
+        """Return the error for a session of these sizes, where the server is known not to take it, or where it would
+        compute something else than one call."""
+        in_one_call = self.per_call or USUAL_MAX_TOKENS
+        alike = self._model.steps_alike
+        if alike is not None and positions > alike:
             return RequestTooLargeError(
-                f"an input holds {positions} tokens (prompt included), more than the {self.steps_alike} up to which "
+                f"an input holds {positions} tokens (prompt included), more than the {alike} up to which "
                 "calls of any length turn this model's rotary embeddings alike: in steps it would get other numbers "
-                f"than in one call. Server {short_peer(peer_id)} takes "
-                f"{self.per_call(peer_id) or USUAL_MAX_TOKENS} in one call: set a smaller max_length in the task, or "
-                "in the session"
+                f"than in one call. Server {self._server} takes {in_one_call} in one call: set a smaller max_length in "
+                "the task, or in the session"
             )
-        limit = self._per_session.get((peer_id, batch))
+        limit = self._per_session.get(rows)
         if limit is None or limit >= positions:
             return None
-        rows = f" in {batch} rows" if batch > 1 else ""
+        in_rows = f" in {rows} rows" if rows > 1 else ""
         return RequestTooLargeError(
-            f"an input holds {positions} tokens (prompt included){rows}, but server {short_peer(peer_id)} takes "
-            f"{self.per_call(peer_id) or USUAL_MAX_TOKENS} in one call and has a cache for {limit} in a session of "
-            "several: set a smaller max_length in the task"
+            f"an input holds {positions} tokens (prompt included){in_rows}, but server {self._server} takes "
+            f"{in_one_call} in one call and has a cache for {limit} in a session of several: set a smaller max_length "
+            "in the task"
         )

@@ -1,15 +1,22 @@
-"""The peer book: what each server did in this run. A record is a claim; this is what was seen."""
+"""The peer: everything that this client knows of one server, in one place. A record is a claim; this is what was seen.
 
+`PeerBook` is the only mapping by peer id that outlives a call, besides the directory's snapshot. Layers above fill in
+what they find out; this one decides nothing but whether a server may be called.
+"""
+
+import asyncio
+import logging
 import re
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import (
     PeerAnswerError,
     PeerCacheFullError,
     PeerDisagreesError,
+    PeerDistrustedError,
     PeerNondeterministicError,
     PeerNoSessionError,
     PeerNotFiniteError,
@@ -17,13 +24,24 @@ from petals_eval.errors import (
     PeerTimeoutError,
     PeerUnreachableError,
 )
-from petals_eval.swarm.peers.window import Flow
+from petals_eval.swarm.peers.finding import TrustFinding
+from petals_eval.swarm.peers.limits import ModelLimits, TokenLimits
+from petals_eval.swarm.peers.sampling import Sampler
+from petals_eval.swarm.peers.session_cache import SessionCache
+from petals_eval.swarm.peers.window import CongestionWindow
+from petals_eval.swarm.runtime import Runtime
+from petals_eval.swarm.tasks import Once
+from petals_eval.swarm.wire.codecs import LossyCode
+from petals_eval.swarm.wire.server_info import ServerInfo
+from petals_eval.swarm.wire.span import Span
 
-__all__ = ["PeerBook", "PeerHistory", "in_words", "short_peer"]
+__all__ = ["Peer", "PeerBook", "ProbeState", "error_text", "short_peer"]
+
+_log = logging.getLogger(__name__)
 
 
 def short_peer(peer_id: str) -> str:
-    """A peer's identity as people read it: its last letters."""
+    """Return a peer's identity as people read it: its last letters."""
     return f"...{peer_id[-6:]}"
 
 
@@ -42,8 +60,8 @@ _WHAT_IT_DOES: dict[type[Exception], str] = {
 _DIALLING = re.compile(r"^(Connect failed\. msg=)?(failed to dial:? ?)*(\w+: )?")
 
 
-def in_words(error: Exception) -> str:
-    """A failure for a person to read: what the server does, and what came from it or from libp2p."""
+def error_text(error: Exception) -> str:
+    """Return a failure for a person to read: what the server does, and what came from it or from libp2p."""
     text = str(error)
     if isinstance(error, PeerUnreachableError) and "failed to dial" in text:
         text = _DIALLING.sub("", text, count=1)
@@ -53,97 +71,163 @@ def in_words(error: Exception) -> str:
 
 
 @dataclass(slots=True)
-class PeerHistory:
-    """What was seen of one server. Times are seconds, `blocked_until` on the book's clock."""
+class ProbeState:
+    """The determinism probes of a server for one span that it announces: a new span is probed again.
 
-    calls: int = 0
-    failures: int = 0
-    failures_in_a_row: int = 0
-    blocked_until: float = 0.0
-    last_error: str = ""
-    began_with: str = ""  # the first error of the failures in a row
-    is_left_out: bool = False  # for good
+    probes: by the blocks that were asked. tokens: computed so far. due_at: tokens at which it is probed again.
+    """
+
+    due_at: float
     tokens: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    in_flight: int = 0  # tokens it is working on for us
-    overtaken: int = 0  # calls that another server, asked later, was done with first
-    flow: Flow = field(default_factory=Flow)  # its rate and its window
-    spans: set[tuple[int, int]] = field(default_factory=set)
+    probes: dict[Span, Once[None]] = field(default_factory=dict)
 
 
-class PeerBook:
-    """Histories by peer id. Used from the connection's event loop only, so it needs no lock."""
+class Peer:
+    """One server, as far as this connection knows it. Used from the connection's event loop; counts from any thread.
 
-    def __init__(self, settings: SwarmSettings, clock: Callable[[], float] = time.monotonic):
+    window, limits, cache: how much it takes.
+    info, codec, rolls_back: what it answered when it was asked; `ask_anew` forgets that. codec: how hidden states
+        travel to it and back (None: as they are). codec_refusal: why not under the code of the settings, as it was
+        last; has_taken_codec: that it took it.
+    stub: hivemind's object to call it with, kept by the transport.
+    probes, samplers: by the span it announced, whether it was asked twice, and which of its answers are audited.
+    finding: what is held against it. distrusted: the error that it was quarantined with.
+    stepping: held while rows go to it in steps: it may have no room for a second session of their length.
+    blocked_until: until when it is left alone, on the runtime's clock.
+    tokens_in_flight: what it is working on for us. overtaken: calls that another server, asked later, answered first.
+    push_rest: seconds it was last left without pushes, and push_rest_until: until when.
+    """
+
+    def __init__(self, peer_id: str, settings: SwarmSettings, runtime: Runtime, model: ModelLimits):
+        self.peer_id = peer_id
+        self.name = short_peer(peer_id)
         self._settings = settings
-        self._clock = clock
-        self.histories: dict[str, PeerHistory] = {}
-        self.retries = 0
+        self._runtime = runtime
+        self.window = CongestionWindow()
+        self.limits = TokenLimits(self.name, settings.max_tokens_per_call, model)
+        self.cache = SessionCache(self.name, runtime)
+        self.info: Once[ServerInfo] = Once()
+        self.codec: Once[LossyCode | None] = Once()
+        self.codec_refusal: str | None = None
+        self.has_taken_codec = False
+        self.rolls_back: Once[bool] = Once()
+        self.stub: Any = None
+        self.probes: dict[Span, ProbeState] = {}
+        self.samplers: dict[Span, Sampler[object]] = {}
+        self.finding: TrustFinding | None = None
+        self.distrusted: PeerDistrustedError | None = None
+        self.stepping = asyncio.Lock()
+        self.calls = self.tokens = self.bytes_sent = self.bytes_received = 0
+        self.failures = self.retries = self.overtaken = 0
+        self.tokens_in_flight = self.push_tokens_reserved = 0
+        self.failures_in_a_row = 0
+        self.blocked_until = 0.0
+        self.last_error = ""
+        self.first_error_in_a_row = ""
+        self.spans: set[Span] = set()
+        self.push_rest = self.push_rest_until = 0.0
 
-    def of(self, peer_id: str) -> PeerHistory:
-        history = self.histories.get(peer_id)
-        if history is None:
-            history = self.histories[peer_id] = PeerHistory()
-        return history
+    def ask_anew(self) -> None:
+        """Forget what must be asked again, for it may have come back as another: info, codec, probes, cache.
 
-    def is_usable(self, peer_id: str, *, even_left_out: bool = False) -> bool:
-        """Whether the server is neither left out nor being left alone after a failure."""
-        history = self.histories.get(peer_id)
-        if history is None:
-            return True
-        return history.blocked_until <= self._clock() and (even_left_out or not history.is_left_out)
+        Failures, back-off, limits, the window and a quarantine stay.
+        """
+        for once in (self.info, self.codec, self.rolls_back):
+            once.ask_anew()
+        for state in self.probes.values():
+            state.probes.clear()
+        self.cache.ask_anew()
 
-    def is_left_out(self, peer_id: str) -> bool:
-        """Whether the server was left out for good."""
-        history = self.histories.get(peer_id)
-        return history is not None and history.is_left_out
+    @property
+    def is_quarantined(self) -> bool:
+        """Whether it is left out for good: what it did is no failure that passes."""
+        return self.distrusted is not None
 
-    def leave_out(self, peer_id: str, error: Exception) -> None:
-        """Use the server no more: what it did is no failure that passes."""
-        history = self.of(peer_id)
-        history.is_left_out = True
-        history.last_error = in_words(error)
+    def quarantine(self, error: PeerDistrustedError) -> None:
+        """Leave the server out for good."""
+        self.distrusted = error
+        self.last_error = error_text(error)
+        _log.debug("%s: quarantined, %s", self.name, self.last_error)
 
-    def may_be_called(self, peer_id: str) -> bool:
-        """Whether to send it work now: one that failed last time is tried with one micro-batch, not with all of them.
+    @property
+    def is_backing_off(self) -> bool:
+        """Whether it is left alone after a failure."""
+        return self.blocked_until > self._runtime.monotonic()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it is neither quarantined nor left alone after a failure."""
+        return self.distrusted is None and self.blocked_until <= self._runtime.monotonic()
+
+    @property
+    def may_be_called(self) -> bool:
+        """Whether to send it work now: after a failure it is tried with one micro-batch, not with all of them.
 
         A server that hangs would otherwise hold up half of what is in flight each time it is tried again.
         """
-        history = self.histories.get(peer_id)
-        on_trial = history is not None and history.failures_in_a_row > 0 and history.in_flight > 0
-        return self.is_usable(peer_id) and not on_trial
+        return self.is_usable and not (self.failures_in_a_row > 0 and self.tokens_in_flight > 0)
 
-    def is_failing(self, peer_id: str) -> bool:
+    @property
+    def is_failing(self) -> bool:
         """Whether its last call failed, or it is still left alone after one that did."""
-        history = self.histories.get(peer_id)
-        return history is not None and (history.failures_in_a_row > 0 or not self.is_usable(peer_id))
+        return self.failures_in_a_row > 0 or not self.is_usable
 
-    def failed(self, peer_id: str, error: Exception) -> None:
+    def on_failed(self, error: Exception) -> None:
         """Leave the server alone: min_backoff seconds, doubled with each failure in a row, up to max_backoff."""
-        history = self.of(peer_id)
-        now = self._clock()
-        history.failures += 1
+        now = self._runtime.monotonic()
+        self.failures += 1
         self.retries += 1
-        history.last_error = in_words(error)
-        if history.blocked_until > now:
+        self.last_error = error_text(error)
+        if self.blocked_until > now:
             return  # calls that were in flight together fail together: that is one failure, not many
-        if history.failures_in_a_row == 0:
-            history.began_with = history.last_error
-        history.failures_in_a_row += 1
-        delay = self._settings.min_backoff * 2 ** min(history.failures_in_a_row - 1, 30)
-        history.blocked_until = now + min(delay, self._settings.max_backoff)
+        if self.failures_in_a_row == 0:
+            self.first_error_in_a_row = self.last_error
+        self.failures_in_a_row += 1
+        delay = self._settings.min_backoff * 2 ** min(self.failures_in_a_row - 1, 30)
+        self.blocked_until = now + min(delay, self._settings.max_backoff)
+        _log.debug("%s: %s; left alone for %.2f s", self.name, self.last_error, self.blocked_until - now)
 
-    def succeeded(self, peer_id: str, *, tokens: int, sent: int, received: int) -> None:
-        history = self.of(peer_id)
-        history.failures_in_a_row = 0
-        history.calls += 1
-        history.tokens += tokens
-        history.bytes_sent += sent
-        history.bytes_received += received
+    def on_succeeded(self, span: Span, *, tokens: int, sent: int, received: int) -> None:
+        """Count a call that was answered. span: what it announces; sent, received: bytes."""
+        self.failures_in_a_row = 0
+        self.spans.add(span)
+        self.calls += 1
+        self.tokens += tokens
+        self.bytes_sent += sent
+        self.bytes_received += received
 
-    def overtaken(self, peer_id: str) -> None:
-        """Another server, asked later, was done first."""
-        history = self.of(peer_id)
-        history.overtaken += 1
-        history.flow.slowed_down()
+    def on_overtaken(self) -> None:
+        """Count a call that another server, asked later, answered first."""
+        self.overtaken += 1
+        self.window.on_overtaken()
+
+
+class PeerBook(Mapping[str, Peer]):
+    """The peers that one connection met, by peer id. Used from its event loop; may be read from any thread."""
+
+    def __init__(self, settings: SwarmSettings, runtime: Runtime | None = None):
+        self.model_limits = ModelLimits()
+        self._settings = settings
+        self._runtime = runtime or Runtime()
+        self._peers: dict[str, Peer] = {}
+
+    def of(self, peer_id: str) -> Peer:
+        """Return the peer, a new one where it was not met before."""
+        peer = self._peers.get(peer_id)
+        if peer is None:
+            peer = self._peers[peer_id] = Peer(peer_id, self._settings, self._runtime, self.model_limits)
+        return peer
+
+    @property
+    def retries(self) -> int:
+        """Calls that failed and were made again."""
+        return sum(peer.retries for peer in list(self._peers.values()))
+
+    def __getitem__(self, peer_id: str) -> Peer:
+        return self._peers[peer_id]
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(list(self._peers))
+
+    def __len__(self) -> int:
+        return len(self._peers)

@@ -1,39 +1,48 @@
-"""How much work one server should have in flight, found out from how it answers. Pure bookkeeping, no I/O.
+"""The congestion window: how much work one server should have in flight, by how it answers. No I/O.
 
-A window that is too small leaves the link or the server idle between two calls; one that is too large only makes them
-wait in a volunteer's queue, and holds up all that share the link. So, as TCP BBR does (Cardwell et al., "BBR:
-congestion-based congestion control", 2016): what a server delivers at its best, times how far away it is, is what is on
-its way there and back; a small multiple of it is sent, and a few calls that it computes and unpacks meanwhile. Where
-more in flight delivers more, the rate grows and the window with it; where it only makes answers come later, the rate
-stays, and so does the window.
+A window that is too small leaves the link or the server idle between two calls. One that is too large makes calls wait
+in a volunteer's queue, and holds up all that share the link. So, as TCP BBR does (Cardwell et al., "BBR:
+congestion-based congestion control", 2016), the window is the bandwidth-delay product: the highest rate at which a
+server delivers, times its round-trip time. A small multiple of it is sent, and a few calls that it computes and unpacks
+meanwhile. Where more in flight delivers more, the rate grows and the window with it; where more only makes answers come
+later, the rate stays, and so does the window.
 
-How far away it is cannot be told from these calls alone: each has others before it on the link and in the server, and
-a window made from what they take asks for a longer one. A small question tells, asked before anything else is on its
-way.
+The round-trip time cannot be taken from these calls: each has others before it on the link and in the server, and a
+window made from what they take asks for a longer one. It is taken from a small question that is asked before anything
+else is on its way.
 
-Work is counted in tokens times blocks: a server may be asked for a part of its span.
+Work is counted in tokens times blocks, for a server may be asked for a part of its span.
 """
 
 from collections import deque
 from dataclasses import dataclass
 
-__all__ = ["LEAST_CALLS", "MOST_TOKENS", "Flow", "Sent"]
+__all__ = ["CongestionWindow", "SentCall", "WindowPolicy"]
 
-MOST_TOKENS = 16_384
-"""Tokens in flight at one server at most, whatever it could take: it is somebody's machine, and others use it too."""
-LEAST_CALLS = 4
-"""Calls in flight that a server always may have: one each on its way there, waiting, computed, on its way back."""
-GAIN = 2.0
-"""Times rate and distance: the second half covers what comes back in bunches, and lets the rate grow."""
-CLOSE = 0.05
-"""Seconds: below it, distances say more of how busy servers were when they were asked than of where they are."""
-MEMORY = 10.0
-"""Seconds that the best rate is believed."""
+
+@dataclass(frozen=True)
+class WindowPolicy:
+    """What decides the size of a window.
+
+    max_tokens: in flight at one server, whatever it could take: it is somebody's machine, and others use it too.
+    min_calls: that a server always may have: one each on its way there, waiting, computed, on its way back.
+    bdp_gain: times the bandwidth-delay product; the second half covers answers that come back in bunches, and lets the
+        rate grow.
+    near_rtt: seconds; below it, round trips tell more of how busy servers were when they were asked than of how far
+        away they are.
+    rate_filter_seconds: for which the highest rate is believed.
+    """
+
+    max_tokens: int = 16_384
+    min_calls: int = 4
+    bdp_gain: float = 2.0
+    near_rtt: float = 0.05
+    rate_filter_seconds: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
-    """A call on its way: what had come back, and since when, as it left."""
+class SentCall:
+    """A call in flight: its work, when it was sent, and what had been delivered by then, last when."""
 
     work: float
     at: float
@@ -41,97 +50,98 @@ class Sent:
     delivered_at: float
 
 
-class Flow:
+class CongestionWindow:
     """One server's window. Times are seconds on one clock.
 
-    distance: seconds that a small question to it takes, with nothing before it; 0 while that is not known.
+    min_rtt: the shortest round trip of a small question with nothing before it; 0 while none was asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, policy: WindowPolicy = WindowPolicy()) -> None:  # noqa: B008 - it is frozen
         self.in_flight = 0.0
-        self.distance = 0.0
+        self.min_rtt = 0.0
+        self._policy = policy
         self._calls = 0  # in flight
         self._delivered = 0.0
         self._delivered_at = 0.0
-        self._ready_at = 0.0
+        self._started_at = 0.0
         self._rates: deque[tuple[float, float]] = deque()  # (when, work per second), falling
-        self._largest = 0.0  # work of one call, fading
-        self._since_idle = 0  # calls that came back since nothing was in flight
+        self._largest_call = 0.0  # its work, fading
+        self._delivered_since_idle = 0  # calls
 
     @property
     def rate(self) -> float | None:
-        """Work per second, the best of late; None before the first answer."""
+        """Work per second, the highest of late; None before the first answer."""
         return self._rates[0][1] if self._rates else None
 
-    def measured(self, distance: float) -> None:
-        """What a small question took just now. The least counts: the others had something before them."""
-        self.distance = min(distance, self.distance or distance)
+    def observe_rtt(self, seconds: float) -> None:
+        """Note the round trip of a small question. The shortest counts: the others had something before them."""
+        self.min_rtt = min(seconds, self.min_rtt or seconds)
 
-    def begins(self, now: float) -> None:
-        """A call leaves only now. Of the first one this counts: it waited until the server had shown that it may be
-        used, with all that were to leave beside it, and that is not the server's work."""
-        self._ready_at = self._ready_at or now
+    def mark_started(self, now: float) -> None:
+        """Start the clock of the first call here: the time it spent waiting for the determinism probe is not the
+        server's. Later calls change nothing."""
+        self._started_at = self._started_at or now
 
     def limit(self, blocks: int) -> float:
-        """Work that may be in flight, for calls of so many blocks."""
-        least = LEAST_CALLS * self._largest
-        on_its_way = GAIN * (self.rate or 0.0) * self.distance
-        # After a pause one more for each that comes back: all at once would share the link, and all come late.
-        grown = least + self._since_idle * self._largest
-        return max(least, min(least + on_its_way, grown, float(MOST_TOKENS * blocks)))
+        """Return the work that may be in flight, for calls of so many blocks."""
+        least = self._policy.min_calls * self._largest_call
+        bandwidth_delay = self._policy.bdp_gain * (self.rate or 0.0) * self.min_rtt
+        # After a pause one more for each that is delivered: all at once would share the link, and all come late.
+        grown = least + self._delivered_since_idle * self._largest_call
+        return max(least, min(least + bandwidth_delay, grown, float(self._policy.max_tokens * blocks)))
 
     def has_room(self, work: float, blocks: int, hops: int = 1) -> bool:
-        """Whether to send this now. hops: servers that it passes before an answer comes."""
-        return self._calls < LEAST_CALLS * hops or self.in_flight + work <= self.limit(blocks)
+        """Return whether to send this work now. hops: servers that it passes before an answer comes."""
+        return self._calls < self._policy.min_calls * hops or self.in_flight + work <= self.limit(blocks)
 
     def seconds_for(self, work: float, unmeasured: float) -> float:
-        """When the answer to this would come: after what is in flight, and from as far away. For comparing servers:
-        those that are close are all equally close, or one that was busy at the start would never be called.
+        """Return when the answer to this work would come, after what is in flight, for comparing servers.
 
+        Servers that are near count as equally near, or one that was busy at the start would never be called.
         unmeasured: seconds per work of a server that has not answered yet.
         """
         slowness = unmeasured if self.rate is None else 1 / self.rate
-        return max(0.0, self.distance - CLOSE) + (self.in_flight + work) * slowness
+        return max(0.0, self.min_rtt - self._policy.near_rtt) + (self.in_flight + work) * slowness
 
-    def send(self, work: float, now: float) -> Sent:
-        """Count it as in flight; give what this returns to `came_back` or to `lost`."""
+    def send(self, work: float, now: float) -> SentCall:
+        """Count a call as in flight; what is returned goes to `on_delivered` or `on_lost`."""
         if self.in_flight == 0:
             self._delivered_at = now  # an idle server delivers nothing, through no fault of its own
-            self._since_idle = 0
+            self._delivered_since_idle = 0
         self.in_flight += work
         self._calls += 1
-        return Sent(work, now, self._delivered, self._delivered_at)
+        return SentCall(work, now, self._delivered, self._delivered_at)
 
-    def lost(self, sent: Sent) -> None:
-        """It will not come back."""
+    def on_lost(self, sent: SentCall) -> None:
+        """Count a call as not in flight any more: no answer will come."""
         self._calls -= 1
         self.in_flight = max(0.0, self.in_flight - sent.work)
 
-    def slowed_down(self) -> None:
-        """What was measured holds no more: a call took far longer than it lets expect. Believe a third of the rate."""
+    def on_overtaken(self) -> None:
+        """Believe a third of the measured rate from now on: a call took far longer than that rate lets expect."""
         if self._rates:
             when, rate = self._rates[-1]
             self._rates.clear()
             self._rates.append((when, rate / 3))
 
-    def came_back(self, sent: Sent, now: float) -> None:
-        self.lost(sent)
-        self._since_idle += 1
+    def on_delivered(self, sent: SentCall, now: float) -> None:
+        """Take the rate and the round trip from a call that was answered."""
+        self.on_lost(sent)
+        self._delivered_since_idle += 1
         self._delivered += sent.work
         self._delivered_at = now
         # Over the time this call was out: shorter ones would take a bunch of answers for a high rate.
-        since = max(self._ready_at, min(sent.at, sent.delivered_at))
-        rate = (self._delivered - sent.delivered) / max(1e-6, now - since)
-        _keep(self._rates, now, rate)
+        since = max(self._started_at, min(sent.at, sent.delivered_at))
+        self._keep_rate(now, (self._delivered - sent.delivered) / max(1e-6, now - since))
         # It may have been busy, or starting, when it was asked; it is no farther away than any answer took.
-        self.distance = min(self.distance, now - sent.at)
-        self._largest = max(sent.work, 0.95 * self._largest)
+        self.min_rtt = min(self.min_rtt, now - sent.at)
+        self._largest_call = max(sent.work, 0.95 * self._largest_call)
 
-
-def _keep(values: deque[tuple[float, float]], now: float, value: float) -> None:
-    """Add to a sliding maximum: the first entry is the highest of the last `MEMORY` seconds."""
-    while values and values[-1][1] <= value:
-        values.pop()
-    values.append((now, value))
-    while values[0][0] < now - MEMORY:
-        values.popleft()
+    def _keep_rate(self, now: float, rate: float) -> None:
+        """Add to a sliding maximum: the first entry is the highest rate of the filter's time."""
+        rates = self._rates
+        while rates and rates[-1][1] <= rate:
+            rates.pop()
+        rates.append((now, rate))
+        while rates[0][0] < now - self._policy.rate_filter_seconds:
+            rates.popleft()

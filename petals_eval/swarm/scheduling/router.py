@@ -1,201 +1,313 @@
-"""Where a micro-batch goes next among servers in good standing, and the wait for one, under a deadline."""
+"""The router: which server a micro-batch goes to next, among those in good standing, and the wait for one."""
 
 import asyncio
 import math
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import DeadlineError, MissingBlocksError
-from petals_eval.swarm.directory.coverage import listed, what_is_missing, within
-from petals_eval.swarm.directory.dht import Directory
+from petals_eval.swarm.activations import Activations
+from petals_eval.swarm.directory.coverage import common_spans, first_few, what_is_missing
+from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.directory.routing import Cost, Hop, RouteIndex, hold_all, next_hop, plan_route
-from petals_eval.swarm.peers.caches import LONGEST_WAIT, Wait
 from petals_eval.swarm.peers.peer import PeerBook
-from petals_eval.swarm.scheduling.capacity import Admission, is_ready
-from petals_eval.swarm.trust.quarantine import Distrust
-from petals_eval.swarm.wire.records import Snapshot, SpanServer
+from petals_eval.swarm.peers.session_cache import CachePolicy, Wait
+from petals_eval.swarm.runtime import Runtime
+from petals_eval.swarm.scheduling.admission import Admission, AdmissionQueues, RowAdmission, is_ready
+from petals_eval.swarm.trust.quarantine import Quarantine
+from petals_eval.swarm.wire.records import ServerRecord, Snapshot, SpanServer
+from petals_eval.swarm.wire.span import Span
 
-__all__ = ["HopFinder"]
+__all__ = ["HopDeadline", "PacePolicy", "PlanPolicy", "Router"]
 
-FEW = 64
-"""Servers of which every route is looked at anew for every micro-batch, which takes some tenths of a millisecond."""
-PLAN_SHARE = 0.05
-"""Of the time that planning ahead may take with more of them (`petals_eval.swarm.directory.routing.RouteIndex`)."""
+
+@dataclass(frozen=True)
+class PacePolicy:
+    """What servers are expected to take. Times are seconds.
+
+    hop_overhead: that a hop costs before any token is computed, as long as nothing was measured.
+    unmeasured: per token and block of a server not called yet that claims no pace (`forward_rps` in its record):
+        optimistic, so that every server gets its first call.
+    quickest_claim, slowest_claim: what a claim may come to: nobody draws all work by a word, and nobody is shut out by
+        one.
+    patience, min_patience: times what a call was expected to take, and seconds at least, before another server is asked
+        as well.
+    first_patience: for the first call, of which nothing is known.
+    """
+
+    hop_overhead: float = 0.02
+    unmeasured: float = 1e-5
+    quickest_claim: float = 1e-6
+    slowest_claim: float = 1e-4
+    patience: float = 3.0
+    min_patience: float = 1.0
+    first_patience: float = 30.0
+
+
+@dataclass(frozen=True)
+class PlanPolicy:
+    """When routes are planned ahead.
+
+    few: servers of which every route is looked at anew for every micro-batch, which takes some tenths of a millisecond.
+    max_share: of the time that planning ahead may take with more of them (`directory.routing.RouteIndex`).
+    """
+
+    few: int = 64
+    max_share: float = 0.05
+
+
+@dataclass(slots=True)
+class HopDeadline:
+    """When a hop of a micro-batch is given up, on the runtime's clock; None before its first turn in the queue."""
+
+    give_up: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
-    """The ways on to block `last` in a snapshot. until: when to plan anew, monotonic."""
+class _PlannedAhead:
+    """The ways on to a block in a snapshot. until: when to plan anew."""
 
     index: RouteIndex
     snapshot: Snapshot
-    last: int
     until: float
 
 
-class HopFinder:
-    """Used from the connection's event loop only.
-
-    seconds: when a server would have computed a number of its blocks for a number of tokens.
-    """
+class Router:
+    """Used from the connection's event loop only; `waiting` and `waiting_for_caches` from any thread."""
 
     def __init__(
         self,
         directory: Directory,
         peers: PeerBook,
-        distrust: Distrust,
+        quarantine: Quarantine,
+        queues: AdmissionQueues,
         settings: SwarmSettings,
-        seconds: Callable[[SpanServer, int, int], float],
+        runtime: Runtime,
+        pace: PacePolicy = PacePolicy(),  # noqa: B008 - it is frozen
+        plan: PlanPolicy = PlanPolicy(),  # noqa: B008 - it is frozen
     ):
         self._directory = directory
         self._peers = peers
-        self._distrust = distrust
+        self._quarantine = quarantine
+        self._queues = queues
         self._settings = settings
-        self._seconds = seconds
+        self._runtime = runtime
+        self._pace = pace
+        self._plan_policy = plan
         self._waiting: dict[object, str] = {}
         self._waiting_for_caches: dict[object, str] = {}
-        self._planned: _Planned | None = None
+        self._planned: _PlannedAhead | None = None
 
-    @property
-    def waiting(self) -> str | None:
-        """Why nothing moves, or None. Safe to read from any thread."""
-        return next(iter(list(self._waiting.values())), None)
+    # -- what a server is expected to take
 
-    @property
-    def waiting_for_caches(self) -> tuple[str, ...]:
-        """What those wait for that only need room in a cache; others may go on. Safe to read from any thread."""
-        return tuple(self._waiting_for_caches.copy().values())
+    def seconds(self, server: SpanServer, blocks: int, tokens: int) -> float:
+        """Return when the answer would come, by what was measured of the server, and before that by what it claims."""
+        window = self._peers.of(server.peer_id).window
+        return self._pace.hop_overhead + window.seconds_for(float(tokens * blocks), self._claimed(server.record))
 
-    async def find(self, position: int, last: int, tokens: int, give_up: float, admission: Admission) -> Hop:
-        """The next hop of the cheapest route among servers in good standing; waits for one until `give_up`.
+    def seconds_for(self, hop: Hop, tokens: int) -> float:
+        """Return when the answer to a hop would come."""
+        return self.seconds(hop.server, hop.blocks, tokens)
 
-        tokens: of the micro-batch. admission: which servers take it; its refusal is raised where it leaves no route.
+    def patience(self, hop: Hop, tokens: int) -> float:
+        """Return the seconds after which a call is a straggler."""
+        if self._peers.of(hop.peer_id).window.rate is None:
+            return self._pace.first_patience
+        return max(self._pace.min_patience, self._pace.patience * self.seconds_for(hop, tokens))
+
+    def has_room(self, hop: Hop, tokens: int) -> bool:
+        """Return whether the server's window has room for another call."""
+        return self._peers.of(hop.peer_id).window.has_room(float(tokens * hop.blocks), hop.blocks)
+
+    def _claimed(self, record: ServerRecord) -> float:
+        """Return seconds per token and block. Petals servers measure `forward_rps` as they start: tokens a second for a
+        block."""
+        if not record.forward_rps:
+            return self._pace.unmeasured
+        return min(self._pace.slowest_claim, max(self._pace.quickest_claim, 1 / record.forward_rps))
+
+    def _cost(self, tokens: int) -> Cost:
+        return lambda server, blocks: self.seconds(server, blocks, tokens)
+
+    # -- the next hop
+
+    async def admit(self, activations: Activations, rest: Span, deadline: HopDeadline) -> Hop:
+        """Return the hop that would be done soonest, once it is this micro-batch's turn and a window has room.
+
+        rest: the blocks that are left of the route. Raises MissingBlocksError or DeadlineError at the deadline, and
+        what the servers that are left can never take.
+        """
+        admission = RowAdmission(self._peers, activations.positions)
+        while True:
+            async with self._queues.turn(rest.start):
+                # The deadline begins here: waiting in the queue is nobody's failure.
+                give_up = deadline.give_up = deadline.give_up or self._runtime.monotonic() + self._settings.deadline
+                found = await self._with_room(activations.tokens, rest, give_up, admission)
+            if not isinstance(found, Wait):
+                return found
+            await self._wait_for_cache(found, give_up)  # out of the queue: those behind it may need no room in a cache
+
+    async def _with_room(self, tokens: int, rest: Span, give_up: float, admission: Admission) -> Hop | Wait:
+        while True:
+            hop = await self._find_or_wait(rest, tokens, give_up, admission)
+            if isinstance(hop, Wait) or self._settings.window or self.has_room(hop, tokens):
+                return hop
+            await self._queues.wait_for_capacity(give_up - self._runtime.monotonic())
+
+    async def find(self, rest: Span, tokens: int, give_up: float, admission: Admission) -> Hop:
+        """Return the next hop of the cheapest route among servers in good standing; wait for one until `give_up`.
+
+        admission: which servers take it; its refusal is raised where it leaves no route.
         """
         await self.begin()
-        while isinstance(found := await self.find_or_wait(position, last, tokens, give_up, admission), Wait):
-            await self.wait_for_cache(found, give_up)
+        while isinstance(found := await self._find_or_wait(rest, tokens, give_up, admission), Wait):
+            await self._wait_for_cache(found, give_up)
         return found
 
     async def begin(self) -> None:
-        """Before anything is planned: see to it that what is known of the servers is not old."""
+        """See to it that what is known of the servers is not old, before anything is planned."""
         await self._directory.use()
 
-    async def wait_for_cache(self, wait: Wait, give_up: float) -> None:
-        """Wait until a server may be asked for room once more, or until `give_up`."""
+    async def _find_or_wait(self, rest: Span, tokens: int, give_up: float, admission: Admission) -> Hop | Wait:
+        """Like `find`, but where nothing is missing but room in a server's cache, return how long to wait for that:
+        others need not."""
         token = object()
-        left = max(0.0, give_up - time.monotonic())
-        self._waiting_for_caches[token] = f"{wait.why}; deadline in {_minutes(left)}"
-        try:
-            await asyncio.sleep(min(left, wait.seconds, LONGEST_WAIT))  # somebody else may have come since
-        finally:
-            del self._waiting_for_caches[token]
-
-    async def find_or_wait(
-        self, position: int, last: int, tokens: int, give_up: float, admission: Admission
-    ) -> Hop | Wait:
-        """Like `find`, but where nothing is missing but room in a server's cache, how long to wait for that: others
-        need not."""
-        token = object()
-        looked_again = False
+        has_looked_again = False
         try:
             while True:
-                left = give_up - time.monotonic()
+                left = give_up - self._runtime.monotonic()
                 every = list(self._directory.snapshot.servers.values())
                 if left <= 0:  # also with servers to try: two that fail in turns are never both left alone
-                    raise self._deadline_error(position, last, _waits(every, position, last, admission))
-                if len(every) > FEW and (hop := self._ahead(position, last, tokens, admission)):
+                    raise self._deadline_error(rest, _waits(every, rest, admission))
+                if len(every) > self._plan_policy.few and (hop := self._ahead(rest, tokens, admission)):
                     return hop
-                refusals = {each.peer_id: error for each in every if (error := admission.refusal(each, position, last))}
+                refusals = {each.peer_id: error for each in every if (error := admission.refusal(each, rest))}
                 fitting = [server for server in every if server.peer_id not in refusals]
-                if refusals and hold_all(every, position, last) and not hold_all(fitting, position, last):
+                if refusals and hold_all(every, rest) and not hold_all(fitting, rest):
                     raise next(iter(refusals.values()))
-                servers = [server for server in fitting if self._peers.may_be_called(server.peer_id)]
-                ready = [each for each in servers if is_ready(admission, each, position, last)]
-                hop = next_hop(ready, position, last, self._cost(tokens))
+                servers = [server for server in fitting if self._peers.of(server.peer_id).may_be_called]
+                ready = [each for each in servers if is_ready(admission, each, rest)]
+                hop = next_hop(ready, rest, self._cost(tokens))
                 if hop is not None:
                     return hop
-                if len(ready) < len(servers) and hold_all(servers, position, last):
-                    return _first_of(_waits(servers, position, last, admission), position, last)
-                if hold_all(fitting, position, last) and not hold_all(self._distrust.trusted(), position, last):
-                    if not looked_again:  # somebody else may have come since
-                        looked_again = True
+                if len(ready) < len(servers) and hold_all(servers, rest):
+                    return _first_of(_waits(servers, rest, admission), rest)
+                if hold_all(fitting, rest) and not hold_all(self._quarantine.trusted(), rest):
+                    if not has_looked_again:  # somebody else may have come since
+                        has_looked_again = True
                         await self._directory.refresh(older_than=self._settings.missing_update_period)
                         continue
-                    hop = self._distrust.last_resort(fitting, position, last)
+                    hop = self._quarantine.fallback_hop(fitting, rest)
                     if hop is not None:
                         return hop
-                self._waiting[token] = f"{self._what_is_missing(position, last, left)}; deadline in {_minutes(left)}"
+                self._waiting[token] = f"{self._what_is_missing(rest, left)}; deadline in {_minutes(left)}"
                 await asyncio.sleep(min(left, self._settings.missing_update_period / 4))
                 await self._directory.refresh(older_than=self._settings.missing_update_period)
         finally:
             self._waiting.pop(token, None)
 
-    def _ahead(self, position: int, last: int, tokens: int, admission: Admission) -> Hop | None:
-        """The hop by a plan that may be a little old; None where it leads nowhere, which is then to be looked into."""
-        snapshot, now = self._directory.snapshot, time.monotonic()
-        planned = self._planned
-        if planned is None or planned.snapshot is not snapshot or planned.last != last or now > planned.until:
-            index = RouteIndex(snapshot.servers.values(), last)
-            usable = self._peers.may_be_called
-            seconds = self._seconds
-            index.plan(lambda each, blocks: seconds(each, blocks, tokens) if usable(each.peer_id) else math.inf)
-            ended = time.monotonic()
-            planned = self._planned = _Planned(index, snapshot, last, until=ended + (ended - now) / PLAN_SHARE)
+    async def _wait_for_cache(self, wait: Wait, give_up: float) -> None:
+        """Wait until a server may be asked for room once more, or until `give_up`."""
+        token = object()
+        left = max(0.0, give_up - self._runtime.monotonic())
+        self._waiting_for_caches[token] = f"{wait.why}; deadline in {_minutes(left)}"
+        try:
+            # Not for longer than a full cache is left alone: somebody else may have come since.
+            await asyncio.sleep(min(left, wait.seconds, CachePolicy.longest_wait))
+        finally:
+            del self._waiting_for_caches[token]
+
+    def _ahead(self, rest: Span, tokens: int, admission: Admission) -> Hop | None:
+        """Return the hop by a plan that may be a little old; None where it leads nowhere, which is then to be looked
+        into."""
+        snapshot, now = self._directory.snapshot, self._runtime.monotonic()
+        planned, may_be_called = self._planned, self._may_be_called
+        if (
+            planned is None
+            or planned.snapshot is not snapshot
+            or planned.index.stop != rest.stop
+            or now > planned.until
+        ):
+            index = RouteIndex(snapshot.servers.values(), rest.stop)
+            seconds = self.seconds
+            index.plan(lambda each, blocks: seconds(each, blocks, tokens) if may_be_called(each) else math.inf)
+            ended = self._runtime.monotonic()
+            until = ended + (ended - now) / self._plan_policy.max_share
+            planned = self._planned = _PlannedAhead(index, snapshot, until)
 
         def fits(server: SpanServer) -> bool:
             return (
-                self._peers.may_be_called(server.peer_id)
-                and admission.refusal(server, position, last) is None
-                and is_ready(admission, server, position, last)
+                may_be_called(server)
+                and admission.refusal(server, rest) is None
+                and is_ready(admission, server, rest)
             )
 
-        return planned.index.next_hop(position, self._cost(tokens), is_usable=fits)
+        return planned.index.next_hop(rest.start, self._cost(tokens), is_usable=fits)
 
-    def _cost(self, tokens: int) -> Cost:
-        return lambda server, blocks: self._seconds(server, blocks, tokens)
+    def _may_be_called(self, server: SpanServer) -> bool:
+        return self._peers.of(server.peer_id).may_be_called
 
-    def plan(self, first: int, last: int, tokens: int) -> tuple[Hop, ...] | None:
-        """The cheapest route among servers in good standing now."""
-        servers = [each for each in self._distrust.trusted() if self._peers.may_be_called(each.peer_id)]
-        return plan_route(servers, first, last, self._cost(tokens))
+    # -- other ways
 
-    def others_of(self, hop: Hop) -> list[Hop]:
-        """The same blocks on other servers in good standing."""
-        return [
-            Hop(server, hop.first, hop.last)
-            for server in self._distrust.trusted()
-            if server.peer_id != hop.server.peer_id
-            and server.start <= hop.first
-            and hop.last <= server.end
-            and self._peers.may_be_called(server.peer_id)
+    def plan(self, span: Span, tokens: int) -> tuple[Hop, ...] | None:
+        """Return the cheapest route among servers in good standing now."""
+        servers = [each for each in self._quarantine.trusted() if self._may_be_called(each)]
+        return plan_route(servers, span, self._cost(tokens))
+
+    def free_replica(self, hop: Hop, activations: Activations) -> Hop | None:
+        """Return the same blocks on the server that would be done soonest, of the others that could begin at once."""
+        admission, tokens = RowAdmission(self._peers, activations.positions), activations.tokens
+        free = [
+            other
+            for server in self._quarantine.trusted()
+            if server.peer_id != hop.peer_id
+            and hop.span.within(server.span)
+            and self._may_be_called(server)
+            and admission.refusal(server, hop.span) is None
+            and is_ready(admission, server, hop.span)
+            and self.has_room(other := Hop(server, hop.span), tokens)
         ]
+        return min(free, key=lambda other: self.seconds_for(other, tokens), default=None)
 
     def holders(self, block: int) -> list[str]:
-        """The servers (peer ids) of a block that were not left out."""
-        return [server.peer_id for server in self._distrust.trusted() if server.start <= block < server.end]
+        """Return the servers (peer ids) of a block that are not quarantined."""
+        return [server.peer_id for server in self._quarantine.trusted() if block in server.span]
 
-    def _what_is_missing(self, position: int, last: int, left: float) -> str:
-        since = time.time() - (self._settings.deadline - left)
-        return what_is_missing(self._directory, self._peers, position, last, since)
+    # -- why nothing moves
 
-    def _deadline_error(self, position: int, last: int, waits: list[Wait]) -> MissingBlocksError | DeadlineError:
+    @property
+    def waiting(self) -> str | None:
+        """Why nothing moves, or None."""
+        return next(iter(list(self._waiting.values())), None)
+
+    @property
+    def waiting_for_caches(self) -> tuple[str, ...]:
+        """What those wait for that only need room in a cache; others may go on."""
+        return tuple(self._waiting_for_caches.copy().values())
+
+    def _what_is_missing(self, rest: Span, left: float) -> str:
+        since = self._runtime.epoch() - (self._settings.deadline - left)
+        return what_is_missing(self._directory, self._peers, rest, since)
+
+    def _deadline_error(self, rest: Span, waits: list[Wait]) -> MissingBlocksError | DeadlineError:
         """waits: for room in caches, which is what was lacking where no blocks are missing."""
-        absent = within(self._directory.snapshot.missing(), position, last)
-        for_caches = _first_of(waits, position, last).why if waits and not absent else None
-        reason = for_caches or self._what_is_missing(position, last, 0.0)
-        message = f"stopped at the deadline ({_span_of_time(self._settings.deadline)}): {reason}"
-        return MissingBlocksError(message, absent) if absent else DeadlineError(message)
+        absent = common_spans(self._directory.snapshot.missing(), rest)
+        for_caches = _first_of(waits, rest).why if waits and not absent else None
+        reason = for_caches or self._what_is_missing(rest, 0.0)
+        message = f"stopped at the deadline ({_duration(self._settings.deadline)}): {reason}"
+        if absent:
+            return MissingBlocksError(message, tuple((each.start, each.stop) for each in absent))
+        return DeadlineError(message)
 
 
-def _waits(servers: Iterable[SpanServer], position: int, last: int, admission: Admission) -> list[Wait]:
-    return [wait for each in servers if (wait := admission.wait(each, position, last)) is not None]
+def _waits(servers: Iterable[SpanServer], rest: Span, admission: Admission) -> list[Wait]:
+    return [wait for each in servers if (wait := admission.wait(each, rest)) is not None]
 
 
-def _first_of(waits: Sequence[Wait], position: int, last: int) -> Wait:
-    """Until the first server may be asked again, and what is known of them all."""
-    why = f"no server of blocks {position}:{last} has room for a session now: {listed(wait.why for wait in waits)}"
+def _first_of(waits: Sequence[Wait], rest: Span) -> Wait:
+    """Return until when the first server may not be asked, and what is known of them all."""
+    why = f"no server of blocks {rest} has room for a session now: {first_few(wait.why for wait in waits)}"
     return Wait(min((wait.seconds for wait in waits if not wait.is_over), default=0.0), why)
 
 
@@ -203,5 +315,5 @@ def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60:02d}:{int(seconds) % 60:02d}"
 
 
-def _span_of_time(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"

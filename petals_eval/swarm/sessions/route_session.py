@@ -5,45 +5,53 @@ another server or on the same one, whenever its cache is lost or cannot be rolle
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from anyio import CancelScope
 
-from petals_eval.errors import CallerError, PeerCacheFullError, PeerError, PeerRefusedError, RequestTooLargeError
+from petals_eval.errors import CallerError, PeerCacheFullError, PeerError, PeerLimitError, PeerRefusedError, RequestTooLargeError
+from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
-from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS, TokenLimits
-from petals_eval.swarm.peers.peer import PeerBook, short_peer
-from petals_eval.swarm.transport.client import BlockCalls
+from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
+from petals_eval.swarm.peers.peer import Peer, PeerBook
+from petals_eval.swarm.runtime import Runtime
+from petals_eval.swarm.transport.client import HopClient
 from petals_eval.swarm.transport.hop_session import HopSession
 from petals_eval.swarm.transport.opening import all_or_none
+from petals_eval.swarm.transport.rolling_back import PROOF_TOKENS, rolls_back
+from petals_eval.swarm.trust.acceptance import Acceptance
+from petals_eval.swarm.trust.recorded_call import RecordedCall
+from petals_eval.swarm.wire.span import Span
 
-__all__ = ["RouteSession"]
+__all__ = ["MAX_HELD_SECONDS", "RouteSession"]
 
-MOST_HELD = 5.0
-"""Seconds for which the other servers' caches are held while a hop that is replaced in mid-session waits for room."""
+MAX_HELD_SECONDS = 5.0
+"""How long the other servers' caches are held while a hop that is replaced in mid-session waits for room."""
 
-FindHop = Callable[[int, int, int, float], Awaitable[Hop]]
-"""(first, last, tokens, time to give up) -> the next hop; raises SwarmError or RequestTooLargeError."""
+FindHop = Callable[[Span, int, float], Awaitable[Hop]]
+"""(blocks that are left, tokens, time to give up) -> the next hop; raises SwarmError or RequestTooLargeError."""
 
 
 @dataclass(eq=False)
 class _Leg:
-    """One hop of the route, with its stream once there is one.
+    """One hop of the route, with its session once there is one.
 
+    is_probed: whether the server has shown that it runs in evaluation mode since the session was opened.
     reorder: hypo_ids that its server's cache has not seen yet.
     """
 
     hop: Hop
-    stream: HopSession | None = None
+    session: HopSession | None = None
+    is_probed: bool = False
     reorder: torch.Tensor | None = None
 
     async def close(self) -> None:
-        stream, self.stream, self.reorder = self.stream, None, None
-        if stream is not None:
-            await stream.close()
+        session, self.session, self.reorder, self.is_probed = self.session, None, None, False
+        if session is not None:
+            await session.close()
 
 
 class RouteSession:
@@ -51,28 +59,29 @@ class RouteSession:
 
     def __init__(
         self,
-        calls: BlockCalls,
+        client: HopClient,
+        acceptance: Acceptance,
         find_hop: FindHop,
-        failed: Callable[[Hop, PeerError], None],
+        on_failed: Callable[[Hop, PeerError], None],
         peers: PeerBook,
-        limits: TokenLimits,
+        runtime: Runtime,
         *,
-        first: int,
-        last: int,
-        batch: int,
+        span: Span,
+        rows: int,
         max_length: int,
         deadline: float,
     ):
         """
-        failed: told of each hop that could not be computed. deadline: seconds a step may wait for a server of a hop.
+        on_failed: told of each hop that could not be computed. deadline: seconds a step may wait for a server of a hop.
         """
-        self.first, self.last = first, last
-        self.batch, self.max_length = batch, max_length
-        self._calls = calls
+        self.span = span
+        self.rows, self.max_length = rows, max_length
+        self._client = client
+        self._acceptance = acceptance
         self._find_hop = find_hop
-        self._failed = failed
+        self._on_failed = on_failed
         self._peers = peers
-        self._limits = limits
+        self._runtime = runtime
         self._deadline = deadline
         self._position = 0
         self._prompts: torch.Tensor | None = None
@@ -82,13 +91,13 @@ class RouteSession:
 
     @property
     def position(self) -> int:
-        """Positions computed so far."""
+        """How many positions were computed so far."""
         return self._position
 
     @property
     def peer_ids(self) -> tuple[str, ...]:
         """The servers of the route, in order, as far as it is known."""
-        return tuple(leg.hop.server.peer_id for leg in self._legs)
+        return tuple(leg.hop.peer_id for leg in self._legs)
 
     def roll_back(self, position: int) -> None:
         """Forget all but the first `position` positions. Raises CallerError for more than there are."""
@@ -99,11 +108,11 @@ class RouteSession:
     async def step(
         self, hidden: torch.Tensor, prompts: torch.Tensor | None = None, hypo_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Run hidden (batch, seq, hidden) after the positions so far; returns the last server's answer.
+        """Run hidden (rows, positions, hidden size) after the positions so far; return the last server's answer.
 
-        prompts: (blocks, batch or 1, prefix, hidden), at position 0 only; added to the session's first `prefix`
+        prompts: (blocks, rows or 1, prefix, hidden size), at position 0 only; added to the session's first `prefix`
             positions, whichever steps they come in.
-        hypo_ids: int64 (batch,): row i goes on from what row hypo_ids[i] was.
+        hypo_ids: int64 (rows,): row i goes on from what row hypo_ids[i] was.
         Raises CallerError, RequestTooLargeError, and SwarmError when a hop finds no server within the deadline; the
         session is then where it was before the step.
         """
@@ -119,20 +128,20 @@ class RouteSession:
                     self._reorder(hypo_ids)
                 answer = await self._pass_through(hidden)
             except BaseException:
-                await self._end_streams()
+                await self._end_sessions()
                 self._prompts, self._inputs = before
                 raise
             self._position += hidden.shape[1]
-            self._inputs = {leg.hop.first: self._inputs[leg.hop.first] for leg in self._legs}
+            self._inputs = {leg.hop.span.start: self._inputs[leg.hop.span.start] for leg in self._legs}
             return answer
 
     async def close(self) -> None:
-        """End every stream, so that the servers free their caches. Safe to call twice."""
+        """End the session on every server, so that they free their caches. Safe to call twice."""
         async with self._stepping:
-            await self._end_streams()
+            await self._end_sessions()
             self._inputs.clear()
 
-    async def _end_streams(self) -> None:
+    async def _end_sessions(self) -> None:
         legs, self._legs = self._legs, []
         with CancelScope(shield=True):
             async with asyncio.TaskGroup() as group:
@@ -140,33 +149,34 @@ class RouteSession:
                     group.create_task(leg.close())
 
     async def _pass_through(self, hidden: torch.Tensor) -> torch.Tensor:
-        """From the first block to the last, hop by hop, on to another server where one fails."""
+        """Go from the first block to the last, hop by hop, on to another server where one fails."""
         end = self._position + hidden.shape[1]
         states, start = hidden, self._position  # what enters the block, from which position on
-        block, index = self.first, 0
+        block, index = self.span.start, 0
         if not self._legs:
             await self._open_route(end)
-        give_up = time.monotonic() + self._deadline
+        give_up = self._runtime.monotonic() + self._deadline
         waits_since: float | None = None
-        while block < self.last:
+        while block < self.span.stop:
             leg = await self._leg(index, block, end, give_up)
             if block not in self._inputs:
-                self._inputs[block] = _Inputs(self.batch, self.max_length, states)
+                self._inputs[block] = _Inputs(self.rows, self.max_length, states)
             self._inputs[block].put(states, start)
             # The next hop may need more than this step: a server that has come in for another knows nothing yet.
-            known = self._inputs.get(leg.hop.last)
-            since = self._position if leg.hop.last == self.last else min(self._position, known.length if known else 0)
+            stop = leg.hop.span.stop
+            known = self._inputs.get(stop)
+            since = self._position if stop == self.span.stop else min(self._position, known.length if known else 0)
             try:
                 states = await self._run(leg, since, end)
             except PeerError as error:
                 await self._leave(leg, error)
                 if isinstance(error, PeerCacheFullError):
-                    waits_since = waits_since or time.monotonic()
-                    if time.monotonic() - waits_since > MOST_HELD:
-                        await self._let_caches_go()
+                    waits_since = waits_since or self._runtime.monotonic()
+                    if self._runtime.monotonic() - waits_since > MAX_HELD_SECONDS:
+                        await self._release_caches()
                 continue
-            start, block, index = since, leg.hop.last, index + 1
-            give_up, waits_since = time.monotonic() + self._deadline, None
+            start, block, index = since, stop, index + 1
+            give_up, waits_since = self._runtime.monotonic() + self._deadline, None
         return states[:, self._position - start :]
 
     async def _open_route(self, end: int) -> None:
@@ -174,104 +184,119 @@ class RouteSession:
 
         Two that each hold what the other waits for would do so until their deadlines.
         """
-        give_up = time.monotonic() + self._deadline
+        give_up = self._runtime.monotonic() + self._deadline
         while not self._legs:
             hops: list[Hop] = []
-            while not hops or hops[-1].last < self.last:
-                block = hops[-1].last if hops else self.first
-                hops.append(await self._find_hop(block, self.last, self.batch * end, give_up))
-            openings = [self._calls.session(hop, self.batch, self.max_length) for hop in hops]
+            while not hops or hops[-1].span.stop < self.span.stop:
+                block = hops[-1].span.stop if hops else self.span.start
+                hops.append(await self._find_hop(Span(block, self.span.stop), self.rows * end, give_up))
+            openings = [self._client.open_session(hop, self.rows, self.max_length) for hop in hops]
             legs = []
             for hop, opened in zip(hops, await all_or_none(openings), strict=True):
                 if isinstance(opened, PeerError):
-                    self._failed(hop, opened)
+                    self._on_failed(hop, opened)
                 else:
                     legs.append(_Leg(hop, opened))
             if len(legs) == len(hops):
                 self._legs = legs
 
-    async def _let_caches_go(self) -> None:
-        """Close every stream. What they held is computed anew from what entered each hop, when it is needed."""
+    async def _release_caches(self) -> None:
+        """Close every session. What they held is computed anew from what entered each hop, when it is needed."""
         for leg in self._legs:
             await leg.close()
 
     async def _leg(self, index: int, block: int, end: int, give_up: float) -> _Leg:
-        """The hop that begins at this block: the session's own, or a new one that ends where the next one begins."""
-        if index < len(self._legs) and self._legs[index].hop.first == block:
+        """Return the hop that begins at this block: the session's own, or a new one that stops where the next one
+        begins."""
+        if index < len(self._legs) and self._legs[index].hop.span.start == block:
             return self._legs[index]
-        last = self._legs[index].hop.first if index < len(self._legs) else self.last
-        self._legs.insert(index, _Leg(await self._find_hop(block, last, self.batch * end, give_up)))
+        stop = self._legs[index].hop.span.start if index < len(self._legs) else self.span.stop
+        self._legs.insert(index, _Leg(await self._find_hop(Span(block, stop), self.rows * end, give_up)))
         return self._legs[index]
 
     async def _leave(self, leg: _Leg, error: PeerError) -> None:
-        """Give up a stream that failed, and its server as well unless it only said how much it takes at once."""
-        peer_id = leg.hop.server.peer_id
-        step = self._positions_per_step(peer_id) * self.batch
+        """Give up a session that failed, and its server as well unless it only said how much it takes in a step."""
+        was_open = leg.session is not None
         await leg.close()
-        if isinstance(error, PeerRefusedError) and self._limits.learn_per_call(peer_id, error, step):
-            return
-        self._legs.remove(leg)
-        self._failed(leg.hop, error)
+        if not (was_open and isinstance(error, PeerLimitError)):
+            self._legs.remove(leg)
+            self._on_failed(leg.hop, error)
 
     async def _run(self, leg: _Leg, since: int, end: int) -> torch.Tensor:
-        """Compute a hop up to position `end` from what was kept; returns its answers from position `since` on."""
-        hop, inputs = leg.hop, self._inputs[leg.hop.first]
-        stream = await self._stream_at(leg, since)
-        step = self._positions_per_step(hop.server.peer_id)
+        """Compute a hop up to position `end` from what was kept; return its answers from position `since` on."""
+        hop, inputs = leg.hop, self._inputs[leg.hop.span.start]
+        peer = self._peers.of(hop.peer_id)
+        session = await self._session_at(leg, since)
+        step = self._positions_per_step(peer)
         answers: list[torch.Tensor] = []
-        while not answers or stream.position < end:
-            start = stream.position
+        while not answers or session.position < end:
+            start = session.position
             part = slice(start, min(start + step, end))
             prompts = None
             if self._prompts is not None:
-                prompts = self._prompts[hop.first - self.first : hop.last - self.first, :, part]
+                blocks = slice(hop.span.start - self.span.start, hop.span.stop - self.span.start)
+                prompts = self._prompts[blocks, :, part]
+            entering = Activations(inputs.part(part), prompts, hop.span.start)
+            if entering.values and not leg.is_probed:
+                await self._acceptance.ready(hop, entering)
+                leg.is_probed = True
             reorder, leg.reorder = leg.reorder, None
-            answer = await stream.step(inputs.part(part), prompts, reorder)
-            self._peers.succeeded(
-                hop.server.peer_id,
-                tokens=self.batch * (part.stop - part.start),
-                sent=answer.bytes_sent,
-                received=answer.bytes_received,
+            answer = await self._client.step(session, hop, entering.hidden, prompts, reorder)
+            await self._acceptance.accept(RecordedCall(hop, entering, answer.hidden), may_audit=False)
+            peer.on_succeeded(
+                hop.server.span, tokens=entering.tokens, sent=answer.bytes_sent, received=answer.bytes_received
             )
             if part.stop > since or part.start == end:
                 answers.append(answer.hidden[:, max(0, since - start) :])
         return answers[0] if len(answers) == 1 else torch.cat(answers, dim=1)
 
-    async def _stream_at(self, leg: _Leg, position: int) -> HopSession:
-        """The hop's stream with no more than `position` positions in its cache."""
-        stream = leg.stream
-        if stream is not None and stream.position > position:
-            if await self._calls.rolls_back(leg.hop, self._inputs[leg.hop.first].hidden_size):
-                stream.roll_back(position)
+    async def _session_at(self, leg: _Leg, position: int) -> HopSession:
+        """Return the hop's session with no more than `position` positions in its cache."""
+        session = leg.session
+        if session is not None and session.position > position:
+            if await self._rolls_back(leg.hop, session, self._inputs[leg.hop.span.start].hidden_size):
+                session.roll_back(position)
             else:
                 await leg.close()
-                stream = None
-        if stream is None:
-            leg.stream = stream = await self._calls.session(leg.hop, self.batch, self.max_length)
+                session = None
+        if session is None:
+            leg.session = session = await self._client.open_session(leg.hop, self.rows, self.max_length)
             leg.reorder = None  # what was kept is in the new order already
-        return stream
+        return session
 
-    def _positions_per_step(self, peer_id: str) -> int:
-        limit = self._limits.per_call(peer_id) or USUAL_MAX_TOKENS
-        if limit < self.batch:
+    async def _rolls_back(self, hop: Hop, session: HopSession, hidden_size: int) -> bool:
+        """Return whether the server's sessions go back to a position, asked once and kept. Raises PeerError."""
+
+        async def ask() -> bool:
+            open_session = partial(self._client.open_session, hop, 1, PROOF_TOKENS)
+            return await rolls_back(session.info.version, open_session, hidden_size)
+
+        try:
+            return await self._peers.of(hop.peer_id).rolls_back.get(ask)
+        except PeerRefusedError:
+            return False  # no room in its cache now; asked again another time
+
+    def _positions_per_step(self, peer: Peer) -> int:
+        limit = peer.limits.per_call or USUAL_MAX_TOKENS
+        if limit < self.rows:
             raise RequestTooLargeError(
-                f"a step holds at least one token of each of the session's {self.batch} rows, but server "
-                f"{short_peer(peer_id)} takes {limit} in one call: open the session with a smaller batch"
+                f"a step holds at least one token of each of the session's {self.rows} rows, but server {peer.name} "
+                f"takes {limit} in one call: open the session with a smaller batch"
             )
-        return limit // self.batch
+        return limit // self.rows
 
     def _reorder(self, hypo_ids: torch.Tensor) -> None:
         self._inputs = {block: inputs.reordered(hypo_ids) for block, inputs in self._inputs.items()}
         if self._prompts is not None and self._prompts.shape[1] != 1:
             self._prompts = self._prompts[:, hypo_ids]
         for leg in self._legs:
-            if leg.stream is not None:
+            if leg.session is not None:
                 leg.reorder = hypo_ids
 
     def _check(self, hidden: torch.Tensor, prompts: torch.Tensor | None, hypo_ids: torch.Tensor | None) -> None:
-        if hidden.ndim != 3 or hidden.shape[0] != self.batch or not hidden.is_floating_point():
+        if hidden.ndim != 3 or hidden.shape[0] != self.rows or not hidden.is_floating_point():
             raise CallerError(
-                f"expected hidden states ({self.batch}, seq, hidden) of a float dtype, found {tuple(hidden.shape)} "
+                f"expected hidden states ({self.rows}, seq, hidden) of a float dtype, found {tuple(hidden.shape)} "
                 f"{hidden.dtype}"
             )
         end = self._position + hidden.shape[1]
@@ -280,7 +305,7 @@ class RouteSession:
                 f"expected at most {self.max_length} positions, the session's max_length, found {end}: open it with a "
                 "larger one"
             )
-        kept = self._inputs.get(self.first)
+        kept = self._inputs.get(self.span.start)
         if kept is not None and self._position and kept.hidden_size != hidden.shape[2]:
             raise CallerError(f"expected hidden states {kept.hidden_size} wide, as before, found {hidden.shape[2]}")
         if prompts is not None:
@@ -289,37 +314,37 @@ class RouteSession:
                     "deep prompts belong to the session's first positions: expected them at position 0, "
                     f"found them at {self._position}"
                 )
-            blocks = self.last - self.first
+            blocks = len(self.span)
             if (
                 prompts.ndim != 4
                 or (prompts.shape[0], prompts.shape[3]) != (blocks, hidden.shape[2])
-                or (prompts.shape[1] not in (1, self.batch))
+                or (prompts.shape[1] not in (1, self.rows))
             ):
                 raise CallerError(
-                    f"expected deep prompts ({blocks}, 1 or {self.batch}, prefix, {hidden.shape[2]}), found "
+                    f"expected deep prompts ({blocks}, 1 or {self.rows}, prefix, {hidden.shape[2]}), found "
                     f"{tuple(prompts.shape)}"
                 )
         if hypo_ids is not None and (
             hypo_ids.dtype is not torch.int64
-            or hypo_ids.shape != (self.batch,)
-            or not all(0 <= row < self.batch for row in hypo_ids.tolist())
+            or hypo_ids.shape != (self.rows,)
+            or not all(0 <= row < self.rows for row in hypo_ids.tolist())
         ):
-            raise CallerError(f"expected hypo_ids int64 ({self.batch},) of rows 0:{self.batch}, found {hypo_ids}")
+            raise CallerError(f"expected hypo_ids int64 ({self.rows},) of rows 0:{self.rows}, found {hypo_ids}")
 
 
 class _Inputs:
-    """What entered a block: (batch, length, hidden), in the widest dtype that came.
+    """What entered a block: (rows, length, hidden size), in the widest dtype that came.
 
     Room for all of the session is reserved at once, and taken by the system only as it is written to.
     """
 
-    def __init__(self, batch: int, max_length: int, like: torch.Tensor):
+    def __init__(self, rows: int, max_length: int, like: torch.Tensor):
         self.length = 0
         self.hidden_size = like.shape[2]
-        self._states = torch.empty(batch, max_length, self.hidden_size, dtype=like.dtype)
+        self._states = torch.empty(rows, max_length, self.hidden_size, dtype=like.dtype)
 
     def put(self, states: torch.Tensor, start: int) -> None:
-        """Keep states (batch, seq, hidden) as the positions from `start` on; what was there is forgotten."""
+        """Keep states (rows, positions, hidden size) as the positions from `start` on; what was there is forgotten."""
         dtype = torch.promote_types(self._states.dtype, states.dtype)
         self._states = self._states.to(dtype)
         self.length = start + states.shape[1]

@@ -1,274 +1,152 @@
-"""One RPC to one server: send, wait under a deadline, check the answer. Retries live elsewhere."""
+"""One hop on one server, in as many calls as the server's token limit asks for.
+
+This is the one place where a limit is learned from a refusal: runs, probes, audits, sessions and health all come here.
+"""
 
 import asyncio
-import time
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
 
 import torch
-from hivemind.p2p import P2P, PeerID
-from hivemind.proto import runtime_pb2
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import PeerAnswerError, PeerError, PeerRefusedError, PeerUnreachableError
+from petals_eval.errors import PeerError, PeerLimitError, PeerRefusedError, PeerUnreachableError
+from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
-from petals_eval.swarm.peers.caches import CacheBook
-from petals_eval.swarm.transport.codec_negotiation import WireBook
-from petals_eval.swarm.transport.hop_session import PROOF_TOKENS, HopSession, proves_rolling_back
-from petals_eval.swarm.transport.opening import SessionOpener, all_or_none
-from petals_eval.swarm.transport.push import Pushed, push_through
-from petals_eval.swarm.transport.rpc import (
-    MOST_WORDS,
-    Answer,
-    TransformerConnectionHandler,
-    as_peer_errors,
-    open_stream,
-    streamed,
-)
-from petals_eval.swarm.wire import messages as wire
+from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
+from petals_eval.swarm.peers.peer import Peer, PeerBook
+from petals_eval.swarm.tasks import together
+from petals_eval.swarm.transport.hop_session import HopSession
+from petals_eval.swarm.transport.opening import SessionOpener
+from petals_eval.swarm.transport.rpc import Answer, joined_answer
+from petals_eval.swarm.transport.transport import Transport
 
-__all__ = ["Answer", "Asked", "BlockCalls", "RemoteCalls"]
+__all__ = ["HopClient"]
+
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A server's answer to rpc_info, the seconds it took and the bytes of the messages."""
+class HopClient:
+    """Computes hops on their servers. Used from the connection's event loop only."""
 
-    info: wire.ServerInfo
-    seconds: float
-    bytes_sent: int
-    bytes_received: int
+    def __init__(self, transport: Transport, peers: PeerBook, settings: SwarmSettings):
+        self._transport = transport
+        self._peers = peers
+        self._opener = SessionOpener(transport, settings)
 
+    def max_tokens(self, hop: Hop) -> int | None:
+        """Return how many tokens the hop's server takes in one call; None: nothing is known."""
+        return self._peers.of(hop.peer_id).limits.per_call
 
-class BlockCalls(Protocol):
-    """The seam between "which server next" and "send it": tests of routing and retries plug in here."""
-
-    async def forward(
-        self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, *, lossless: bool = False
-    ) -> Answer:
-        """Run hidden (batch, seq, hidden) through the hop's blocks.
-
-        prompts: (blocks of the hop, batch or 1, prefix, hidden) or None. lossless: whatever the settings' wire is.
-        Raises PeerError.
-        """
-        ...
-
-    async def forward_in_steps(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, step: int) -> Answer:
-        """What `forward` answers, through a session and `step` positions at a time. Raises PeerError."""
-        ...
-
-    async def push(self, hops: Sequence[Hop], hidden: torch.Tensor, timeout: float) -> Pushed:
-        """Run hidden (batch, seq, hidden) through all these hops, each server passing its answer on to the next.
-
-        timeout: seconds for all of it. Raises nothing: what comes back says how far it went, and why no further.
-        """
-        ...
-
-    async def session(self, hop: Hop, batch: int, max_length: int) -> HopSession:
-        """A session on the hop's blocks with its cache reserved, to be closed by whoever asked for it.
-
-        Raises PeerCacheFullError, PeerNoSessionError (what they say is known to the connection's cache book), and other
-        PeerErrors.
-        """
-        ...
-
-    async def rolls_back(self, hop: Hop, hidden_size: int) -> bool:
-        """Whether the server's sessions go back to a position when told to. Raises PeerError."""
-        ...
-
-    def forget(self, peer_id: str) -> None:
-        """Ask the server anew what it is before the next call: it may have come back as another."""
-        ...
-
-
-class RemoteCalls:
-    """Calls over libp2p."""
-
-    def __init__(
-        self,
-        p2p: P2P,
-        dht_prefix: str,
-        settings: SwarmSettings,
-        wires: WireBook | None = None,
-        caches: CacheBook | None = None,
-    ):
-        """
-        wires: what the connection knows of servers and the lossy code of its settings; None: all is lossless.
-        caches: what it knows of their caches; None: nothing yet.
-        """
-        self._p2p = p2p
-        self._prefix = dht_prefix
-        self._settings = settings
-        self._wires = wires or WireBook(None)
-        self._caches = caches or CacheBook()
-        self._opener = SessionOpener(p2p, dht_prefix, settings, self._caches, self._look)
-        codes = {None, self._wires.code}
-        self._metadata = {code: wire.forward_metadata(settings.active_adapter, code) for code in codes}
-        self._infos: dict[str, asyncio.Task[wire.ServerInfo]] = {}
-        self._rolls_back: dict[str, bool] = {}
-        self._stepping: dict[str, asyncio.Lock] = {}  # by server
-        self._stubs: dict[str, Any] = {}
-
-    async def info(self, hop: Hop) -> wire.ServerInfo:
-        """What the server says of itself, asked once and kept; concurrent callers share the question."""
-        peer_id = hop.server.peer_id
-        task = self._infos.get(peer_id)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = asyncio.create_task(self._ask_info(peer_id, hop.first))
-            self._infos[peer_id] = task
-        return await asyncio.shield(task)
-
-    def known_info(self, peer_id: str) -> wire.ServerInfo | None:
-        """The answer to rpc_info when there is one already."""
-        task = self._infos.get(peer_id)
-        if task is None or not task.done() or task.cancelled() or task.exception() is not None:
-            return None
-        return task.result()
-
-    def forget(self, peer_id: str) -> None:
-        self._wires.forget(peer_id)
-        self._caches.forget(peer_id)
-        self._rolls_back.pop(peer_id, None)
-        task = self._infos.get(peer_id)
-        if task is not None and task.done():
-            del self._infos[peer_id]
-
-    async def ask_info(self, peer_id: str, block: int) -> Asked:
-        """Ask now, whatever was asked before: what the server says of itself and of this block. Raises PeerError."""
-        request = runtime_pb2.ExpertUID(uid=wire.block_uid(self._prefix, block))
-        started = time.monotonic()
-        with as_peer_errors(self._settings.connect_timeout):
-            answer = await self._stub(peer_id).rpc_info(request, timeout=self._settings.connect_timeout)
-        seconds = time.monotonic() - started
-        info = wire.read_info(answer.serialized_info)
-        self._caches.shown(peer_id, info.cache_tokens_available)
-        return Asked(info, seconds, request.ByteSize(), answer.ByteSize())
-
-    async def _look(self, peer_id: str, block: int) -> wire.ServerInfo:
-        return (await self.ask_info(peer_id, block)).info
-
-    async def _ask_info(self, peer_id: str, block: int) -> wire.ServerInfo:
-        info = (await self.ask_info(peer_id, block)).info
-        wanted = self._settings.require_dtype
-        if wanted is not None and wire.dtype_name(info.output_dtype) != wanted:
-            raise PeerAnswerError(f"it announces {wanted}, but computes in {wire.dtype_name(info.output_dtype)}")
-        return info
-
-    async def forward(
-        self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, *, lossless: bool = False
-    ) -> Answer:
-        """One rpc_forward, or rpc_forward_stream above 1 MiB of tensor bytes. Raises PeerError."""
-        info = await self.info(hop)
-        code = None
-        if self._wires.code is not None and not lossless and hidden.numel():
-            first = hidden[:1, :1]  # a position is enough to see whether the server takes the code
-
-            async def try_out(code: wire.LossyCode | None) -> Answer:
-                return await self._forward(hop, info, first, None, code)
-
-            code = await self._wires.code_for(hop.server.peer_id, info, try_out)
-        return await self._forward(hop, info, hidden, prompts, code)
-
-    async def _forward(
+    async def run(
         self,
         hop: Hop,
-        info: wire.ServerInfo,
-        hidden: torch.Tensor,
-        prompts: torch.Tensor | None,
-        code: wire.LossyCode | None,
+        activations: Activations,
+        *,
+        positions_per_step: int | None = None,
+        may_step: bool = True,
+        lossless: bool = False,
     ) -> Answer:
-        started = time.monotonic()
-        encode = partial(wire.encode_for, info, hidden, code)
-        # Lossy codes are arithmetic: not in the thread that serves every other call.
-        tensors = [encode() if code is None else await asyncio.to_thread(encode), wire.encode_for(info, prompts)]
-        sent = sum(len(tensor.buffer) for tensor in tensors)
-        metadata = self._metadata[code]
+        """Run what enters the hop's first block through its blocks, in calls below the server's token limit.
 
-        uid = wire.block_uid(self._prefix, hop.first, hop.last)
-        timeout = self._settings.request_timeout
-        with as_peer_errors(timeout):
-            if sent <= wire.MAX_UNARY_BYTES:
-                request = runtime_pb2.ExpertRequest(uid=uid, tensors=tensors, metadata=metadata)
-                response = await self._stub(hop.server.peer_id).rpc_forward(request, timeout=timeout)
-                parts = list(response.tensors)
-            else:
-                async with asyncio.timeout(timeout):
-                    stream = await open_stream(self._p2p, hop.server.peer_id, "rpc_forward_stream")
-                    requests = wire.stream_parts(uid, tensors, metadata)
-                    parts = await streamed(stream, requests, limit=4 * hidden.numel() + MOST_WORDS)
-                if not parts:
-                    raise PeerUnreachableError("the connection ended before the answer came")
-        read = partial(wire.read_answer, parts, tuple(hidden.shape), info.output_dtype, code)
-        answer = read() if code is None else await asyncio.to_thread(read)
-        received = sum(len(part.buffer) for part in parts)
-        return Answer(answer, time.monotonic() - started, sent, received)
+        Rows are split over calls that are made together. A row that is longer than a call may be goes through a session
+        of its own, in steps; causal blocks give the same numbers as in one call.
 
-    async def forward_in_steps(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, step: int) -> Answer:
-        """A session of its own for these hidden states; causal blocks give the same numbers as in one call.
-
-        One at a time on a server, checks included: beside it another of this length may have no room.
+        positions_per_step: go through a session in any case, and in steps no longer than this.
+        may_step: False raises PeerLimitError for a row that is longer than a call may be.
+        lossless: whatever the lossy code of the settings is.
+        Raises PeerError.
         """
-        batch, seq = hidden.shape[:2]
-        async with self._stepping.setdefault(hop.server.peer_id, asyncio.Lock()):
-            session = await self.session(hop, batch, seq)
+        peer = self._peers.of(hop.peer_id)
+        rows, positions = activations.rows, activations.positions
+        while True:
+            # Only a limit that was set or told is held against a single row: servers of grouped-query models take more
+            # than the usual number, and the refusal of one that does not names its own.
+            known = peer.limits.per_call
+            limit = known or USUAL_MAX_TOKENS
+            in_steps = positions_per_step is not None or (known is not None and positions > known)
+            parts = activations.by_rows(max(1, limit // positions))
             try:
-                answers = []
-                for start in range(0, seq, step):
-                    part = slice(start, start + step)
-                    some_prompts = None if prompts is None else prompts[:, :, part]
-                    answers.append(await session.step(hidden[:, part], some_prompts))
-            finally:
-                await session.close()
-        return Answer(
-            torch.cat([answer.hidden for answer in answers], dim=1),
-            sum(answer.seconds for answer in answers),
-            sum(answer.bytes_sent for answer in answers),
-            sum(answer.bytes_received for answer in answers),
-        )
+                if in_steps:
+                    if not may_step:
+                        raise PeerLimitError(f"it takes {limit} tokens in one call")
+                    answers = await self._in_steps(peer, hop, parts, min(positions_per_step or limit, limit))
+                elif len(parts) == 1:
+                    answers = [await self._transport.call(hop, parts[0], lossless=lossless)]
+                else:
+                    calls = [self._transport.call(hop, part, lossless=lossless) for part in parts]
+                    answers = await together(calls)
+            except PeerRefusedError as error:
+                sent = limit if in_steps else parts[0].tokens
+                if isinstance(error, PeerLimitError) or not self._learn_per_call(peer, error, sent):
+                    raise
+            else:
+                return joined_answer(answers, dim=0)
 
-    async def push(self, hops: Sequence[Hop], hidden: torch.Tensor, timeout: float) -> Pushed:
-        """`timeout` begins when all sessions are open, each within connect_timeout."""
-        batch, seq = hidden.shape[:2]
-        for index, hop in enumerate(hops):
-            try:
-                info = await self.info(hop)
-                if not wire.may_push(info.version):
-                    raise PeerRefusedError(
-                        f"petals {info.version or 'of no version'} does not push on what it was pushed"
-                    )
-                self._opener.check(hop, info)
-            except PeerError as error:
-                return Pushed((), error, index)
-        sessions = []
-        for index, opened in enumerate(await all_or_none([self.session(hop, batch, seq) for hop in hops])):
-            if isinstance(opened, PeerError):
-                return Pushed((), opened, index)
-            sessions.append(opened)
-        ends = [(hop.server.peer_id, hop.first, hop.last) for hop in hops]
-        return await push_through(sessions, ends, hidden, timeout)
+    async def _in_steps(self, peer: Peer, hop: Hop, parts: Sequence[Activations], step: int) -> list[Answer]:
+        """One session after the other: beside it another of this length may have no room."""
+        async with peer.stepping:
+            if peer.is_backing_off:
+                raise PeerUnreachableError("it failed while this input waited for its turn")
+            return [await self._through_session(hop, part, step) for part in parts]
 
-    async def session(self, hop: Hop, batch: int, max_length: int) -> HopSession:
-        return await self._opener.open(hop, await self.info(hop), batch, max_length)
+    async def _through_session(self, hop: Hop, activations: Activations, step: int) -> Answer:
+        session = await self.open_session(hop, activations.rows, activations.positions)
+        try:
+            answers = [await session.step(part.hidden, part.prompts) for part in activations.by_positions(step)]
+        finally:
+            await session.close()
+        return joined_answer(answers, dim=1)
 
-    async def rolls_back(self, hop: Hop, hidden_size: int) -> bool:
-        """Asked once per server: by its version first, and where that may, by trying it out."""
-        peer_id = hop.server.peer_id
-        if peer_id not in self._rolls_back:
-            answer = False
-            if wire.may_roll_back((await self.info(hop)).version):
-                try:
-                    answer = await proves_rolling_back(await self.session(hop, 1, PROOF_TOKENS), hidden_size)
-                except PeerRefusedError:
-                    return False  # no room in its cache now; asked again another time
-            self._rolls_back[peer_id] = answer
-        return self._rolls_back[peer_id]
+    async def open_session(self, hop: Hop, rows: int, positions: int) -> HopSession:
+        """Return a session on the hop's blocks with its cache reserved, to be closed by whoever asked for it.
 
-    def _stub(self, peer_id: str):  # type: ignore[no-untyped-def]  # hivemind makes the stub's class at run time
-        """Kept: reading an identity from base58 takes longer than sending a small message."""
-        stub = self._stubs.get(peer_id)
-        if stub is None:
-            stub = TransformerConnectionHandler.get_stub(self._p2p, PeerID.from_base58(peer_id))
-            self._stubs[peer_id] = stub
-        return stub
+        Raises PeerLimitError where the server never has room for so many positions, PeerCacheFullError where it has
+        none now, PeerNoSessionError where it opens none for us, and other PeerErrors.
+        """
+        peer = self._peers.of(hop.peer_id)
+        if (too_large := peer.limits.session_refusal(rows, positions)) is not None:
+            raise PeerLimitError(str(too_large))
+        try:
+            return await self._opener.open(peer, hop, rows, positions)
+        except PeerRefusedError as error:
+            raise self.explain_session(hop, error, rows, positions) from error
+
+    async def step(
+        self,
+        session: HopSession,
+        hop: Hop,
+        hidden: torch.Tensor,
+        prompts: torch.Tensor | None = None,
+        hypo_ids: torch.Tensor | None = None,
+    ) -> Answer:
+        """Make a step of a session (`HopSession.step`). Raises PeerLimitError where it holds more than a call may."""
+        try:
+            return await session.step(hidden, prompts, hypo_ids)
+        except PeerRefusedError as error:
+            tokens = hidden.shape[0] * hidden.shape[1]
+            if self._learn_per_call(self._peers.of(hop.peer_id), error, tokens):
+                raise PeerLimitError(str(error)) from error
+            raise
+
+    def explain_session(self, hop: Hop, error: PeerRefusedError, rows: int, positions: int) -> PeerRefusedError:
+        """Return PeerLimitError where a session was refused for its size, which is noted; otherwise the error."""
+        peer = self._peers.of(hop.peer_id)
+        if peer.limits.learn_per_session(error, rows, positions):
+            _log.debug("%s: has no cache for %d x %d positions: %s", peer.name, rows, positions, error)
+            return PeerLimitError(str(error))
+        return error
+
+    def explain_push(self, hop: Hop, error: PeerError, rows: int, positions: int) -> PeerError:
+        """Return PeerLimitError where a pushed step or its session was refused for its size, which is noted."""
+        if not isinstance(error, PeerRefusedError):
+            return error
+        if self._learn_per_call(self._peers.of(hop.peer_id), error, rows * positions):
+            return PeerLimitError(str(error))
+        return self.explain_session(hop, error, rows, positions)
+
+    def _learn_per_call(self, peer: Peer, error: PeerRefusedError, tokens: int) -> bool:
+        if not peer.limits.learn_per_call(error, tokens):
+            return False
+        _log.debug("%s: takes %s tokens in one call", peer.name, peer.limits.per_call)
+        return True

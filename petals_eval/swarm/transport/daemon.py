@@ -1,4 +1,4 @@
-"""The libp2p daemon, which every call goes through: what hivemind 1.1 leaves to chance on our side of its line."""
+"""Workarounds for hivemind 1.1's libp2p daemon, which every call goes through."""
 
 import asyncio
 from contextlib import suppress
@@ -7,7 +7,8 @@ from uuid import UUID
 
 from hivemind.p2p import P2P
 
-from petals_eval.environment import unless_set
+from petals_eval.environment import environment_defaults
+from petals_eval.swarm.tasks import retrieve_exception
 
 __all__ = ["end_daemon", "keep_reading", "start_daemon", "wait_until_lost"]
 
@@ -18,11 +19,11 @@ hundred KiB, and spent two fifths of its processor time on collecting them as ga
 
 
 async def start_daemon(**options: Any) -> P2P:
-    """A daemon as `P2P.create` starts it with these options, and a reader that late answers do not end.
+    """Start a daemon as `P2P.create` does with these options, with a reader that late answers do not end.
 
     hivemind hands on the environment it finds: what other threads start meanwhile gets Go's variables too.
     """
-    with unless_set(_GO):
+    with environment_defaults(_GO):
         p2p = await P2P.create(**options)
     keep_reading(p2p)
     return p2p
@@ -47,13 +48,7 @@ def keep_reading(p2p: P2P) -> None:
     control = p2p._client.control
     control._pending_calls = _OpenCalls(control._pending_calls)
     for task in (control._read_task, control._write_task):
-        task.add_done_callback(_look_at_error)
-
-
-def _look_at_error(task: "asyncio.Task[None]") -> None:
-    """A broken line is said by whoever waits for an answer, not by asyncio in a traceback about a forgotten task."""
-    if not task.cancelled():
-        task.exception()
+        task.add_done_callback(retrieve_exception)
 
 
 async def wait_until_lost(p2p: P2P) -> None:

@@ -7,120 +7,98 @@ is refused has uploaded nothing. It costs a round trip, and one for all of a rou
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from functools import partial
+from collections.abc import Coroutine, Sequence
 from typing import Any
-
-from hivemind.p2p import P2P
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerCacheFullError, PeerError, PeerNoSessionError, PeerRefusedError, PeerTimeoutError
 from petals_eval.swarm.directory.routing import Hop
-from petals_eval.swarm.peers.caches import CacheBook
 from petals_eval.swarm.peers.limits import says_cache_is_full
+from petals_eval.swarm.peers.peer import Peer
 from petals_eval.swarm.transport.hop_session import HopSession
-from petals_eval.swarm.transport.rpc import open_stream
-from petals_eval.swarm.wire import messages as wire
+from petals_eval.swarm.transport.transport import Transport, ask_info, kept_info
+from petals_eval.swarm.wire.server_info import other_layout
 
 __all__ = ["SessionOpener", "all_or_none"]
 
-AskInfo = Callable[[str, int], Awaitable[wire.ServerInfo]]
-"""(peer id, block) -> what the server says now; raises PeerError."""
-
 
 class SessionOpener:
-    """Opens sessions on the servers of one connection, and notes in `caches` what comes of it.
+    """Opens sessions, and notes in the peer's cache what comes of it."""
 
-    ask_info: asks anew, whatever was asked before.
-    """
-
-    def __init__(self, p2p: P2P, dht_prefix: str, settings: SwarmSettings, caches: CacheBook, ask_info: AskInfo):
-        self._p2p = p2p
-        self._prefix = dht_prefix
+    def __init__(self, transport: Transport, settings: SwarmSettings):
+        self._transport = transport
         self._settings = settings
-        self._caches = caches
-        self._ask_info = ask_info
 
-    def check(self, hop: Hop, info: wire.ServerInfo) -> None:
-        """Raises PeerNoSessionError where no session is to be opened, which costs the server nothing."""
-        peer_id = hop.server.peer_id
-        layout = wire.other_layout(info)
-        if layout is not None:
-            self._caches.incompatible(peer_id, layout)
-            raise PeerNoSessionError(layout)
-        closed = self._caches.wait(peer_id, 0)  # for so little nothing but a lost lock is waited for
-        if closed is not None:
-            raise PeerNoSessionError(closed.why)
-
-    async def open(self, hop: Hop, info: wire.ServerInfo, batch: int, max_length: int) -> HopSession:
-        """A session on the hop's blocks for `batch` rows of `max_length` positions, its cache reserved.
+    async def open(self, peer: Peer, hop: Hop, rows: int, positions: int) -> HopSession:
+        """Return a session on the hop's blocks with its cache reserved.
 
         Raises PeerCacheFullError where there is no room now, PeerNoSessionError where the server opens none that is for
         us, and other PeerErrors for what fails.
         """
-        self.check(hop, info)
-        peer_id = hop.server.peer_id
-        self._caches.claimed(hop.server)
-        need = batch * max_length * (hop.last - hop.first)
-        session = HopSession(
-            partial(open_stream, self._p2p, peer_id, "rpc_inference"),
-            wire.block_uid(self._prefix, hop.first, hop.last),
-            info,
-            batch=batch,
-            opening=wire.session_metadata(max_length, self._settings.active_adapter),
-            timeout=self._settings.request_timeout,
-            on_end=partial(self._caches.ended, peer_id),
-        )
-        if not self._caches.is_full(peer_id, need):
-            await self._reserve(session, hop, need)
-            return session
-        async with self._caches.turn(peer_id):
-            if not self._caches.may_be_asked(peer_id, need):  # somebody else was refused meanwhile
-                raise PeerCacheFullError(self._caches.why_full(peer_id, need))
-            await self._reserve(session, hop, need, await self._look(hop, need))
-            return session
+        await self._refuse_closed(peer, hop)
+        peer.cache.observe_record(hop.server.record)
+        need = rows * positions * hop.blocks
+        if not peer.cache.is_full(need):
+            return await self._reserve(peer, hop, rows, positions)
+        async with peer.cache.turn:
+            if not peer.cache.may_be_asked(need):  # somebody else was refused meanwhile
+                raise PeerCacheFullError(peer.cache.why_full(need))
+            return await self._reserve(peer, hop, rows, positions, await self._look(peer, hop, need))
 
-    async def _look(self, hop: Hop, need: int) -> int | None:
-        """What is free now, as the server says. Where that is too little it need not be asked for a session, of which
-        each refusal leaves a traceback in its log. Raises PeerCacheFullError then."""
-        free = (await self._ask_info(hop.server.peer_id, hop.first)).cache_tokens_available
+    async def _refuse_closed(self, peer: Peer, hop: Hop) -> None:
+        """Raise PeerNoSessionError where no session is to be opened, which costs the server nothing."""
+        layout = other_layout(await kept_info(self._transport, peer, hop.span.start, self._settings))
+        if layout is not None:
+            peer.cache.on_incompatible(layout)
+            raise PeerNoSessionError(layout)
+        closed = peer.cache.wait(0)  # for so little nothing but a lost lock is waited for
+        if closed is not None:
+            raise PeerNoSessionError(closed.why)
+
+    async def _look(self, peer: Peer, hop: Hop, need: int) -> int | None:
+        """Return what is free now, as the server says.
+
+        Where that is too little it need not be asked for a session, of which each refusal leaves a traceback in its
+        log. Raises PeerCacheFullError then.
+        """
+        free = (await ask_info(self._transport, peer, hop.span.start)).cache_tokens_available
         if free is not None and free < need:
-            words = f"{free:,} tokens of its cache are free"
-            self._caches.refused(hop.server.peer_id, need, words)
-            raise PeerCacheFullError(self._caches.why_full(hop.server.peer_id, need))
+            peer.cache.on_full(need, f"{free:,} tokens of its cache are free")
+            raise PeerCacheFullError(peer.cache.why_full(need))
         return free
 
-    async def _reserve(self, session: HopSession, hop: Hop, need: int, shown_free: int | None = None) -> None:
-        peer_id = hop.server.peer_id
+    async def _reserve(
+        self, peer: Peer, hop: Hop, rows: int, positions: int, shown_free: int | None = None
+    ) -> HopSession:
+        need = rows * positions * hop.blocks
         try:
-            await session.open(self._settings.connect_timeout)
-        except BaseException as error:
-            await session.close()
-            if isinstance(error, PeerTimeoutError):
-                raise await self._meaning_of(error, hop) from error
-            if isinstance(error, PeerRefusedError) and says_cache_is_full(error):
-                self._caches.refused(peer_id, need, str(error), shown_free=shown_free)
-                raise PeerCacheFullError(self._caches.why_full(peer_id, need)) from error
-            raise
-        self._caches.opened(peer_id, need)
+            session = await self._transport.open_session(hop, rows, positions)
+        except PeerTimeoutError as error:
+            raise await self._meaning_of(error, peer, hop) from error
+        except PeerRefusedError as error:
+            if not says_cache_is_full(error):
+                raise
+            peer.cache.on_full(need, str(error), shown_free=shown_free)
+            raise PeerCacheFullError(peer.cache.why_full(need)) from error
+        peer.cache.on_opened(need)
+        session.add_close_callback(peer.cache.on_ended)
+        return session
 
-    async def _meaning_of(self, silence: PeerTimeoutError, hop: Hop) -> PeerError:
-        """Of no answer to the opening of a session: a server that goes on with all else has lost the lock of its cache.
-        Any other is one that fails."""
+    async def _meaning_of(self, silence: PeerTimeoutError, peer: Peer, hop: Hop) -> PeerError:
+        """Return what no answer to the opening of a session means: a server that goes on with all else has lost the
+        lock of its cache. Any other is one that fails."""
         try:
-            await self._ask_info(hop.server.peer_id, hop.first)
+            await ask_info(self._transport, peer, hop.span.start)
         except PeerError:
             return silence
         seconds = self._settings.connect_timeout
         return PeerNoSessionError(
-            self._caches.locked(
-                hop.server.peer_id, f"it opens no session within {seconds:g} s, and answers rpc_info all the while"
-            )
+            peer.cache.on_locked(f"it opens no session within {seconds:g} s, and answers rpc_info all the while")
         )
 
 
 async def all_or_none(openings: Sequence[Coroutine[Any, Any, HopSession]]) -> list[HopSession | PeerError]:
-    """Open them together. Where one fails the others are closed: no cache is held while another is waited for.
+    """Open sessions together. Where one fails the others are closed: no cache is held while another is waited for.
 
     Returns of each the session, which is closed again where there is an error among them, or the error.
     """
@@ -149,6 +127,6 @@ async def _close_all(openings: Sequence["asyncio.Task[HopSession | PeerError]"])
         task.cancel()
     await asyncio.wait(openings)
     opened = [task.result() for task in openings if not task.cancelled() and task.exception() is None]
-    closing = [asyncio.create_task(each.close()) for each in opened if isinstance(each, HopSession)]
+    closing = [asyncio.create_task(each.close()) for each in opened if not isinstance(each, PeerError)]
     if closing:
         await asyncio.wait(closing)

@@ -11,21 +11,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from petals_eval.errors import PeerError
+from petals_eval.errors import PeerError, PeerRefusedError
+from petals_eval.swarm.activations import Activations
+from petals_eval.swarm.directory.routing import Hop
+from petals_eval.swarm.tasks import retrieve_exception
+from petals_eval.swarm.transport.client import HopClient
 from petals_eval.swarm.transport.hop_session import HopSession
-from petals_eval.swarm.transport.rpc import Answer, as_peer_errors
+from petals_eval.swarm.transport.opening import all_or_none
+from petals_eval.swarm.transport.rpc import Answer, peer_errors
+from petals_eval.swarm.wire.server_info import may_push
+from petals_eval.swarm.wire.session_messages import NextServer
 
-__all__ = ["Pushed", "push_through"]
+__all__ = ["Pushed", "push"]
 
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
     """How far a micro-batch came.
 
-    answers: of the first hops, in order; they count whatever befell the others. error: why that is not all of them, or
-    None. at: the hop that it befell.
+    answers: of the first hops, in order; they count whatever befell the others.
+    error: why that is not all of them, or None. at: the hop that it befell.
     """
 
     answers: tuple[Answer, ...]
@@ -33,24 +38,46 @@ class Pushed:
     at: int | None = None
 
 
-async def push_through(
-    sessions: Sequence[HopSession], ends: Sequence[tuple[str, int, int]], hidden: torch.Tensor, timeout: float
-) -> Pushed:
-    """Run hidden (batch, seq, hidden) through fresh sessions, one a hop and open, and close them.
+async def push(client: HopClient, hops: Sequence[Hop], activations: Activations, timeout: float) -> Pushed:
+    """Run activations without prompts through all these hops, each server passing its answer on to the next.
 
-    ends: of each hop its server's peer id, and its blocks first:last. timeout: seconds for all of it.
+    timeout: seconds for all of it, from when all sessions are open. Raises nothing: what is returned says how far it
+    went, and why no further.
     """
-    _, seq, size = hidden.shape
+    rows, positions = activations.rows, activations.positions
+    sessions: list[HopSession] = []
+    for at, opened in enumerate(await all_or_none([client.open_session(hop, rows, positions) for hop in hops])):
+        if isinstance(opened, PeerError):
+            return Pushed((), client.explain_push(hops[at], opened, rows, positions), at)
+        sessions.append(opened)
+    pushed = await _through(sessions, hops, activations, timeout)
+    if pushed.error is None or pushed.at is None:
+        return pushed
+    return Pushed(pushed.answers, client.explain_push(hops[pushed.at], pushed.error, rows, positions), pushed.at)
+
+
+async def _through(
+    sessions: Sequence[HopSession], hops: Sequence[Hop], activations: Activations, timeout: float
+) -> Pushed:
+    """Push through fresh sessions that are open, one a hop, and close them."""
     answers: list[Answer] = []
     tasks: list[asyncio.Task[Answer]] = []
     at = 0
     try:
-        with as_peer_errors(timeout):
+        for at, session in enumerate(sessions):  # noqa: B007 - it says who failed
+            if not may_push(session.info.version):
+                version = session.info.version or "of no version"
+                raise PeerRefusedError(f"petals {version} does not push on what it was pushed")
+        at = 0
+        with peer_errors(timeout):
             async with asyncio.timeout(timeout):
-                rest = [(peer, sessions[hop].id, first, last) for hop, (peer, first, last) in enumerate(ends)][1:]
+                route = [
+                    NextServer(hop.peer_id, session.id, hop.span) for hop, session in zip(hops, sessions, strict=True)
+                ]
+                expected = activations.positions, activations.hidden_size
                 tasks = [
-                    asyncio.create_task(sessions[0].step(hidden, next_servers=rest)),
-                    *(asyncio.create_task(session.pushed_step(seq, size)) for session in sessions[1:]),
+                    asyncio.create_task(sessions[0].step(activations.hidden, next_servers=route[1:])),
+                    *(asyncio.create_task(session.pushed_step(*expected)) for session in sessions[1:]),
                 ]
                 for at, task in enumerate(tasks):  # noqa: B007 - it says who failed
                     answers.append(await task)
@@ -65,9 +92,9 @@ async def push_through(
 
 
 async def _end(tasks: Sequence[asyncio.Task[Any]], *, at_once: bool = True) -> None:
-    """Wait for them all, cancelled or not; the errors they end with were told, or are a session's that has ended."""
+    """Wait for all tasks, cancelled or not; the errors they end with were told, or are a session's that has ended."""
     for task in tasks:
-        task.add_done_callback(_look_at)
+        task.add_done_callback(retrieve_exception)
     try:
         if tasks and not at_once:
             await asyncio.wait(tasks)
@@ -76,9 +103,3 @@ async def _end(tasks: Sequence[asyncio.Task[Any]], *, at_once: bool = True) -> N
             task.cancel()
     if tasks:
         await asyncio.wait(tasks)
-
-
-def _look_at(task: asyncio.Task[Any]) -> None:
-    """asyncio would complain of an error nobody looked at."""
-    if not task.cancelled():
-        task.exception()

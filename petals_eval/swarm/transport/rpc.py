@@ -1,10 +1,10 @@
 """The calls of a Petals server as hivemind makes them, and whose fault it is when one fails."""
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from google.protobuf.message import DecodeError, Message
@@ -16,27 +16,31 @@ from hivemind.proto import runtime_pb2
 from hivemind.proto.p2pd_pb2 import RPCError
 
 from petals_eval.errors import PeerAnswerError, PeerError, PeerRefusedError, PeerTimeoutError, PeerUnreachableError
+from petals_eval.swarm.tasks import retrieve_exception
+from petals_eval.text import printable
 
 __all__ = [
-    "MOST_WORDS",
+    "MAX_ANSWER_OVERHEAD_BYTES",
     "Answer",
     "TransformerConnectionHandler",
-    "as_peer_errors",
+    "joined_answer",
     "open_stream",
+    "peer_errors",
     "receive",
     "streamed",
-    "together",
 ]
 
 M = TypeVar("M", bound=Message)
 
-MOST_WORDS = 1 << 16
+MAX_ANSWER_OVERHEAD_BYTES = 1 << 16
 """Bytes that an answer may have beyond its tensor's values."""
+_PART_OVERHEAD_BYTES = 64
+"""Bytes that a part counts for beyond what it says: an answer of nothing but empty ones must end, too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Hidden states (batch, seq, hidden) in the server's dtype, and what it took to get them."""
+    """Hidden states (rows, positions, hidden size) in the server's dtype, and what it took to get them."""
 
     hidden: torch.Tensor
     seconds: float
@@ -44,30 +48,16 @@ class Answer:
     bytes_received: int
 
 
-async def together(calls: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
-    """All of them, or the first error with the rest cancelled.
-
-    asyncio.gather would let the rest run on. asyncio.TaskGroup cancels its own task to say that one has failed, and up
-    to Python 3.12 that stays counted: a timeout around it then raises CancelledError in the place of TimeoutError.
-    """
-    tasks = [asyncio.create_task(call) for call in calls]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in tasks:
-            if task in done:
-                task.result()  # raises the error, if it is this one that failed
-        return [task.result() for task in tasks]
-    finally:
-        for task in tasks:
-            task.add_done_callback(_look_at_error)
-            task.cancel()
-        await asyncio.wait(tasks)
-
-
-def _look_at_error(task: "asyncio.Task[Any]") -> None:
-    """The first error is enough; asyncio would complain of others that nobody looked at."""
-    if not task.cancelled():
-        task.exception()
+def joined_answer(answers: Sequence[Answer], dim: int) -> Answer:
+    """Return the answers to parts as one, joined along rows (`dim` 0) or positions (1)."""
+    if len(answers) == 1:
+        return answers[0]
+    return Answer(
+        torch.cat([answer.hidden for answer in answers], dim=dim),
+        sum(answer.seconds for answer in answers),
+        sum(answer.bytes_sent for answer in answers),
+        sum(answer.bytes_received for answer in answers),
+    )
 
 
 class TransformerConnectionHandler(ServicerBase):
@@ -112,10 +102,6 @@ async def receive(reader: asyncio.StreamReader, message: type[M], limit: int) ->
     return message.FromString(content)
 
 
-_PART = 64
-"""Bytes that a part costs beyond what it says: an answer of nothing but empty ones must end, too."""
-
-
 async def streamed(
     stream: tuple[asyncio.StreamReader, asyncio.StreamWriter],
     requests: Iterable[runtime_pb2.ExpertRequest],
@@ -128,7 +114,7 @@ async def streamed(
     """
     reader, writer = stream
     sending = asyncio.create_task(_send(requests, writer))
-    sending.add_done_callback(_look_at_error)  # where it fails, reading ends, too
+    sending.add_done_callback(retrieve_exception)  # where it fails, reading ends, too
     parts: list[runtime_pb2.Tensor] = []
     try:
         while True:
@@ -138,7 +124,7 @@ async def streamed(
                 if ended.partial:
                     raise
                 return parts
-            limit -= response.ByteSize() + _PART * (1 + len(response.tensors))
+            limit -= response.ByteSize() + _PART_OVERHEAD_BYTES * (1 + len(response.tensors))
             parts.extend(response.tensors)
             if limit < 0:
                 raise PeerAnswerError("its answer goes on after the bytes that it may have")
@@ -154,7 +140,7 @@ async def _send(requests: Iterable[runtime_pb2.ExpertRequest], writer: asyncio.S
 
 
 @contextmanager
-def as_peer_errors(timeout: float) -> Iterator[None]:
+def peer_errors(timeout: float) -> Iterator[None]:
     """Turn what hivemind and asyncio raise during a call into whose fault it is.
 
     timeout: seconds the call was given, for the message.
@@ -174,6 +160,4 @@ def as_peer_errors(timeout: float) -> Iterator[None]:
 
 
 def _one_line(error: object) -> str:
-    """A peer's words, made safe to print: one line, printable, short."""
-    text = str(error) or type(error).__name__
-    return "".join(character if character.isprintable() else " " for character in text)[:300]
+    return printable(str(error) or type(error).__name__, longest=300)

@@ -1,37 +1,42 @@
-"""Calls a share of which is computed again elsewhere, beside the work and never in its way."""
+"""The replica audit: a share of the answers is computed again elsewhere, beside the work and never in its way."""
 
 import asyncio
-import random
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import cast
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import PeerDisagreesError, PeerDistrustedError
+from petals_eval.errors import PeerDisagreesError
 from petals_eval.swarm.directory.routing import Hop
-from petals_eval.swarm.peers.peer import PeerBook
-from petals_eval.swarm.transport.client import BlockCalls
-from petals_eval.swarm.transport.hop_session import HopSession
-from petals_eval.swarm.transport.push import Pushed
-from petals_eval.swarm.transport.rpc import Answer
-from petals_eval.swarm.trust.arbiter import BlocksAtHome, Claim, Finding, Judge, Sight
-from petals_eval.swarm.trust.sampling import Sampler
+from petals_eval.swarm.peers.finding import TrustFinding
+from petals_eval.swarm.peers.peer import Peer, PeerBook
+from petals_eval.swarm.peers.sampling import Sampler
+from petals_eval.swarm.runtime import Runtime
+from petals_eval.swarm.trust.arbiter import Arbiter, BlocksAtHome
+from petals_eval.swarm.trust.quarantine import Quarantine
+from petals_eval.swarm.trust.recorded_call import RecordedCall
+from petals_eval.swarm.wire.span import Span
 
-__all__ = ["Checks", "VerifiedCalls"]
+__all__ = ["AuditPolicy", "AuditProgress", "ReplicaAudit"]
 
-_AT_ONCE = 4
-"""Checks under way together; others wait their turn."""
-_MOST_WAITING = 64
-"""Checks that may wait, each with its hidden states. Above it calls wait: it takes a share so large that the others
-are kept as busy with checks as with work."""
+
+@dataclass(frozen=True)
+class AuditPolicy:
+    """How many audits there may be.
+
+    at_once: under way together; others wait their turn.
+    max_waiting: audits that may wait, each with its hidden states. Above it calls wait: it takes a share so large that
+        the others are kept as busy with audits as with work.
+    """
+
+    at_once: int = 4
+    max_waiting: int = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Checks:
-    """What was checked so far.
+class AuditProgress:
+    """What was audited so far.
 
-    computed: micro-batches that came back. done: of these, computed elsewhere, too. under_way: being so, or waiting.
+    computed: answers that came back. done: of these, computed elsewhere, too. under_way: being so, or waiting.
     impossible: not done, because nobody who holds the blocks answered.
     """
 
@@ -41,104 +46,64 @@ class Checks:
     impossible: int
 
 
-class VerifiedCalls:
-    """`BlockCalls` of which a share, `settings.verify`, is computed again by others that hold the same blocks.
+class ReplicaAudit:
+    """Used from the connection's event loop only; `progress` from any thread.
 
-    on_finding: called, in the event loop, with everything that comes of it. A server that is wrong is left out of the
-    peer book before that, and what it still answers raises PeerDisagreesError.
-    on_distrusted: called with servers that raised such an error in the calls of a check.
-
-    Sessions are not checked, except where `forward_in_steps` uses one: their answers depend on what went before. Nor is
-    anything on a lossy wire: the code's own error would hide what is to be found.
+    computed: answers that came back.
     """
 
     def __init__(
         self,
-        calls: BlockCalls,
-        directory: Sight,
+        arbiter: Arbiter,
         peers: PeerBook,
+        quarantine: Quarantine,
         settings: SwarmSettings,
-        *,
-        on_finding: Callable[[Finding], object] = lambda finding: None,
-        on_distrusted: Callable[[Hop, PeerDistrustedError], object] = lambda hop, error: None,
-        seed: int | None = None,
+        runtime: Runtime,
+        policy: AuditPolicy = AuditPolicy(),  # noqa: B008 - it is frozen
     ):
-        self._calls = calls
+        self._arbiter = arbiter
         self._peers = peers
+        self._quarantine = quarantine
         self._settings = settings
-        self._draws = random.Random(seed)  # None: a server must not be able to guess
-        self._judge = Judge(calls, directory, peers, settings, self._draws, self._distrusted)
-        self._samplers: dict[tuple[str, int, int], Sampler[Claim]] = {}
-        self._caught: dict[str, PeerDisagreesError] = {}
+        self._runtime = runtime
+        self._policy = policy
         self._tasks: set[asyncio.Task[None]] = set()
-        self._turns = asyncio.Semaphore(_AT_ONCE)
-        self._computed = self._done = self._impossible = 0
-        self._findings: dict[tuple[str, str], Finding] = {}
-        self.on_finding = on_finding
-        self.on_distrusted = on_distrusted
+        self._turns = asyncio.Semaphore(policy.at_once)
+        self._done = self._impossible = 0
+        self.computed = 0
 
     def keep_at_home(self, blocks: BlocksAtHome) -> None:
         """Hold servers of these blocks against them."""
-        self._judge.home = blocks
+        self._arbiter.home = blocks
 
-    def limit_steps(self, positions: int | None) -> None:
-        """Check nothing of more positions in steps (`TokenLimits.steps_alike`)."""
-        self._judge.limits.steps_alike = positions
+    def progress(self) -> AuditProgress:
+        """Return how much was audited so far."""
+        return AuditProgress(self.computed, self._done, len(self._tasks), self._impossible)
 
-    async def forward(
-        self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, *, lossless: bool = False
-    ) -> Answer:
-        self._refuse_if_caught(hop)
-        answer = await self._calls.forward(hop, hidden, prompts, lossless=lossless)
-        await self._seen(Claim(hop, hidden, prompts, answer.hidden, None, answer.seconds))
-        return answer
+    def new_sampler(self, peer: Peer, span: Span) -> Sampler[object]:
+        """Begin to choose among a server's answers for a span that it announces."""
+        return peer.samplers.setdefault(span, Sampler(self._settings.verify, self._runtime.random))
 
-    async def forward_in_steps(self, hop: Hop, hidden: torch.Tensor, prompts: torch.Tensor | None, step: int) -> Answer:
-        self._refuse_if_caught(hop)
-        answer = await self._calls.forward_in_steps(hop, hidden, prompts, step)
-        await self._seen(Claim(hop, hidden, prompts, answer.hidden, step, answer.seconds))
-        return answer
+    def can_check(self, hop: Hop) -> bool:
+        """Return whether anybody else holds these blocks now, or home some of them."""
+        return self._arbiter.can_check(hop)
 
-    async def push(self, hops: Sequence[Hop], hidden: torch.Tensor, timeout: float) -> Pushed:
-        for index, hop in enumerate(hops):
-            if (error := self._caught.get(hop.server.peer_id)) is not None:
-                return Pushed((), error, index)
-        pushed = await self._calls.push(hops, hidden, timeout)
-        for index, answer in enumerate(pushed.answers):
-            try:
-                await self._seen(Claim(hops[index], hidden, None, answer.hidden, None, answer.seconds))
-            except PeerDisagreesError as error:
-                return Pushed(pushed.answers[:index], error, index)
-            hidden = answer.hidden
-        return pushed
-
-    async def session(self, hop: Hop, batch: int, max_length: int) -> HopSession:
-        self._refuse_if_caught(hop)
-        return await self._calls.session(hop, batch, max_length)
-
-    async def rolls_back(self, hop: Hop, hidden_size: int) -> bool:
-        return await self._calls.rolls_back(hop, hidden_size)
-
-    def forget(self, peer_id: str) -> None:
-        self._calls.forget(peer_id)
-
-    def findings(self) -> tuple[Finding, ...]:
-        """What was found so far: of each server and verdict the last."""
-        return tuple(self._findings.values())
-
-    def checks(self) -> Checks:
-        """How much was checked so far."""
-        return Checks(self._computed, self._done, len(self._tasks), self._impossible)
+    async def start(self, peer: Peer, call: RecordedCall) -> None:
+        """Start an audit; wait only where too many are under way."""
+        self._start(peer, call)
+        if len(self._tasks) > self._policy.max_waiting:
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
 
     async def settle(self) -> None:
-        """Wait for every check, and see to it that every server had its two where it computed as many.
+        """Wait for every audit, and see to it that every server had its two where it computed as many.
 
-        Checks that are not done by `settings.deadline` are given up.
+        Audits that are not done by `settings.deadline` are given up.
         """
-        for sampler in self._samplers.values():
-            claim = sampler.last_choice()
-            if claim is not None and not self._peers.is_left_out(claim.peer_id):
-                self._start(claim, sampler)
+        for peer in list(self._peers.values()):
+            for sampler in peer.samplers.values():
+                call = sampler.last_choice()
+                if call is not None and not peer.is_quarantined:
+                    self._start(peer, cast(RecordedCall, call))
         if not self._tasks:
             return
         _, late = await asyncio.wait(self._tasks, timeout=self._settings.deadline)
@@ -146,66 +111,38 @@ class VerifiedCalls:
             task.cancel()
         self._impossible += len(late)
 
-    async def _seen(self, claim: Claim) -> None:
-        """Choose whether to check an answer. Raises PeerDisagreesError where its server was caught in the meantime."""
-        self._refuse_if_caught(claim.hop)
-        if claim.question.numel() == 0 or self._settings.verify == 0 or self._settings.wire is not None:
-            return
-        self._computed += 1
-        server = claim.hop.server
-        key = (server.peer_id, server.start, server.end)
-        sampler = self._samplers.get(key)
-        if sampler is None:
-            sampler = self._samplers[key] = Sampler(self._settings.verify, self._draws)
-        if sampler.chooses(claim, possible=self._judge.can_check(claim.hop)):
-            self._start(claim, sampler)
-            if len(self._tasks) > _MOST_WAITING:
-                await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-                self._refuse_if_caught(claim.hop)
-
-    def _start(self, claim: Claim, sampler: Sampler[Claim]) -> None:
-        task = asyncio.create_task(self._check(claim, sampler))
+    def _start(self, peer: Peer, call: RecordedCall) -> None:
+        task = asyncio.create_task(self._check(peer, call))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _check(self, claim: Claim, sampler: Sampler[Claim]) -> None:
+    async def _check(self, peer: Peer, call: RecordedCall) -> None:
         async with self._turns:
-            if self._peers.is_left_out(claim.peer_id):
+            if peer.is_quarantined:
                 return
-            found = await self._judge.check(claim)
+            found = await self._arbiter.check(call)
         if found is None:
             self._impossible += 1
-            sampler.failed()
+            peer.samplers[call.hop.server.span].on_failed()
             return
         self._done += 1
         for finding in found:
             self._note(finding)
 
-    def _distrusted(self, hop: Hop, error: PeerDistrustedError) -> None:
-        self.on_distrusted(hop, error)
-
-    def _note(self, finding: Finding) -> None:
-        peer_id = finding.server.peer_id
-        if self._peers.is_left_out(peer_id):
+    def _note(self, finding: TrustFinding) -> None:
+        if finding.status == "disputed":
+            if not self._peers.of(finding.server.peer_id).is_quarantined:
+                self._quarantine.add_dispute(finding)
             return
-        self._findings[peer_id, finding.verdict] = finding
-        if finding.verdict == "liar":
-            error = PeerDisagreesError(
-                f"it answered otherwise than {_witness(finding)} (difference {finding.difference:.2g}, "
-                f"{finding.excess:.2g} times what rounding explains)",
-                finding.difference,
-            )
-            self._caught[peer_id] = error
-            self._peers.leave_out(peer_id, error)
-        self.on_finding(finding)
-
-    def _refuse_if_caught(self, hop: Hop) -> None:
-        error = self._caught.get(hop.server.peer_id)
-        if error is not None:
-            raise error
+        error = PeerDisagreesError(
+            f"it answered otherwise than {_witness(finding)} (difference {finding.difference:.2g}, "
+            f"{finding.excess:.2g} times what rounding explains)",
+            finding.difference,
+        )
+        self._quarantine.add_wrong(finding, error)
 
 
-def _witness(finding: Finding) -> str:
+def _witness(finding: TrustFinding) -> str:
     if finding.witness == "home":
         return "the same blocks at home"
     return "itself when it was asked again" if finding.witness == "itself" else "two others"

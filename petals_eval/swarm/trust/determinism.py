@@ -1,4 +1,4 @@
-"""Remote evaluation mode: does a server answer one question twice in the same way? Pure functions, no I/O.
+"""Remote evaluation mode: does a server answer one question twice in the same way? Functions of tensors, no I/O.
 
 Nothing on a Petals server calls `.eval()`. A model whose config has dropout above zero runs its blocks in training mode
 there, whatever the client's own `model.eval()` says, and nothing in the answer shows it. So servers are asked: the same
@@ -11,59 +11,40 @@ from collections.abc import Mapping
 
 import torch
 
-__all__ = ["TOLERANCE", "difference", "dropout_in", "question_from"]
-
-TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-3, torch.float16: 1.5e-2, torch.bfloat16: 6e-2}
-"""The `difference` that rounding alone can make, by the dtype of the answers.
-
-One server gives one question the same bits twice: Petals computes each call by itself, and on a processor not even
-another batch around it changed a bit (Llama and BLOOM blocks, all three dtypes). What is allowed for is a server that
-adds up in another order from call to call, as a GPU may that picks another kernel or merges calls. Measured on 1 to 8
-Llama blocks by computing once with Hugging Face's eager attention and once with PyTorch's fused one, with hidden states
-1 to 100 times as large as the blocks' own contribution:
-
-                                         float32         float16         bfloat16
-    another order                        5e-7            0.001 - 0.007   0.007 - 0.042
-    dropout 0.01 of what a block adds    0.14            0.14            0.14           = sqrt(2 p / (1 - p))
-    dropout 0.1 of what a block adds     0.47            0.47            0.47
-    dropout 0.01 of attention weights    0.03 - 0.12     0.03 - 0.12     0.05 - 0.23    and nothing else
-    dropout 0.1 of attention weights     0.1 - 0.4       0.1 - 0.4       0.1 - 0.4
-
-What dropout on attention weights alone does at 0.01 can thus hide below bfloat16's own rounding, and is then no worse
-than it.
-"""
+__all__ = ["difference", "dropout_in", "question_from"]
 
 _POSITIONS = 16
-"""Of a question. Dropout on attention weights shows best at the first positions, where few weights are averaged."""
+"""Positions of a question. Dropout on attention weights shows best at the first positions, where few weights are averaged."""
 _HEAD_SIZE = 128
-"""Assumed of attention heads, to count their weights; where heads are smaller there are more."""
-_CHANCES = math.ceil(math.log(1e-6) / math.log(1 - 2 * 0.01 * 0.99))
+"""The size assumed of attention heads, to count their weights; where heads are smaller there are more."""
+_MIN_ELEMENTS = math.ceil(math.log(1e-6) / math.log(1 - 2 * 0.01 * 0.99))
 """Elements that dropout must be able to hit: two masks of so many elements (691) are equal with probability 1e-6 at
 p = 0.01, as each element differs between them with probability 2 p (1 - p)."""
-_MOST_TOKENS = 256
-"""Of a question, however short the rows at hand are."""
+_MAX_TOKENS = 256
+"""Tokens of a question at most, however short the rows at hand are."""
 
 
 def question_from(hidden: torch.Tensor) -> torch.Tensor:
-    """A question small and sharp: (rows, positions, hidden) from the hidden states (batch, seq, hidden) under way.
+    """Make a question that is small and sharp: (rows, positions, hidden size), from the hidden states under way.
 
     Real ones, so that their scale is that of the blocks asked, wherever in the model they stand: the first positions
     (the causal mask makes them a text of their own) of the first rows, repeated where there are too few. As many as it
     takes for dropout of 0.01 on either the hidden states or the attention weights of a single block to draw two equal
     masks with a probability below 1e-6: 96 tokens for a hidden size of 64, 16 from 768 on.
     """
-    batch, seq, size = hidden.shape
-    positions = min(seq, _POSITIONS)
+    at_hand, length, size = hidden.shape
+    positions = min(length, _POSITIONS)
     weights = positions * (positions + 1) // 2 * max(1, size // _HEAD_SIZE)
-    rows = math.ceil(_CHANCES / min(weights, positions * size))
-    rows = max(1, min(rows, _MOST_TOKENS // positions))
-    return hidden[torch.arange(rows) % batch, :positions]
+    rows = math.ceil(_MIN_ELEMENTS / min(weights, positions * size))
+    rows = max(1, min(rows, _MAX_TOKENS // positions))
+    return hidden[torch.arange(rows) % at_hand, :positions]
 
 
 def difference(question: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> float:
-    """How much of what the blocks did to the question they did not do again: 0 for equal bits, about 1.4 for unrelated.
+    """Return how much of what the blocks did to the question they did not do again: 0 for equal bits, about 1.4 for
+    unrelated answers.
 
-    question, first, second: (rows, positions, hidden).
+    question, first, second: (rows, positions, hidden size).
 
     The root mean square of `first - second` over that of `mean(first, second) - question`. Against the answer itself
     it would say little: deep in a model a block adds a hundredth to the hidden states it is given. Elements eight times
@@ -87,7 +68,7 @@ def _norm(values: torch.Tensor) -> float:
 
 
 def dropout_in(config: Mapping[str, object]) -> dict[str, float]:
-    """What a model's config (`config.to_dict()`) says of dropout in the blocks, where it is above zero.
+    """Return what a model's config (`config.to_dict()`) says of dropout in the blocks, where it is above zero.
 
     Fields of the embeddings and the classifier are left aside: these stay at home, where they are in evaluation mode.
 

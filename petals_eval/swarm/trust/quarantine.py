@@ -4,28 +4,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from petals_eval.errors import MissingBlocksError, PeerDistrustedError
-from petals_eval.swarm.directory.coverage import spans_text, within
-from petals_eval.swarm.directory.dht import Directory
+from petals_eval.swarm.directory.coverage import common_spans
+from petals_eval.swarm.directory.directory import DirectoryView
 from petals_eval.swarm.directory.routing import Hop, hold_all, next_hop
-from petals_eval.swarm.peers.peer import PeerBook
-from petals_eval.swarm.trust.unequal import UnequalServer, stop_text, warning_text
+from petals_eval.swarm.peers.finding import TrustFinding
+from petals_eval.swarm.peers.peer import Peer, PeerBook
+from petals_eval.swarm.trust.finding_text import stop_text, warning_text
 from petals_eval.swarm.wire.records import SpanServer
+from petals_eval.swarm.wire.span import Span, spans_text
 
-__all__ = ["Distrust"]
+__all__ = ["Quarantine"]
 
 
-class Distrust:
-    """What one connection found out of such servers. Used from its event loop; `notices` and `unequal` from any thread.
+class Quarantine:
+    """Used from the connection's event loop; `notices` and `findings` from any thread.
 
-    config_dropout: what the model's config at home says, for the warnings.
+    config_dropout: what the model's config at home says of dropout, for the warnings.
     """
 
-    def __init__(self, directory: Directory, peers: PeerBook, *, allow_nondeterministic: bool):
+    def __init__(self, directory: DirectoryView, peers: PeerBook, *, allow_nondeterministic: bool):
         self._directory = directory
         self._peers = peers
         self._allow_nondeterministic = allow_nondeterministic
         self._notices: list[str] = []
-        self._unequal: dict[str, UnequalServer] = {}
+        self._found: list[Peer] = []  # in order
         self.config_dropout: Mapping[str, float] = {}
 
     @property
@@ -34,68 +36,87 @@ class Distrust:
         return tuple(self._notices)
 
     @property
-    def unequal(self) -> tuple[UnequalServer, ...]:
-        """Servers that were told of."""
-        return tuple(self._unequal.values())
+    def findings(self) -> tuple[TrustFinding, ...]:
+        """What is held against servers, in the order in which it was found."""
+        return tuple(peer.finding for peer in list(self._found) if peer.finding is not None)
 
-    def leave_out(self, hop: Hop, error: PeerDistrustedError) -> None:
-        """Leave the hop's server out for good, and tell of it."""
-        if not self._peers.is_left_out(hop.server.peer_id):
-            self._peers.leave_out(hop.server.peer_id, error)
-            self.note(UnequalServer(hop.server, error.difference, blocks=(hop.first, hop.last)))
+    def add(self, hop: Hop, error: PeerDistrustedError) -> None:
+        """Leave the hop's server out for good, for it answered one question in two ways."""
+        self._put(TrustFinding(hop.server, "nondeterministic", hop.span, error.difference), error)
 
-    def note(self, unequal: UnequalServer) -> None:
-        """Tell of a server whose answers cannot be counted on; whoever found out has left it out where it is to be."""
-        peer_id = unequal.server.peer_id
-        known = self._unequal.get(peer_id)
-        if unequal.verdict == "disputed" and (known is not None or all(map(self._peers.is_left_out, unequal.others))):
-            return  # told already, or cleared: whoever it disagrees with has been caught in the meantime
-        self._unequal[peer_id] = unequal
-        if unequal.verdict == "disputed":
-            if not any(other in self._unequal for other in unequal.others):  # one warning names them all
-                self._warn_of(unequal, others=0)
+    def add_wrong(self, finding: TrustFinding, error: PeerDistrustedError) -> None:
+        """Leave a server out for good that others, or blocks at home, have shown to be wrong."""
+        self._put(finding, error)
+
+    def _put(self, finding: TrustFinding, error: PeerDistrustedError) -> None:
+        peer = self._peers.of(finding.server.peer_id)
+        if peer.is_quarantined:
             return
+        peer.quarantine(error)
+        self._note(peer, finding)
         # Whoever was in dispute with nobody but servers that are left out now is cleared.
-        for other in [each for each in self._unequal.values() if each.verdict == "disputed"]:
-            if all(map(self._peers.is_left_out, other.others)):
-                del self._unequal[other.server.peer_id]
-        first, last = unequal.blocks or (unequal.server.start, unequal.server.end)
+        for other in list(self._found):
+            if other.finding is not None and other.finding.status == "disputed" and self._is_moot(other.finding):
+                other.finding = None
+                self._found.remove(other)
         trusted = self.trusted()
-        others = [server for server in trusted if server.start <= first and last <= server.end]
-        if unequal.verdict == "liar" or not self._allow_nondeterministic or hold_all(trusted, first, last):
-            self._warn_of(unequal, others=len(others))
+        others = sum(finding.blocks.within(server.span) for server in trusted)
+        if finding.status == "wrong" or not self._allow_nondeterministic or hold_all(trusted, finding.blocks):
+            self._warn_of(finding, others=others)
+
+    def add_dispute(self, finding: TrustFinding) -> None:
+        """Tell of a server that differs from others, and go on using it: nobody can say who is right."""
+        peer = self._peers.of(finding.server.peer_id)
+        if peer.finding is not None or self._is_moot(finding):
+            return  # told already, or cleared: whoever it disagrees with has been caught in the meantime
+        is_first = all(self._peers.of(other).finding is None for other in finding.others)
+        self._note(peer, finding)
+        if is_first:  # one warning names them all
+            self._warn_of(finding, others=0)
+
+    def _note(self, peer: Peer, finding: TrustFinding) -> None:
+        peer.finding = finding
+        if peer not in self._found:
+            self._found.append(peer)
+
+    def _is_moot(self, dispute: TrustFinding) -> bool:
+        return all(self._peers.of(other).is_quarantined for other in dispute.others)
 
     def trusted(self) -> list[SpanServer]:
-        """The servers of the directory that were not left out."""
+        """Return the servers of the directory that are not quarantined."""
         every = self._directory.snapshot.servers.values()
-        return [server for server in every if not self._peers.is_left_out(server.peer_id)]
+        return [server for server in every if not self._peers.of(server.peer_id).is_quarantined]
 
-    def last_resort(self, servers: Sequence[SpanServer], position: int, last: int) -> Hop | None:
-        """A hop on a server that was left out, where the settings allow it; None while that one is failing, too.
+    def fallback_hop(self, servers: Sequence[SpanServer], span: Span) -> Hop | None:
+        """Return a hop on a quarantined server, where the settings allow it; None while that one is failing, too.
 
         Raises MissingBlocksError where they do not: waiting would not help.
         """
-        left_out = frozenset(peer_id for peer_id in self._unequal if self._peers.is_left_out(peer_id))
-        liars = {peer_id for peer_id, each in self._unequal.items() if each.verdict == "liar"}
-        tolerable = [server for server in servers if server.peer_id not in liars]
-        if not self._allow_nondeterministic or not hold_all(tolerable, position, last):
-            held_by_them_alone = within(self._directory.snapshot.missing(without=left_out), position, last)
-            caught = [
-                each
-                for peer_id, each in self._unequal.items()
-                if peer_id in left_out
-                and any(each.server.start < end and start < each.server.end for start, end in held_by_them_alone)
-            ]
-            message = stop_text(spans_text(held_by_them_alone), caught, self.config_dropout)
-            raise MissingBlocksError(message, held_by_them_alone)
-        # Those left out cost more than any route around them, so that they are used for what nobody else holds.
-        usable = [server for server in tolerable if self._peers.is_usable(server.peer_id, even_left_out=True)]
-        hop = next_hop(usable, position, last, lambda server, blocks: 1e6 * blocks * (server.peer_id in left_out))
-        known = None if hop is None else self._unequal.get(hop.server.peer_id)
-        if known is not None and not known.is_used:
-            self._unequal[known.server.peer_id] = replace(known, is_used=True)
-            self._warn_of(self._unequal[known.server.peer_id], others=0)
+        tolerable = [server for server in servers if not self._is_wrong(server)]
+        if not self._allow_nondeterministic or not hold_all(tolerable, span):
+            raise self._stop(span)
+        # Quarantined ones cost more than any route around them, so that they are used for what nobody else holds.
+        usable = [server for server in tolerable if not self._peers.of(server.peer_id).is_backing_off]
+        hop = next_hop(
+            usable, span, lambda server, blocks: 1e6 * blocks * self._peers.of(server.peer_id).is_quarantined
+        )
+        if hop is not None:
+            peer = self._peers.of(hop.peer_id)
+            if peer.finding is not None and not peer.finding.is_used:
+                peer.finding = replace(peer.finding, is_used=True)
+                self._warn_of(peer.finding, others=0)
         return hop
 
-    def _warn_of(self, unequal: UnequalServer, *, others: int) -> None:
-        self._notices.append(warning_text(unequal, others, self.config_dropout))
+    def _is_wrong(self, server: SpanServer) -> bool:
+        finding = self._peers.of(server.peer_id).finding
+        return finding is not None and finding.status == "wrong"
+
+    def _stop(self, span: Span) -> MissingBlocksError:
+        caught = {peer.peer_id: peer.finding for peer in self._found if peer.is_quarantined and peer.finding}
+        held_by_them_alone = common_spans(self._directory.snapshot.missing(without=frozenset(caught)), span)
+        named = [each for each in caught.values() if any(map(each.server.span.overlaps, held_by_them_alone))]
+        message = stop_text(spans_text(held_by_them_alone), named, self.config_dropout)
+        return MissingBlocksError(message, tuple((each.start, each.stop) for each in held_by_them_alone))
+
+    def _warn_of(self, finding: TrustFinding, *, others: int) -> None:
+        self._notices.append(warning_text(finding, others, self.config_dropout))

@@ -1,4 +1,7 @@
-"""Do two servers give the same answer, but for rounding? Pure functions, no I/O.
+"""How far two answers may differ by rounding alone: two of one server, and those of two servers. No I/O.
+
+There are two tolerances, each with a measure of its own. `SAME_SERVER` goes with `determinism.difference`, for a server
+that is asked one question twice. `excess` is for two servers, or one and blocks at home.
 
 What two honest servers may differ by was measured with the blocks of stories260K (5, trained) and of tiny BLOOM, Llama,
 Qwen3 and Falcon models (8, hidden size 64, random weights), on 16 x 64 positions: all blocks, the first, the last, the
@@ -34,7 +37,35 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Kind", "Parts", "allowed", "excess", "measure", "relative_difference"]
+__all__ = [
+    "SAME_SERVER",
+    "Kind",
+    "Parts",
+    "allowed",
+    "excess",
+    "measure",
+    "relative_difference",
+]
+
+SAME_SERVER: Mapping[torch.dtype, float] = {torch.float32: 1e-3, torch.float16: 1.5e-2, torch.bfloat16: 6e-2}
+"""One server asked twice: the `determinism.difference` that rounding alone can make, by the dtype of the answers.
+
+One server gives one question the same bits twice: Petals computes each call by itself, and on a processor not even
+another batch around it changed a bit (Llama and BLOOM blocks, all three dtypes). What is allowed for is a server that
+adds up in another order from call to call, as a GPU may that picks another kernel or merges calls. Measured on 1 to 8
+Llama blocks by computing once with Hugging Face's eager attention and once with PyTorch's fused one, with hidden states
+1 to 100 times as large as the blocks' own contribution:
+
+                                         float32         float16         bfloat16
+    another order                        5e-7            0.001 - 0.007   0.007 - 0.042
+    dropout 0.01 of what a block adds    0.14            0.14            0.14           = sqrt(2 p / (1 - p))
+    dropout 0.1 of what a block adds     0.47            0.47            0.47
+    dropout 0.01 of attention weights    0.03 - 0.12     0.03 - 0.12     0.05 - 0.23    and nothing else
+    dropout 0.1 of attention weights     0.1 - 0.4       0.1 - 0.4       0.1 - 0.4
+
+What dropout on attention weights alone does at 0.01 can thus hide below bfloat16's own rounding, and is then no worse
+than it.
+"""
 
 UNIT: Mapping[torch.dtype, float] = {torch.float32: 1.8e-3, torch.float16: 6e-3, torch.bfloat16: 4.5e-2}
 """What rounding in a dtype does, relative to what the blocks do: TF32's for float32, which a GPU may use for it."""
@@ -70,7 +101,7 @@ class Parts(NamedTuple):
 
 
 def excess(question: torch.Tensor, first: torch.Tensor, second: torch.Tensor, kinds: tuple[Kind, Kind]) -> float:
-    """By how much two answers to one question differ, against what rounding explains: up to 1 it does.
+    """Return by how much the answers of two servers differ, against what rounding explains: up to 1 it does.
 
     question, first, second: (batch, seq, hidden), before the blocks and after them. kinds: of the two who answered.
 
@@ -85,7 +116,7 @@ def excess(question: torch.Tensor, first: torch.Tensor, second: torch.Tensor, ki
 
 
 def measure(question: torch.Tensor, first: torch.Tensor, second: torch.Tensor, unit: float, last_bit: float) -> Parts:
-    """The difference in units of what is usual at each value.
+    """Return the difference in units of what is usual at each value.
 
     unit: relative to what the blocks did to a value or to its token, whichever is more (their quadratic mean).
         Against the answer itself a wrong block would hardly show: deep in a model it adds a hundredth to what it gets.
@@ -115,20 +146,20 @@ _AT_ONCE = 1 << 20
 
 
 def _done(question: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean of two answers, and how far it is from the question. float64 (tokens, hidden)."""
+    """Return the mean of two answers, and how far it is from the question. float64 (tokens, hidden size)."""
     mean = (first.double() + second.double()) / 2
     return mean, (mean - question.double()).abs()
 
 
 def relative_difference(question: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> float:
-    """The same for a person to read: the L2 norm of the difference over that of what the blocks did."""
+    """Return the difference for a person to read: the L2 norm of the difference over that of what the blocks did."""
     question, first, second = question.double(), first.double(), second.double()
     done = float(torch.linalg.vector_norm((first + second) / 2 - question))
     return float(torch.linalg.vector_norm(first - second)) / done if done else math.inf
 
 
 def allowed(first: Kind, second: Kind) -> tuple[float, float]:
-    """The unit and the last bit that fit two kinds: errors of two servers add up as independent ones do."""
+    """Return the unit and the last bit that fit two kinds: errors of two servers add up as independent ones do."""
     if first.quant == second.quant:
         quantised = QUANTISED_ALIKE.get(first.quant, max(QUANTISED.values()))
     else:

@@ -13,6 +13,8 @@ is always 256 float32 values, numbers are little-endian, n is the number of valu
 
 import functools
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from hivemind.proto import runtime_pb2
 
 from petals_eval.errors import PeerAnswerError
 
-__all__ = ["BLOCK", "LOSSY", "blockwise_codebook", "decode", "encode"]
+__all__ = ["BLOCK", "LOSSY_CODES", "READABLE", "LossyCode", "blockwise_codebook", "decode", "encode"]
 
 BLOCK = 4096
 """Values that share a scale in BLOCKWISE_8BIT."""
@@ -30,12 +32,35 @@ _LEVELS = 256
 _CODEBOOK = 4 * _LEVELS  # bytes
 _SIGMAS = 6  # that UNIFORM_8BIT's levels span; what lies beyond falls into the outermost ones
 
-LOSSY = (_CODES.FLOAT16, _CODES.UNIFORM_8BIT, _CODES.QUANTILE_8BIT, _CODES.BLOCKWISE_8BIT)
+READABLE = (_CODES.FLOAT16, _CODES.UNIFORM_8BIT, _CODES.QUANTILE_8BIT, _CODES.BLOCKWISE_8BIT)
 """The codes that `decode` reads; `encode` writes them but for QUANTILE_8BIT."""
 
 
+@dataclass(frozen=True, slots=True)
+class LossyCode:
+    """How hidden states travel under one name of `SwarmSettings.wire`: compression codes there and back."""
+
+    name: str
+    request: int
+    answer: int
+    bytes_per_value: int
+
+
+LOSSY_CODES: Mapping[str, LossyCode] = {
+    code.name: code
+    for code in (
+        LossyCode("float16", _CODES.FLOAT16, _CODES.FLOAT16, 2),
+        LossyCode("blockwise8", _CODES.BLOCKWISE_8BIT, _CODES.BLOCKWISE_8BIT, 1),
+        # Petals lets hivemind's encoders work in place, and then UNIFORM_8BIT loses the tensor's mean (hivemind 1.1.12:
+        # its codebook is made from values from which the mean was taken). So answers come in the other 8-bit code.
+        LossyCode("uniform8", _CODES.UNIFORM_8BIT, _CODES.QUANTILE_8BIT, 1),
+    )
+}
+"""The lossy codes by their names in the settings."""
+
+
 def encode(tensor: torch.Tensor, code: int) -> runtime_pb2.Tensor:
-    """A float tensor under a lossy code; it says it is float32, which servers cast to their own dtype.
+    """Write a float tensor under a lossy code; it says it is float32, which servers cast to their own dtype.
 
     hivemind's FLOAT16 refuses bfloat16, and so does numpy: hence float32 whatever the tensor is.
     """
@@ -54,9 +79,9 @@ def encode(tensor: torch.Tensor, code: int) -> runtime_pb2.Tensor:
 
 
 def decode(message: runtime_pb2.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The float32 values of a tensor that must have this shape.
+    """Return the float32 values of a tensor that must have this shape.
 
-    Raises PeerAnswerError for a code that is none of `LOSSY`, and when the sizes in the message are not those that
+    Raises PeerAnswerError for a code that is none of `READABLE`, and when the sizes in the message are not those that
     follow from the shape: nothing a peer wrote decides how much is read or allocated.
     """
     code, content = message.compression, memoryview(message.buffer)
@@ -69,7 +94,7 @@ def decode(message: runtime_pb2.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         _CODES.BLOCKWISE_8BIT: 16 + 4 * blocks + _CODEBOOK + elements,
     }.get(code)
     if expected is None:
-        raise PeerAnswerError(f"expected a compression code of {LOSSY}, found {code}")
+        raise PeerAnswerError(f"expected a compression code of {READABLE}, found {code}")
     if tuple(message.size) != shape:
         raise PeerAnswerError(f"expected a tensor of shape {shape}, found {tuple(message.size)}"[:200])
     if len(content) != expected:

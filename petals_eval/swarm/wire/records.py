@@ -1,4 +1,4 @@
-"""What servers claim in the DHT: records validated, spans derived. No I/O.
+"""What servers claim in the DHT: records are validated and spans derived from them. No I/O.
 
 Source: the layout of `petals.data_structures.ServerInfo.to_tuple()` in Petals 2.2.0 and 2.3.0.dev2.
 """
@@ -12,16 +12,19 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
+from petals_eval.swarm.wire.span import Span, joined
+from petals_eval.text import printable
+
 __all__ = [
     "Announcement",
-    "Choice",
+    "ServerFilter",
     "ServerRecord",
     "ServerState",
     "Snapshot",
     "SpanServer",
     "newest_readable",
+    "peer_text",
     "read_snapshot",
-    "shown",
 ]
 
 
@@ -33,22 +36,21 @@ class ServerState(IntEnum):
     ONLINE = 2
 
 
-def shown(words: str) -> str:
-    """A stranger's words, safe on a terminal and in a file: short, and without what moves the cursor or hides."""
-    return "".join(character if character.isprintable() else " " for character in words[:_LONGEST_WORDS])
+def peer_text(words: str) -> str:
+    """Return a peer's words, safe on a terminal and in a file, and no longer than 80 characters."""
+    return printable(words, longest=80)
 
 
-_LONGEST_WORDS = 80  # characters
-_Words = Annotated[StrictStr, AfterValidator(shown)]
+_Words = Annotated[StrictStr, AfterValidator(peer_text)]
 _Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Count = Annotated[StrictInt, Field(ge=0)]
 
 
 class ServerRecord(BaseModel):
-    """One server's word about itself. Every field of `extra` is optional and unknown ones are ignored.
+    """A server's word about itself. Every field of `extra` is optional and unknown ones are ignored.
 
-    So is `next_pings`, the seconds to servers of the next blocks: nothing here needs them, and Petals writes infinity
-    for one that did not answer in time, which is no reason to do without the server that says so.
+    `next_pings`, the seconds to servers of the next blocks, is ignored as well: nothing here needs it, and Petals
+    writes infinity for a server that did not answer in time, which is no reason to do without the one that says so.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -70,7 +72,7 @@ class ServerRecord(BaseModel):
 
     @classmethod
     def from_wire(cls, value: object) -> "ServerRecord":
-        """Read `(state, throughput, extra)`; raises ValueError when it is anything else."""
+        """Read `(state, throughput, extra)`. Raises ValueError when it is anything else."""
         if not isinstance(value, (tuple, list)) or len(value) < 2:
             raise ValueError("expected (state, throughput, extra)")
         extra = value[2] if len(value) > 2 else {}
@@ -94,17 +96,16 @@ class Announcement:
 
 @dataclass(frozen=True, slots=True)
 class SpanServer:
-    """A server and the blocks start:end it claims to hold."""
+    """A server and the blocks it claims to hold."""
 
     peer_id: str
-    start: int
-    end: int
+    span: Span
     record: ServerRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """Whom to use. Servers that do not say what is asked for are left out, too.
+class ServerFilter:
+    """Which servers to use. Servers that do not say what is asked for are left out, too.
 
     active_adapter: a LoRA adapter they must announce. dtype, quant: what they must compute in ("none": unquantised).
     allow, deny: identities, whole or their last letters; an empty `allow` allows everybody.
@@ -117,7 +118,7 @@ class Choice:
     deny: tuple[str, ...] = ()
 
     def refusal(self, peer_id: str, record: ServerRecord) -> str | None:
-        """Why a server is left out; None where it may be used."""
+        """Return why a server is left out, or None where it may be used."""
         if self.active_adapter is not None and self.active_adapter not in record.adapters:
             return f"does not announce adapter {self.active_adapter}"
         dtype = (record.torch_dtype or "unknown").removeprefix("torch.")
@@ -140,9 +141,9 @@ def _named(peer_id: str, names: tuple[str, ...]) -> bool:
 class Snapshot:
     """The directory at one moment.
 
-    servers: those that claim to be ONLINE and are chosen, by peer id.
-    left_out: ONLINE servers that are not chosen, each with the reason.
-    dropped: malformed records.
+    servers: those that claim to be ONLINE and pass the filter, by peer id.
+    left_out: ONLINE servers that do not pass it, each with the reason.
+    dropped: the number of malformed records.
     """
 
     num_blocks: int
@@ -152,25 +153,21 @@ class Snapshot:
 
     @cached_property
     def dtypes(self) -> frozenset[str | None]:
-        """Those that the servers announce."""
+        """The dtypes that the servers announce."""
         return frozenset(server.record.torch_dtype for server in self.servers.values())
 
-    def missing(self, without: frozenset[str] = frozenset()) -> tuple[tuple[int, int], ...]:
-        """Blocks no server holds, as (first, last + 1) spans; servers in `without` do not count."""
+    def missing(self, without: frozenset[str] = frozenset()) -> tuple[Span, ...]:
+        """Return the blocks that no server holds; servers in `without` (peer ids) do not count."""
         held = [False] * self.num_blocks
         for server in self.servers.values():
             if server.peer_id not in without:
-                held[server.start : server.end] = [True] * (server.end - server.start)
-        spans: list[tuple[int, int]] = []
-        for block in (index for index, is_held in enumerate(held) if not is_held):
-            if spans and spans[-1][1] == block:
-                spans[-1] = (spans[-1][0], block + 1)
-            else:
-                spans.append((block, block + 1))
-        return tuple(spans)
+                held[server.span.start : server.span.stop] = [True] * len(server.span)
+        return joined(block for block, is_held in enumerate(held) if not is_held)
 
 
-def read_snapshot(announcements: Iterable[Announcement], num_blocks: int, choice: Choice | None = None) -> Snapshot:
+def read_snapshot(
+    announcements: Iterable[Announcement], num_blocks: int, chosen: ServerFilter | None = None
+) -> Snapshot:
     """Turn announcements into servers with spans.
 
     A server that moved has left old records under its old blocks, which live on for minutes: only its newest record
@@ -181,7 +178,7 @@ def read_snapshot(announcements: Iterable[Announcement], num_blocks: int, choice
     for announcement in announcements:
         by_peer.setdefault(announcement.peer_id, []).append(announcement)
 
-    choice = choice or Choice()
+    chosen = chosen or ServerFilter()
     dropped = 0
     servers: dict[str, SpanServer] = {}
     left_out: dict[str, tuple[SpanServer, str]] = {}
@@ -190,13 +187,12 @@ def read_snapshot(announcements: Iterable[Announcement], num_blocks: int, choice
         dropped += unreadable
         if record is None or record.state is not ServerState.ONLINE:
             continue
-        start, end = _span(record, found)
-        end = min(end, num_blocks)
-        if start >= end:
+        span = _span(record, found, num_blocks)
+        if not span:
             dropped += 1
             continue
-        server = SpanServer(peer_id, start, end, record)
-        reason = choice.refusal(peer_id, record)
+        server = SpanServer(peer_id, span, record)
+        reason = chosen.refusal(peer_id, record)
         if reason is None:
             servers[peer_id] = server
         else:
@@ -205,7 +201,7 @@ def read_snapshot(announcements: Iterable[Announcement], num_blocks: int, choice
 
 
 def newest_readable(announcements: list[Announcement]) -> tuple[ServerRecord | None, int]:
-    """The newest of one server's records that can be read, and how many could not."""
+    """Return the newest of one server's records that can be read, and how many could not be."""
     dropped = 0
     newest = max(announcements, key=_expiration)  # nearly always it will do, and the rest need not be sorted
     try:
@@ -224,11 +220,8 @@ def newest_readable(announcements: list[Announcement]) -> tuple[ServerRecord | N
 _expiration = attrgetter("expiration")
 
 
-def _span(record: ServerRecord, found: list[Announcement]) -> tuple[int, int]:
+def _span(record: ServerRecord, found: list[Announcement], num_blocks: int) -> Span:
     if record.start_block is not None and record.end_block is not None:
-        return record.start_block, record.end_block
-    blocks = sorted({announcement.block for announcement in found})
-    end = blocks[0] + 1
-    while end in blocks:
-        end += 1
-    return blocks[0], end
+        return Span(record.start_block, min(record.end_block, num_blocks))
+    first = joined(sorted({announcement.block for announcement in found}))[0]
+    return Span(first.start, min(first.stop, num_blocks))

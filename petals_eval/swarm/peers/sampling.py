@@ -1,6 +1,7 @@
-"""Which micro-batches of a server are computed again, and how likely that catches one that corrupts some. No I/O."""
+"""Which answers of a server are computed again, and how likely that catches one that corrupts some. No I/O."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -10,7 +11,7 @@ T = TypeVar("T")
 
 
 def catch_probability(p: float, n: int, share: float) -> float:
-    """The probability that a server is caught that corrupts each of its n micro-batches with probability p.
+    """Return the probability that a server is caught that corrupts each of its n micro-batches with probability p.
 
     share: of its micro-batches that is checked, as `SwarmSettings.verify`.
 
@@ -35,13 +36,15 @@ def catch_probability(p: float, n: int, share: float) -> float:
 
 @dataclass(slots=True)
 class _Counts:
+    """Answers seen, chosen, and left while fewer than two were chosen."""
+
     seen: int = 0
     chosen: int = 0
     left: int = 0
 
 
 class Sampler(Generic[T]):
-    """Chooses among the micro-batches of one server. Keeps one of those it did not choose, until two are chosen.
+    """Chooses among the answers of one server, and keeps one of those it did not choose until two are chosen.
 
     A server cannot know which ones: the first choice is one of its first two, and the draws are ours.
     """
@@ -55,12 +58,12 @@ class Sampler(Generic[T]):
         self._counts = _Counts()
         self._kept: T | None = None
 
-    def chooses(self, item: T, *, possible: bool = True) -> bool:
-        """Whether to check this one. possible: whether anybody could; if not, the next one takes its turn."""
+    def chooses(self, item: T, is_possible: Callable[[], bool] = lambda: True) -> bool:
+        """Return whether to check this one. is_possible: whether anybody could; if not, the next one takes its turn."""
         counts = self._counts
         counts.seen += 1
-        due = counts.chosen == 0 and counts.seen >= self._first_at
-        if (due or self._draws.random() < self._share) and possible:
+        is_due = counts.chosen == 0 and counts.seen >= self._first_at
+        if (is_due or self._draws.random() < self._share) and is_possible():
             counts.chosen += 1
             if counts.chosen >= self.MINIMUM:
                 self._kept = None
@@ -71,12 +74,12 @@ class Sampler(Generic[T]):
                 self._kept = item
         return False
 
-    def failed(self) -> None:
-        """A check could not be done: another one takes its place."""
+    def on_failed(self) -> None:
+        """Let another one take the place of a check that could not be done."""
         self._counts.chosen -= 1
 
     def last_choice(self) -> T | None:
-        """What is still to be checked at the end, so that it is never fewer than two where there were two."""
+        """Return what is still to be checked at the end, so that it is two where there were two; None: nothing."""
         item, self._kept = self._kept, None
         if item is None or self._counts.chosen >= self.MINIMUM:
             return None

@@ -1,0 +1,35 @@
+"""The runtime: clock, chance and threads, handed to everything that decides, so that a simulator can hand in its own."""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+__all__ = ["InThread", "Runtime"]
+
+T = TypeVar("T")
+
+
+class InThread(Protocol):
+    """Runs a function that takes long, where the event loop must go on."""
+
+    def __call__(self, function: Callable[..., T], /, *args: Any) -> Awaitable[T]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Runtime:
+    """What the layers above the transport take from the world beside answers.
+
+    monotonic: seconds on a clock that only goes forward. epoch: seconds since 1970.
+    random: seeded from the operating system, for a server must not be able to guess what is checked.
+
+    Waiting (`asyncio.sleep`, `asyncio.timeout`) goes by the event loop's own clock: a simulator brings a loop whose
+    clock is `monotonic`.
+    """
+
+    monotonic: Callable[[], float] = time.monotonic
+    epoch: Callable[[], float] = time.time
+    random: random.Random = field(default_factory=random.Random)
+    in_thread: InThread = asyncio.to_thread

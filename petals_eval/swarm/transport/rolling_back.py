@@ -1,0 +1,46 @@
+"""Whether a server's sessions go back to a position when told to: by its version first, then by trying it out."""
+
+from collections.abc import Awaitable, Callable
+
+import torch
+
+from petals_eval.errors import PeerRefusedError
+from petals_eval.swarm.transport.hop_session import HopSession
+from petals_eval.swarm.wire.server_info import may_roll_back
+
+__all__ = ["PROOF_TOKENS", "proves_rolling_back", "rolls_back"]
+
+PROOF_TOKENS = 18
+"""Tokens of cache that `proves_rolling_back` needs."""
+
+
+async def rolls_back(version: str | None, open_session: Callable[[], Awaitable[HopSession]], hidden_size: int) -> bool:
+    """Return whether a server of this version rolls back.
+
+    open_session: opens a session of `PROOF_TOKENS` positions of one row, which is closed here.
+    Raises PeerRefusedError where it has no room in its cache now, and other PeerErrors.
+    """
+    return may_roll_back(version) and await proves_rolling_back(await open_session(), hidden_size)
+
+
+async def proves_rolling_back(session: HopSession, hidden_size: int) -> bool:
+    """Return whether a server's sessions honour start_from_position; `session` is a fresh one, closed here.
+
+    Eight random positions are computed, then the last five once more after going back to the third, then the same
+    five without going back. A server that goes back repeats its first answer there, and differs where they are
+    appended; one that ignores the position appends them twice. Both are compared, so that no tolerance for the
+    server's dtype is needed; a server whose answers are noise counts as one that does not.
+    Raises PeerError when the server cannot be asked.
+    """
+    hidden = torch.randn(1, 8, hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    try:
+        first = (await session.step(hidden)).hidden[:, 3:].float()
+        try:
+            session.roll_back(3)
+            again = (await session.step(hidden[:, 3:])).hidden.float()
+            appended = (await session.step(hidden[:, 3:])).hidden.float()
+        except PeerRefusedError:
+            return False  # it knows the word, but not what to do
+    finally:
+        await session.close()
+    return bool((again - first).abs().max() < 0.1 * (appended - first).abs().max())
