@@ -1,4 +1,4 @@
-"""Activations: hidden states on their way through blocks, without gradients. Whoever decides asks them for sizes only."""
+"""Activations: hidden states on their way through blocks, without gradients. Who decides asks them for sizes only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -10,21 +10,20 @@ from torch import nn
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import CallerError, ExampleError
-from petals_eval.swarm.connection import SwarmConnection
-from petals_eval.swarm.directory.dht import Directory
-from petals_eval.swarm.gradients import refuse_gradients
-from petals_eval.swarm.peers.peer import PeerBook, PeerHistory
-from petals_eval.swarm.pipeline import USUAL_MAX_TOKENS, Pipeline, SwarmStatus
+from petals_eval.swarm.activations import Activations, refuse_gradients
+from petals_eval.swarm.directory.directory import Directory
+from petals_eval.swarm.event_loop import EventLoop
+from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
+from petals_eval.swarm.peers.peer import PeerBook
+from petals_eval.swarm.pipeline import Pipeline, SwarmStatus
 from petals_eval.swarm.sessions.inference_session import InferenceSession
-from petals_eval.swarm.stream import Computed, Failed, Flight, Work
-from petals_eval.swarm.transport.client import RemoteCalls
-from petals_eval.swarm.transport.codec_negotiation import WireBook
+from petals_eval.swarm.stream import BlockingStream, Computed, Failed, Work
 from petals_eval.swarm.trust.arbiter import BlocksAtHome
-from petals_eval.swarm.trust.audit import Checks, VerifiedCalls
-from petals_eval.swarm.trust.determinism_guard import CheckedCalls
-from petals_eval.swarm.trust.unequal import unequal_by
-from petals_eval.swarm.wire.messages import LOSSY, itemsize_of
+from petals_eval.swarm.trust.audit import AuditProgress
+from petals_eval.swarm.wire.codecs import LOSSY_CODES
+from petals_eval.swarm.wire.messages import itemsize_of
 from petals_eval.swarm.wire.records import Snapshot
+from petals_eval.swarm.wire.span import Span
 
 __all__ = ["Computed", "RemoteSequential", "Work"]
 
@@ -39,46 +38,25 @@ class RemoteSequential(nn.Module):
         hidden = blocks[:40](hidden, prompts)       # the first forty, with deep prompts (40, 1, prefix, hidden)
 
     No autograd: a hidden state that requires grad under enabled grad is refused with GradientError.
+
+    span: the blocks. settings: of the connection.
     """
 
     def __init__(
-        self,
-        connection: SwarmConnection,
-        directory: Directory,
-        pipeline: Pipeline,
-        first: int,
-        last: int,
-        verified: VerifiedCalls,
+        self, loop: EventLoop, pipeline: Pipeline, directory: Directory, span: Span, settings: SwarmSettings
     ) -> None:
         super().__init__()
-        self._connection = connection
-        self._directory = directory
+        self._loop = loop
         self._pipeline = pipeline
-        self._verified = verified
-        self.first = first
-        self.last = last
-
-    @classmethod
-    def open(cls, connection: SwarmConnection, dht_prefix: str, num_blocks: int) -> "RemoteSequential":
-        """All blocks of the model announced under `dht_prefix`. Reads the directory once."""
-        settings = connection.settings
-        directory = Directory(connection.dht, dht_prefix, num_blocks, settings)
-        peers = PeerBook(settings)
-        remote = RemoteCalls(connection.p2p, dht_prefix, settings, connection.wires, connection.caches)
-        calls = CheckedCalls(remote, peers, settings)
-        verified = VerifiedCalls(calls, directory, peers, settings)
-        pipeline = Pipeline(verified, directory, peers, settings, connection.caches)
-        verified.on_distrusted = pipeline.distrust.leave_out
-        verified.on_finding = lambda finding: pipeline.distrust.note(unequal_by(finding))
-        connection.run(directory.refresh)
-        connection.start_background(directory.keep_fresh)
-        return cls(connection, directory, pipeline, 0, num_blocks, verified)
+        self._directory = directory
+        self.span = span
+        self.settings = settings
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return len(self.span)
 
     def __getitem__(self, index: int | slice) -> "RemoteSequential":
-        """The blocks a:b as a module over the same connection."""
+        """Return one block, or the blocks of a slice, as a module over the same connection."""
         if isinstance(index, int):
             if not -len(self) <= index < len(self):
                 raise IndexError(f"block {index} of {len(self)}")
@@ -86,14 +64,8 @@ class RemoteSequential(nn.Module):
         start, stop, step = index.indices(len(self))
         if step != 1:
             raise CallerError(f"blocks run in order: expected a slice with step 1, found step {step}")
-        return RemoteSequential(
-            self._connection,
-            self._directory,
-            self._pipeline,
-            self.first + start,
-            self.first + max(start, stop),
-            self._verified,
-        )
+        span = Span(self.span.start + start, self.span.start + max(start, stop))
+        return RemoteSequential(self._loop, self._pipeline, self._directory, span, self.settings)
 
     def forward(self, hidden: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
         """Run hidden (batch, seq, hidden) through the blocks; the same shape, dtype and device come back.
@@ -107,12 +79,10 @@ class RemoteSequential(nn.Module):
         if len(self) == 0 or hidden.numel() == 0:
             return hidden
         rows = max(1, self.positions_at_once(hidden.shape[2], hidden.dtype) // max(1, hidden.shape[1]))
-        work = (
-            Work(start, hidden[start : start + rows], _rows_of(prompts, slice(start, start + rows)))
-            for start in range(0, hidden.shape[0], rows)
-        )
-        parts = {computed.tag: computed.hidden for computed in self.stream(work)}
-        joined = torch.cat([parts[start] for start in sorted(parts)])
+        parts = Activations(hidden, prompts).by_rows(rows)
+        work = (Work(number, part.hidden, part.prompts) for number, part in enumerate(parts))
+        answers = {computed.tag: computed.hidden for computed in self.stream(work)}
+        joined = torch.cat([answers[number] for number in sorted(answers)])
         return joined.to(device=hidden.device, dtype=hidden.dtype)
 
     def stream(
@@ -143,34 +113,34 @@ class RemoteSequential(nn.Module):
 
         source = iter(work)
         exhausted = False
-        flight = Flight[T](self._connection, self._pipeline, self.first, self.last, window or self.settings.window)
-        with closing(flight):
+        stream = BlockingStream[T](self._loop, self._pipeline, self.span, window or self.settings.window)
+        with closing(stream):
             while True:
-                if (again or not exhausted) and flight.has_room():
+                if (again or not exhausted) and stream.has_room():
                     item = again.pop() if again else next(source, None)
                     if item is None:
                         exhausted = True
                         continue
                     refuse_gradients(item.hidden, item.prompts)
-                    flight.send(item)
+                    stream.send(item)
                     del item
                     timeout = 0.0
-                elif flight.in_flight:
+                elif stream.in_flight:
                     timeout = tick
                 else:
                     return
-                back = flight.next(timeout, failed)
+                back = stream.next(timeout, failed)
                 if on_tick is not None and (back or timeout):
                     on_tick()
                 while back:
                     yield back.pop()  # held by nothing but who gets it: a generator's variables live on meanwhile
 
     def settle(self, *, on_tick: Callable[[], object] | None = None, tick: float = 0.2) -> None:
-        """Wait until every check of what was computed is done; `status()` then tells what they came to.
+        """Wait until every audit of what was computed is done; `status()` then tells what they came to.
 
         on_tick: called about every `tick` seconds, and at the end.
         """
-        future = self._connection.start(self._verified.settle)
+        future = self._loop.start(self._pipeline.audit.settle)
         try:
             while not wait([future], timeout=tick).done:
                 if on_tick is not None:
@@ -183,43 +153,35 @@ class RemoteSequential(nn.Module):
 
     def verify_at_home(self, blocks: BlocksAtHome) -> None:
         """Hold servers of these blocks against blocks at home, such as a `petals_eval.model.blocks.BlockSpan`."""
-        self._verified.keep_at_home(blocks)
+        self._pipeline.audit.keep_at_home(blocks)
 
-    def checks(self) -> Checks:
-        """How much of what was computed was computed elsewhere, too."""
-        return self._verified.checks()
+    def audit_progress(self) -> AuditProgress:
+        """Return how much of what was computed was computed elsewhere, too."""
+        return self._pipeline.audit.progress()
 
     def inference_session(self, max_length: int, *, batch: int = 1) -> InferenceSession:
-        """A session through the blocks, for `batch` rows of at most `max_length` positions; use it with `with`.
+        """Return a session through the blocks, for `batch` rows of at most `max_length` positions; use it with `with`.
 
         Nothing is sent before its first step, which reserves the servers' caches.
         """
         if batch < 1 or max_length < 1:
             raise CallerError(f"expected a batch and a max_length of at least 1, found {batch} and {max_length}")
-        return InferenceSession(
-            self._connection, self._pipeline.session(self.first, self.last, batch=batch, max_length=max_length)
-        )
-
-    @property
-    def wires(self) -> WireBook:
-        """Which servers take the lossy code of the settings, as far as they were asked."""
-        return self._connection.wires
+        return InferenceSession(self._loop, self._pipeline.session(self.span, batch, max_length))
 
     def status(self) -> SwarmStatus:
-        """Retries, servers used and what is being waited for."""
+        """Return retries, servers used and what is being waited for."""
         return self._pipeline.status()
 
     def warn_of_dropout(self, dropout: Mapping[str, float]) -> None:
-        """What the model's config at home says of dropout in the blocks, to be named where servers answer unalike."""
-        self._pipeline.distrust.config_dropout = dict(dropout)
+        """Say what the model's config at home says of dropout, to be named where servers answer unalike."""
+        self._pipeline.quarantine.config_dropout = dict(dropout)
 
     def limit_steps(self, positions: int | None) -> None:
         """Compute rows of more positions in one call or not at all, and open no session for more; None: no limit.
 
         For models whose rotary angles go by the length of a call, so that steps would compute something else.
         """
-        self._pipeline.limit_steps(positions)
-        self._verified.limit_steps(positions)
+        self._pipeline.peers.model_limits.steps_alike = positions
 
     @property
     def snapshot(self) -> Snapshot:
@@ -227,18 +189,13 @@ class RemoteSequential(nn.Module):
         return self._directory.snapshot
 
     def refresh(self) -> Snapshot:
-        """Look at the directory now."""
-        return self._connection.run(self._directory.refresh)
+        """Look at the directory now, and return what it says."""
+        return self._loop.run(self._directory.refresh)
 
     @property
-    def histories(self) -> Mapping[str, PeerHistory]:
+    def peers(self) -> PeerBook:
         """What was seen of each server since the connection was made, by peer id; it goes on changing."""
-        return self._pipeline.peers.histories
-
-    @property
-    def settings(self) -> SwarmSettings:
-        """The connection's."""
-        return self._connection.settings
+        return self._pipeline.peers
 
     @property
     def dht_prefix(self) -> str:
@@ -247,15 +204,15 @@ class RemoteSequential(nn.Module):
 
     @property
     def micro_batch_bytes(self) -> int:
-        """Bytes of hidden states that the swarm is best sent at once, as far as is known (`swarm.sizes`)."""
-        return self._pipeline.sizes.bytes
+        """Bytes of hidden states that are best sent at once, as far as is known (`swarm.scheduling.tuning`)."""
+        return self._pipeline.tuning.size.bytes
 
     def positions_at_once(self, hidden_size: int, dtype: torch.dtype) -> int:
-        """How many positions (rows x longest) of hidden states of this size and dtype to send at once."""
+        """Return how many positions (rows x longest) of hidden states of this size and dtype to send at once."""
         limit = self.settings.max_tokens_per_call or USUAL_MAX_TOKENS
         itemsize = max((itemsize_of(name, dtype) for name in self.snapshot.dtypes), default=dtype.itemsize)
         if self.settings.wire is not None:
-            itemsize = min(itemsize, LOSSY[self.settings.wire].bytes_per_value)
+            itemsize = min(itemsize, LOSSY_CODES[self.settings.wire].bytes_per_value)
         return max(1, min(limit, self.micro_batch_bytes // (hidden_size * itemsize)))
 
     def _check_shapes(self, hidden: torch.Tensor, prompts: torch.Tensor | None) -> None:
@@ -281,8 +238,5 @@ class RemoteSequential(nn.Module):
         return self  # a live connection cannot be copied; copies of a model share it
 
     def extra_repr(self) -> str:
-        return f"blocks {self.first}:{self.last} of {self.dht_prefix!r}"
-
-
-def _rows_of(prompts: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
-    return prompts if prompts is None or prompts.shape[1] == 1 else prompts[:, rows]
+        """Return what torch prints of the module."""
+        return f"blocks {self.span} of {self.dht_prefix!r}"

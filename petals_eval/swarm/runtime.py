@@ -1,10 +1,10 @@
-"""The runtime: clock, chance and threads, handed to everything that decides, so that a simulator can hand in its own."""
+"""The runtime: clock, chance and threads, handed to everything that decides: a simulator hands in its own."""
 
 import asyncio
-import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, Protocol, TypeVar
 
 __all__ = ["InThread", "Runtime"]
@@ -31,5 +31,5 @@ class Runtime:
 
     monotonic: Callable[[], float] = time.monotonic
     epoch: Callable[[], float] = time.time
-    random: random.Random = field(default_factory=random.Random)
+    random: Random = field(default_factory=Random)
     in_thread: InThread = asyncio.to_thread

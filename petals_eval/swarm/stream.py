@@ -1,42 +1,53 @@
-"""The micro-batches of one stream: handed over by the thread that makes them, sent by the event loop, and back again.
+"""The micro-batches of one stream: made by one side, sent by the event loop, and back again.
 
-The two threads meet in queues and wait for each other only where there is nothing to do: every micro-batch costs a
-wake-up of the loop and at most one of the caller's thread.
+`MicroBatchStream` is the core: whoever makes the micro-batches may be a coroutine of the same loop, as in a simulator,
+or another thread. `BlockingStream` is the bridge for a thread. The two threads meet in queues and wait for each other
+only where there is nothing to do: every micro-batch costs a wake-up of the loop and at most one of the caller's thread.
 """
 
 import asyncio
 import queue
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 
-from petals_eval.swarm.connection import SwarmConnection
+from petals_eval.swarm.activations import Activations
+from petals_eval.swarm.event_loop import EventLoop
 from petals_eval.swarm.pipeline import Pipeline, ServedHop
+from petals_eval.swarm.wire.span import Span
 
-__all__ = ["Computed", "Failed", "Flight", "Work"]
+__all__ = ["BlockingStream", "Computed", "Failed", "MicroBatchStream", "Returned", "StreamPolicy", "Work"]
 
 T = TypeVar("T")
 
-AHEAD = 4
-"""Micro-batches that wait for the first server, so that it need not wait for the next one to be made."""
-MOST_WAITING = 32
-"""Micro-batches that wait for any server: where one falls behind for a moment, those before it go on, and it has what
-to catch up with. With four, on a route of four busy servers, each pause of one went round to all of them: a tenth more
-time."""
-MOST_BYTES = 64 << 20
-"""Hidden states in flight at most: they, and what serialisation makes of them, are the client's memory."""
-MOST_MICRO_BATCHES = 256
-"""In flight at most."""
+
+@dataclass(frozen=True)
+class StreamPolicy:
+    """How much of a stream may be on its way.
+
+    max_queued_first: micro-batches that wait for the first server, so that it need not wait for the next one to be
+        made.
+    max_queued_total: micro-batches that wait for any server: where one falls behind for a moment, those before it go
+        on, and it has what to catch up with. With four, on a route of four busy servers, each pause of one went round
+        to all of them: a tenth more time.
+    max_bytes: hidden states in flight: they, and what serialisation makes of them, are the client's memory.
+    max_micro_batches: in flight.
+    """
+
+    max_queued_first: int = 4
+    max_queued_total: int = 32
+    max_bytes: int = 64 << 20
+    max_micro_batches: int = 256
 
 
 @dataclass(frozen=True, eq=False)
 class Work(Generic[T]):
-    """A micro-batch on its way out.
+    """A micro-batch to be computed.
 
-    hidden: (batch, seq, hidden); prompts: (blocks, batch or 1, prefix, hidden) or None.
+    hidden: (rows, positions, hidden size). prompts: (blocks, rows or 1, prefix, hidden size), or None.
     made_for: the micro-batch size in force when it was made (`swarm.scheduling.tuning`); None: of another size.
     """
 
@@ -48,9 +59,9 @@ class Work(Generic[T]):
 
 @dataclass(frozen=True, eq=False)
 class Computed(Generic[T]):
-    """A micro-batch on its way back.
+    """A micro-batch that was computed.
 
-    hidden: (batch, seq, hidden) in the last server's dtype; hops: who computed it, in order.
+    hidden: (rows, positions, hidden size) in the last server's dtype. hops: who computed it, in order.
     """
 
     tag: T
@@ -60,140 +71,177 @@ class Computed(Generic[T]):
 
 @dataclass(frozen=True, eq=False)
 class Failed(Generic[T]):
-    """A micro-batch that does not come back, and why."""
+    """A micro-batch that was not computed, and why."""
 
     tag: T
     error: Exception
 
 
 @dataclass(frozen=True, eq=False)
-class _Out(Generic[T]):
-    """A micro-batch on its way to the event loop. cargo: its hidden states, to be taken out."""
+class Returned(Generic[T]):
+    """What came of a micro-batch. nbytes: of the hidden states that it was sent with."""
 
-    tag: T
-    cargo: list[torch.Tensor]
-    prompts: torch.Tensor | None
-    bytes: int
-    positions: int
-    made_for: int | None
+    result: Computed[T] | Failed[T]
+    nbytes: int
 
 
 @dataclass(frozen=True, eq=False)
-class _Back(Generic[T]):
-    """What came of a micro-batch, on its way to the caller's thread."""
+class _Queued(Generic[T]):
+    """A micro-batch for the event loop. hidden_box: holds its activations, to be taken out."""
 
-    bytes: int
-    what: Computed[T] | Failed[T]
+    tag: T
+    hidden_box: list[Activations]
+    nbytes: int
+    tokens: int
+    made_for: int | None
 
 
-class Flight(Generic[T]):
-    """What is in flight through blocks first:last for one stream. What is public belongs to the caller's thread.
+class MicroBatchStream(Generic[T]):
+    """What is in flight through these blocks for one stream.
 
-    window: micro-batches in flight at most; None: as many as the servers' own windows take, and those that wait for one
-        (`AHEAD`, `MOST_WAITING`).
+    `has_room`, `send` and `take` belong to the producer; `run` to the event loop. in_flight: sent and not taken yet.
     """
 
-    def __init__(self, connection: SwarmConnection, pipeline: Pipeline, first: int, last: int, window: int | None):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        span: Span,
+        window: int | None,
+        deliver: Callable[[Returned[T] | None], object],
+        policy: StreamPolicy = StreamPolicy(),
+    ):
+        """
+        window: micro-batches in flight at most; None: as many as the servers' own windows take, and those that wait for
+            one.
+        deliver: called in the event loop with what came of a micro-batch, and with None when a producer that paused may
+            go on.
+        """
         self._pipeline = pipeline
-        self._first, self._last = first, last
+        self._span = span
         self._window = window
-        self._outbox: queue.SimpleQueue[_Out[T]] = queue.SimpleQueue()
-        self._inbox: queue.SimpleQueue[_Back[T] | None] = queue.SimpleQueue()
-        self._bytes = 0
+        self._deliver = deliver
+        self._policy = policy
+        self._outbox: deque[_Queued[T]] = deque()
+        self._nbytes = 0
         self._sent = 0
-        self._started = 0  # written by the loop alone
-        self._held_up = False
+        self._started = 0  # written by the event loop alone
+        self._producer_paused = False
         self.in_flight = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Event | None = None
-        self._ended: Future[None] = connection.start(self._run)
-        self._ended.add_done_callback(lambda _: self._inbox.put(None))
 
     def has_room(self) -> bool:
-        """Whether to make and send another micro-batch now."""
+        """Return whether to make and send another micro-batch now."""
+        policy = self._policy
         if self._window is not None:
             return self.in_flight < self._window
-        if self.in_flight >= MOST_MICRO_BATCHES or (self._bytes >= MOST_BYTES and self.in_flight):
+        if self.in_flight >= policy.max_micro_batches or (self._nbytes >= policy.max_bytes and self.in_flight):
             return False  # until one is back
-        self._held_up = True  # before looking: whoever leaves a line after the look tells of it
-        self._held_up = self._enough_wait()
-        return not self._held_up
+        self._producer_paused = True  # before looking: whoever leaves a queue after the look resumes the producer
+        self._producer_paused = self._has_queued_enough()
+        return not self._producer_paused
 
-    def _enough_wait(self) -> bool:
-        """Whether so many micro-batches wait that another would only fill the memory."""
-        lines, for_the_loop = self._pipeline.lines, self._sent - self._started
-        return lines.length(self._first) + for_the_loop >= AHEAD or lines.waiting + for_the_loop >= MOST_WAITING
+    def _has_queued_enough(self) -> bool:
+        """Return whether so many micro-batches wait that another would only fill the memory."""
+        queues, policy, for_the_loop = self._pipeline.queues, self._policy, self._sent - self._started
+        return (
+            queues.length(self._span.start) + for_the_loop >= policy.max_queued_first
+            or queues.waiting + for_the_loop >= policy.max_queued_total
+        )
 
     def send(self, work: Work[T]) -> None:
         """Start a micro-batch on its way. Its hidden states are handed over: whoever waits for the answer would
         otherwise keep them until it is there."""
-        hidden = work.hidden.detach()
-        size = hidden.numel() * hidden.element_size()
         prompts = None if work.prompts is None else work.prompts.detach()
-        self._outbox.put(_Out(work.tag, [hidden], prompts, size, hidden.shape[0] * hidden.shape[1], work.made_for))
+        activations = Activations(work.hidden.detach(), prompts, self._span.start)
+        nbytes, tokens = activations.nbytes, activations.tokens
+        self._outbox.append(_Queued(work.tag, [activations], nbytes, tokens, work.made_for))
         self.in_flight += 1
         self._sent += 1
-        self._bytes += size
+        self._nbytes += nbytes
         if self._loop is not None and self._wake is not None:
             self._loop.call_soon_threadsafe(self._wake.set)
 
-    def next(self, timeout: float, on_failed: Callable[[Failed[T]], object]) -> list[Computed[T]]:
-        """The next micro-batch that is back; nothing when none is within `timeout` seconds, or there is room for more.
-
-        Raises SwarmError when the connection has ended.
-        """
-        try:
-            back = self._inbox.get(timeout=timeout)
-        except queue.Empty:
-            return []
-        if back is None:
-            if self._ended.done():
-                self._ended.result()  # raises what ended it
-            return []
+    def take(self, returned: Returned[T]) -> Computed[T] | Failed[T]:
+        """Count a micro-batch as no longer in flight, and return what came of it."""
         self.in_flight -= 1
-        self._bytes -= back.bytes
-        if isinstance(back.what, Failed):
-            on_failed(back.what)
-            return []
-        return [back.what]
+        self._nbytes -= returned.nbytes
+        return returned.result
 
-    def close(self) -> None:
-        """Cancel what is in flight."""
-        self._ended.cancel()
-
-    async def _run(self) -> None:
+    async def run(self) -> None:
         """Send what is handed over, until cancelled."""
         self._loop = asyncio.get_running_loop()
         wake = self._wake = asyncio.Event()
         tasks: set[asyncio.Task[None]] = set()
-        self._pipeline.lines.listeners.add(self._tell_of_room)
-        try:
-            while True:
-                wake.clear()
-                while not self._outbox.empty():
-                    task = asyncio.create_task(self._carry(self._outbox.get_nowait()))
-                    self._started += 1
-                    tasks.add(task)
-                    task.add_done_callback(tasks.discard)
-                await wake.wait()
-        finally:
-            for task in tasks:
-                task.cancel()
-            self._pipeline.lines.listeners.discard(self._tell_of_room)
-            self._pipeline.pause()
+        listeners = self._pipeline.queues.listeners
+        async with self._pipeline.streaming():
+            listeners.add(self._resume_producer)
+            try:
+                while True:
+                    wake.clear()
+                    while self._outbox:
+                        task = asyncio.create_task(self._run_one(self._outbox.popleft()))
+                        self._started += 1
+                        tasks.add(task)
+                        task.add_done_callback(tasks.discard)
+                    await wake.wait()
+            finally:
+                listeners.discard(self._resume_producer)
+                for task in tasks:
+                    task.cancel()
 
-    async def _carry(self, out: "_Out[T]") -> None:
+    async def _run_one(self, queued: _Queued[T]) -> None:
+        result: Computed[T] | Failed[T]
         try:
-            hidden, hops = await self._pipeline.forward(out.cargo.pop(), out.prompts, self._first, self._last)
-            if out.made_for is not None:
-                self._pipeline.size_came_back(out.made_for, out.positions)
-            back: _Back[T] = _Back(out.bytes, Computed(out.tag, hidden, hops))
-        except Exception as error:  # noqa: BLE001 - it is raised again in the thread that waits for the answer
-            back = _Back(out.bytes, Failed(out.tag, error))
-        self._inbox.put(back)
+            answer, hops = await self._pipeline.forward(queued.hidden_box.pop(), self._span)
+            if queued.made_for is not None:
+                self._pipeline.tuning.record_size(queued.made_for, queued.tokens)
+            result = Computed(queued.tag, answer.hidden, hops)
+        except Exception as error:  # noqa: BLE001 - it is raised again where the answer is waited for
+            result = Failed(queued.tag, error)
+        self._deliver(Returned(result, queued.nbytes))
 
-    def _tell_of_room(self) -> None:
-        """The caller's thread stopped making micro-batches when enough were waiting, and may sleep."""
-        if self._held_up and not self._enough_wait():
-            self._held_up = False
-            self._inbox.put(None)
+    def _resume_producer(self) -> None:
+        """Wake the producer, which stopped making micro-batches when enough were waiting, and may sleep."""
+        if self._producer_paused and not self._has_queued_enough():
+            self._producer_paused = False
+            self._deliver(None)
+
+
+class BlockingStream(Generic[T]):
+    """The bridge to a thread that makes micro-batches and waits for them. Everything here belongs to that thread."""
+
+    def __init__(self, loop: EventLoop, pipeline: Pipeline, span: Span, window: int | None):
+        self._inbox: queue.SimpleQueue[Returned[T] | None] = queue.SimpleQueue()
+        self._stream = MicroBatchStream[T](pipeline, span, window, self._inbox.put)
+        self.has_room, self.send = self._stream.has_room, self._stream.send
+        self._ended = loop.start(self._stream.run)
+        self._ended.add_done_callback(lambda _: self._inbox.put(None))
+
+    @property
+    def in_flight(self) -> int:
+        """Micro-batches that were sent and are not back."""
+        return self._stream.in_flight
+
+    def next(self, timeout: float, on_failed: Callable[[Failed[T]], object]) -> list[Computed[T]]:
+        """Return the next micro-batch that is back; nothing when none is within `timeout` seconds, or there is room.
+
+        Raises SwarmError when the connection has ended.
+        """
+        try:
+            returned = self._inbox.get(timeout=timeout)
+        except queue.Empty:
+            return []
+        if returned is None:
+            if self._ended.done():
+                self._ended.result()  # raises what ended it
+            return []
+        result = self._stream.take(returned)
+        if isinstance(result, Failed):
+            on_failed(result)
+            return []
+        return [result]
+
+    def close(self) -> None:
+        """Cancel what is in flight."""
+        self._ended.cancel()

@@ -63,9 +63,7 @@ class RouteIndex:
             if hop is not None:
                 self._rest[block] = cost(hop.server, hop.blocks) + self._rest[hop.span.stop]
 
-    def next_hop(
-        self, block: int, cost: Cost, is_usable: Callable[[SpanServer], bool] | None = None
-    ) -> Hop | None:
+    def next_hop(self, block: int, cost: Cost, is_usable: Callable[[SpanServer], bool] | None = None) -> Hop | None:
         """Return the hop that begins the cheapest way on from a block; None where no way leads on."""
         rest = self._rest
         best, chosen = math.inf, None

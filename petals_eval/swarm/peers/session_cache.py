@@ -95,7 +95,7 @@ class SessionCache:
     turn: held while a server with a full cache is asked: two that ask at once are both refused.
     """
 
-    def __init__(self, server: str, runtime: Runtime, policy: CachePolicy = CachePolicy()):  # noqa: B008
+    def __init__(self, server: str, runtime: Runtime, policy: CachePolicy = CachePolicy()):
         """server: its name for messages."""
         self.notice: str | None = None
         self.turn = asyncio.Lock()

@@ -56,7 +56,7 @@ class CongestionWindow:
     min_rtt: the shortest round trip of a small question with nothing before it; 0 while none was asked.
     """
 
-    def __init__(self, policy: WindowPolicy = WindowPolicy()) -> None:  # noqa: B008 - it is frozen
+    def __init__(self, policy: WindowPolicy = WindowPolicy()) -> None:
         self.in_flight = 0.0
         self.min_rtt = 0.0
         self._policy = policy

@@ -2,8 +2,8 @@
 
 Micro-batches queue before each block, first come first served. Only the first in a queue looks for a server: whoever is
 behind it would find the same one, and with hundreds of micro-batches waiting the looking would cost more than the
-sending. How many wait says whether to make more of them (`petals_eval.swarm.stream`): what runs far ahead of the slowest
-server only fills the memory.
+sending. How many wait says whether to make more of them (`petals_eval.swarm.stream`): what runs far ahead of the
+slowest server only fills the memory.
 """
 
 import asyncio

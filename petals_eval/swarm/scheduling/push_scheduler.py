@@ -69,7 +69,7 @@ class PushScheduler:
         settings: SwarmSettings,
         runtime: Runtime,
         on_failed: Callable[[Hop, PeerError], object],
-        policy: PushSchedulerPolicy = PushSchedulerPolicy(),  # noqa: B008 - it is frozen
+        policy: PushSchedulerPolicy = PushSchedulerPolicy(),
     ):
         """on_failed: told of a server that answered wrongly. Whatever else goes wrong in a session is not held against
         a server's ordinary calls, which follow at once: one that takes no sessions may still be the only one that holds

@@ -84,8 +84,8 @@ class Router:
         queues: AdmissionQueues,
         settings: SwarmSettings,
         runtime: Runtime,
-        pace: PacePolicy = PacePolicy(),  # noqa: B008 - it is frozen
-        plan: PlanPolicy = PlanPolicy(),  # noqa: B008 - it is frozen
+        pace: PacePolicy = PacePolicy(),
+        plan: PlanPolicy = PlanPolicy(),
     ):
         self._directory = directory
         self._peers = peers
@@ -238,9 +238,7 @@ class Router:
 
         def fits(server: SpanServer) -> bool:
             return (
-                may_be_called(server)
-                and admission.refusal(server, rest) is None
-                and is_ready(admission, server, rest)
+                may_be_called(server) and admission.refusal(server, rest) is None and is_ready(admission, server, rest)
             )
 
         return planned.index.next_hop(rest.start, self._cost(tokens), is_usable=fits)

@@ -75,7 +75,7 @@ class MicroBatchSize:
     is_on_trial: whether another size than the one in use is being tried.
     """
 
-    def __init__(self, policy: SizePolicy = SizePolicy()) -> None:  # noqa: B008 - it is frozen
+    def __init__(self, policy: SizePolicy = SizePolicy()) -> None:
         self._policy = policy
         self.bytes = policy.start
         self.is_on_trial = False
@@ -118,7 +118,9 @@ class MicroBatchSize:
             if self._rest <= 0:
                 self._try(self._direction)
         elif self._best_rate is not None and rate > policy.better * self._best_rate:
-            _log.debug("micro-batches of %d KiB bring %.2f times as much: kept", self.bytes >> 10, rate / self._best_rate)
+            _log.debug(
+                "micro-batches of %d KiB bring %.2f times as much: kept", self.bytes >> 10, rate / self._best_rate
+            )
             self._best_rate, self.is_on_trial, self._rest, self._next_rest = rate, False, 0, policy.first_rest
         else:
             _log.debug("micro-batches of %d KiB bring no more than before", self.bytes >> 10)
@@ -159,7 +161,7 @@ class PushChoice:
     def __init__(
         self,
         setting: Literal["auto", "always", "never"] = "auto",
-        policy: PushPolicy = PushPolicy(),  # noqa: B008 - it is frozen
+        policy: PushPolicy = PushPolicy(),
     ):
         self.is_on = setting == "always"
         self.is_on_trial = False

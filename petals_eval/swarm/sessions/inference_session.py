@@ -6,8 +6,8 @@ from types import TracebackType
 import torch
 
 from petals_eval.errors import CallerError, SwarmError
-from petals_eval.swarm.connection import SwarmConnection
-from petals_eval.swarm.gradients import refuse_gradients
+from petals_eval.swarm.activations import refuse_gradients
+from petals_eval.swarm.event_loop import EventLoop
 from petals_eval.swarm.sessions.route_session import RouteSession
 
 __all__ = ["InferenceSession"]
@@ -26,8 +26,8 @@ class InferenceSession:
     back gives the same answers on servers that cannot do it (Petals 2.2.0), only slower.
     """
 
-    def __init__(self, connection: SwarmConnection, route: RouteSession):
-        self._connection = connection
+    def __init__(self, loop: EventLoop, route: RouteSession):
+        self._loop = loop
         self._route = route
         self._is_closed = False
 
@@ -46,7 +46,7 @@ class InferenceSession:
         if self._is_closed:
             raise CallerError("the session is closed: open another one")
         refuse_gradients(hidden, prompts)
-        answer = self._connection.run(
+        answer = self._loop.run(
             self._route.step,
             hidden.detach().cpu(),
             None if prompts is None else prompts.detach().cpu(),
@@ -75,7 +75,7 @@ class InferenceSession:
     @property
     def batch(self) -> int:
         """Rows."""
-        return self._route.batch
+        return self._route.rows
 
     @property
     def servers(self) -> tuple[str, ...]:
@@ -88,7 +88,7 @@ class InferenceSession:
             return
         self._is_closed = True
         with suppress(SwarmError):  # the connection is closed or lost, and with it every stream
-            self._connection.run(self._route.close)
+            self._loop.run(self._route.close)
 
     def __enter__(self) -> "InferenceSession":
         return self

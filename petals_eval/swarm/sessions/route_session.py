@@ -12,7 +12,14 @@ from functools import partial
 import torch
 from anyio import CancelScope
 
-from petals_eval.errors import CallerError, PeerCacheFullError, PeerError, PeerLimitError, PeerRefusedError, RequestTooLargeError
+from petals_eval.errors import (
+    CallerError,
+    PeerCacheFullError,
+    PeerError,
+    PeerLimitError,
+    PeerRefusedError,
+    RequestTooLargeError,
+)
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS

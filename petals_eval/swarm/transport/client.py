@@ -3,7 +3,6 @@
 This is the one place where a limit is learned from a refusal: runs, probes, audits, sessions and health all come here.
 """
 
-import asyncio
 import logging
 from collections.abc import Sequence
 
@@ -58,7 +57,7 @@ class HopClient:
         Raises PeerError.
         """
         peer = self._peers.of(hop.peer_id)
-        rows, positions = activations.rows, activations.positions
+        positions = activations.positions
         while True:
             # Only a limit that was set or told is held against a single row: servers of grouped-query models take more
             # than the usual number, and the refusal of one that does not names its own.

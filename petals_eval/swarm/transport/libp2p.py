@@ -43,9 +43,7 @@ class Libp2pTransport:
         self._settings = settings
         self._peers = peers
         self._code = None if settings.wire is None else LOSSY_CODES[settings.wire]
-        self._metadata = {
-            code: messages.forward_metadata(settings.active_adapter, code) for code in {None, self._code}
-        }
+        self._metadata = {code: messages.forward_metadata(settings.active_adapter, code) for code in {None, self._code}}
 
     async def ask_info(self, peer_id: str, block: int) -> AskedInfo:
         request = runtime_pb2.ExpertUID(uid=messages.block_uid(self._prefix, block))

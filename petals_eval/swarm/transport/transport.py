@@ -49,7 +49,7 @@ async def ask_info(transport: Transport, peer: Peer, block: int) -> ServerInfo:
 
 
 async def kept_info(transport: Transport, peer: Peer, block: int, settings: SwarmSettings) -> ServerInfo:
-    """Return what a server says of itself, asked once and kept. Raises PeerError, also for another dtype than wanted."""
+    """Return what a server says of itself, asked once and kept. Raises PeerError; for an unwanted dtype, too."""
 
     async def ask() -> ServerInfo:
         info = await ask_info(transport, peer, block)

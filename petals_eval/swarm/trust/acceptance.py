@@ -1,4 +1,4 @@
-"""What every server passes before it is called, and every answer before it counts: ordinary, pushed, or of a session."""
+"""What a server passes before it is called, and each answer before it counts: ordinary, pushed, or of a session."""
 
 from functools import partial
 

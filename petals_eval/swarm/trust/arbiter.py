@@ -76,7 +76,7 @@ class Arbiter:
         peers: PeerBook,
         settings: SwarmSettings,
         runtime: Runtime,
-        policy: ArbiterPolicy = ArbiterPolicy(),  # noqa: B008 - it is frozen
+        policy: ArbiterPolicy = ArbiterPolicy(),
     ):
         self._client = client
         self._acceptance = acceptance
@@ -139,9 +139,7 @@ class Arbiter:
             return None
         return _wrong(call, (again,), again, witness="itself")
 
-    async def _wrong_among(
-        self, odd: ReplicaAnswer, call: RecordedCall, third: ReplicaAnswer
-    ) -> TrustFinding | None:
+    async def _wrong_among(self, odd: ReplicaAnswer, call: RecordedCall, third: ReplicaAnswer) -> TrustFinding | None:
         """Return which server of an answer is wrong that differs from two others: the only one, or the one whose part
         the call's server, which holds all of these blocks, answers otherwise."""
         if len(odd) == 1:
@@ -198,9 +196,7 @@ class Arbiter:
         try:
             async with asyncio.timeout(timeout):
                 await self._acceptance.ready(call.hop, call.activations)
-                answer = await self._client.run(
-                    call.hop, call.activations, positions_per_step=call.positions_per_step
-                )
+                answer = await self._client.run(call.hop, call.activations, positions_per_step=call.positions_per_step)
                 answered = replace(call, answer=answer.hidden)
                 await self._acceptance.accept(answered)
         except TimeoutError as error:
@@ -273,9 +269,7 @@ def _servers(replica: ReplicaAnswer) -> set[str]:
     return {part.hop.peer_id for part in replica}
 
 
-def _wrong(
-    call: RecordedCall, others: ReplicaAnswer, right: RecordedCall, witness: Witness = "others"
-) -> TrustFinding:
+def _wrong(call: RecordedCall, others: ReplicaAnswer, right: RecordedCall, witness: Witness = "others") -> TrustFinding:
     apart = relative_difference(call.activations.hidden, call.answer, right.answer)
     names = tuple(sorted(_servers(others) - {call.hop.peer_id}))
     return TrustFinding(call.hop.server, "wrong", call.hop.span, apart, _excess(call, (right,)), names, witness)

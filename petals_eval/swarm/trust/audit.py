@@ -59,7 +59,7 @@ class ReplicaAudit:
         quarantine: Quarantine,
         settings: SwarmSettings,
         runtime: Runtime,
-        policy: AuditPolicy = AuditPolicy(),  # noqa: B008 - it is frozen
+        policy: AuditPolicy = AuditPolicy(),
     ):
         self._arbiter = arbiter
         self._peers = peers

@@ -14,7 +14,7 @@ import torch
 __all__ = ["difference", "dropout_in", "question_from"]
 
 _POSITIONS = 16
-"""Positions of a question. Dropout on attention weights shows best at the first positions, where few weights are averaged."""
+"""Positions of a question. Dropout on attention weights shows best at the first ones, where few are averaged."""
 _HEAD_SIZE = 128
 """The size assumed of attention heads, to count their weights; where heads are smaller there are more."""
 _MIN_ELEMENTS = math.ceil(math.log(1e-6) / math.log(1 - 2 * 0.01 * 0.99))

@@ -2,8 +2,8 @@
 
 The question is a corner of the activations on their way to the server (`question_from`), in two calls. Equal bits prove
 that no dropout is active: two masks are never equal. Unequal ones are held against what the dtype's rounding explains.
-Where that could be it, the blocks are asked one by one: rounding stays what it is, while dropout in a single block is no
-longer thinned by what the others do.
+Where that could be it, the blocks are asked one by one: rounding stays what it is, while dropout in a single block is
+no longer thinned by what the others do.
 """
 
 import math
@@ -73,9 +73,7 @@ async def _ask_twice(client: HopClient, hop: Hop, question: Activations) -> Aske
         limit = client.max_tokens(hop) or USUAL_MAX_TOKENS
         question = Activations(question.hidden[:, :limit])
         try:
-            first, second = await together(
-                [client.run(hop, question, may_step=False, lossless=True) for _ in range(2)]
-            )
+            first, second = await together([client.run(hop, question, may_step=False, lossless=True) for _ in range(2)])
             break
         except PeerLimitError:
             if client.max_tokens(hop) == limit:

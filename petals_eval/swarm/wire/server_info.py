@@ -76,7 +76,9 @@ def read_info(serialized: bytes) -> ServerInfo:
         version, cache = info.get("version"), info.get("cache_tokens_available")
         step = info.get("inference_schema")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-        raise PeerAnswerError(f"its rpc_info cannot be read: {peer_text(f'{type(error).__name__}: {error}')}") from error
+        raise PeerAnswerError(
+            f"its rpc_info cannot be read: {peer_text(f'{type(error).__name__}: {error}')}"
+        ) from error
     input_dtype, output_dtype = (DTYPES_BY_NAME.get(str(name).removeprefix("torch.")) for name in named)
     if input_dtype is None or output_dtype is None or not input_dtype.is_floating_point:
         said = " and ".join(peer_text(str(name))[:40] for name in named)
@@ -92,9 +94,11 @@ def read_info(serialized: bytes) -> ServerInfo:
 
 
 def _count_of(schema: object) -> int | None:
-    """Count the tensors among the positional arguments of a schema, `((descriptor, ...), {})`; None: it is no schema."""
+    """Count the tensors among the positional arguments of a schema, `((descriptor, ...), {})`; None: it is none."""
     arguments = schema[0] if isinstance(schema, (tuple, list)) and schema else None
-    if not isinstance(arguments, (tuple, list)) or not all(isinstance(one, msgpack_reader.Descriptor) for one in arguments):
+    if not isinstance(arguments, (tuple, list)) or not all(
+        isinstance(one, msgpack_reader.Descriptor) for one in arguments
+    ):
         return None
     return len(arguments)
 
@@ -108,7 +112,7 @@ def _descriptor(schema: Any) -> msgpack_reader.Descriptor:
 
 
 def other_layout(info: ServerInfo) -> str | None:
-    """Return how a server's sessions differ from those of Petals, so that none is to be opened there; None: they do not.
+    """Return how a server's sessions differ from those of Petals, so that none is opened there; None: they do not.
 
     No version tells: several forks announce the same one, and at least one of them (BloomBee, ten tensors) takes three
     tensors for other things than Petals does.
