@@ -153,7 +153,7 @@ def make_llama(folder: Path, *, hidden: int, blocks: int = 8) -> tuple[Path, Pat
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tests.interop.petals_folders import in_old_words
-    from tests.tiny_models import write_tokenizer
+    from tests.support.tiny_models import write_tokenizer
 
     torch.manual_seed(0)
     config = LlamaConfig(

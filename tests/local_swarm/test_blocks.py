@@ -8,7 +8,7 @@ from torch import nn
 
 from petals_eval.errors import ModelError
 from petals_eval.model.blocks import BlockSpan
-from tests.tiny_models import FAMILIES, make_tiny
+from tests.support.tiny_models import FAMILIES, make_tiny
 
 BLOCKS = 4
 SPLIT = ((0, 1), (1, 3), (3, 4))

@@ -14,8 +14,8 @@ from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.faults import catalog as f
 from petals_eval.local_swarm.server.announce import nobody
 from petals_eval.model.blocks import BlockSpan
-from tests.local_swarm.wire_client import TIMEOUT, WireClient, WireSession, chain, request
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
+from tests.support.wire_client import TIMEOUT, WireClient, WireSession, chain, request
 
 BLOCKS = 4
 SPAN = chain("tiny", 0, 2)

@@ -13,8 +13,9 @@ from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.launcher import split_evenly
 from petals_eval.model.blocks import BlockSpan
 from petals_eval.swarm.wire.messages import codecs
-from tests.local_swarm.wire_client import WireClient, chain, distance, request
-from tests.tiny_models import make_tiny
+from tests.support.tensors import distance
+from tests.support.tiny_models import make_tiny
+from tests.support.wire_client import WireClient, chain, request
 
 BLOCKS = 5
 HIDDEN = 32

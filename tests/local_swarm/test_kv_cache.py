@@ -9,7 +9,7 @@ from petals_eval.local_swarm.server.compute import SpanThread, Work
 from petals_eval.local_swarm.server.kv_cache import SessionCache
 from petals_eval.model.blocks import BlockSpan
 from tests.local_swarm.test_blocks import Reference, distance
-from tests.tiny_models import FAMILIES, make_tiny
+from tests.support.tiny_models import FAMILIES, make_tiny
 
 BLOCKS = 4
 STEPS = (5, 1, 1, 6, 1)

@@ -17,7 +17,7 @@ from petals_eval.errors import ConfigError, MachineError
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.network import EmulatedNetwork, Link, LinkProfile
 from petals_eval.swarm import SwarmConnection
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 
 MEGABIT = 1e6 / 8  # bytes
 EARLY = 0.003  # seconds by which timers fire too soon: uvloop counts milliseconds

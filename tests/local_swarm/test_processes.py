@@ -13,8 +13,9 @@ import torch
 from petals_eval.errors import ConfigError, MachineError, ModelError
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.model.blocks import BlockSpan
-from tests.local_swarm.wire_client import WireClient, chain, distance
-from tests.tiny_models import make_tiny
+from tests.support.tensors import distance
+from tests.support.tiny_models import make_tiny
+from tests.support.wire_client import WireClient, chain
 
 BLOCKS = 4
 

@@ -10,8 +10,9 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PHandlerError
 
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.model.blocks import BlockSpan
-from tests.local_swarm.wire_client import WireClient, WireSession, chain, distance
-from tests.tiny_models import make_tiny
+from tests.support.tensors import distance
+from tests.support.tiny_models import make_tiny
+from tests.support.wire_client import WireClient, WireSession, chain
 
 BLOCKS = 4
 HIDDEN = 32

@@ -19,8 +19,8 @@ from petals_eval.local_swarm.server import sessions
 from petals_eval.swarm import SwarmConnection
 from petals_eval.swarm.sessions import route_session as route_sessions
 from petals_eval.swarm.transport.rpc import open_stream
-from tests.local_swarm.wire_client import WireClient, WireSession, chain
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
+from tests.support.wire_client import WireClient, WireSession, chain
 
 BLOCKS, HIDDEN = 4, 32
 TIGHT = {"max_batch_size": 16, "inference_max_length": 64, "attn_cache_tokens": 64}

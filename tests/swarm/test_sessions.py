@@ -18,7 +18,7 @@ from petals_eval.swarm.transport.hop_session import proves_rolling_back
 from petals_eval.swarm.wire import messages as wire
 from petals_eval.tasks.requests import Request
 from tests.model.reference import classifier, full_logits, make_adapter
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 
 BLOCKS, HIDDEN, PREFIX = 4, 32, 3
 

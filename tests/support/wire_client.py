@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import math
 import uuid
 
 import torch
@@ -104,11 +103,6 @@ def request(uid, hidden, prompts=None, **metadata):
 
 def chain(prefix, first, last):
     return " ".join(f"{prefix}.{block}" for block in range(first, last))
-
-
-def distance(found, expected):
-    assert found.shape == expected.shape and math.isfinite(float(found.float().sum()))
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 class WireSession(contextlib.AbstractContextManager):
