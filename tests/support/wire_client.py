@@ -42,6 +42,10 @@ class WireClient(contextlib.AbstractContextManager):
         answer = self.loop.run(self.stub(peer_id).rpc_info(runtime_pb2.ExpertUID(uid=uid)), TIMEOUT)
         return MSGPackSerializer.loads(answer.serialized_info)
 
+    def tokens_left(self, peer_id):
+        """Tokens that the server's cache has room for, times its blocks."""
+        return self.info(peer_id)["cache_tokens_available"]
+
     def forward(self, peer_id, uid, hidden, prompts=None, **metadata):
         call = self.stub(peer_id).rpc_forward(request(uid, hidden, prompts, **metadata))
         return [deserialize_torch_tensor(tensor) for tensor in self.loop.run(call, TIMEOUT).tensors]

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hivemind.compression.serialization import deserialize_torch_tensor
 from hivemind.p2p.p2p_daemon_bindings.control import P2PHandlerError
-from pydantic import ValidationError
 
 from petals_eval.errors import MachineError
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.faults import catalog as f
 from petals_eval.local_swarm.server.announce import nobody
 from petals_eval.model.blocks import BlockSpan
+from tests.support.tensors import hidden_states
 from tests.support.tiny_models import make_tiny
 from tests.support.wire_client import TIMEOUT, WireClient, WireSession, chain, request
 
@@ -52,7 +52,7 @@ def local(folder):
 
 
 def states(seed=0, batch=2, seq=6):
-    return torch.randn(batch, seq, 32, generator=torch.Generator().manual_seed(seed))
+    return hidden_states(batch, seq, seed=seed)
 
 
 def within(client, call, seconds):
@@ -366,7 +366,7 @@ def test_clock_skew(folder):
         assert client.lifetimes("tiny.0")[server.peer_id] > 3600
 
 
-# -- processes, and schedules
+# -- in a process of its own
 
 
 def test_faults_of_a_process_are_switched_while_it_runs(folder, local):
@@ -383,22 +383,3 @@ def test_faults_of_a_process_are_switched_while_it_runs(folder, local):
         assert torch.allclose(answer(client, server), expected, atol=1e-5)
         assert server.hits()["flipped_bit"] == f.Hits(times=1, in_flight=1)
         assert server.is_alive()
-
-
-def test_a_schedule_is_the_same_for_a_seed_and_meets_every_fault():
-    schedules = [f.Schedule.of(seed, servers=[1, 2, 3], span=(0, 4), count=3) for seed in range(100)]
-    assert schedules[7] == f.Schedule.of(7, servers=[1, 2, 3], span=(0, 4), count=3)
-    assert len({schedule.model_dump_json() for schedule in schedules}) == 100
-    assert {type(each.fault) for schedule in schedules for each in schedule.switched} == set(f.FAULTS)
-    for schedule in schedules:
-        assert {each.server for each in schedule.switched} == {1, 2, 3}
-        assert [each.at for each in schedule.switched] == sorted(each.at for each in schedule.switched)
-        assert f.Schedule.model_validate_json(schedule.model_dump_json()) == schedule
-    only = f.Schedule.of(0, servers=[5], kinds=[f.Noise])
-    assert [(each.server, type(each.fault)) for each in only.switched] == [(5, f.Noise)]
-
-
-def test_a_fault_that_makes_no_sense_is_refused():
-    for kind, fields in [(f.Noise, {"share": 0}), (f.Hang, {"where": "after"}), (f.Slow, {"dealy": 3})]:
-        with pytest.raises(ValidationError):
-            kind(**fields)
