@@ -60,7 +60,7 @@ def test_what_a_server_had_computed_before_it_was_caught_is_computed_again(reald
 
         def turn(done):
             if done >= 20:
-                turned._server.span.drop_out(0.1)
+                turned._server.blocks.drop_out(0.1)
 
         progress.on_update = turn
         result = evaluate_trec(realdata, model, tmp_path / "run", progress=progress, limit=EXAMPLES)
@@ -78,7 +78,7 @@ def test_the_only_server_of_a_block_stops_the_run_and_leaves_nothing_scored(real
     with stories_swarm(realdata, [(0, 3), (3, 5)]) as swarm:
         server = swarm.servers[1]
         progress = ProgressLines()
-        progress.on_update = lambda done: server._server.span.drop_out(0.1) if done >= 20 else None
+        progress.on_update = lambda done: server._server.blocks.drop_out(0.1) if done >= 20 else None
         with (
             trec_model(realdata, swarm, recheck_share=0.2, window=3) as model,
             pytest.raises(MissingBlocksError, match="no server in evaluation mode holds blocks 3:5") as caught,
@@ -88,7 +88,7 @@ def test_the_only_server_of_a_block_stops_the_run_and_leaves_nothing_scored(real
         assert not hasattr(caught.value, "__notes__")  # "... are scored and kept": none is, for it took part in each
 
         # The operator sets it right, and the same command does it all.
-        server._server.span.drop_out(0.0)
+        server._server.blocks.drop_out(0.0)
         with trec_model(realdata, swarm) as model:
             evaluate_trec(realdata, model, tmp_path / "run", limit=EXAMPLES)
     assert predictions(tmp_path / "run") == quiet

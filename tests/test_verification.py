@@ -30,7 +30,7 @@ def test_a_server_that_lies_is_named_and_nothing_of_its_is_counted(realdata, tmp
         with trec_model(realdata, swarm) as model:
             result = evaluate_trec(realdata, model, tmp_path / "run", progress=progress, limit=EXAMPLES)
             checks = model.blocks.checks()
-        assert liar.hits()[fault.name].in_flight > 0
+        assert liar.fault_counts()[fault.name].in_flight > 0
     assert predictions(tmp_path / "run") == quiet
     (found,) = result.noisy_servers
     assert (found.peer_id, found.is_used) == (liar.peer_id, False)

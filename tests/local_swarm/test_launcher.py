@@ -5,13 +5,14 @@ import pytest
 from petals_eval.errors import ConfigError, ModelError
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.launcher import split_evenly
+from petals_eval.swarm.wire.span import Span
 from tests.local_swarm.conftest import BLOCKS
 
 
 def test_the_swarm_says_what_it_is(swarm):
     assert swarm.dht_prefix == "tiny-llama"
     assert swarm.num_blocks == BLOCKS
-    assert [server.span for server in swarm.servers] == [(0, 3), (3, 5), (0, 5)]
+    assert [server.span for server in swarm.servers] == [Span(0, 3), Span(3, 5), Span(0, 5)]
     assert len({server.peer_id for server in swarm.servers}) == 3
     assert all(server.is_alive() for server in swarm.servers)
     # The address is the launcher's own node, not a server that a test may kill.
@@ -29,7 +30,7 @@ def test_the_swarm_says_what_it_is(swarm):
     ],
 )
 def test_blocks_are_split_evenly(blocks, servers, spans):
-    assert split_evenly(blocks, servers) == spans
+    assert split_evenly(blocks, servers) == tuple(Span(*span) for span in spans)
 
 
 def test_impossible_settings_are_refused_before_anything_starts(folder, tmp_path):

@@ -13,6 +13,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 __all__ = [
+    "MODELS_KEY",
     "Announcement",
     "Choice",
     "ServerRecord",
@@ -23,6 +24,9 @@ __all__ = [
     "read_snapshot",
     "shown",
 ]
+
+MODELS_KEY = "_petals.models"
+"""Key of the DHT under which servers announce their models, each under its DHT prefix as the subkey."""
 
 
 class ServerState(IntEnum):

@@ -5,9 +5,11 @@ import asyncio
 import pytest
 import torch
 
-from petals_eval.local_swarm.server.compute import SpanThread, Work
+from petals_eval.local_swarm.server.compute import SpanThread
 from petals_eval.local_swarm.server.kv_cache import SessionCache
+from petals_eval.local_swarm.work import Work
 from petals_eval.model.blocks import BlockSpan
+from petals_eval.swarm.wire.span import Span
 from tests.support.hugging_face import Reference
 from tests.support.tensors import distance, hidden_states
 from tests.support.tiny_models import FAMILIES, make_tiny
@@ -36,7 +38,7 @@ def test_long_steps_are_computed_in_chunks(folder):
     span.__class__ = Watched
     thread = SpanThread(span, max_batch_size=1000, max_chunk_bytes=4 * per_position)
     try:
-        work = Work("rpc_inference", 0, BLOCKS, hidden, prompts, "", "", SessionCache(BLOCKS, POSITIONS))
+        work = Work("rpc_inference", Span(0, BLOCKS), hidden, prompts, "", "", SessionCache(BLOCKS, POSITIONS))
         output = asyncio.run(thread(work))
     finally:
         thread.close()
