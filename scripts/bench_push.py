@@ -26,7 +26,7 @@ DELAY = 0.02  # seconds each way
 def running(workload: PushWorkload, folder: Path, limit: int | None) -> Iterator[tuple[EmulatedNetwork, Loop, int]]:
     """The network, our client, connected, and the number of rows."""
     with contextlib.ExitStack() as stack:
-        network = stack.enter_context(EmulatedNetwork(client_up=workload.uplink))
+        network = stack.enter_context(EmulatedNetwork(client_up_mbps=workload.uplink))
         swarm = LocalSwarm(
             workload.model,
             spans=workload.spans,

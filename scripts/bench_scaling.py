@@ -130,7 +130,7 @@ def main() -> int:
         name: [replace(middle, **{name: value}) for value in getattr(arguments, name)]
         for name in ("examples", "servers", "length")
     }
-    link = LinkProfile(delay=arguments.delay / 1000, up=arguments.rate, down=arguments.rate)
+    link = LinkProfile(delay=arguments.delay / 1000, up_mbps=arguments.rate, down_mbps=arguments.rate)
     print(f"{BLOCKS} blocks, hidden {HIDDEN}; links of {arguments.delay:g} ms, {arguments.rate:g} Mbit/s each way")
     with tempfile.TemporaryDirectory(prefix="bench-scaling-") as folder:
         found = measure((case for cases in series.values() for case in cases), link, arguments.repeats, Path(folder))

@@ -13,8 +13,8 @@ import torch
 from petals_eval.local_swarm.network import LinkProfile
 
 ROOT = Path(__file__).resolve().parents[1]
-HOME = LinkProfile(delay=0.02, up=100, down=100)  # 20 ms each way, 100 Mbit/s
-WIDE = LinkProfile(delay=0.02, up=40, down=40)
+HOME = LinkProfile(delay=0.02, up_mbps=100, down_mbps=100)  # 20 ms each way, 100 Mbit/s
+WIDE = LinkProfile(delay=0.02, up_mbps=40, down_mbps=40)
 SLOWED = 5
 
 
@@ -113,7 +113,7 @@ class Workloads:
         return replace(self._trec(), adapter=adapter, task="sst2", data=data)
 
     def _slow_replica(self) -> Workload:
-        slow = replace(HOME, delay=HOME.delay * SLOWED, up=100 / SLOWED, down=100 / SLOWED)
+        slow = replace(HOME, delay=HOME.delay * SLOWED, up_mbps=100 / SLOWED, down_mbps=100 / SLOWED)
         spans = self._trec().spans
         return replace(
             self._trec_all(),
@@ -153,7 +153,7 @@ def make_llama(folder: Path, *, hidden: int, blocks: int = 8) -> tuple[Path, Pat
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tests.interop.petals_folders import in_old_words
-    from tests.tiny_models import write_tokenizer
+    from tests.support.tiny_models import write_tokenizer
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from petals_eval.model import LocalModel
 from petals_eval.model.blocks import BlockSpan
 from petals_eval.swarm.trust.tolerance import LAST_BIT, measure, relative_difference
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 _BELOW = (-1, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0)

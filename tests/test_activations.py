@@ -11,7 +11,7 @@ from petals_eval.local_swarm import LocalSwarm
 from petals_eval.model import LocalModel
 from petals_eval.swarm.wire import messages as wire
 from petals_eval.tasks.requests import Request
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 
 BLOCKS, HOPS, BATCHES = 3, 3, 40
 

@@ -14,8 +14,9 @@ from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.model import LocalModel, load_adapter
 from petals_eval.swarm import SwarmConnection
 from petals_eval.tasks.requests import Request
-from tests.model.reference import TOKENS, causal_lm, classifier, close, full_logits, make_adapter
-from tests.tiny_models import FAMILIES, make_tiny
+from tests.model.reference import TOKENS, causal_lm, classifier, full_logits, make_adapter
+from tests.support.tensors import close
+from tests.support.tiny_models import FAMILIES, make_tiny
 
 BLOCKS, LABELS = 4, 3
 SPANS = [(0, 1), (1, 3), (3, 4)]

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 import petals_eval
-from petals_eval.local_swarm import LocalSwarm
+from tests.support.real_swarm import stories_swarm, trec_model
 
 
 def test_datasets_map_with_processes_in_the_middle_of_a_run(realdata, tmp_path):
@@ -28,14 +28,8 @@ def test_datasets_map_with_processes_in_the_middle_of_a_run(realdata, tmp_path):
             pass
 
     with (
-        LocalSwarm(realdata / "stories260K-hf", spans=[(0, 3), (3, 5)], mode="thread") as swarm,
-        petals_eval.RemoteModel.from_pretrained(
-            str(realdata / "stories260K-hf"),
-            adapter=str(realdata / "adapters" / "trec-deep_ptune"),
-            initial_peers=swarm.initial_peers,
-            dht_prefix=swarm.dht_prefix,
-            window=2,
-        ) as model,
+        stories_swarm(realdata, [(0, 3), (3, 5)]) as swarm,
+        trec_model(realdata, swarm, window=2) as model,
     ):
         result = petals_eval.evaluate(
             model,

@@ -8,7 +8,8 @@ import pytest
 from petals_eval.errors import MissingBlocksError
 from petals_eval.local_swarm.faults.catalog import FlippedBit, Noise, OtherWeights, Swapped
 from petals_eval.runs import RunFolder
-from tests.test_remote_evaluation_mode import EXAMPLES, Lines, evaluate, model_over, predictions, quiet, swarm_of
+from tests.support.real_swarm import ProgressLines, evaluate_trec, predictions, stories_swarm, trec_model
+from tests.test_remote_evaluation_mode import EXAMPLES, quiet
 
 __all__ = ["quiet"]
 
@@ -23,13 +24,13 @@ def folder_of(path):
     "fault", [Noise(size=0.01), FlippedBit(), OtherWeights(), Swapped(), Noise(size=0.01, repeats=False, after=6)]
 )
 def test_a_server_that_lies_is_named_and_nothing_of_its_is_counted(realdata, tmp_path, quiet, fault):
-    progress = Lines()
-    with swarm_of(realdata, [*SPANS, *SPANS]) as swarm:
+    progress = ProgressLines()
+    with stories_swarm(realdata, [*SPANS, *SPANS]) as swarm:
         liar = swarm.add_server((0, 5), faults=(fault,))
-        with model_over(realdata, swarm) as model:
-            result = evaluate(realdata, model, tmp_path / "run", progress=progress)
+        with trec_model(realdata, swarm) as model:
+            result = evaluate_trec(realdata, model, tmp_path / "run", progress=progress, limit=EXAMPLES)
             checks = model.blocks.checks()
-        assert liar.hits()[fault.name].in_flight > 0
+        assert liar.fault_counts()[fault.name].in_flight > 0
     assert predictions(tmp_path / "run") == quiet
     (found,) = result.noisy_servers
     assert (found.peer_id, found.is_used) == (liar.peer_id, False)
@@ -49,12 +50,12 @@ def test_a_server_that_lies_is_named_and_nothing_of_its_is_counted(realdata, tmp
 
 
 def test_two_replicas_that_disagree_are_marked_until_blocks_at_home_settle_it(realdata, tmp_path, quiet):
-    progress = Lines()
-    with swarm_of(realdata, [(0, 3), (3, 5)]) as swarm:
+    progress = ProgressLines()
+    with stories_swarm(realdata, [(0, 3), (3, 5)]) as swarm:
         liar = swarm.add_server((3, 5), faults=(Noise(size=0.01),))
         honest = swarm.servers[1]
-        with model_over(realdata, swarm) as model:
-            result = evaluate(realdata, model, tmp_path / "run", progress=progress)
+        with trec_model(realdata, swarm) as model:
+            result = evaluate_trec(realdata, model, tmp_path / "run", progress=progress, limit=EXAMPLES)
         assert {(each.peer_id, each.verdict, each.is_used) for each in result.noisy_servers} == {
             (liar.peer_id, "disputed", True),
             (honest.peer_id, "disputed", True),
@@ -65,20 +66,20 @@ def test_two_replicas_that_disagree_are_marked_until_blocks_at_home_settle_it(re
         assert len(lines) == EXAMPLES and all(line["disputed"] for line in lines)
         assert "do not agree" in (tmp_path / "run" / "report.md").read_text()
 
-        with model_over(realdata, swarm, verify_local=(3, 5)) as model:
-            result = evaluate(realdata, model, tmp_path / "settled", progress=progress)
+        with trec_model(realdata, swarm, verify_local=(3, 5)) as model:
+            result = evaluate_trec(realdata, model, tmp_path / "settled", progress=progress, limit=EXAMPLES)
     assert [(each.peer_id, each.verdict) for each in result.noisy_servers] == [(liar.peer_id, "liar")]
     assert predictions(tmp_path / "settled") == quiet
     assert "than the same blocks at home" in progress.lines[-1]
 
 
 def test_honest_servers_of_any_dtype_accuse_nobody(realdata, tmp_path):
-    with swarm_of(realdata, [*SPANS, (0, 5)]) as swarm:
+    with stories_swarm(realdata, [*SPANS, (0, 5)]) as swarm:
         for span in [*SPANS, (0, 5)]:
             swarm.add_server(span, dtype="bfloat16")
         swarm.add_server((0, 5), dtype="float16")
-        with model_over(realdata, swarm, verify=0.5, verify_local=(1, 4)) as model:
-            result = evaluate(realdata, model, tmp_path / "run")
+        with trec_model(realdata, swarm, verify=0.5, verify_local=(1, 4)) as model:
+            result = evaluate_trec(realdata, model, tmp_path / "run", limit=EXAMPLES)
             checks = model.blocks.checks()
     assert result.noisy_servers == ()
     assert checks.done > 0.3 * checks.computed
@@ -87,10 +88,10 @@ def test_honest_servers_of_any_dtype_accuse_nobody(realdata, tmp_path):
 
 def test_the_only_server_of_some_blocks_that_lies_stops_the_run(realdata, tmp_path):
     with (
-        swarm_of(realdata, SPANS, faults=(Noise(size=0.01),)) as swarm,
-        model_over(realdata, swarm, verify_local=(4, 5)) as model,
+        stories_swarm(realdata, SPANS, faults=(Noise(size=0.01),)) as swarm,
+        trec_model(realdata, swarm, verify_local=(4, 5)) as model,
         pytest.raises(MissingBlocksError, match="no server that is trusted holds blocks 3:5") as stopped,
     ):
-        evaluate(realdata, model, tmp_path / "run")
+        evaluate_trec(realdata, model, tmp_path / "run", limit=EXAMPLES)
     assert stopped.value.exit_code == 3
     assert not hasattr(stopped.value, "__notes__")  # "... are scored and kept": none is

@@ -68,7 +68,8 @@ def opened(settings: BenchSettings) -> Iterator[Subject]:
             links: dict[str, Any] = {}
             if settings.delay is not None or settings.rate is not None:
                 network = stack.enter_context(EmulatedNetwork())
-                profile = LinkProfile(delay=(settings.delay or 0.0) / 1000, up=settings.rate, down=settings.rate)
+                delay, rate = (settings.delay or 0.0) / 1000, settings.rate
+                profile = LinkProfile(delay=delay, up_mbps=rate, down_mbps=rate)
                 links = {"network": network, "links": profile}
             swarm = stack.enter_context(
                 LocalSwarm(

@@ -1,6 +1,7 @@
 """`petals-eval bootstrap`: the node that servers and clients of a private swarm meet at, in the foreground."""
 
 import time
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -45,16 +46,15 @@ def bootstrap(
     address = own_address(listen, announce, identity)
     others = checked_peers(initial_peers or [])
 
+    from anyio.from_thread import start_blocking_portal
     from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 
     from petals_eval.errors import MachineError
-    from petals_eval.local_swarm.loop_thread import LoopThread
     from petals_eval.local_swarm.peer import Peer
 
-    loop = LoopThread("bootstrap node")
-    try:
+    with start_blocking_portal("asyncio", name="bootstrap node") as portal:
         try:
-            peer = loop.run(Peer.open(others, **address), _TIMEOUT)
+            peer = portal.start_task_soon(partial(Peer.open, others, **address)).result(_TIMEOUT)
         except (P2PDaemonError, TimeoutError) as error:
             where = " and ".join([f"to listen at {listen}", *(f"to join {other}" for other in others)])
             raise MachineError(f"expected {where}; found: {type(error).__name__}: {error}") from error
@@ -70,6 +70,4 @@ def bootstrap(
             typer.echo("stopping")
             return 0
         finally:
-            loop.run(peer.close(), _TIMEOUT)
-    finally:
-        loop.stop()
+            portal.start_task_soon(peer.close).result(_TIMEOUT)

@@ -75,7 +75,7 @@ def _route(settings: RunSettings, local: "LocalModel") -> list[str]:
 
         # Not started: who they are is known without.
         spans = split_evenly(local.num_blocks, settings.local_swarm)
-        return [f"blocks {first}:{last}  a server embedded on this machine" for first, last in spans]
+        return [f"blocks {span}  a server embedded on this machine" for span in spans]
     with chosen_swarm(settings) as (initial_peers, dht_prefix):
         wanted = SwarmSettings(
             initial_peers=initial_peers,

@@ -33,7 +33,7 @@ def chosen_swarm(settings: RunSettings) -> Iterator[tuple[tuple[str, ...], str |
         revision=settings.revision,
         token=token,
     ) as swarm:
-        spans = " ".join(f"{server.span[0]}:{server.span[1]}" for server in swarm.servers)
+        spans = " ".join(str(server.span) for server in swarm.servers)
         count = len(swarm.servers)
         servers = f"{count} server{'' if count == 1 else 's'}"
         typer.echo(f"local swarm: {servers}, blocks {spans}, peers {swarm.initial_peers[0]}", err=True)

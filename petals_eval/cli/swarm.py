@@ -78,7 +78,7 @@ def swarm(
     ) as running:
         typer.echo(f"serving {running.num_blocks} blocks as {running.dht_prefix}:")
         for server in running.servers:
-            typer.echo(f"  blocks {server.span[0]}:{server.span[1]}  {server.peer_id}")
+            typer.echo(f"  blocks {server.span}  {server.peer_id}")
         typer.echo("connect with:")
         typer.echo(
             f"  petals-eval run --model {shlex.quote(model)} --dht-prefix {running.dht_prefix} "
@@ -91,9 +91,8 @@ def swarm(
         except KeyboardInterrupt:
             typer.echo("stopping")
             return 0
-    first, last = ended.span
     raise MachineError(
-        f"the server of blocks {first}:{last} ({ended.peer_id}) ended by itself, so the swarm was stopped."
+        f"the server of blocks {ended.span} ({ended.peer_id}) ended by itself, so the swarm was stopped."
     )
 
 

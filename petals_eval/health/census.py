@@ -10,7 +10,7 @@ from hivemind.dht.node import DHTNode
 
 from petals_eval.swarm.directory.dht import LOOK_TIMEOUT, read_announcements
 from petals_eval.swarm.wire import messages as wire
-from petals_eval.swarm.wire.records import Announcement, ServerRecord, ServerState, newest_readable
+from petals_eval.swarm.wire.records import MODELS_KEY, Announcement, ServerRecord, ServerState, newest_readable
 from petals_eval.text import printable
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "take_census",
 ]
 
-_MODELS_KEY = "_petals.models"
 MOST_BLOCKS = 1000
 """Of a model: a stranger may announce any number, and each block is a key to ask the DHT for."""
 _MOST_MODELS = 100
@@ -75,7 +74,7 @@ async def announced_models(dht: DHTNode) -> tuple[list[AnnouncedModel], int]:
     """
     try:
         async with asyncio.timeout(LOOK_TIMEOUT):
-            entry = await dht.get(_MODELS_KEY, latest=True)
+            entry = await dht.get(MODELS_KEY, latest=True)
     except TimeoutError:
         return [], 0
     if entry is None or not isinstance(entry.value, dict):

@@ -4,77 +4,38 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
-from pathlib import Path
-from typing import IO, Protocol
+from typing import TYPE_CHECKING
 
-import petals_eval
+from anyio.from_thread import BlockingPortal
+
 from petals_eval.errors import MachineError, ModelError, SwarmUnreachableError
-from petals_eval.local_swarm.faults.catalog import AnyFault, Faults, Hits
-from petals_eval.local_swarm.loop_thread import LoopThread
+from petals_eval.local_swarm.faults.catalog import AnyFault, FaultCount, FaultList
+from petals_eval.local_swarm.fork_server import ForkServer, last_words
 from petals_eval.local_swarm.server.settings import ServerSettings
+from petals_eval.swarm.wire.span import Span
 
-__all__ = ["LocalServer", "Nursery", "ProcessServer", "ThreadServer"]
+if TYPE_CHECKING:
+    from petals_eval.local_swarm.server.block_server import BlockServer
 
-_STOP_TIMEOUT = 15.0  # seconds for a server to say goodbye before it is killed
-_ANSWER_TIMEOUT = 30.0  # seconds for a server to hear what it is told
-_POLL = 0.005  # seconds
+__all__ = ["LocalServer", "ProcessServer", "ThreadServer"]
 
-
-class LocalServer(Protocol):
-    """One server of a local swarm."""
-
-    @property
-    def settings(self) -> ServerSettings: ...
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """Its blocks, as first:last."""
-
-    @property
-    def peer_id(self) -> str:
-        """Its libp2p peer id, base58."""
-
-    @property
-    def maddrs(self) -> tuple[str, ...]:
-        """Addresses others are told."""
-
-    @property
-    def pid(self) -> int:
-        """The process it runs in; its daemon is a child of that."""
-
-    def is_alive(self) -> bool: ...
-
-    def switch(self, *faults: AnyFault) -> None:
-        """These faults and no others from now on; none: it is well again. Returns when it knows."""
-
-    def hits(self) -> dict[str, Hits]:
-        """What its faults have hit since it started, by their names; also after one has ended it."""
-
-    def wait_ready(self, deadline: float) -> None:
-        """Wait until it serves; raises MachineError, ModelError or SwarmUnreachableError when it cannot.
-
-        deadline: on the monotonic clock; at it MachineError is raised.
-        """
-
-    def request_stop(self) -> None:
-        """Tell it to end, without waiting."""
-
-    def stop(self) -> None:
-        """End it in order: it announces OFFLINE first. Does nothing when it has ended."""
-
-    def kill(self) -> None:
-        """End it as a crash does, its libp2p daemon with it: nothing is announced."""
+_STOP_TIMEOUT = 15.0
+"""Seconds that a server may take to end in order before it is killed."""
+_ANSWER_TIMEOUT = 30.0
+"""Seconds that a server may take to do what it is told and say so."""
+_POLL_PERIOD = 0.005  # seconds
 
 
-class _Served:
-    """What both kinds of server know about themselves."""
+class LocalServer(ABC):
+    """One server of a local swarm.
+
+    peer_id: its libp2p peer id, base58. maddrs: the addresses that others are told. Both are known once it serves.
+    """
 
     def __init__(self, settings: ServerSettings):
         self.settings = settings
@@ -82,87 +43,70 @@ class _Served:
         self.maddrs: tuple[str, ...] = ()
 
     @property
-    def span(self) -> tuple[int, int]:
-        return self.settings.first, self.settings.last
+    def span(self) -> Span:
+        """The blocks it holds."""
+        return self.settings.span
 
     @property
     def _name(self) -> str:
-        return f"the server of blocks {self.settings.first}:{self.settings.last}"
+        return f"the server of blocks {self.span}"
+
+    @property
+    @abstractmethod
+    def pid(self) -> int:
+        """The process it runs in; its daemon is a child of that."""
+
+    @abstractmethod
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+
+    @abstractmethod
+    def switch(self, *faults: AnyFault) -> None:
+        """Have these faults and no others from now on, or be well again without any. Returns when the server knows."""
+
+    @abstractmethod
+    def fault_counts(self) -> dict[str, FaultCount]:
+        """Return how often its faults acted since it started, by their names; also after one has ended it."""
+
+    @abstractmethod
+    def wait_ready(self, deadline: float) -> None:
+        """Wait until it serves; raises MachineError, ModelError or SwarmUnreachableError when it cannot.
+
+        deadline: on the monotonic clock; at it MachineError is raised.
+        """
+
+    @abstractmethod
+    def request_stop(self) -> None:
+        """Tell it to end, without waiting."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End it in order: it announces OFFLINE first. Does nothing when it has ended."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End it as a crash does, its libp2p daemon with it: nothing is announced."""
 
 
-class Nursery:
-    """The process that server processes are forked from; see `petals_eval.local_swarm.fork_server`."""
-
-    def __init__(self, model_type: str):
-        self._has_forked = False
-        self._line, theirs = socket.socketpair()
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the nursery
-        root = str(Path(petals_eval.__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        # One thread of arithmetic a server: many servers share this machine.
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "petals_eval.local_swarm.fork_server", str(theirs.fileno()), model_type],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=self.log,
-                stderr=self.log,
-                start_new_session=True,
-                env={**os.environ, **threads, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
-            )
-
-    def fork(self, settings: ServerSettings, control: socket.socket, log: IO[bytes], deadline: float) -> int:
-        """Start a server process with these ends of its lines; returns its process id."""
-        try:
-            self._line.settimeout(max(0.0, deadline - time.monotonic()))
-            request = settings.model_dump_json().encode() + b"\n"
-            socket.send_fds(self._line, [request], [control.fileno(), log.fileno()])
-            answer = self._line.recv(64)
-        except OSError as error:  # TimeoutError is one
-            raise MachineError(f"server processes cannot be started ({error!r}){last_words(self.log)}") from error
-        if not answer:
-            raise MachineError(f"the process that starts servers ended{last_words(self.log)}")
-        self._has_forked = True
-        return int(answer)
-
-    def close(self) -> None:
-        """End it; returns when all its servers are gone, which must have been told to end."""
-        self._line.close()
-        if not self._has_forked:
-            self._process.kill()  # it may still be importing
-        try:
-            self._process.wait(_STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self.log.close()
-
-
-class ProcessServer(_Served):
+class ProcessServer(LocalServer):
     """A server in a process of its own, its libp2p daemon in the same process group."""
 
-    def __init__(self, settings: ServerSettings, nursery: Nursery, deadline: float):
+    def __init__(self, settings: ServerSettings, fork_server: ForkServer, deadline: float):
         super().__init__(settings)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
-        self._hits: dict[str, Hits] = {}
+        self._counts: dict[str, FaultCount] = {}
         self._received = b""
         self._control, theirs = socket.socketpair()
         with theirs:
-            self._pid = nursery.fork(settings, theirs, self._log, deadline)
+            self._pid = fork_server.fork(settings, theirs, self._log, deadline)
 
     def wait_ready(self, deadline: float) -> None:
-        line = b""
         try:
-            while not line.endswith(b"\n"):
-                self._control.settimeout(max(0.001, deadline - time.monotonic()))
-                part = self._control.recv(4096)
-                if not part:
-                    raise MachineError(f"{self._name} ended before it served{last_words(self._log)}")
-                line += part
+            if not self._receive_line(deadline):
+                raise MachineError(f"{self._name} ended before it served{last_words(self._log)}")
         except TimeoutError:
             raise MachineError(f"{self._name} did not serve in time{last_words(self._log)}") from None
-        answer = json.loads(line)
+        answer, self._received = json.loads(self._received), b""
         if "error" in answer:
             for kind in (ModelError, SwarmUnreachableError):
                 if answer["error"] == kind.__name__:
@@ -171,7 +115,7 @@ class ProcessServer(_Served):
         self.peer_id, self.maddrs = answer["peer_id"], tuple(answer["maddrs"])
 
     def is_alive(self) -> bool:
-        """Its end of the line closes with the process, so this cannot mistake another process of the same id for it."""
+        # Its end of the line closes with the process, so this cannot mistake another process of the same id for it.
         if self._control.fileno() < 0:
             return False
         self._control.settimeout(0)
@@ -185,42 +129,45 @@ class ProcessServer(_Served):
             return False
 
     def switch(self, *faults: AnyFault) -> None:
-        self._say(Faults.dump_json(faults))
+        self._tell(FaultList.dump_json(faults))
 
-    def hits(self) -> dict[str, Hits]:
+    def fault_counts(self) -> dict[str, FaultCount]:
         if self.is_alive():
             with suppress(MachineError):  # it crashes just now
-                self._say(b"null")
-        self._read_hits()
-        return self._hits
+                self._tell(b"null")
+        self._read_counts()
+        return self._counts
 
-    def _say(self, line: bytes) -> None:
+    def _tell(self, line: bytes) -> None:
         """Send it a line and wait for its answer. Raises MachineError when it is gone."""
-        deadline = time.monotonic() + _ANSWER_TIMEOUT
         self._received = b""
         try:
             self._control.settimeout(_ANSWER_TIMEOUT)
             self._control.sendall(line + b"\n")
-            while not self._received.endswith(b"\n"):
-                self._control.settimeout(max(0.001, deadline - time.monotonic()))
-                part = self._control.recv(4096)
-                if not part:
-                    break
-                self._received += part
+            answered = self._receive_line(time.monotonic() + _ANSWER_TIMEOUT)
         except OSError as error:  # TimeoutError is one
             raise MachineError(f"{self._name} does not listen to its launcher ({error!r})") from error
-        if not self._received.endswith(b"\n"):
+        if not answered:
             raise MachineError(f"{self._name} has ended")
-        self._read_hits()
+        self._read_counts()
 
-    def _read_hits(self) -> None:
-        """The last whole line it wrote."""
+    def _receive_line(self, deadline: float) -> bool:
+        """Receive until a line ends, and say whether one did before the process ended. Raises TimeoutError."""
+        while not self._received.endswith(b"\n"):
+            self._control.settimeout(max(0.001, deadline - time.monotonic()))
+            part = self._control.recv(4096)
+            if not part:
+                return False
+            self._received += part
+        return True
+
+    def _read_counts(self) -> None:
+        """Read the last whole line that it wrote."""
         lines = self._received.split(b"\n")
         if len(lines) > 1:
-            self._hits = {name: Hits(**hits) for name, hits in json.loads(lines[-2]).items()}
+            self._counts = {name: FaultCount(**count) for name, count in json.loads(lines[-2]).items()}
 
     def request_stop(self) -> None:
-        """Tell it to end, without waiting."""
         with suppress(OSError):
             self._control.shutdown(socket.SHUT_WR)
 
@@ -228,58 +175,59 @@ class ProcessServer(_Served):
         if self._control.fileno() < 0:
             return
         self.request_stop()
-        if not self._wait_gone(_STOP_TIMEOUT):
-            self._signal_group()
-            self._wait_gone(_STOP_TIMEOUT)
-        self._close()
+        if not self._wait_gone():
+            self._kill_group()
+            self._wait_gone()
+        self._control.close()
 
     def kill(self) -> None:
         if self.is_alive():
-            self._signal_group()
-            self._wait_gone(_STOP_TIMEOUT)
-        self._close()
+            self._kill_group()
+            self._wait_gone()
+        self._control.close()
 
     @property
     def pid(self) -> int:
         return self._pid
 
     def last_words(self) -> str:
-        """The end of what it wrote to its standard error."""
+        """Return the end of what it wrote to its standard error."""
         return last_words(self._log)
 
-    def _signal_group(self) -> None:
+    def _kill_group(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self._pid, signal.SIGKILL)
 
-    def _wait_gone(self, timeout: float) -> bool:
-        deadline = time.monotonic() + timeout
+    def _wait_gone(self) -> bool:
+        """Wait until neither the server nor its daemon is left, and say whether that came in time."""
+        deadline = time.monotonic() + _STOP_TIMEOUT
         with suppress(ProcessLookupError):
             while time.monotonic() < deadline:
-                os.killpg(self._pid, 0)  # raises once neither the server nor its daemon is left
-                time.sleep(_POLL)
+                os.killpg(self._pid, 0)
+                time.sleep(_POLL_PERIOD)
             return False
         return True
 
-    def _close(self) -> None:
-        self._control.close()
 
+class ThreadServer(LocalServer):
+    """A server in this process: quick to start; all of them and their clients share one interpreter.
 
-class ThreadServer(_Served):
-    """A server in this process: quick to start; all of them and their clients share one interpreter."""
+    portal: to the event loop in which they run.
+    """
 
-    def __init__(self, settings: ServerSettings, loop: LoopThread):
+    def __init__(self, settings: ServerSettings, portal: BlockingPortal):
         from petals_eval.local_swarm.server.block_server import BlockServer
 
         super().__init__(settings)
-        self._loop = loop
-        self._opening: Future[BlockServer] = loop.submit(BlockServer.open(settings))
+        self._portal = portal
+        self._opening: Future[BlockServer] = portal.start_task_soon(BlockServer.open, settings)
         self._server: BlockServer | None = None
         self._ending: Future[None] | None = None
 
     def wait_ready(self, deadline: float) -> None:
         try:
             self._server = self._opening.result(max(0.0, deadline - time.monotonic()))
-        except FutureTimeoutError:
+        except TimeoutError:
             self._opening.cancel()
             raise MachineError(f"{self._name} did not serve in time") from None
         self._server.on_crash = self._crash
@@ -295,21 +243,24 @@ class ThreadServer(_Served):
     def switch(self, *faults: AnyFault) -> None:
         if self._server is None:
             raise MachineError(f"{self._name} has ended")
-        self._loop.run(self._server.switch(faults), _ANSWER_TIMEOUT)
+        self._portal.start_task_soon(self._server.switch, faults).result(_ANSWER_TIMEOUT)
 
-    def hits(self) -> dict[str, Hits]:
+    def fault_counts(self) -> dict[str, FaultCount]:
         opened = self._opening.result() if self._opening.done() and not self._opening.cancelled() else None
-        return {} if opened is None else {name: hits.model_copy() for name, hits in opened.faults.hits.items()}
+        return {} if opened is None else {name: count.model_copy() for name, count in opened.faults.counts.items()}
+
+    def _taken(self) -> "BlockServer | None":
+        """Return the server for its end: whoever comes later gets None."""
+        server, self._server = self._server, None
+        return server
 
     async def _crash(self) -> None:
-        server, self._server = self._server, None
-        if server is not None:
+        if (server := self._taken()) is not None:
             await server.abort()
 
     def request_stop(self) -> None:
-        server, self._server = self._server, None
-        if server is not None:
-            self._ending = self._loop.submit(server.close())
+        if (server := self._taken()) is not None:
+            self._ending = self._portal.start_task_soon(server.close)
 
     def stop(self) -> None:
         self.request_stop()
@@ -317,14 +268,5 @@ class ThreadServer(_Served):
             self._ending.result(_STOP_TIMEOUT)
 
     def kill(self) -> None:
-        server, self._server = self._server, None
-        if server is not None:
-            self._loop.run(server.abort(), _STOP_TIMEOUT)
-
-
-def last_words(log: IO[bytes], limit: int = 2000) -> str:
-    """The last `limit` bytes of a log, on lines of their own; empty when it is."""
-    size = log.seek(0, os.SEEK_END)
-    log.seek(max(0, size - limit))
-    text = log.read().decode(errors="replace").strip()
-    return f"; its last words:\n{text}" if text else ""
+        if (server := self._taken()) is not None:
+            self._portal.start_task_soon(server.abort).result(_STOP_TIMEOUT)

@@ -9,15 +9,17 @@ from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 from pydantic import ValidationError
 
 from petals_eval.config import explain_validation
 from petals_eval.errors import ConfigError, ModelError
-from petals_eval.local_swarm.handles import LocalServer, Nursery, ProcessServer, ThreadServer
-from petals_eval.local_swarm.loop_thread import LoopThread
+from petals_eval.local_swarm.fork_server import ForkServer
+from petals_eval.local_swarm.handles import LocalServer, ProcessServer, ThreadServer
 from petals_eval.local_swarm.server.settings import ServerSettings
 from petals_eval.model.families import Family, family_of
 from petals_eval.model.sources import Folder, Source, open_source
+from petals_eval.swarm.wire.span import Span
 
 if TYPE_CHECKING:
     from petals_eval.local_swarm.network import EmulatedNetwork, LinkProfile
@@ -25,8 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalSwarm", "split_evenly"]
 
-_BOOTSTRAP_TIMEOUT = 30.0  # seconds
-_POLL = 0.2  # seconds
+_BOOTSTRAP_TIMEOUT = 30.0
+"""Seconds that the launcher's own node may take to start, and to end."""
+_POLL_PERIOD = 0.2  # seconds
 
 
 class LocalSwarm:
@@ -42,7 +45,7 @@ class LocalSwarm:
         model: str | Path,
         *,
         servers: int = 3,
-        spans: Sequence[tuple[int, int]] | None = None,
+        spans: Sequence[Span | tuple[int, int]] | None = None,
         dht_prefix: str | None = None,
         initial_peers: Sequence[str] = (),
         mode: Literal["process", "thread"] = "process",
@@ -57,7 +60,7 @@ class LocalSwarm:
         """
         model: a local folder, or the name of a repository of the hub with its revision, token and cache.
         servers: how many, the blocks split evenly among them; or else
-        spans: the blocks first:last of each server. They may overlap, and the same span may come twice.
+        spans: the blocks (start, stop) of each server. They may overlap, and the same span may come twice.
         dht_prefix: what the blocks are announced under; by default the folder's name, or Petals' rule for a repository.
         initial_peers: addresses of the swarm that the servers join; empty: they are a swarm of their own.
         mode: "process": killable, and each with a processor of its own; "thread": quicker to start.
@@ -77,45 +80,53 @@ class LocalSwarm:
         self.mode = mode
         self._startup_timeout = startup_timeout
         self._options = {**options, "revision": source.revision or revision, "token": token, "cache_dir": cache_dir}
-        self._spans = tuple(spans) if spans is not None else split_evenly(self.num_blocks, servers)
-        self._planned = [self._settings(span, {}) for span in self._spans]  # a wrong setting shows now
+        # A wrong setting shows now, before anything is started.
+        chosen = split_evenly(self.num_blocks, servers) if spans is None else spans
+        self._planned = [self._settings(span, {}) for span in chosen]
         self._network = network
-        self._links = _links(links, len(self._spans), network)
+        self._links = _links(links, len(self._planned), network)
         self.servers: list[LocalServer] = []
         self.initial_peers: list[str] = list(initial_peers)
-        self._bootstrap: Peer | None = None
-        self._loop: LoopThread | None = None
-        self._nursery: Nursery | None = None
+        self._portal: BlockingPortal | None = None
+        self._fork_server: ForkServer | None = None
+        self._ending = ExitStack()  # what ends what has been started, the last thing first
 
     def start(self) -> "LocalSwarm":
         """Start all servers and wait until they serve; raises ModelError or MachineError when one cannot."""
-        if self._loop is not None:
+        if self._portal is not None:
             raise ConfigError("expected a local swarm that has not been started, found one that has: make another")
         deadline = time.monotonic() + self._startup_timeout
-        with ExitStack() as undo:
-            undo.callback(self.stop)
+        try:
             if self.mode == "process":
-                self._nursery = Nursery(self._model_type)  # first: its imports take longest
-            self._loop = LoopThread("local swarm")
+                self._fork_server = ForkServer(self._model_type)  # first: its imports take longest
+                self._ending.callback(self._fork_server.close)
+            portal = self._portal = self._ending.enter_context(start_blocking_portal("asyncio", name="local swarm"))
+            self._ending.callback(portal.call, portal.stop, True)  # without waiting for what still runs there
             if not self.initial_peers:
-                self._bootstrap = self._loop.run(self._open_bootstrap(), _BOOTSTRAP_TIMEOUT)
-                self.initial_peers = list(self._bootstrap.maddrs)
+                bootstrap = portal.start_task_soon(self._open_bootstrap).result(_BOOTSTRAP_TIMEOUT)
+                self._ending.callback(lambda: portal.start_task_soon(bootstrap.close).result(_BOOTSTRAP_TIMEOUT))
+                self.initial_peers = list(bootstrap.maddrs)
+            self._ending.callback(self._stop_servers)
             for settings, link in zip(self._planned, self._links, strict=True):
-                self.servers.append(self._launch(settings, link, self._loop, deadline))
+                self.servers.append(self._launch(settings, link, portal, deadline))
             for server in self.servers:
                 server.wait_ready(deadline)
-            undo.pop_all()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
-    def add_server(self, span: tuple[int, int], *, link: "LinkProfile | None" = None, **options: Any) -> LocalServer:
-        """Start one more server for blocks first:last and wait until it serves; `options` go before the swarm's own.
+    def add_server(
+        self, span: Span | tuple[int, int], *, link: "LinkProfile | None" = None, **options: Any
+    ) -> LocalServer:
+        """Start one more server for blocks (start, stop) and wait until it serves.
 
-        link: its own in the emulated network; None: the first server's.
+        link: its own in the emulated network; None: the first server's. options: they go before the swarm's own.
         """
-        if self._loop is None:
+        if self._portal is None:
             raise ConfigError("expected a local swarm that runs, found one that does not: start it first")
         deadline = time.monotonic() + self._startup_timeout
-        server = self._launch(self._settings(span, options), link or self._links[0], self._loop, deadline)
+        server = self._launch(self._settings(span, options), link or self._links[0], self._portal, deadline)
         self.servers.append(server)
         server.wait_ready(deadline)
         return server
@@ -126,22 +137,18 @@ class LocalSwarm:
             for server in self.servers:
                 if not server.is_alive():
                     return server
-            time.sleep(_POLL)
+            time.sleep(_POLL_PERIOD)
 
     def stop(self) -> None:
-        """End everything, in order; does nothing the second time."""
+        """End everything, in order; does nothing the second time. Whatever fails, the rest ends too."""
+        self._ending.close()
+
+    def _stop_servers(self) -> None:
         for server in self.servers:
             server.request_stop()  # all at once, then wait for each
-        with ExitStack() as ending:  # whatever fails, the rest ends too
-            if (loop := self._loop) is not None:
-                ending.callback(loop.stop)
-                if (bootstrap := self._bootstrap) is not None:
-                    ending.callback(lambda: loop.run(bootstrap.close(), _BOOTSTRAP_TIMEOUT))
-            if self._nursery is not None:
-                ending.callback(self._nursery.close)
+        with ExitStack() as ending:
             for server in self.servers:
                 ending.callback(server.stop)
-        self._bootstrap = self._nursery = None
 
     def __enter__(self) -> "LocalSwarm":
         return self.start()
@@ -157,25 +164,26 @@ class LocalSwarm:
         if self._network is None:
             return await Peer.open()
         link = self._links[0]
-        relay, listen = _behind_relay(self._network, None if link is None else replace(link, up=None, down=None))
+        free = None if link is None else replace(link, up_mbps=None, down_mbps=None)
+        relay, listen = _behind_relay(self._network, free)
         return await Peer.open(host_maddrs=[listen], announce_maddrs=[relay])
 
     def _launch(
-        self, settings: ServerSettings, link: "LinkProfile | None", loop: LoopThread, deadline: float
+        self, settings: ServerSettings, link: "LinkProfile | None", portal: BlockingPortal, deadline: float
     ) -> LocalServer:
         settings = settings.model_copy(update={"initial_peers": tuple(self.initial_peers)})
         if self._network is not None:
             relay, listen = _behind_relay(self._network, link)
             settings = settings.model_copy(update={"host_maddrs": (listen,), "announce_maddrs": (relay,)})
-        if self._nursery is not None:
-            return ProcessServer(settings, self._nursery, deadline)
-        return ThreadServer(settings, loop)
+        if self._fork_server is not None:
+            return ProcessServer(settings, self._fork_server, deadline)
+        return ThreadServer(settings, portal)
 
-    def _settings(self, span: tuple[int, int], options: dict[str, Any]) -> ServerSettings:
-        first, last = span
-        if not 0 <= first < last <= self.num_blocks:
-            raise ConfigError(f"expected spans within 0:{self.num_blocks}, the model's blocks, found {first}:{last}")
-        fields = {"model": self.model, "dht_prefix": self.dht_prefix, "first": first, "last": last}
+    def _settings(self, span: Span | tuple[int, int], options: dict[str, Any]) -> ServerSettings:
+        start, stop = span if isinstance(span, tuple) else (span.start, span.stop)
+        if not 0 <= start < stop <= self.num_blocks:
+            raise ConfigError(f"expected spans within 0:{self.num_blocks}, the model's blocks, found {start}:{stop}")
+        fields = {"model": self.model, "dht_prefix": self.dht_prefix, "start": start, "stop": stop}
         try:
             return ServerSettings(**{**self._options, **options, **fields})
         except ValidationError as error:
@@ -185,7 +193,7 @@ class LocalSwarm:
 def _links(
     links: "LinkProfile | Sequence[LinkProfile] | None", servers: int, network: "EmulatedNetwork | None"
 ) -> "Sequence[LinkProfile | None]":
-    """One for each server."""
+    """Return one link for each server."""
     if links is not None and network is None:
         raise ConfigError("links are those of an emulated network: give network=, too")
     if not isinstance(links, Sequence):
@@ -196,41 +204,37 @@ def _links(
 
 
 def _behind_relay(network: "EmulatedNetwork", link: "LinkProfile | None") -> tuple[str, str]:
-    """A new relay's address, which a server must announce, and the one where it must listen."""
+    """Open a relay; return its address, which a server must announce, and the one where that must listen."""
     from petals_eval.local_swarm.network import LinkProfile
 
     relay, listen = network.before_server(link or LinkProfile())
     return relay.maddr, listen
 
 
-def split_evenly(num_blocks: int, servers: int) -> tuple[tuple[int, int], ...]:
-    """Spans of consecutive blocks, the longer ones first.
+def split_evenly(num_blocks: int, servers: int) -> tuple[Span, ...]:
+    """Return spans of consecutive blocks, the longer ones first.
 
-    >>> split_evenly(5, 3)
-    ((0, 2), (2, 4), (4, 5))
+    >>> [str(span) for span in split_evenly(5, 3)]
+    ['0:2', '2:4', '4:5']
     """
     if not 1 <= servers <= num_blocks:
         raise ConfigError(
             f"expected 1 to {num_blocks} servers for {num_blocks} blocks, found {servers}: replicas are given as spans"
         )
     each, longer = divmod(num_blocks, servers)
-    spans, first = [], 0
-    for server in range(servers):
-        last = first + each + (server < longer)
-        spans.append((first, last))
-        first = last
-    return tuple(spans)
+    starts = [each * server + min(server, longer) for server in range(servers + 1)]
+    return tuple(map(Span, starts, starts[1:]))
 
 
 def _default_prefix(source: Source, family: Family) -> str:
-    """By Petals' rule for a repository; a folder has only its own name."""
+    """Return the prefix by Petals' rule for a repository; a folder has only its own name."""
     if isinstance(source, Folder):
         return source.name.replace(".", "-").replace(" ", "-")
     return family.dht_prefix(source.name)
 
 
 def _read_config(source: Source) -> tuple[Family, int]:
-    """The family and the number of blocks, read without the seconds that importing transformers takes."""
+    """Read the family and the number of blocks without the seconds that importing transformers takes."""
     path = source.find("config.json")
     if path is None:
         raise ModelError(f"{source} has no config.json; expected a model in Hugging Face's format.")

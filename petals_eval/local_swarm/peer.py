@@ -4,26 +4,31 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 
+from anyio import CancelScope
 from hivemind.dht.node import DHTNode
 from hivemind.p2p.p2p_daemon import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
 from petals_eval.errors import SwarmUnreachableError
-from petals_eval.swarm.transport.daemon import start_daemon
+from petals_eval.swarm.transport.daemon import end_daemon, start_daemon
 
 __all__ = ["Peer"]
 
 _NOBODY_THERE = "failed to connect to bootstrap peers"  # the daemon's words
-_GOODBYE = 3.0  # seconds for the daemon to take back its DHT node's handlers
+_LEAVE_TIMEOUT = 3.0
+"""Seconds that the daemon may take to give back its DHT node's handlers, and then to end."""
 
 
 class Peer:
-    """A P2P daemon and the DHT node on it. Close it in the loop that opened it: the garbage collector cannot."""
+    """A P2P daemon and the DHT node on it. Close it in the loop that opened it: the garbage collector cannot.
+
+    maddrs: the addresses, with the peer id, that others connect to.
+    """
 
     def __init__(self, p2p: P2P, node: DHTNode, maddrs: tuple[str, ...]):
         self.p2p = p2p
         self.node = node
-        self.maddrs = maddrs  # addresses others connect to, with the peer id
+        self.maddrs = maddrs
 
     @classmethod
     async def open(
@@ -61,7 +66,8 @@ class Peer:
             node = await DHTNode.create(p2p=p2p, initial_peers=list(initial_peers) or None)
             maddrs = tuple(str(maddr) for maddr in await p2p.get_visible_maddrs())
         except BaseException:
-            await p2p.shutdown()
+            with CancelScope(shield=True):
+                await end_daemon(p2p, _LEAVE_TIMEOUT)
             raise
         return cls(p2p, node, maddrs)
 
@@ -75,21 +81,20 @@ class Peer:
         return self.p2p._child is not None and self.p2p._child.returncode is None
 
     async def close(self) -> None:
-        daemon = self.p2p._child
-        if daemon is None or daemon.returncode is not None:
+        """Leave the DHT and end the daemon; does nothing the second time."""
+        if not self.is_alive:
             await self.abort()
             return
         # A terminal sends Ctrl-C to the daemon, too: one that is about to end may never answer.
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.node.shutdown(), _GOODBYE)
+            await asyncio.wait_for(self.node.shutdown(), _LEAVE_TIMEOUT)
         self.node.is_alive = False
-        await self.p2p.shutdown()
+        await end_daemon(self.p2p, _LEAVE_TIMEOUT)
 
     async def abort(self) -> None:
         """End as a crashed peer does: the daemon is killed in mid-sentence."""
-        daemon = self.p2p._child
-        if daemon is not None and daemon.returncode is None:
+        if self.is_alive:
             with suppress(ProcessLookupError):
-                daemon.kill()
+                self.p2p._child.kill()
         self.node.is_alive = False
         await self.p2p.shutdown()  # not node.shutdown(): it would ask the daemon, and wait for ever

@@ -1,8 +1,28 @@
-"""What is remote: the wire, the directory, routes, calls, and RemoteSequential, the module face of it all."""
+"""What is remote: the wire, the directory, routes, calls, and RemoteSequential, the module face of it all.
 
-from petals_eval.swarm.connection import SwarmConnection
-from petals_eval.swarm.pipeline import ServedHop, SwarmStatus
-from petals_eval.swarm.remote_sequential import Computed, RemoteSequential, Work
-from petals_eval.swarm.sessions.inference_session import InferenceSession
+Names are imported when first used: whoever needs a `Span` of the wire need not wait for hivemind.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from petals_eval.swarm.connection import SwarmConnection
+    from petals_eval.swarm.pipeline import ServedHop, SwarmStatus
+    from petals_eval.swarm.remote_sequential import Computed, RemoteSequential, Work
+    from petals_eval.swarm.sessions.inference_session import InferenceSession
 
 __all__ = ["Computed", "InferenceSession", "RemoteSequential", "ServedHop", "SwarmConnection", "SwarmStatus", "Work"]
+
+_HOMES = {
+    "SwarmConnection": "connection",
+    **dict.fromkeys(("ServedHop", "SwarmStatus"), "pipeline"),
+    **dict.fromkeys(("Computed", "RemoteSequential", "Work"), "remote_sequential"),
+    "InferenceSession": "sessions.inference_session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'petals_eval.swarm' has no attribute {name!r}")
+    return getattr(import_module(f"petals_eval.swarm.{_HOMES[name]}"), name)

@@ -12,7 +12,7 @@ from petals_eval.bench.sweep import bench_forward, bench_inference
 from petals_eval.cli import main
 from petals_eval.errors import ConfigError, SwarmError
 from petals_eval.local_swarm import LocalSwarm
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 
 HIDDEN = 32
 PEER = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWDieLmgBmL5ZSzsSJE9P1FpPDHGsiVJdpjLxeituzSc2P"

@@ -16,13 +16,14 @@ import petals_eval
 from petals_eval.errors import MachineError, SwarmError
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.faults import catalog as f
+from petals_eval.local_swarm.faults.schedule import Activation, Schedule
 from petals_eval.runs import RunFolder
 
 ADAPTER = "trec-deep_ptune"
 SPANS = ((0, 3), (3, 5))
 REPLICAS = 3
 EXAMPLES = 160
-KINDS = tuple(kind for kind in f.FAULTS if kind not in f.OVER_SESSIONS)
+KINDS = tuple(kind for kind in f.FAULTS if kind not in f.SESSION_FAULTS)
 """A run with deep prompts opens no session."""
 LYING = (f.FlippedBit, f.Noise, f.OtherWeights, f.Swapped, f.TrainingMode)
 """Answers that look right. A third replica is needed to say who is wrong, so that they hit one of three at most."""
@@ -65,18 +66,18 @@ class Planned:
     """
 
     seed: int
-    schedule: f.Schedule
+    schedule: Schedule
     nobody: bool
 
     @property
     def names(self) -> str:
-        return " + ".join(dict.fromkeys(each.fault.name for each in self.schedule.switched))
+        return " + ".join(dict.fromkeys(each.fault.name for each in self.schedule.activations))
 
     @property
     def lies(self) -> bool:
         """Whether a server gives answers that only look right. It begins to in mid-run, when its first answers were
         found to be right; the default share of checks then finds it with a probability that is stated elsewhere."""
-        return any(isinstance(each.fault, LYING) for each in self.schedule.switched)
+        return any(isinstance(each.fault, LYING) for each in self.schedule.activations)
 
 
 def plan(seed: int, attempt: int = 0) -> Planned:
@@ -87,15 +88,15 @@ def plan(seed: int, attempt: int = 0) -> Planned:
         kinds = list(SAYS)
         kind = kinds[seed // 4 % len(kinds)]
         servers = range(REPLICAS, 2 * REPLICAS)
-        drawn = [f.Schedule.of(drawn_by + each, servers=[each], kinds=[kind]).switched[0] for each in servers]
+        drawn = [Schedule.draw(drawn_by + each, servers=[each], kinds=[kind]).activations[0] for each in servers]
         at = draws.uniform(0.1, 0.4)
         hopeless = {"share": 1.0, "after": 0, "repeats": False}
-        special = {f.Slow: {"delay": 60.0}, f.Refuse: {"words": draws.choice(("overload", "adapter", "cache"))}}
-        switched = [
+        special = {f.Slow: {"delay": 60.0}, f.Refuse: {"reason": draws.choice(("overload", "adapter", "cache"))}}
+        activations = [
             replace_fault(each, at, {**hopeless, **special.get(kind, {})}, server)
             for each, server in zip(drawn, servers, strict=True)
         ]
-        return Planned(seed, f.Schedule(seed=drawn_by, switched=tuple(switched)), nobody=True)
+        return Planned(seed, Schedule(seed=drawn_by, activations=tuple(activations)), nobody=True)
     ordinal = seed - seed // 4  # of the schedules with replicas
     first, second = (KINDS[(2 * ordinal + each) % len(KINDS)] for each in (0, 1))
     spans = draws.sample(range(len(SPANS)), len(SPANS))
@@ -103,18 +104,19 @@ def plan(seed: int, attempt: int = 0) -> Planned:
     if first not in LYING and draws.random() < 0.4:  # two of three replicas
         others = [kind for kind in KINDS if kind not in LYING]
         chosen.append((draws.choice(others), spans[0]))
-    switched, hit = [], set()
+    activations, hit = [], set()
     for number, (kind, span) in enumerate(chosen):
         servers = [server for server in range(span * REPLICAS, (span + 1) * REPLICAS) if server not in hit]
-        found = f.Schedule.of(drawn_by * 8 + number, servers=servers, span=(0, 5), kinds=[kind], within=0.6)
-        hit.add(found.switched[0].server)
-        switched += found.switched
-    return Planned(seed, f.Schedule(seed=drawn_by, switched=tuple(sorted(switched, key=lambda e: e.at))), nobody=False)
+        found = Schedule.draw(drawn_by * 8 + number, servers=servers, num_blocks=5, kinds=[kind], within=0.6)
+        hit.add(found.activations[0].server)
+        activations += found.activations
+    in_order = tuple(sorted(activations, key=lambda each: each.at))
+    return Planned(seed, Schedule(seed=drawn_by, activations=in_order), nobody=False)
 
 
-def replace_fault(switched: f.Switched, at: float, fields: dict, server: int) -> f.Switched:
-    known = {name: value for name, value in fields.items() if name in type(switched.fault).model_fields}
-    return f.Switched(at=at, server=server, fault=switched.fault.model_copy(update=known))
+def replace_fault(activation: Activation, at: float, fields: dict, server: int) -> Activation:
+    known = {name: value for name, value in fields.items() if name in type(activation.fault).model_fields}
+    return Activation(at=at, server=server, fault=activation.fault.model_copy(update=known))
 
 
 @dataclass
@@ -143,10 +145,10 @@ class Switcher:
 
     def __init__(self, servers: Sequence, planned: Planned):
         self._servers = servers
-        self._left = list(planned.schedule.switched)
+        self._left = list(planned.schedule.activations)
         self._ended = threading.Event()
         self._announcing: list[threading.Thread] = []
-        self.before = [hits_of(server) for server in servers]
+        self.before = [in_flight_of(server) for server in servers]
         self.messages: list[str] = []
 
     def __enter__(self) -> "Switcher":
@@ -178,19 +180,19 @@ class Switcher:
     def waiting(self, message):
         self.messages.append(message)
 
-    def _announce(self, each: f.Switched) -> None:
+    def _announce(self, each: Activation) -> None:
         """What it says goes out at once, and a call must be under way then: afterwards there may be none any more."""
         server = self._servers[each.server]
-        before = server.hits().get("slow", f.Hits()).times
+        before = server.fault_counts().get("slow", f.FaultCount()).times
         switch(server, SLOWED)
-        while server.is_alive() and server.hits().get("slow", f.Hits()).times == before:
+        while server.is_alive() and server.fault_counts().get("slow", f.FaultCount()).times == before:
             if self._ended.wait(0.02):
                 return
         switch(server, each.fault, SLOWED)
 
-    def in_flight(self, each: f.Switched) -> int:
+    def in_flight(self, each: Activation) -> int:
         """Calls under way that the fault hit in this run."""
-        return hits_of(self._servers[each.server]).get(each.fault.name, 0) - self.before[each.server].get(
+        return in_flight_of(self._servers[each.server]).get(each.fault.name, 0) - self.before[each.server].get(
             each.fault.name, 0
         )
 
@@ -208,8 +210,8 @@ ANNOUNCED = (f.RecordWithoutServer, f.ClaimsSpan, f.ClaimsDtype, f.VersionLie, f
 SLOWED = f.Slow(delay=0.5)
 
 
-def hits_of(server) -> dict[str, int]:
-    return {name: hits.in_flight for name, hits in server.hits().items()}
+def in_flight_of(server) -> dict[str, int]:
+    return {name: count.in_flight for name, count in server.fault_counts().items()}
 
 
 class Chaos:
@@ -273,7 +275,7 @@ class Chaos:
                 except SwarmError as error:
                     outcome.ended = f"{type(error).__name__} ({error.exit_code}): {error}"
             outcome.in_flight = {
-                f"{each.fault.name}@{each.server}": switcher.in_flight(each) for each in planned.schedule.switched
+                f"{each.fault.name}@{each.server}": switcher.in_flight(each) for each in planned.schedule.activations
             }
         finally:
             self._make_well()
@@ -282,7 +284,7 @@ class Chaos:
 
     def _judge(self, planned: Planned, outcome: Outcome, folder: Path) -> None:
         if planned.nobody and (outcome.ended != "done" or outcome.has_hit):
-            says = SAYS[type(planned.schedule.switched[0].fault)]
+            says = SAYS[type(planned.schedule.activations[0].fault)]
             if outcome.ended == "done" or "(3)" not in outcome.ended or not re.search(says, outcome.ended):
                 outcome.wrong.append(f"expected exit code 3 and /{says}/, it ended: {outcome.ended}")
                 return
@@ -298,7 +300,7 @@ class Chaos:
     def _make_well(self) -> None:
         """No faults any more, and every server there."""
         for index, server in enumerate(self.servers):
-            if server.is_alive() and "clock_skew" in server.hits():
+            if server.is_alive() and "clock_skew" in server.fault_counts():
                 server.kill()  # its record would outlive it by an hour and be newer than any other
             if server.is_alive():
                 server.switch()

@@ -23,7 +23,7 @@ def test_a_run_through_faults_ends_as_the_quiet_run_or_says_why_not(seed, chaos)
 
 def test_the_short_set_has_every_kind_of_fault():
     planned = [plan(seed) for seed in SEEDS]
-    kinds = {type(each.fault) for plan in planned for each in plan.schedule.switched if not plan.nobody}
+    kinds = {type(each.fault) for plan in planned for each in plan.schedule.activations if not plan.nobody}
     assert kinds == set(KINDS)
 
 
@@ -33,12 +33,12 @@ def test_schedules_are_drawn_by_their_seed_and_leave_a_majority_that_is_right():
         assert plan(seed) == planned
         assert plan(seed, attempt=1).schedule != planned.schedule
         for span in (0, 1):
-            here = [type(each.fault) for each in planned.schedule.switched if each.server // 3 == span]
+            here = [type(each.fault) for each in planned.schedule.activations if each.server // 3 == span]
             if planned.nobody:
                 assert len(here) == 3 * span
             elif any(kind in LYING for kind in here):
                 assert len(here) == 1, "a lie is seen by two that agree"
             else:
                 assert len(here) < 3
-    nobody = {type(plan(seed).schedule.switched[0].fault) for seed in range(200) if plan(seed).nobody}
+    nobody = {type(plan(seed).schedule.activations[0].fault) for seed in range(200) if plan(seed).nobody}
     assert nobody == set(SAYS)

@@ -33,7 +33,7 @@ from petals_eval.local_swarm import LocalSwarm
 from petals_eval.model.families import FAMILIES
 from petals_eval.tasks import load_task
 from tests.cli.invoking import Outcome, invoke
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

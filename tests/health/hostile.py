@@ -2,22 +2,25 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from anyio.from_thread import start_blocking_portal
 from hivemind.p2p import PeerID, ServicerBase
 from hivemind.p2p.p2p_daemon import P2PContext
 from hivemind.proto import runtime_pb2
 from hivemind.utils.timed_storage import get_dht_time
 
-from petals_eval.local_swarm.loop_thread import LoopThread
 from petals_eval.local_swarm.peer import Peer
 from petals_eval.local_swarm.server.announce import announce
 from petals_eval.local_swarm.server.block_server import BlockServer
-from petals_eval.local_swarm.server.compute import Compute, Work
 from petals_eval.local_swarm.server.settings import ServerSettings
+from petals_eval.local_swarm.work import Compute, Work
 from petals_eval.swarm.wire.records import ServerState
+
+T = TypeVar("T")
 
 TIMEOUT = 60
 UNKNOWN_PEER = "12D3KooWHdduK3xuXojcDqUBywcuLzygJjMv9zAMFptPRwfLsKui"
@@ -68,14 +71,18 @@ class HostileSwarm(contextlib.AbstractContextManager):
     def __init__(self, model: Path, dht_prefix: str, initial_peers: Sequence[str] = ()):
         self.dht_prefix = dht_prefix
         self._model = model
-        self._loop = LoopThread("hostile")
+        self._ending = contextlib.ExitStack()
+        self._portal = self._ending.enter_context(start_blocking_portal("asyncio", name="hostile"))
         self._open: list[BlockServer | Peer] = []
         self._joined = list(initial_peers)
 
     def __exit__(self, *exc_details: object) -> None:
         for one in reversed(self._open):
-            self._loop.run(one.abort(), TIMEOUT)
-        self._loop.stop()
+            self._run(one.abort())
+        self._ending.close()
+
+    def _run(self, call: Coroutine[Any, Any, T]) -> T:
+        return self._portal.call(asyncio.wait_for, call, TIMEOUT)
 
     @property
     def initial_peers(self) -> list[str]:
@@ -88,8 +95,8 @@ class HostileSwarm(contextlib.AbstractContextManager):
         return ServerSettings(
             model=str(self._model),
             dht_prefix=self.dht_prefix,
-            first=first,
-            last=last,
+            start=first,
+            stop=last,
             initial_peers=tuple(self.initial_peers),
             **fields,
         )
@@ -99,32 +106,28 @@ class HostileSwarm(contextlib.AbstractContextManager):
     ) -> BlockServer:
         """A stub server whose answers pass through `fault`."""
         layers = [] if fault is None else [with_fault(fault)]
-        server = self._loop.run(BlockServer.open(self.settings(first, last, **fields), layers), TIMEOUT)
+        server = self._run(BlockServer.open(self.settings(first, last, **fields), layers))
         self._open.append(server)
         return server
 
     def bare(self) -> Peer:
         """A peer of the DHT that serves nothing."""
-        peer = self._loop.run(Peer.open(self.initial_peers), TIMEOUT)
+        peer = self._run(Peer.open(self.initial_peers))
         self._open.append(peer)
         return peer
 
     def answering(self, answer: bytes | Exception | None) -> Peer:
         """A peer that answers rpc_info with these bytes, this error, or never."""
         peer = self.bare()
-        self._loop.run(TransformerConnectionHandler(answer).add_p2p_handlers(peer.p2p), TIMEOUT)
+        self._run(TransformerConnectionHandler(answer).add_p2p_handlers(peer.p2p))
         return peer
 
     def claim(
         self, peer: Peer, first: int, last: int, state: ServerState = ServerState.ONLINE, **fields: object
     ) -> None:
         """Let a peer announce blocks in its own name."""
-        self._loop.run(
-            announce(
-                peer.node, self.settings(first, last, **fields), state, torch_dtype="float32", cache_tokens_left=0
-            ),
-            TIMEOUT,
-        )
+        settings = self.settings(first, last, **fields)
+        self._run(announce(peer.node, settings, state, torch_dtype="float32", cache_tokens_left=0))
 
     def store(self, peer_id: str, blocks: Sequence[int], value: object, seconds: float = 240.0) -> None:
         """Store a record in anybody's name. seconds: that it lives."""
@@ -136,9 +139,9 @@ class HostileSwarm(contextlib.AbstractContextManager):
             expiration_time=get_dht_time() + seconds,
             subkeys=[peer_id] * len(blocks),
         )
-        stored = self._loop.run(stores, TIMEOUT)
+        stored = self._run(stores)
         assert all(stored.values())
 
     def kill(self, server: BlockServer | Peer) -> None:
         self._open.remove(server)
-        self._loop.run(server.abort(), TIMEOUT)
+        self._run(server.abort())

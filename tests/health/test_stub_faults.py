@@ -13,11 +13,11 @@ from tests.health.conftest import STORIES
 from tests.health.fakes import findings, server_of
 
 NAMES = {
-    "info-ok-forward-fails": [f.InfoOnly(), f.Hang(), f.Refuse(words="overload"), f.Reset()],
+    "info-ok-forward-fails": [f.InfoOnly(), f.Hang(), f.Refuse(reason="overload"), f.Reset()],
     "not-finite": [f.NotFinite()],
     "disagrees-with-replica": [f.Noise(size=0.01), f.OtherWeights()],
     "nondeterministic": [f.TrainingMode(), f.Noise(size=0.05, repeats=False)],
-    "wrong-span": [f.ClaimsSpan(first=0, last=5)],
+    "wrong-span": [f.ClaimsSpan(start=0, stop=5)],
     "wrong-shape": [f.WrongShape()],
     "wrong-answer": [f.WrongDtype(), f.Truncated(), f.Oversized()],
     "dtype-mismatch": [f.ClaimsDtype()],
@@ -57,7 +57,7 @@ def test_a_server_whose_sessions_are_of_another_layout_is_asked_for_none(sick, s
     sick.switch(f.OtherLayout(tensors=10))
     report = check_health(swarm.initial_peers, **QUICK)
     assert findings(report) == set() and report.verdict is Verdict.HEALTHY
-    assert "other_layout" not in sick.hits()
+    assert "other_layout" not in sick.fault_counts()
 
 
 def test_a_record_without_a_server_is_found_beside_the_server_that_left_it(sick, swarm: LocalSwarm) -> None:

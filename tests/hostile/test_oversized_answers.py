@@ -7,6 +7,7 @@ import time
 import psutil
 import pytest
 import torch
+from anyio.from_thread import start_blocking_portal
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
@@ -16,7 +17,6 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerError
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.faults.catalog import Oversized
-from petals_eval.local_swarm.loop_thread import LoopThread
 from petals_eval.swarm import SwarmConnection
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.transport.client import RemoteCalls
@@ -35,8 +35,9 @@ class Hostile:
     def __init__(self, megabytes: int):
         self.megabytes = megabytes
         self.sent = 0
-        self.loop = LoopThread("hostile")
-        self.p2p, self.node = self.loop.run(self._open(), 30)
+        self._ending = contextlib.ExitStack()
+        self.portal = self._ending.enter_context(start_blocking_portal("asyncio", name="hostile"))
+        self.p2p, self.node = self.portal.call(asyncio.wait_for, self._open(), 30)
 
     async def _open(self) -> tuple[P2P, DHTNode]:
         p2p = await P2P.create(
@@ -74,8 +75,8 @@ class Hostile:
         await self.p2p.shutdown()
 
     def close(self) -> None:
-        self.loop.run(self._close(), 30)
-        self.loop.stop()
+        self.portal.call(asyncio.wait_for, self._close(), 30)
+        self._ending.close()
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ LARGE = torch.zeros(20, 600, 64)
 def test_an_answer_beyond_any_use_is_cut_off(path, hostile):
     """In a process with the hostile peer, whose own memory must not count: it sends from one buffer of a mebibyte, but
     for the unary answer, which its daemon would have to take whole."""
-    maddrs = [str(each) for each in hostile.loop.run(hostile.p2p.get_visible_maddrs(), 10)]
+    maddrs = [str(each) for each in hostile.portal.call(hostile.p2p.get_visible_maddrs)]
     settings = SwarmSettings(initial_peers=tuple(maddrs), request_timeout=10.0, connect_timeout=10.0)
     record = ServerRecord(state=ServerState.ONLINE, throughput=1.0)
     hop = Hop(SpanServer(hostile.p2p.peer_id.to_base58(), 0, 2, record), 0, 2)
@@ -172,4 +173,4 @@ def test_a_server_of_a_run_that_answers_at_sixteen_times_the_size_is_refused(rea
             for states, says in ((hidden, "values, found"), (hidden.repeat(11, 1, 1), "at most|goes on after")):
                 with pytest.raises(PeerError, match=says):
                     connection.run(calls.forward, hop, states, None)
-        assert server.hits()["oversized"].in_flight == 2
+        assert server.fault_counts()["oversized"].in_flight == 2

@@ -11,6 +11,8 @@ from tests.interop.petals_folders import make_petals_tiny
 from tests.interop.real_petals import RealPetalsSwarm
 
 STORIES = "stories260K-hf"
+BOUNDED = {"request_timeout": 30, "deadline": 60}
+"""Seconds after which a test fails rather than waits on."""
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 
 PETALS_FAMILIES = ("llama", "bloom", "falcon")
 

@@ -8,7 +8,7 @@ from collections import Counter
 import psutil
 
 from tests.interop.real_petals import RealPetalsServer
-from tests.local_swarm.wire_client import WireClient
+from tests.support.wire_client import WireClient
 
 _CALL = re.compile(r"\[INFO\] (rpc_\w+(?:\.open|\.close)?)\(blocks=\S+ remote_peer=\.\.\.(\w+)\)")
 

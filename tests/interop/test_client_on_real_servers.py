@@ -7,20 +7,13 @@ import petals_eval
 from petals_eval.data import load_rows
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.model import Adapter, load_adapter
-from petals_eval.swarm import SwarmConnection
 from petals_eval.tasks import load_task, resolve_source
-from tests.interop.conftest import STORIES, in_one_call
+from tests.interop.conftest import BOUNDED, STORIES, in_one_call
 from tests.interop.petals_folders import block_states, petals_copy
 from tests.interop.real_petals import RealPetalsSwarm, run_petals_loop
-from tests.model.reference import causal_lm, close, local_answers
-
-# Seconds after which a test fails rather than waits on.
-BOUNDED = {"request_timeout": 30, "deadline": 60}
-
-
-def connect(swarm, **settings):
-    peers = tuple(swarm.initial_peers)
-    return SwarmConnection.connect(petals_eval.SwarmSettings(initial_peers=peers, **BOUNDED, **settings))
+from tests.model.reference import causal_lm, local_answers
+from tests.support.real_swarm import connect
+from tests.support.tensors import close
 
 
 def remote_model(swarm, model_dir, adapter=None):
@@ -61,7 +54,7 @@ def test_tiny_families_on_overlapping_spans(tiny, rows, seq, call, prompted):
     input_ids = some_tokens(rows, seq)
     prompts = some_prompts(3, 256) if prompted else None
     entering, *_, leaving = block_states(tiny.model_dir, input_ids, prompts)
-    with connect(tiny) as connection:
+    with connect(tiny, **BOUNDED) as connection:
         hidden = in_one_call(connection.remote_sequential(tiny.dht_prefix, 3), entering, prompts)
     assert close(hidden, leaving, 1e-5)
     assert any(f"{call}(" in server.log() for server in tiny.servers)
@@ -72,7 +65,7 @@ def test_slices_and_prompts_of_their_own_for_every_row(stories, stories_dir):
     prompts = some_prompts(5, 64, rows=3)
     each = [block_states(stories_dir, input_ids[row : row + 1], prompts[:, row : row + 1]) for row in range(3)]
     entering, after_three, leaving = (torch.cat([states[index] for states in each]) for index in (0, 3, 5))
-    with connect(stories) as connection:
+    with connect(stories, **BOUNDED) as connection:
         blocks = connection.remote_sequential(STORIES, 5)
         torch.testing.assert_close(blocks(entering, prompts), leaving, rtol=0, atol=1e-4)
         # Inside the second server's span.
@@ -84,7 +77,7 @@ def test_a_call_over_one_mebibyte_to_a_grouped_query_model(stories, stories_dir)
     """A Llama with grouped queries takes 8,192 tokens a call."""
     input_ids = some_tokens(16, 300)
     entering, *_, leaving = block_states(stories_dir, input_ids)
-    with connect(stories, max_tokens_per_call=8192) as connection:
+    with connect(stories, max_tokens_per_call=8192, **BOUNDED) as connection:
         hidden = in_one_call(connection.remote_sequential(STORIES, 5), entering)
     torch.testing.assert_close(hidden, leaving, rtol=0, atol=1e-4)
     assert all("rpc_forward_stream(" in server.log() for server in stories.servers)
@@ -152,7 +145,7 @@ def test_real_servers_and_the_stub_in_one_swarm(stories_dir):
     with (
         LocalSwarm(stories_dir, spans=[(2, 4)], dht_prefix=STORIES, mode="thread") as stub,
         RealPetalsSwarm(stories_dir, [(0, 2), (4, 5)], dht_prefix=STORIES, initial_peers=stub.initial_peers) as swarm,
-        connect(swarm) as connection,
+        connect(swarm, **BOUNDED) as connection,
     ):
         blocks = connection.remote_sequential(STORIES, 5)
         hidden = blocks(entering)

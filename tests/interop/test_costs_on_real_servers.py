@@ -23,7 +23,7 @@ from petals_eval.swarm import SwarmConnection, Work
 from tests.interop.petals_folders import make_petals_tiny
 from tests.interop.real_petals import RealPetalsSwarm
 from tests.interop.server_side import ServerSide, connections_from, ports_of
-from tests.local_swarm.wire_client import WireClient, WireSession, chain
+from tests.support.wire_client import WireClient, WireSession, chain
 
 BLOCKS, HIDDEN, TOKENS = 3, 32, 1024
 PREFIX = "tiny-costs"

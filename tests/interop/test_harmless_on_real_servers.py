@@ -23,7 +23,7 @@ from petals_eval.swarm import SwarmConnection
 from tests.health.fakes import findings, server_of
 from tests.interop.petals_folders import make_petals_tiny
 from tests.interop.real_petals import RealPetalsSwarm
-from tests.local_swarm.wire_client import WireClient, WireSession, chain
+from tests.support.wire_client import WireClient, WireSession, chain
 
 BLOCKS, HIDDEN, TOKENS = 3, 32, 256
 TINY = "tiny-harmless"

@@ -4,12 +4,10 @@ import pytest
 import torch
 
 import petals_eval
-from petals_eval.swarm import SwarmConnection
-from tests.interop.conftest import STORIES, in_one_call
+from tests.interop.conftest import BOUNDED, STORIES, in_one_call
 from tests.interop.petals_folders import block_states
 from tests.interop.real_petals import RealPetalsSwarm
-
-BOUNDED = {"request_timeout": 30, "deadline": 60}
+from tests.support.real_swarm import connect
 
 # Largest difference allowed, and mean, of the states after five blocks and three hops; in deviations of these states.
 TOLERANCES = {"float16": (5e-3, 1e-3), "blockwise8": (0.4, 0.03), "uniform8": (5.0, 0.1)}
@@ -19,15 +17,10 @@ def some_tokens(rows: int, seq: int) -> torch.Tensor:
     return torch.randint(3, 320, (rows, seq), generator=torch.Generator().manual_seed(rows * seq))
 
 
-def connect(swarm: RealPetalsSwarm, **settings: object) -> SwarmConnection:
-    peers = tuple(swarm.initial_peers)
-    return SwarmConnection.connect(petals_eval.SwarmSettings(initial_peers=peers, **BOUNDED, **settings))
-
-
 @pytest.mark.parametrize("wire", TOLERANCES)
 def test_each_code_there_and_back(stories, stories_dir, wire):
     entering, *_, leaving = block_states(stories_dir, some_tokens(8, 100))
-    with connect(stories, wire=wire) as connection:
+    with connect(stories, wire=wire, **BOUNDED) as connection:
         blocks = connection.remote_sequential(STORIES, 5)
         moved = blocks(entering) - leaving
         histories = blocks.histories.values()
@@ -52,7 +45,7 @@ def test_bfloat16_servers(stories_dir):
     with RealPetalsSwarm(stories_dir, [(0, 5)], dht_prefix=STORIES, dtype="bfloat16", **limits) as swarm:
         (peer_id,) = [server.peer_id for server in swarm.servers]
         for wire in TOLERANCES:
-            with connect(swarm, wire=wire, max_tokens_per_call=20_000) as connection:
+            with connect(swarm, wire=wire, max_tokens_per_call=20_000, **BOUNDED) as connection:
                 blocks = connection.remote_sequential(STORIES, 5)
                 moved = in_one_call(blocks, entering).float() - leaving
                 if wire == "float16":

@@ -9,19 +9,13 @@ import torch
 import petals_eval
 from petals_eval.errors import MissingBlocksError
 from petals_eval.runs import RunFolder
-from petals_eval.swarm import SwarmConnection
-from tests.interop.conftest import STORIES
+from tests.interop.conftest import BOUNDED, STORIES
 from tests.interop.petals_folders import block_states, make_petals_tiny
 from tests.interop.real_petals import RealPetalsSwarm
+from tests.support.real_swarm import connect
 
 RUNS = 20
-BOUNDED = {"request_timeout": 30, "deadline": 60}
 WORDS = ("good", "bad", "great", "the", "is", "it")
-
-
-def connect(swarm, **settings):
-    peers = tuple(swarm.initial_peers)
-    return SwarmConnection.connect(petals_eval.SwarmSettings(initial_peers=peers, **BOUNDED, **settings))
 
 
 def hidden_states(folder, rows=4, seq=20) -> torch.Tensor:
@@ -36,7 +30,7 @@ def tiny_bloom(folder, dropout: float):
 
 def runs(swarm, blocks: int, hidden: torch.Tensor):
     """So many runs, each of which has seen no server before."""
-    with connect(swarm) as connection:
+    with connect(swarm, **BOUNDED) as connection:
         for _ in range(RUNS):
             yield connection.remote_sequential(swarm.dht_prefix, blocks), hidden
 

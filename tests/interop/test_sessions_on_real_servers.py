@@ -7,12 +7,12 @@ import torch
 
 import petals_eval
 from petals_eval.errors import RequestTooLargeError
-from petals_eval.swarm import SwarmConnection
 from petals_eval.swarm.transport.hop_session import proves_rolling_back
 from petals_eval.tasks.requests import Request
 from tests.interop.petals_folders import block_states, make_petals_tiny
 from tests.interop.real_petals import RealPetalsSwarm
 from tests.model.reference import classifier, full_logits, make_adapter
+from tests.support.real_swarm import connect
 
 BLOCKS, HIDDEN, PREFIX, LABELS = 3, 32, 4, 6
 TINY = "tiny-long"
@@ -35,12 +35,8 @@ def swarm(folder):
 
 @pytest.fixture(scope="module")
 def blocks(swarm):
-    with connect(swarm) as connection:
+    with connect(swarm, deadline=60) as connection:
         yield connection.remote_sequential(TINY, BLOCKS)
-
-
-def connect(swarm):
-    return SwarmConnection.connect(petals_eval.SwarmSettings(initial_peers=tuple(swarm.initial_peers), deadline=60))
 
 
 def some_tokens(rows: int, seq: int, seed: int = 0) -> torch.Tensor:
@@ -123,7 +119,7 @@ def test_rolling_back_never_changes_an_answer(swarm, folder, is_believed_newer, 
         monkeypatch.setattr("petals_eval.swarm.wire.messages.may_roll_back", lambda version: True)
     input_ids, others = some_tokens(2, 12), some_tokens(2, 12, seed=1)
     prompts = deep_prompts()
-    with connect(swarm) as connection:
+    with connect(swarm, deadline=60) as connection:
         blocks = connection.remote_sequential(TINY, BLOCKS)
         for position in (1, 3, 6, 9, 11):
             changed = torch.cat([input_ids[:, :position], others[:, position:]], dim=1)

@@ -2,17 +2,15 @@
 
 import torch
 
-import petals_eval
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.faults.catalog import Noise
 from petals_eval.model.blocks import BlockSpan
-from petals_eval.swarm import SwarmConnection
-from tests.interop.conftest import STORIES
+from tests.interop.conftest import BOUNDED, STORIES
 from tests.interop.petals_folders import block_states
 from tests.interop.real_petals import RealPetalsSwarm
+from tests.support.real_swarm import connect
 
 RUNS = 20
-BOUNDED = {"request_timeout": 30, "deadline": 60}
 
 
 def run(connection, prefix, hidden, home=None):
@@ -24,11 +22,6 @@ def run(connection, prefix, hidden, home=None):
         remote(part)
     remote.settle()
     return remote.status().unequal, remote.checks()
-
-
-def connect(swarm):
-    peers = tuple(swarm.initial_peers)
-    return SwarmConnection.connect(petals_eval.SwarmSettings(initial_peers=peers, verify=0.5, **BOUNDED))
 
 
 def micro_batches(folder):
@@ -44,7 +37,7 @@ def test_petals_servers_and_the_stubs_do_not_accuse_each_other(stories_dir):
         LocalSwarm(stories_dir, spans=[(0, 5)], dht_prefix=STORIES, mode="thread") as ours,
         RealPetalsSwarm(stories_dir, [(0, 3), (3, 5)], dht_prefix=STORIES, initial_peers=ours.initial_peers),
         RealPetalsSwarm(stories_dir, [(0, 5)], dht_prefix=STORIES, dtype="bfloat16", initial_peers=ours.initial_peers),
-        connect(ours) as connection,
+        connect(ours, verify=0.5, **BOUNDED) as connection,
     ):
         done = 0
         for number in range(RUNS):
@@ -59,7 +52,7 @@ def test_a_stub_that_adds_noise_is_named_by_petals_servers(stories_dir):
     with (
         LocalSwarm(stories_dir, spans=[(0, 5)], dht_prefix=STORIES, mode="thread", faults=noise) as ours,
         RealPetalsSwarm(stories_dir, [(0, 5), (0, 5)], dht_prefix=STORIES, initial_peers=ours.initial_peers),
-        connect(ours) as connection,
+        connect(ours, verify=0.5, **BOUNDED) as connection,
     ):
         accused, _ = run(connection, STORIES, micro_batches(stories_dir))
         assert [(each.server.peer_id, each.verdict) for each in accused] == [(ours.servers[0].peer_id, "liar")]

@@ -1,7 +1,6 @@
 """The emulated network: late by its delay, no faster than its rate, shared where it says so, byte for byte."""
 
 import asyncio
-import doctest
 import os
 import time
 from pathlib import Path
@@ -10,30 +9,16 @@ import psutil
 import pytest
 import torch
 
-import petals_eval.local_swarm.network
 from petals_eval.bench.processes import connected_ports
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import ConfigError, MachineError
 from petals_eval.local_swarm import LocalSwarm
-from petals_eval.local_swarm.network import EmulatedNetwork, Link, LinkProfile
+from petals_eval.local_swarm.network import EmulatedNetwork, LinkProfile
 from petals_eval.swarm import SwarmConnection
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 
 MEGABIT = 1e6 / 8  # bytes
 EARLY = 0.003  # seconds by which timers fire too soon: uvloop counts milliseconds
-
-
-def test_doctests():
-    assert doctest.testmod(petals_eval.local_swarm.network).failed == 0
-
-
-def test_a_link_is_a_serial_line():
-    link = Link(rate=1000.0)
-    ends = [link.send(100, now=0.0) for _ in range(10)]
-    assert ends == pytest.approx([0.1 * count for count in range(1, 11)])
-    assert (link.bytes, link.busy) == (1000, pytest.approx(1.0))
-    free = Link(rate=None)
-    assert (free.send(10**9, now=3.0), free.busy) == (3.0, 0.0)
 
 
 def echo_through(network: EmulatedNetwork, *profiles: LinkProfile, size: int = 0) -> tuple[list[float], float]:
@@ -87,7 +72,7 @@ def test_delay_and_jitter_are_added_each_way():
 
 def test_no_more_passes_than_the_link_carries():
     with EmulatedNetwork() as network:
-        profile = LinkProfile(up=16, down=32)
+        profile = LinkProfile(up_mbps=16, down_mbps=32)
         _, seconds = echo_through(network, profile, size=int(8 * MEGABIT))
         assert seconds >= 0.5 - EARLY  # 8 megabits at 16 per second
         relays, client = network.use()
@@ -99,7 +84,7 @@ def test_no_more_passes_than_the_link_carries():
 
 
 def test_the_clients_own_link_is_shared_by_all_relays():
-    with EmulatedNetwork(client_up=16) as network:
+    with EmulatedNetwork(client_up_mbps=16) as network:
         free = LinkProfile()
         _, seconds = echo_through(network, free, free, size=int(4 * MEGABIT))
         assert seconds >= 0.5 - EARLY  # twice 4 megabits at 16 per second
@@ -131,7 +116,7 @@ def test_it_ends_with_its_owner():
 def test_no_byte_of_a_local_swarm_goes_around_its_relays(tmp_path: Path):
     """What the client sends and gets is what the relays carried, and its daemon is connected to nothing else."""
     folder = make_tiny("llama", tmp_path / "model", blocks=2)
-    link = LinkProfile(delay=0.005, up=200, down=200)
+    link = LinkProfile(delay=0.005, up_mbps=200, down_mbps=200)
     with (
         EmulatedNetwork() as network,
         LocalSwarm(folder, servers=2, mode="thread", network=network, links=link) as swarm,

@@ -103,11 +103,5 @@ def local_answers(
     return local.head(run_blocks(model, local, hidden, adapter), batch, adapter)
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
-    """Whether all differ by less than `tolerance` of the largest expected value."""
-    assert found.shape == expected.shape
-    return bool((found.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max())
-
-
 def _blocks(model: nn.Module, local: LocalModel) -> nn.ModuleList:
     return getattr(model.base_model, local.family.blocks)

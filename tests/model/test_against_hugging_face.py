@@ -14,7 +14,7 @@ from tests.model.reference import (
     local_answers,
     make_adapter,
 )
-from tests.tiny_models import FAMILIES, make_tiny
+from tests.support.tiny_models import FAMILIES, make_tiny
 
 KINDS = ("none", "ptune", "deep_ptune")
 LABELS = 3

@@ -12,7 +12,7 @@ from petals_eval.model import LocalModel, evaluating, load_adapter
 from petals_eval.model.arithmetic import isolated_arithmetic
 from petals_eval.model.blocks import BlockSpan
 from petals_eval.tasks.requests import Request
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 
 LABELS, WIDE = 3, 256
 REQUESTS = [Request("0", 0, (1, 75, 86, 279)), Request("1", 0, (1, 75, 20), ((1, 262), (2, 75))), Request("2", 0, (1,))]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from petals_eval.errors import ModelError
 from petals_eval.model import Checkpoint, LocalModel, tensor_files
-from tests.tiny_models import FAMILIES, make_tiny
+from tests.support.tiny_models import FAMILIES, make_tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -4,7 +4,7 @@ import pytest
 
 from petals_eval.errors import ModelError
 from petals_eval.model import FAMILIES, family_of
-from tests import tiny_models
+from tests.support import tiny_models
 
 
 def test_the_table_has_every_family():

@@ -8,7 +8,7 @@ from petals_eval.model import Adapter, LocalModel, evaluating, load_adapter
 from petals_eval.model import local as local_module
 from petals_eval.tasks.requests import Request
 from tests.model.reference import TOKENS, causal_lm, make_adapter, run_blocks
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 
 
 @pytest.fixture

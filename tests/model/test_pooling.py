@@ -11,8 +11,9 @@ from petals_eval.model import LocalModel, load_adapter
 from petals_eval.model.pooling import POOLINGS, pooled_token
 from petals_eval.tasks import ClassificationTask, show_example
 from petals_eval.tasks.requests import Request
-from tests.model.reference import classifier, close, local_answers, make_adapter
-from tests.tiny_models import FAMILIES, make_tiny
+from tests.model.reference import classifier, local_answers, make_adapter
+from tests.support.tensors import close
+from tests.support.tiny_models import FAMILIES, make_tiny
 
 LABELS, PAD = 3, 2
 TEXTS = ((1, 75, 86, 2), (1, 2, 86, 75), (2, 75, 86, 14), (1, 75, 2, 86, 2, 2), (2, 2), (1, 75, 86), (2,))

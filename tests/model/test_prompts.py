@@ -14,7 +14,7 @@ from torch import nn
 
 from petals_eval.errors import AdapterError
 from petals_eval.model import FAMILIES, Adapter, LocalModel, load_adapter
-from tests import tiny_models
+from tests.support import tiny_models
 
 HIDDEN, BLOCKS, PREFIX, LABELS = 16, 3, 4, 2
 CONFIG = SimpleNamespace(hidden_size=HIDDEN, num_hidden_layers=BLOCKS, max_position_embeddings=64)
@@ -89,7 +89,7 @@ def test_the_bare_model_and_data_parallel_wrappers(base, tmp_path):
 @pytest.mark.parametrize("name", ("a.pt", "a.safetensors"))
 def test_of_a_whole_model_only_the_prompts_and_the_head_are_taken(name, tmp_path):
     """The rest must be the model's own: nothing that was trained is left out."""
-    from tests.tiny_models import make_tiny
+    from tests.support.tiny_models import make_tiny
 
     local = LocalModel.from_pretrained(str(make_tiny("llama", tmp_path / "model", hidden=HIDDEN, blocks=BLOCKS)))
     whole = {"model.embed_tokens.weight": local.embeddings.weight.clone(), "lm_head.weight": local.lm_head.clone()}

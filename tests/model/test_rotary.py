@@ -8,7 +8,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from petals_eval.errors import ModelError, RequestTooLargeError
 from petals_eval.model import LocalModel
 from petals_eval.model.rotary import RotaryScaling, rotary_scaling
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 

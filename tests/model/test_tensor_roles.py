@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from petals_eval.errors import AdapterError, ModelError
 from petals_eval.model import FAMILIES, LocalModel, load_adapter
 from petals_eval.model.tensor_roles import Role, role_of
-from tests.model.reference import classifier, close, full_logits, local_answers
-from tests.tiny_models import FAMILIES as NAMES
-from tests.tiny_models import make_tiny
+from tests.model.reference import classifier, full_logits, local_answers
+from tests.support.tensors import close
+from tests.support.tiny_models import FAMILIES as NAMES
+from tests.support.tiny_models import make_tiny
 
 HIDDEN, BLOCKS, PREFIX, LABELS = 32, 3, 4, 3
 

@@ -20,7 +20,7 @@ from petals_eval.errors import SwarmError
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.swarm import SwarmConnection
 from petals_eval.swarm.transport.daemon import keep_reading, start_daemon
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 
 DELAY = 0.02  # seconds until the echo comes
 

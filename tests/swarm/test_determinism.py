@@ -12,8 +12,8 @@ from petals_eval.swarm.pipeline import Pipeline
 from petals_eval.swarm.transport.client import Answer
 from petals_eval.swarm.trust.determinism import TOLERANCE, difference, dropout_in, question_from
 from petals_eval.swarm.trust.determinism_guard import CheckedCalls
+from tests.support.tiny_models import make_tiny
 from tests.swarm.fakes import FakeDirectory, server, settings
-from tests.tiny_models import make_tiny
 
 SIZE = 64
 

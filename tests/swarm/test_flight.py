@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from petals_eval.local_swarm.loop_thread import LoopThread
 from petals_eval.swarm.peers.window import LEAST_CALLS
 from petals_eval.swarm.stream import AHEAD, MOST_WAITING, Flight, Work
 from tests.swarm.fakes import FakeCalls, FakeDirectory, pipeline, server
@@ -32,15 +32,15 @@ class HeldUpCalls(FakeCalls):
 
 @pytest.fixture
 def loop():
-    loop = LoopThread("flight")
-    yield loop
-    loop.stop()
+    with start_blocking_portal("asyncio", name="flight") as portal:
+        yield portal
+        portal.call(portal.stop, True)
 
 
-def flight_over(loop: LoopThread, calls: FakeCalls) -> Flight[int]:
+def flight_over(loop: BlockingPortal, calls: FakeCalls) -> Flight[int]:
     """Two servers in a row: `first` holds blocks 0:1, `second` 1:2."""
     directory = FakeDirectory(2, server("first", 0, 1), server("second", 1, 2))
-    connection = SimpleNamespace(start=lambda function: loop.submit(function()))
+    connection = SimpleNamespace(start=loop.start_task_soon)
     return Flight(connection, pipeline(directory, calls, deadline=60.0), 0, 2, None)
 
 

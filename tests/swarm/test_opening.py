@@ -19,8 +19,8 @@ from petals_eval.local_swarm.server import sessions
 from petals_eval.swarm import SwarmConnection
 from petals_eval.swarm.sessions import route_session as route_sessions
 from petals_eval.swarm.transport.rpc import open_stream
-from tests.local_swarm.wire_client import WireClient, WireSession, chain
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
+from tests.support.wire_client import WireClient, WireSession, chain
 
 BLOCKS, HIDDEN = 4, 32
 TIGHT = {"max_batch_size": 16, "inference_max_length": 64, "attn_cache_tokens": 64}
@@ -49,7 +49,9 @@ def somebody_else(swarm, server, tokens):
     """A session of somebody else's on all of a server's blocks, open until `finish` or the end."""
     with (
         WireClient(swarm.initial_peers) as client,
-        WireSession(client, server.peer_id, chain(swarm.dht_prefix, *server.span), max_length=tokens) as session,
+        WireSession(
+            client, server.peer_id, chain(swarm.dht_prefix, server.span.start, server.span.stop), max_length=tokens
+        ) as session,
     ):
         session.step(torch.empty(1, 0, HIDDEN))
         yield session
@@ -242,7 +244,7 @@ def test_a_lost_lock_is_told_as_what_it_is_and_only_sessions_go_elsewhere(model)
         with blocks.inference_session(32) as session, pytest.raises(DeadlineError, match=text):
             session.step(states(1, 4))
         close(blocks(hidden[:, :16]), expected[:, :16])
-        assert locked.hits()["locked_cache"].times == 1, "each try leaves a thread there that waits for ever"
+        assert locked.fault_counts()["locked_cache"].times == 1, "each try leaves a thread there that waits for ever"
         assert blocks.status().retries == 0
         swarm.add_server((0, 4))
         blocks.refresh()
@@ -250,7 +252,7 @@ def test_a_lost_lock_is_told_as_what_it_is_and_only_sessions_go_elsewhere(model)
         with blocks.inference_session(32) as session:
             close(session.step(hidden[:, :4]), expected[:, :4])
             assert session.servers == (swarm.servers[1].peer_id,)
-        assert locked.hits()["locked_cache"].times == 1
+        assert locked.fault_counts()["locked_cache"].times == 1
 
 
 def test_a_route_with_a_locked_server_is_not_pushed_through(model):
@@ -262,7 +264,7 @@ def test_a_route_with_a_locked_server_is_not_pushed_through(model):
             for _ in range(3):
                 close(other(hidden), expected)
             assert other.status().retries == 0
-        assert swarm.servers[1].hits()["locked_cache"].times == 1
+        assert swarm.servers[1].fault_counts()["locked_cache"].times == 1
         until(lambda: used(swarm) == [0, 0])
 
 
@@ -300,7 +302,7 @@ def test_sessions_of_another_layout_are_never_opened(model, openings, tensors):
             with blocks.inference_session(32) as session:
                 close(session.step(hidden[:, :8]), expected)
                 assert session.servers == tuple(server.peer_id for server in swarm.servers[2:])
-        assert openings and not any("other_layout" in server.hits() for server in swarm.servers)
+        assert openings and not any("other_layout" in server.fault_counts() for server in swarm.servers)
 
 
 # -- what is cancelled
@@ -325,10 +327,10 @@ def test_streams_that_are_given_up_while_they_open_are_closed(model):
                     _, writer = await open_stream(connection.p2p, peer_id, "rpc_inference")
                     writer.close()
 
-        before = lines(), swarm._loop.run(streams(), 10)
+        before = lines(), swarm._portal.call(streams)
         for _ in range(200):
             connection.run(give_up)
-        until(lambda: (lines(), swarm._loop.run(streams(), 10)) == before)
+        until(lambda: (lines(), swarm._portal.call(streams)) == before)
 
 
 def test_sessions_that_are_given_up_while_they_open_leave_their_caches(model):

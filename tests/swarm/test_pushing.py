@@ -184,7 +184,7 @@ def test_a_server_without_sessions_serves_on_the_ordinary_way(realdata, ordinary
         with blocks_over(refusing, min_backoff=30.0, deadline=10.0) as blocks:
             assert close(blocks(hidden), ordinary(hidden))
             assert sent_to(blocks, refusing) == [4 * hidden.numel()] * 4
-            assert refusing.servers[1].hits()["refuse"].times == 1
+            assert refusing.servers[1].fault_counts()["refuse"].times == 1
             assert blocks.status().retries == 1
 
 

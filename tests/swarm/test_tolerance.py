@@ -6,7 +6,7 @@ import torch
 from petals_eval.model import LocalModel
 from petals_eval.model.blocks import BlockSpan
 from petals_eval.swarm.trust.tolerance import Kind, excess, relative_difference
-from tests.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (FLOAT, HALF, BRAIN)

@@ -1,24 +1,22 @@
-"""What can be wrong with a server of the local swarm, one small description a fault, and schedules of them by seed."""
+"""The faults that a server of the local swarm can have, each a small description that travels as JSON."""
 
-import random
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 __all__ = [
     "FAULTS",
-    "OVER_SESSIONS",
+    "SESSION_FAULTS",
     "AnyFault",
     "ClaimsDtype",
     "ClaimsSpan",
     "ClockSkew",
     "Crash",
     "Fault",
-    "Faults",
+    "FaultCount",
+    "FaultList",
     "FlippedBit",
     "Hang",
-    "Hits",
     "InfoOnly",
     "JoiningForEver",
     "LockedCache",
@@ -30,11 +28,9 @@ __all__ = [
     "RecordWithoutServer",
     "Refuse",
     "Reset",
-    "Schedule",
     "Slow",
     "StaleRecord",
     "Swapped",
-    "Switched",
     "TrainingMode",
     "Truncated",
     "VersionLie",
@@ -44,15 +40,20 @@ __all__ = [
 
 
 class Fault(BaseModel):
-    """Which calls it hits, counted from when it is switched on. A call is one message asking for hidden states.
+    """One thing that is wrong with a server, and which of its calls it hits.
 
-    share: of the calls, drawn by `seed`. after: calls that pass first. seconds: it lasts; None: until switched off.
-    at_most: calls it hits. repeats: draw by what a call asks and not by its number, so that one question gets one
-    answer, which a server's blocks in evaluation mode do as well.
+    A call is one message that asks for hidden states. Calls are counted from when the fault is switched on.
+    share: the part of the calls that it hits, drawn by `seed`.
+    after: how many calls it lets pass first.
+    seconds: how long it lasts; None: until it is switched off.
+    at_most: how many calls it hits in all; None: any number.
+    repeats: whether the draw goes by what a call asks and not by its number, so that one question gets one answer, as
+        it does from blocks in evaluation mode.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    name: str
     share: float = Field(default=1.0, gt=0, le=1)
     after: int = Field(default=0, ge=0)
     seconds: float | None = Field(default=None, gt=0)
@@ -61,24 +62,27 @@ class Fault(BaseModel):
     seed: int = 0
 
 
-# -- the server ends, is late, or does not answer
+# -- The server ends, is late, or does not answer.
 
 
 class Crash(Fault):
-    """The process ends at once, in the middle of a call; its libp2p daemon with it."""
+    """The process ends at once, in the middle of a call, and its libp2p daemon with it."""
 
     name: Literal["crash"] = "crash"
 
 
 class Hang(Fault):
-    """No answer, for ever. where: before anything is computed, or in mid-answer: of a streamed one half is sent."""
+    """The call never gets its answer.
+
+    where: "before" anything is computed, or in the "middle" of the answer, when half of a streamed one is sent.
+    """
 
     name: Literal["hang"] = "hang"
     where: Literal["before", "middle"] = "before"
 
 
 class Slow(Fault):
-    """Every answer comes late. delay: seconds."""
+    """The answer comes `delay` seconds late."""
 
     name: Literal["slow"] = "slow"
     delay: float = Field(default=1.0, gt=0)
@@ -91,40 +95,43 @@ class Reset(Fault):
 
 
 class InfoOnly(Fault):
-    """rpc_info answers as ever; nothing else does."""
+    """The server goes on answering rpc_info and answers nothing else."""
 
     name: Literal["info_only"] = "info_only"
 
 
 class Refuse(Fault):
-    """It answers with an error. words: Petals' own, which `text` can replace."""
+    """The server answers with an error.
+
+    reason: which of the errors of Petals' servers it is, word for word. text: the error's text instead of theirs.
+    """
 
     name: Literal["refuse"] = "refuse"
-    words: Literal["overload", "batch_size", "not_served", "adapter", "cache"] = "overload"
+    reason: Literal["overload", "batch_size", "not_served", "adapter", "cache"] = "overload"
     text: str | None = None
 
 
 class LockedCache(Fault):
-    """No session opens, for the lock of its cache is lost (`local_swarm.server.cache_budget`). All else goes on.
+    """No session opens, because the lock of the cache is lost (`server.cache_budget`); all else goes on.
 
-    A call, to it, is the opening of a session.
+    A call, to this fault, is the opening of a session.
     """
 
     name: Literal["locked_cache"] = "locked_cache"
 
 
-# -- the message is malformed
+# -- The message is malformed.
 
 
 class Truncated(Fault):
-    """The tensor's bytes end early. share_left: of them that are sent."""
+    """The tensor's bytes end early: only `share_left` of them are sent."""
 
     name: Literal["truncated"] = "truncated"
     share_left: float = Field(default=0.5, ge=0, lt=1)
 
 
 class Oversized(Fault):
-    """The tensor holds more bytes than its shape. times: as many."""
+    """The tensor holds `times` as many bytes as its shape says."""
 
     name: Literal["oversized"] = "oversized"
     times: int = Field(default=4, ge=2)
@@ -137,22 +144,22 @@ class WrongShape(Fault):
 
 
 class WrongDtype(Fault):
-    """The answer is in another dtype than rpc_info names: float16, or float32 where that is its own."""
+    """The answer is in another dtype than rpc_info names: in float16, or in float32 where float16 is named."""
 
     name: Literal["wrong_dtype"] = "wrong_dtype"
 
 
-# -- the message is well formed, and wrong
+# -- The message is well formed, and wrong.
 
 
 class NotFinite(Fault):
-    """One value is not a number."""
+    """One value of the answer is not a number."""
 
     name: Literal["not_finite"] = "not_finite"
 
 
 class FlippedBit(Fault):
-    """One bit of one value is flipped. bit: counted from the sign, 0; 1 is the exponent's highest."""
+    """One bit of one value is flipped. bit: 0 is the sign, 1 the highest bit of the exponent, and so on."""
 
     name: Literal["flipped_bit"] = "flipped_bit"
     bit: int = Field(default=1, ge=0, lt=16)
@@ -160,7 +167,7 @@ class FlippedBit(Fault):
 
 
 class Noise(Fault):
-    """Normal noise on every value. size: relative to the root mean square of a token's hidden states."""
+    """Every value has normal noise. size: relative to the root mean square of the token's hidden states."""
 
     name: Literal["noise"] = "noise"
     size: float = Field(default=0.01, gt=0)
@@ -168,64 +175,64 @@ class Noise(Fault):
 
 
 class OtherWeights(Fault):
-    """The blocks of another model of the same sizes: the rows of every matrix are in another order, drawn by `seed`."""
+    """The blocks are those of another model of the same sizes: `seed` draws an order of the rows of every matrix."""
 
     name: Literal["other_weights"] = "other_weights"
     repeats: bool = True
 
 
 class Swapped(Fault):
-    """Each call gets the answer of the call of the same shape before it."""
+    """Each call gets the answer to the call of the same shape before it."""
 
     name: Literal["swapped"] = "swapped"
 
 
 class TrainingMode(Fault):
-    """The blocks drop out, as those of a Petals server do with their config's dropout."""
+    """The blocks drop out, as those of a Petals server do whose config has dropout."""
 
     name: Literal["training_mode"] = "training_mode"
     dropout: float = Field(default=0.1, gt=0, lt=1)
 
 
-# -- what it says of itself is wrong; these hit announcements, and of `when` heed `seconds` alone
+# -- What the server says of itself is wrong. These hit announcements, and heed only `seconds` of the fields of `Fault`.
 
 
 class StaleRecord(Fault):
-    """Its record stays as it is while it serves the blocks no more."""
+    """The record stays as it is while the server serves the blocks no more."""
 
     name: Literal["stale_record"] = "stale_record"
 
 
 class RecordWithoutServer(Fault):
-    """Beside its own it announces the record of a peer that does not exist."""
+    """The server announces, beside its own record, that of a peer that does not exist."""
 
     name: Literal["record_without_server"] = "record_without_server"
 
 
 class ClaimsSpan(Fault):
-    """It announces blocks first:last, whatever it holds."""
+    """The server announces blocks start to stop (exclusive), whatever it holds."""
 
     name: Literal["claims_span"] = "claims_span"
-    first: int = Field(ge=0)
-    last: int = Field(gt=0)
+    start: int = Field(ge=0)
+    stop: int = Field(gt=0)
 
 
 class ClaimsDtype(Fault):
-    """It announces this dtype, whatever it computes in. rpc_info says the truth."""
+    """The server announces `dtype`, whatever it computes in; its rpc_info tells the truth."""
 
     name: Literal["claims_dtype"] = "claims_dtype"
     dtype: str = "bfloat16"
 
 
 class VersionLie(Fault):
-    """It announces this version of petals, and says so in rpc_info."""
+    """The server names `version` as its version of petals, in its record and in rpc_info."""
 
     name: Literal["version_lie"] = "version_lie"
     version: str = "0.0.1"
 
 
 class OtherLayout(Fault):
-    """A step of a session has so many tensors, as rpc_info says, and is refused with the three of Petals.
+    """A step of a session has `tensors` tensors by rpc_info, and one with the three of Petals is refused.
 
     Some servers announce a version of Petals and mean other things by a step (BloomBee: ten tensors).
     """
@@ -235,9 +242,9 @@ class OtherLayout(Fault):
 
 
 class ClockSkew(Fault):
-    """Its records expire by a clock that is wrong. seconds_off: ahead of the others'; negative: behind.
+    """The records expire by a clock that is wrong by `seconds_off`, which is negative for a clock that is slow.
 
-    Its DHT node goes by this machine's clock: hivemind reads one clock for a whole process.
+    The server's DHT node goes by this machine's clock all the same: hivemind reads one clock for a whole process.
     """
 
     name: Literal["clock_skew"] = "clock_skew"
@@ -245,18 +252,10 @@ class ClockSkew(Fault):
 
 
 class JoiningForEver(Fault):
-    """It announces that it is about to join, and never more."""
+    """The server announces that it is about to join, and never more than that."""
 
     name: Literal["joining_for_ever"] = "joining_for_ever"
 
-
-FAULTS: tuple[type[Fault], ...] = (
-    Crash, Hang, Slow, Reset, InfoOnly, Refuse, LockedCache, Truncated, Oversized, WrongShape, WrongDtype, NotFinite,
-    FlippedBit, Noise, OtherWeights, Swapped, TrainingMode, StaleRecord, RecordWithoutServer, ClaimsSpan, ClaimsDtype,
-    VersionLie, OtherLayout, ClockSkew, JoiningForEver,
-)  # fmt: skip
-OVER_SESSIONS: tuple[type[Fault], ...] = (LockedCache, OtherLayout)
-"""Those that nobody meets who opens no session."""
 
 AnyFault = Annotated[
     Crash | Hang | Slow | Reset | InfoOnly | Refuse | LockedCache | Truncated | Oversized | WrongShape | WrongDtype
@@ -265,83 +264,19 @@ AnyFault = Annotated[
     Field(discriminator="name"),
 ]  # fmt: skip
 
-Faults: TypeAdapter[tuple[AnyFault, ...]] = TypeAdapter(tuple[AnyFault, ...])
-"""Reads and writes them as JSON, for servers in processes of their own."""
+FAULTS: tuple[type[Fault], ...] = get_args(get_args(AnyFault)[0])
+SESSION_FAULTS: tuple[type[Fault], ...] = (LockedCache, OtherLayout)
+"""The faults that only clients meet who open sessions."""
+
+FaultList: TypeAdapter[tuple[AnyFault, ...]] = TypeAdapter(tuple[AnyFault, ...])
+"""Reads and writes faults as JSON, for servers in processes of their own."""
 
 
-class Hits(BaseModel):
-    """times: the fault acted. in_flight: of these, with a client's call under way. For tests: nothing else reads it."""
+class FaultCount(BaseModel):
+    """How often a fault acted. times: in all. in_flight: while a client's call was in flight.
+
+    Tests and chaos schedules read it, to know that a fault was met and not only switched on.
+    """
 
     times: int = 0
     in_flight: int = 0
-
-
-class Switched(BaseModel):
-    """When a schedule switches what on. at: seconds from its start. server: its number."""
-
-    model_config = ConfigDict(frozen=True)
-
-    at: float
-    server: int
-    fault: AnyFault
-
-
-class Schedule(BaseModel):
-    """Faults over a run, drawn by a seed."""
-
-    model_config = ConfigDict(frozen=True)
-
-    seed: int
-    switched: tuple[Switched, ...]
-
-    @classmethod
-    def of(
-        cls,
-        seed: int,
-        *,
-        servers: Sequence[int],
-        span: tuple[int, int] = (0, 1),
-        kinds: Sequence[type[Fault]] = FAULTS,
-        count: int = 1,
-        within: float = 2.0,
-    ) -> "Schedule":
-        """`count` faults of these kinds on these servers, switched on at some time within so many seconds.
-
-        servers: numbers of those that may be hit; none is hit twice while another was not.
-        span: of all blocks, for the fault that claims others.
-        """
-        draws = random.Random(f"petals-eval faults {seed}")
-        order = draws.sample(list(servers), len(servers))
-        switched = []
-        for index in range(count):
-            fault = _drawn(draws, draws.choice(list(kinds)), span)
-            drawn = {"at": draws.uniform(0, within), "server": order[index % len(order)], "fault": fault}
-            switched.append(Switched.model_validate(drawn))
-        return cls(seed=seed, switched=tuple(sorted(switched, key=lambda each: each.at)))
-
-
-def _drawn(draws: random.Random, kind: type[Fault], span: tuple[int, int]) -> Fault:
-    """A fault of this kind with drawn particulars."""
-    fields: dict[str, object] = {"seed": draws.randrange(2**31), "after": draws.choice((0, 0, 1, 3))}
-    if kind in (Hang, InfoOnly, Slow, Noise, FlippedBit, Swapped, Refuse, Reset, Truncated, NotFinite):
-        fields["share"] = draws.choice((1.0, 1.0, 0.5))
-    if kind is Hang:
-        fields["where"] = draws.choice(("before", "middle"))
-    elif kind is Slow:
-        fields["delay"] = draws.uniform(0.1, 1.0)
-    elif kind is Refuse:
-        fields["words"] = draws.choice(("overload", "batch_size", "not_served", "adapter", "cache"))
-    elif kind is Noise:
-        fields["size"] = draws.choice((0.01, 0.03, 0.1))
-    elif kind is FlippedBit:
-        fields["bit"] = draws.choice((0, 1, 2))
-    elif kind is Oversized:
-        fields["times"] = draws.choice((2, 16))
-    elif kind is ClaimsSpan:
-        first = draws.randrange(span[0], span[1])
-        fields |= {"first": first, "last": draws.randrange(first + 1, span[1] + 1)}
-    elif kind is VersionLie:
-        fields["version"] = draws.choice(("0.0.1", "2.2.0", "99.0", "\x1b[31mred"))
-    elif kind is ClockSkew:
-        fields["seconds_off"] = draws.choice((-3600.0, 3600.0))
-    return kind.model_validate(fields)

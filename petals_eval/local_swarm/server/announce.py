@@ -17,14 +17,16 @@ from petals_eval.local_swarm.faults.catalog import (
     StaleRecord,
     VersionLie,
 )
-from petals_eval.local_swarm.faults.injector import Switchboard
+from petals_eval.local_swarm.faults.injector import FaultInjector
 from petals_eval.local_swarm.server.settings import ServerSettings
-from petals_eval.swarm.wire.records import ServerState
+from petals_eval.swarm.wire.messages import block_uid
+from petals_eval.swarm.wire.records import MODELS_KEY, ServerRecord, ServerState
+from petals_eval.swarm.wire.span import Span
 
 __all__ = ["announce", "nobody"]
 
-# Peers whose clocks differ by more than 3 s refuse each other (hivemind's limit): nothing should live shorter.
 _MIN_LIFETIME = 3.0
+"""Seconds that a record lives at least: peers whose clocks differ by more refuse each other (hivemind's limit)."""
 
 
 async def announce(
@@ -35,47 +37,45 @@ async def announce(
     num_blocks: int | None = None,
     torch_dtype: str | None = None,
     cache_tokens_left: int | None = None,
-    faults: Switchboard | None = None,
+    faults: FaultInjector | None = None,
 ) -> None:
-    """Store one record under each block's key, and the model under `_petals.models`.
+    """Store one record under each block's key, and the model under `MODELS_KEY`.
 
     num_blocks: of the whole model; None while it is not known yet: the model is not named then.
     torch_dtype: what the server computes in, such as "bfloat16".
     """
-    first, last, version, skew = settings.first, settings.last, settings.version, 0.0
-    if faults is not None:
-        if faults.tells(StaleRecord):
-            return  # what the DHT holds is what it held
-        if span := faults.tells(ClaimsSpan):
-            first, last = span.first, span.last
-        if dtype := faults.tells(ClaimsDtype):
-            torch_dtype = dtype.dtype
-        if lie := faults.tells(VersionLie):
-            version = lie.version
-        if clock := faults.tells(ClockSkew):
-            skew = clock.seconds_off
-        if state is ServerState.ONLINE and faults.tells(JoiningForEver):
-            state = ServerState.JOINING
-    extra = {
-        "start_block": first,
-        "end_block": last,
-        "public_name": settings.public_name,
-        "version": version,
-        "network_rps": None,
-        "forward_rps": None,
-        "inference_rps": None,
-        "adapters": settings.adapters,
-        "torch_dtype": torch_dtype,
-        "quant_type": "none",
-        "using_relay": False,
-        "cache_tokens_left": cache_tokens_left,
-        "next_pings": None,
-    }
-    uids = [f"{settings.dht_prefix}.{block}" for block in range(first, last)]
-    expiration = get_dht_time() + skew + max(2 * settings.update_period, _MIN_LIFETIME)
+    span, version, seconds_off = settings.span, settings.version, 0.0
     peers = [node.peer_id.to_base58()]
-    if faults is not None and faults.tells(RecordWithoutServer):
-        peers.append(nobody(peers[0]))
+    if faults is not None:
+        if faults.active_in_record(StaleRecord):
+            return  # what the DHT holds is what it held
+        if claim := faults.active_in_record(ClaimsSpan):
+            span = Span(claim.start, claim.stop)
+        if dtype := faults.active_in_record(ClaimsDtype):
+            torch_dtype = dtype.dtype
+        if lie := faults.active_in_record(VersionLie):
+            version = lie.version
+        if clock := faults.active_in_record(ClockSkew):
+            seconds_off = clock.seconds_off
+        if state is ServerState.ONLINE and faults.active_in_record(JoiningForEver):
+            state = ServerState.JOINING
+        if faults.active_in_record(RecordWithoutServer):
+            peers.append(nobody(peers[0]))
+    # The keys are those of the record that clients read. Their validation is left out: a lie must go out as it is.
+    record = ServerRecord.model_construct(
+        start_block=span.start,
+        end_block=span.stop,
+        public_name=settings.public_name,
+        version=version,
+        adapters=settings.adapters,
+        torch_dtype=torch_dtype,
+        quant_type="none",
+        using_relay=False,
+        cache_tokens_left=cache_tokens_left,
+    )
+    extra = record.model_dump() | {"next_pings": None}
+    uids = block_uid(settings.dht_prefix, span.start, span.stop).split()
+    expiration = get_dht_time() + seconds_off + max(2 * settings.update_period, _MIN_LIFETIME)
     stores = [
         node.store_many(
             keys=uids,
@@ -90,12 +90,12 @@ async def announce(
     if num_blocks is not None and state is not ServerState.OFFLINE and not settings.dht_prefix.startswith("_"):
         repository = None if Path(settings.model).is_dir() else f"https://huggingface.co/{settings.model}"
         model = {"num_blocks": num_blocks, "repository": repository}
-        stores.append(node.store("_petals.models", model, expiration, subkey=settings.dht_prefix))
+        stores.append(node.store(MODELS_KEY, model, expiration, subkey=settings.dht_prefix))
     await asyncio.gather(*stores)
 
 
 def nobody(peer_id: str) -> str:
-    """The identity of a peer that does not exist, drawn from that of one that does."""
+    """Return the identity (base58) of a peer that does not exist, drawn from that of one that does."""
     sha256_multihash = b"\x12\x20"
     digest = hashlib.sha256(PeerID.from_base58(peer_id).to_bytes()).digest()
     return PeerID(sha256_multihash + digest).to_base58()

@@ -7,39 +7,43 @@ from contextlib import suppress
 from functools import partial
 
 import torch
+from anyio import CancelScope
 from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
 
 from petals_eval.local_swarm.faults.catalog import Fault, TrainingMode
-from petals_eval.local_swarm.faults.injector import Switchboard
+from petals_eval.local_swarm.faults.injector import FaultInjector
 from petals_eval.local_swarm.peer import Peer
 from petals_eval.local_swarm.server.announce import announce
 from petals_eval.local_swarm.server.cache_budget import CacheBudget
-from petals_eval.local_swarm.server.compute import Middleware, SpanThread, wrapped
-from petals_eval.local_swarm.server.handler import TransformerConnectionHandler
+from petals_eval.local_swarm.server.compute import SpanThread
+from petals_eval.local_swarm.server.handler import BlockHandler
+from petals_eval.local_swarm.server.served_span import ServedSpan
 from petals_eval.local_swarm.server.settings import ServerSettings
+from petals_eval.local_swarm.work import Middleware, wrapped
 from petals_eval.model.blocks import DTYPES, BlockSpan
+from petals_eval.swarm.wire.messages import dtype_name
 from petals_eval.swarm.wire.records import ServerState
 
 __all__ = ["BlockServer"]
 
-# Announcing OFFLINE to a swarm that goes down as well must not hold up the end.
-_GOODBYE_TIMEOUT = 5.0  # seconds
+_OFFLINE_TIMEOUT = 5.0
+"""Seconds that announcing OFFLINE may take: a swarm that goes down as well must not hold up the end."""
 _MEASURED_TOKENS = 64
 
 
 class BlockServer:
-    """A server of blocks first:last. `open` it, and `close` or `abort` it in the same event loop."""
+    """A server of a span of blocks. `open` it, and `close` or `abort` it in the same event loop."""
 
-    def __init__(self, settings: ServerSettings, peer: Peer, span: BlockSpan, middleware: Sequence[Middleware]):
+    def __init__(self, settings: ServerSettings, peer: Peer, blocks: BlockSpan, middleware: Sequence[Middleware]):
         self.settings = settings
         self.peer = peer
-        self.span = span
-        self.budget = CacheBudget(settings.cache_tokens * span.cache_bytes_per_token * (span.last - span.first))
-        self._thread = SpanThread(span, settings.max_batch_size, settings.max_chunk_bytes)
-        self.faults = Switchboard(self._crash, self._reset)
-        self.faults.switch(settings.first_faults)
-        compute = wrapped(self._thread, (*middleware, self.faults.around(span)))
-        self.handler = TransformerConnectionHandler(settings, span, compute, self.budget, peer.p2p, self.faults)
+        self.blocks = blocks
+        self.budget = CacheBudget(settings.cache_tokens * blocks.cache_bytes_per_token * len(settings.span))
+        self.faults = FaultInjector(self._crash, self._reset)
+        self.faults.switch(settings.initial_faults)
+        self._thread = SpanThread(blocks, settings.max_batch_size, settings.max_chunk_bytes)
+        compute = wrapped(self._thread, (*middleware, self.faults.middleware(blocks)))
+        self.handler = BlockHandler(ServedSpan(settings, blocks, compute, self.budget, self.faults), peer.p2p)
         self.on_crash: Callable[[], Awaitable[None]] = self.abort
         self._announcing: asyncio.Task[None] | None = None
 
@@ -47,16 +51,16 @@ class BlockServer:
     async def open(cls, settings: ServerSettings, middleware: Sequence[Middleware] = ()) -> "BlockServer":
         """Join the swarm, load the blocks, and return once they are served and announced.
 
-        middleware: what stands between the RPCs and the arithmetic (faults, measurements).
-        Raises ModelError for what the folder does not hold, and hivemind's errors when no initial peer answers.
+        middleware: what stands between the RPCs and the arithmetic (measurements, faults of a test's own).
+        Raises ModelError for what the folder does not hold, SwarmUnreachableError when no initial peer answers, and
+        hivemind's errors for what this machine cannot do.
         """
-        dtype = None if settings.dtype is None else DTYPES[settings.dtype]
         load = partial(
             BlockSpan.load,
             settings.model,
-            settings.first,
-            settings.last,
-            dtype,
+            settings.start,
+            settings.stop,
+            None if settings.dtype is None else DTYPES[settings.dtype],
             revision=settings.revision,
             token=settings.token,
             cache_dir=settings.cache_dir,
@@ -74,14 +78,15 @@ class BlockServer:
             raise
         try:
             await announce(peer.node, settings, ServerState.JOINING)
-            span = await loading
+            blocks = await loading
             if settings.throughput is None:
-                settings = settings.model_copy(update={"throughput": await asyncio.to_thread(_measure, span)})
-            server = cls(settings, peer, span, middleware)
+                settings = settings.model_copy(update={"throughput": await asyncio.to_thread(_measured, blocks)})
+            server = cls(settings, peer, blocks, middleware)
             await server.handler.add_p2p_handlers(peer.p2p)
             await server.announce(ServerState.ONLINE)
         except BaseException:
-            await peer.close()
+            with CancelScope(shield=True):
+                await peer.close()
             raise
         server._announcing = asyncio.create_task(server._keep_announcing())
         return server
@@ -89,23 +94,23 @@ class BlockServer:
     async def announce(self, state: ServerState) -> None:
         """Tell the DHT about this server now."""
         # Petals divides the cache of all blocks by half of what a token takes in one block; so does its client.
-        bytes_per_token = self.span.cache_bytes_per_token // 2
+        bytes_per_token = self.blocks.cache_bytes_per_token // 2
         await announce(
             self.peer.node,
             self.settings,
             state,
-            num_blocks=self.span.num_blocks,
-            torch_dtype=str(self.span.dtype).removeprefix("torch."),
+            num_blocks=self.blocks.num_blocks,
+            torch_dtype=dtype_name(self.blocks.dtype),
             cache_tokens_left=self.budget.bytes_left // bytes_per_token,
             faults=self.faults,
         )
 
     async def switch(self, faults: Sequence[Fault]) -> None:
-        """These faults and no others from now on; what it says of itself is announced anew at once."""
-        trained = self.faults.of(TrainingMode)
+        """Have these faults and no others from now on; what the server says of itself is announced anew at once."""
+        trained = self.faults.active(TrainingMode)
         self.faults.switch(faults)
-        if trained is not None and self.faults.of(TrainingMode) is None:
-            self.span.drop_out(0.0)
+        if trained is not None and self.faults.active(TrainingMode) is None:
+            self.blocks.drop_out(0.0)
         await self.announce(ServerState.ONLINE)
 
     async def _crash(self) -> None:
@@ -124,7 +129,7 @@ class BlockServer:
         """Say OFFLINE, then leave."""
         await self._stop_announcing()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.announce(ServerState.OFFLINE), _GOODBYE_TIMEOUT)
+            await asyncio.wait_for(self.announce(ServerState.OFFLINE), _OFFLINE_TIMEOUT)
         await self.peer.close()
         await asyncio.to_thread(self._thread.close)
 
@@ -141,10 +146,10 @@ class BlockServer:
                 await self._announcing
 
 
-def _measure(span: BlockSpan) -> float:
-    """Tokens per second through all blocks of the span, as a server of Petals measures before it announces."""
-    hidden = torch.zeros(1, _MEASURED_TOKENS, span.hidden_size, dtype=span.dtype)
-    span.forward(hidden, first=span.first, last=span.last)  # the first time takes longer
+def _measured(blocks: BlockSpan) -> float:
+    """Return tokens per second through all blocks, as a server of Petals measures before it announces."""
+    hidden = torch.zeros(1, _MEASURED_TOKENS, blocks.hidden_size, dtype=blocks.dtype)
+    blocks.forward(hidden)  # the first time takes longer
     started = time.perf_counter()
-    span.forward(hidden, first=span.first, last=span.last)
+    blocks.forward(hidden)
     return _MEASURED_TOKENS / (time.perf_counter() - started)

@@ -1,16 +1,18 @@
 """The budget that inference sessions share for their keys and values, with the lock that real servers lose.
 
 Source: Petals 2.2.0 and 2.3.0.dev2 (`petals.server.memory_cache`), which agree, and what 2.2.0 was seen to do. One
-session at a time is given room, under a lock, which a session that may wait for room keeps meanwhile. Whoever waits for
-the lock does so in a thread; when its time is up the waiting is given up, but not by the thread: that one gets the lock
-some day, for nobody, and no session opens any more. Nothing else shows it: `rpc_info` tells of room, and the blocks
+session at a time is given room, under a lock; a session that may wait for room keeps the lock meanwhile. Whoever waits
+for the lock does so in a thread. When its time is up the session gives up, and the thread does not: some day it gets
+the lock, for nobody, and no session opens any more. Nothing else shows it: `rpc_info` tells of room, and the blocks
 compute. A session that may not wait is refused as long as more is asked for than there is room, what others wait for
-counted; otherwise it, too, waits for the lock, and goes on waiting when its client has left.
+counted; otherwise it waits for the lock as well, and goes on waiting when its client has left.
 """
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+
+from petals_eval.swarm.tasks import retrieve_exception
 
 __all__ = ["AllocationFailed", "CacheBudget"]
 
@@ -20,7 +22,7 @@ class AllocationFailed(Exception):
 
 
 class CacheBudget:
-    """Bytes handed out to sessions, one after the other. Used from the server's event loop only."""
+    """Bytes that sessions reserve, one session after the other. Used from the server's event loop only."""
 
     def __init__(self, total_bytes: int):
         self.total_bytes = total_bytes
@@ -28,7 +30,7 @@ class CacheBudget:
         self._asked_bytes = 0  # by sessions that wait, for the lock or for room
         self._freed = asyncio.Event()
         self._lock = asyncio.Lock()
-        self._lost: set[asyncio.Task[bool]] = set()  # threads that get the lock for nobody
+        self._lost: set[asyncio.Task[bool]] = set()  # stand for the threads that get the lock for nobody
 
     @property
     def bytes_left(self) -> int:
@@ -36,7 +38,7 @@ class CacheBudget:
 
     @asynccontextmanager
     async def reserve(self, size: int, timeout: float) -> AsyncIterator[None]:
-        """Hold `size` bytes. Waits up to `timeout` seconds for room; raises AllocationFailed where there is none."""
+        """Hold `size` bytes in the block. Waits up to `timeout` seconds for room; raises AllocationFailed without."""
         allocating = asyncio.create_task(self._allocate(size, timeout))
         try:
             await asyncio.shield(allocating)
@@ -65,6 +67,7 @@ class CacheBudget:
             self._asked_bytes -= size
 
     async def _acquire(self, limit: asyncio.Timeout) -> None:
+        """Take the lock; a wait that the limit ends is lost, as the thread is on a real server."""
         thread = asyncio.create_task(self._lock.acquire())
         try:
             await asyncio.shield(thread)
@@ -83,7 +86,7 @@ class CacheBudget:
             await self._freed.wait()
 
     def _free(self, allocating: "asyncio.Task[None]", size: int) -> None:
-        """Give back what a session was given, be it after its end."""
-        if not allocating.cancelled() and allocating.exception() is None:
+        """Give back what a session was given, which may be after its end."""
+        if not allocating.cancelled() and retrieve_exception(allocating) is None:
             self.used_bytes -= size
             self._freed.set()

@@ -9,27 +9,27 @@ __all__ = ["SessionCache"]
 
 
 class SessionCache(Cache):
-    """Room for `max_length` positions in each of `blocks` blocks, in the form Hugging Face's models take.
+    """Room for `max_length` positions in each of `num_blocks` blocks, in the form that Hugging Face's models take.
 
-    first: the index, within the model that the span is, of the first of these blocks.
+    offset: the index of the first of these blocks within the model that the server's span is.
     The room is taken when the first keys come, for as many rows as they have.
     """
 
-    def __init__(self, blocks: int, max_length: int, first: int = 0):
+    def __init__(self, num_blocks: int, max_length: int, offset: int = 0):
         # Full layers even where attention has a window (the mask cuts it): a window's layer cannot be rolled back.
-        self._layers = [_ReservedLayer(max_length) for _ in range(blocks)]
+        self._layers = [_ReservedLayer(max_length) for _ in range(num_blocks)]
         super().__init__(layers=self._layers)
-        self._first = first
+        self._offset = offset
 
     @property
     def length(self) -> int:
-        """Positions held."""
+        """Positions that it holds."""
         return self._layers[0].length
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().update(key_states, value_states, layer_idx - self._first, *args, **kwargs)
+        return super().update(key_states, value_states, layer_idx - self._offset, *args, **kwargs)
 
     def roll_back(self, length: int) -> None:
         """Forget all but the first `length` positions."""
@@ -37,7 +37,7 @@ class SessionCache(Cache):
             layer.length = length
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Row i becomes what row `rows[i]` was."""
+        """Make row i what row `rows[i]` was."""
         for layer in self._layers:
             layer.reorder_cache(rows)
 

@@ -9,7 +9,7 @@ import traceback
 
 import torch
 
-from petals_eval.local_swarm.faults.catalog import Faults
+from petals_eval.local_swarm.faults.catalog import FaultList
 from petals_eval.local_swarm.server.block_server import BlockServer
 from petals_eval.local_swarm.server.settings import ServerSettings
 
@@ -21,7 +21,7 @@ async def serve(settings: ServerSettings, control: socket.socket) -> int:
 
     Writes one line of JSON to `control`: {"peer_id", "maddrs"} once the blocks are served, or
     {"error", "message"}: the exception's class and text. From then on it reads lines: a list of faults to switch to, or
-    null; each is answered with what the faults have hit, and so is a crash.
+    null. It answers each with how often its faults have acted, and writes that before a crash as well.
     """
     torch.set_num_threads(settings.threads)
     reader, writer = await asyncio.open_connection(sock=control)
@@ -37,20 +37,17 @@ async def serve(settings: ServerSettings, control: socket.socket) -> int:
         return 0
     if (error := opening.exception()) is not None:
         traceback.print_exception(error)
-        writer.write(json.dumps({"error": type(error).__name__, "message": str(error)}).encode() + b"\n")
-        await writer.drain()
+        await _say(writer, {"error": type(error).__name__, "message": str(error)})
         return 1
     server = opening.result()
 
     async def crash() -> None:
-        writer.write(_hits(server))
-        await writer.drain()
+        await _say(writer, _counts(server))
         os.killpg(os.getpgrp(), signal.SIGKILL)  # its libp2p daemon, too
 
     server.on_crash = crash
     try:
-        writer.write(json.dumps({"peer_id": server.peer.peer_id, "maddrs": server.peer.maddrs}).encode() + b"\n")
-        await writer.drain()
+        await _say(writer, {"peer_id": server.peer.peer_id, "maddrs": server.peer.maddrs})
         await asyncio.wait({told_to_stop})
     finally:
         await server.close()
@@ -64,10 +61,14 @@ async def _obey(
     while line := await reader.readline():
         server = await asyncio.shield(opening)
         if line != b"null\n":
-            await server.switch(Faults.validate_json(line))
-        writer.write(_hits(server))
-        await writer.drain()
+            await server.switch(FaultList.validate_json(line))
+        await _say(writer, _counts(server))
 
 
-def _hits(server: BlockServer) -> bytes:
-    return json.dumps({name: hits.model_dump() for name, hits in server.faults.hits.items()}).encode() + b"\n"
+def _counts(server: BlockServer) -> dict[str, dict[str, int]]:
+    return {name: count.model_dump() for name, count in server.faults.counts.items()}
+
+
+async def _say(writer: asyncio.StreamWriter, answer: object) -> None:
+    writer.write(json.dumps(answer).encode() + b"\n")
+    await writer.drain()

@@ -1,4 +1,8 @@
-"""Reading requests and writing answers, for the blocks a server holds."""
+"""Reading requests and writing answers.
+
+Requests are read by hivemind's own deserialiser and not by `petals_eval.swarm.wire`, so that a mistake there cannot
+agree with itself.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,65 +13,18 @@ from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 
 from petals_eval.local_swarm.server.settings import ServerSettings
-from petals_eval.model.blocks import DTYPES, BlockSpan
-from petals_eval.swarm.wire.messages import codecs, encode_tensor
+from petals_eval.model.blocks import DTYPES
+from petals_eval.swarm.wire import codecs
+from petals_eval.swarm.wire.messages import dtype_name, encode_tensor
 
-__all__ = ["ServedBlocks", "decoded", "given", "read_metadata", "unpacked"]
+__all__ = ["decoded", "encoded", "given", "read_metadata", "unpacked"]
 
 _CODES = runtime_pb2.CompressionType
 _NO_BITSANDBYTES = "BlockwiseQuantization requires bitsandbytes to function properly."  # hivemind's words
 
 
-class ServedBlocks:
-    """The blocks a server holds under their uids, and what calls may ask of them."""
-
-    def __init__(self, settings: ServerSettings, span: BlockSpan):
-        self.uids = {f"{settings.dht_prefix}.{block}": block for block in range(span.first, span.last)}
-        self._adapters = settings.adapters
-        self._dtype = span.dtype
-        self._has_bitsandbytes = settings.has_bitsandbytes
-
-    def requested(self, uid: str) -> tuple[int, int]:
-        """The blocks first:last a chain of uids names; raises RuntimeError for those this server does not hold."""
-        requested = (uid or "").split(" ")
-        for one in requested:
-            if one not in self.uids:
-                raise RuntimeError(f"Remote peer does not serve {one}")
-        blocks = [self.uids[one] for one in requested]
-        if blocks != list(range(blocks[0], blocks[0] + len(blocks))):
-            raise ValueError(f"expected consecutive blocks, found {uid}")
-        return blocks[0], blocks[-1] + 1
-
-    def active_adapter(self, metadata: dict[str, Any]) -> str:
-        """The LoRA adapter a call names; raises KeyError for one this server did not announce."""
-        name = metadata.get("active_adapter") or ""
-        if name and name not in self._adapters:
-            raise KeyError(f"adapter {name} not found")
-        return name
-
-    def encoded(self, output: torch.Tensor, metadata: dict[str, Any]) -> runtime_pb2.Tensor:
-        """An answer in the span's dtype, under the compression the client asked for."""
-        codes = metadata.get("output_compression")
-        code: int = _CODES.NONE
-        if codes is not None:
-            if not isinstance(codes, (list, tuple)) or len(codes) != 1 or not isinstance(codes[0], int):
-                raise ValueError(f"expected output_compression to be a tuple of one code, found {codes!r}")
-            code = codes[0]
-        output = output.to(self._dtype)
-        # Uncompressed tensors go through our own encoder: hivemind's widens bfloat16 unless a global flag is turned.
-        if code == _CODES.NONE:
-            return encode_tensor(output)
-        if code == _CODES.BLOCKWISE_8BIT:
-            if not self._has_bitsandbytes:
-                raise ImportError(_NO_BITSANDBYTES)
-            answer = codecs.encode(output, code)
-            answer.dtype = str(self._dtype).removeprefix("torch.")
-            return answer
-        return serialize_torch_tensor(output, code, allow_inplace=True)
-
-
 def decoded(message: runtime_pb2.Tensor, settings: ServerSettings) -> torch.Tensor:
-    """A tensor of a request. The 8-bit codes are read by our own decoder: hivemind's fail under NumPy 2.4."""
+    """Return a tensor of a request. Our own decoder reads the 8-bit codes: hivemind's fails under NumPy 2.4."""
     code = message.compression
     if code not in (_CODES.UNIFORM_8BIT, _CODES.QUANTILE_8BIT, _CODES.BLOCKWISE_8BIT):
         return deserialize_torch_tensor(message)
@@ -76,8 +33,28 @@ def decoded(message: runtime_pb2.Tensor, settings: ServerSettings) -> torch.Tens
     return codecs.decode(message, tuple(message.size)).to(DTYPES[message.dtype])
 
 
+def encoded(output: torch.Tensor, metadata: dict[str, Any], settings: ServerSettings) -> runtime_pb2.Tensor:
+    """Return the message of an answer, under the compression that the request's metadata asks for."""
+    codes = metadata.get("output_compression")
+    if codes is None:
+        codes = (_CODES.NONE,)
+    if not isinstance(codes, (list, tuple)) or len(codes) != 1 or not isinstance(codes[0], int):
+        raise ValueError(f"expected output_compression to be a tuple of one code, found {codes!r}")
+    code: int = codes[0]
+    # Our own encoder writes uncompressed tensors: hivemind's widens bfloat16 unless a global flag is turned.
+    if code == _CODES.NONE:
+        return encode_tensor(output)
+    if code == _CODES.BLOCKWISE_8BIT:
+        if not settings.has_bitsandbytes:
+            raise ImportError(_NO_BITSANDBYTES)
+        answer = codecs.encode(output, code)
+        answer.dtype = dtype_name(output.dtype)
+        return answer
+    return serialize_torch_tensor(output, code, allow_inplace=True)
+
+
 def read_metadata(request: runtime_pb2.ExpertRequest) -> dict[str, Any]:
-    """The request's metadata; raises ValueError when it is not a dictionary."""
+    """Return the request's metadata; raises ValueError when it is not a dictionary."""
     metadata = MSGPackSerializer.loads(request.metadata) if request.metadata else {}
     if not isinstance(metadata, dict):
         raise ValueError(f"expected metadata to be a dictionary, found {type(metadata).__name__}")
@@ -85,7 +62,7 @@ def read_metadata(request: runtime_pb2.ExpertRequest) -> dict[str, Any]:
 
 
 def unpacked(tensors: Sequence[torch.Tensor], metadata: dict[str, Any], count: int) -> Sequence[torch.Tensor]:
-    """The call's first `count` arguments: `args_structure` says which tensor is which."""
+    """Return the first `count` arguments of a call; its `args_structure` says which tensor is which."""
     structure = metadata.get("args_structure")
     if structure is not None:
         marks = structure[0]
@@ -98,5 +75,5 @@ def unpacked(tensors: Sequence[torch.Tensor], metadata: dict[str, Any], count: i
 
 
 def given(tensor: torch.Tensor) -> torch.Tensor | None:
-    """An argument that may be left out: an empty tensor stands for None."""
+    """Return an argument that may be left out: an empty tensor stands for None."""
     return tensor if tensor.numel() else None

@@ -1,7 +1,7 @@
 """Inference sessions: rpc_inference and rpc_push, with a key-value cache that lives as long as the stream.
 
-Source: what Petals 2.3.0.dev2 servers do (section 5 of the wire's description); where they go on with wrong numbers,
-as when a rollback goes forward, these refuse.
+Source: what Petals 2.3.0.dev2 servers do (`petals_eval/swarm/wire/PROTOCOL.md`, rpc_inference). Where those go on with
+wrong numbers, as when a roll-back goes forward, these refuse.
 """
 
 import asyncio
@@ -16,12 +16,13 @@ from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 
 from petals_eval.local_swarm.faults.catalog import LockedCache, OtherLayout
-from petals_eval.local_swarm.faults.injector import Switchboard
-from petals_eval.local_swarm.server.cache_budget import CacheBudget
-from petals_eval.local_swarm.server.compute import Compute, Work
-from petals_eval.local_swarm.server.messages import ServedBlocks, decoded, given, read_metadata, unpacked
-from petals_eval.local_swarm.server.settings import ServerSettings
-from petals_eval.model.blocks import BlockSpan
+from petals_eval.local_swarm.faults.injector import wait_for_ever
+from petals_eval.local_swarm.server.messages import decoded, given, read_metadata, unpacked
+from petals_eval.local_swarm.server.served_span import ServedSpan
+from petals_eval.local_swarm.work import Work
+from petals_eval.swarm.tasks import retrieve_exception
+from petals_eval.swarm.wire.messages import SESSION_TENSORS, block_uid
+from petals_eval.swarm.wire.span import Span
 
 __all__ = ["Sessions"]
 
@@ -31,71 +32,53 @@ Push = Callable[[PeerID, runtime_pb2.ExpertRequest], Awaitable[object]]
 
 
 class Sessions:
-    """The open sessions of one server.
+    """The open sessions of one server. push: sends a step's output to the session of the next server."""
 
-    compute: runs a step. push: sends a step's output to the session of the next server.
-    """
-
-    def __init__(
-        self,
-        settings: ServerSettings,
-        span: BlockSpan,
-        compute: Compute,
-        budget: CacheBudget,
-        push: Push,
-        faults: Switchboard,
-    ):
-        self._settings = settings
-        self._span = span
-        self._blocks = ServedBlocks(settings, span)
-        self._compute = compute
-        self._budget = budget
+    def __init__(self, served: ServedSpan, push: Push):
+        self._served = served
         self._push = push
-        self._faults = faults
         self._pushed: dict[str, asyncio.Queue[runtime_pb2.ExpertRequest]] = {}  # by session id
         self._pushing: set[asyncio.Task[None]] = set()
 
     async def infer(
         self, requests: AsyncIterator[runtime_pb2.ExpertRequest], remote: str
     ) -> AsyncGenerator[runtime_pb2.ExpertResponse, None]:
-        """One session: a response for each step, until an empty request, the end of the stream or a timeout.
+        """Run one session: a response for each step, until an empty request, the end of the stream or a timeout.
 
         remote: peer id of the client. Raises AllocationFailed when the cache has no room, ValueError for what the
         session cannot do; the client gets the text.
         """
-        async with asyncio.timeout(self._settings.session_timeout):
+        settings, faults = self._served.settings, self._served.faults
+        async with asyncio.timeout(settings.session_timeout):
             try:
-                opening = await asyncio.wait_for(anext(requests), self._settings.step_timeout)
+                opening = await asyncio.wait_for(anext(requests), settings.step_timeout)
             except (TimeoutError, StopAsyncIteration):
                 return  # as Petals: a client that says nothing hears nothing
-            first, last = self._blocks.requested(opening.uid)
             metadata = read_metadata(opening)
-            max_length = self._max_length(metadata)
-            active_adapter = self._blocks.active_adapter(metadata)
-            batch = opening.tensors[0].size[0] if opening.tensors else 1
-            size = batch * max_length * self._span.cache_bytes_per_token * (last - first)
-            timeout = min(float(metadata.get("alloc_timeout", 0.0)), self._settings.max_alloc_timeout)
-            if layout := self._faults.acts(OtherLayout):
+            session = _Session(self._served, opening, metadata, remote)
+            timeout = min(float(metadata.get("alloc_timeout", 0.0)), settings.max_alloc_timeout)
+            if layout := faults.hits_call(OtherLayout):
                 raise ValueError(f"expected {layout[0].tensors} tensors in a step, found {len(opening.tensors)}")
-            if self._faults.acts(LockedCache):
-                await self._faults.for_ever()
-            async with self._budget.reserve(size, timeout):
-                session = _Session(self._settings, self._span, first, last, batch, max_length, metadata)
-                async with aclosing(self._steps(opening, requests, metadata.get("session_id"))) as steps:
-                    async for request, step in steps:
-                        work = session.work(request, step, active_adapter, remote)
-                        with self._faults.under_way():
-                            output = await self._compute(work) if work.hidden.numel() else work.hidden
-                            answer = await self._faults.sending(self._blocks.encoded(output, {}), remote)
-                            if self._faults.hangs_in_mid_answer():
-                                await self._faults.for_ever()
-                        if work.prompts is None:
-                            self._push_on(request, answer, step)
-                        yield runtime_pb2.ExpertResponse(tensors=[answer])
+            if faults.hits_call(LockedCache):
+                await wait_for_ever()
+            async with (
+                self._served.budget.reserve(session.cache_bytes, timeout),
+                aclosing(self._steps(opening, requests, metadata.get("session_id"))) as steps,
+            ):
+                async for request, step in steps:
+                    work = session.work(request, step)
+                    with faults.call_in_flight():
+                        output = await self._served.compute(work) if work.hidden.numel() else work.hidden
+                        answer = await self._served.answer(output, {}, remote)
+                        if faults.hangs("middle"):
+                            await wait_for_ever()
+                    if work.prompts is None:
+                        self._push_on(request, answer, step)
+                    yield runtime_pb2.ExpertResponse(tensors=[answer])
 
     def receive(self, request: runtime_pb2.ExpertRequest) -> None:
-        """A step that another server pushes. One for a session that is not open vanishes."""
-        self._blocks.requested(request.uid)
+        """Take a step that another server pushes; one for a session that is not open vanishes."""
+        self._served.requested(request.uid)
         session_id = read_metadata(request).get("session_id")
         if (queue := self._pushed.get(session_id or "")) is not None:
             queue.put_nowait(request)
@@ -108,7 +91,7 @@ class Sessions:
         requests: AsyncIterator[runtime_pb2.ExpertRequest],
         session_id: str | None,
     ) -> AsyncGenerator[tuple[runtime_pb2.ExpertRequest, dict[str, Any]], None]:
-        """The session's steps with their metadata, from the client and from other servers, each step once."""
+        """Yield the session's steps with their metadata, from the client and from other servers, each step once."""
         seen: set[str] = set()
         with self._receiving(session_id) as pushed:
             waiting: dict[str, asyncio.Task[runtime_pb2.ExpertRequest]] = {}
@@ -126,7 +109,7 @@ class Sessions:
                         waiting["server"] = asyncio.create_task(pushed.get())
                     done, _ = await asyncio.wait(
                         waiting.values(),
-                        timeout=self._settings.step_timeout,
+                        timeout=self._served.settings.step_timeout,
                         return_when=asyncio.FIRST_COMPLETED,
                     )
                     if not done:
@@ -139,7 +122,7 @@ class Sessions:
 
     @contextmanager
     def _receiving(self, session_id: str | None) -> Iterator[asyncio.Queue[runtime_pb2.ExpertRequest]]:
-        """Where the steps of this session that other servers push arrive."""
+        """Yield the queue in which the steps of this session arrive that other servers push."""
         queue: asyncio.Queue[runtime_pb2.ExpertRequest] = asyncio.Queue()
         if session_id is None:
             yield queue  # nobody can name it
@@ -153,14 +136,14 @@ class Sessions:
             del self._pushed[session_id]
 
     def _push_on(self, request: runtime_pb2.ExpertRequest, output: runtime_pb2.Tensor, step: dict[str, Any]) -> None:
-        """Send a step's output straight to the next server the client named, while the client gets it as well."""
+        """Send a step's output straight to the next server that the client named; the client gets it as well."""
         next_servers = step.get("next_servers")
         if not next_servers:
             return
-        peer_id, session_id, first, last = next_servers[0]
+        peer_id, session_id, start, stop = next_servers[0]
         metadata = {**step, "session_id": session_id, "next_servers": next_servers[1:], "pushed": True}
         message = runtime_pb2.ExpertRequest(
-            uid=" ".join(f"{self._settings.dht_prefix}.{block}" for block in range(first, last)),
+            uid=block_uid(self._served.settings.dht_prefix, start, stop),
             tensors=[output, *request.tensors[1:]],
             metadata=MSGPackSerializer.dumps(metadata),
         )
@@ -169,59 +152,49 @@ class Sessions:
         task.add_done_callback(self._pushed_on)
 
     async def _send(self, peer_id: PeerID, message: runtime_pb2.ExpertRequest) -> None:
-        await asyncio.wait_for(self._push(peer_id, message), self._settings.request_timeout)
+        await asyncio.wait_for(self._push(peer_id, message), self._served.settings.request_timeout)
 
-    def _pushed_on(self, task: asyncio.Task[None]) -> None:
-        """A push that failed loses nothing: the client sends the step as well."""
+    def _pushed_on(self, task: "asyncio.Task[None]") -> None:
+        """Forget a push that has ended. One that failed loses nothing: the client sends the step as well."""
         self._pushing.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if (error := retrieve_exception(task)) is not None:
             logger.debug("a push failed: %r", error)
-
-    def _max_length(self, metadata: dict[str, Any]) -> int:
-        max_length = metadata.get("max_length")
-        if not isinstance(max_length, int):
-            raise ValueError(f"rpc_inference metadata must contain int max_length, got {max_length!r}")
-        if not 0 <= max_length <= self._settings.session_tokens:
-            raise ValueError(f"Cannot allocate KV cache for {max_length} tokens, max = {self._settings.session_tokens}")
-        return max_length
 
 
 class _Session:
-    """One session's cache and its position in it."""
+    """One session: what it was opened with, its cache and its position in it.
 
-    def __init__(
-        self,
-        settings: ServerSettings,
-        span: BlockSpan,
-        first: int,
-        last: int,
-        batch: int,
-        max_length: int,
-        metadata: dict[str, Any],
-    ):
+    Raises ValueError, RuntimeError or KeyError for an opening that the server does not take.
+    """
+
+    def __init__(self, served: ServedSpan, opening: runtime_pb2.ExpertRequest, metadata: dict[str, Any], remote: str):
         from petals_eval.local_swarm.server.kv_cache import SessionCache
 
-        self._settings = settings
-        self._first, self._last = first, last
-        self._batch = batch
-        self._max_length = max_length
+        self._served, self._remote = served, remote
+        self._span: Span = served.requested(opening.uid)
+        self._max_length = self._checked_length(metadata.get("max_length"))
+        self._active_adapter = served.active_adapter(metadata)
+        self._batch = opening.tensors[0].size[0] if opening.tensors else 1
         self._structure = {"args_structure": metadata.get("args_structure")}
-        self._rolls_back = settings.rolls_back
-        self._hidden_size = span.hidden_size
-        self._cache = SessionCache(last - first, max_length, first - span.first)
+        self._cache = SessionCache(len(self._span), self._max_length, self._span.start - served.settings.start)
 
-    def work(self, request: runtime_pb2.ExpertRequest, step: dict[str, Any], active_adapter: str, remote: str) -> Work:
-        """Bring the cache to where the step starts; returns what is to compute there."""
-        tensors = [decoded(tensor, self._settings) for tensor in request.tensors]
-        hidden, prompts, hypo_ids = unpacked(tensors, self._structure | step, 3)
-        if hidden.ndim != 3 or hidden.shape[0] != self._batch or hidden.shape[2] != self._hidden_size:
+    @property
+    def cache_bytes(self) -> int:
+        """Room that its keys and values take."""
+        return self._batch * self._max_length * self._served.blocks.cache_bytes_per_token * len(self._span)
+
+    def work(self, request: runtime_pb2.ExpertRequest, step: dict[str, Any]) -> Work:
+        """Bring the cache to where the step starts, and return what is to be computed there."""
+        tensors = [decoded(tensor, self._served.settings) for tensor in request.tensors]
+        hidden, prompts, hypo_ids = unpacked(tensors, self._structure | step, SESSION_TENSORS)
+        size = self._served.blocks.hidden_size
+        if hidden.ndim != 3 or hidden.shape[0] != self._batch or hidden.shape[2] != size:
             raise ValueError(
-                f"expected hidden states ({self._batch}, seq, {self._hidden_size}), the session's batch and the "
+                f"expected hidden states ({self._batch}, seq, {size}), the session's batch and the "
                 f"model's size, found {tuple(hidden.shape)}"
             )
-        blocks = self._last - self._first
-        if given(prompts) is not None and len(prompts) != blocks:
-            raise ValueError(f"Received {len(prompts)} prompts for {blocks} backends")
+        if given(prompts) is not None and len(prompts) != len(self._span):
+            raise ValueError(f"Received {len(prompts)} prompts for {len(self._span)} backends")
         self._roll_back(step.get("start_from_position"))
         position, increment = self._cache.length, hidden.shape[1]
         if position + increment > self._max_length:
@@ -232,11 +205,19 @@ class _Session:
         if hidden.numel():  # a step of no tokens only reserves the cache
             self._reorder(given(hypo_ids))
         return Work(
-            "rpc_inference", self._first, self._last, hidden, given(prompts), active_adapter, remote, self._cache
+            "rpc_inference", self._span, hidden, given(prompts), self._active_adapter, self._remote, self._cache
         )
 
+    def _checked_length(self, max_length: Any) -> int:
+        if not isinstance(max_length, int):
+            raise ValueError(f"rpc_inference metadata must contain int max_length, got {max_length!r}")
+        most = self._served.settings.session_tokens
+        if not 0 <= max_length <= most:
+            raise ValueError(f"Cannot allocate KV cache for {max_length} tokens, max = {most}")
+        return max_length
+
     def _roll_back(self, position: Any) -> None:
-        if position is None or not self._rolls_back:
+        if position is None or not self._served.settings.rolls_back:
             return
         if not isinstance(position, int) or not 0 <= position <= self._cache.length:
             raise ValueError(f"expected start_from_position within 0:{self._cache.length}, found {position!r}")
@@ -253,5 +234,5 @@ class _Session:
 
 
 async def _next(requests: AsyncIterator[runtime_pb2.ExpertRequest]) -> runtime_pb2.ExpertRequest:
-    """The client's next request; an empty one, which ends the session, when its stream has ended."""
+    """Return the client's next request; an empty one, which ends the session, when its stream has ended."""
     return await anext(requests, runtime_pb2.ExpertRequest())

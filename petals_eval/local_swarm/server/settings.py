@@ -1,16 +1,17 @@
-"""What one server of the local swarm is told. Every default in one place, each with its unit."""
+"""What one server of the local swarm is told: every default in one place, each with its unit."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from petals_eval.local_swarm.faults.catalog import AnyFault, TrainingMode
+from petals_eval.swarm.wire.span import Span
 
 __all__ = ["ServerSettings"]
 
 
 class ServerSettings(BaseModel):
-    """Settings of one server. It travels to server processes as JSON."""
+    """Settings of one server, which travel to its process as JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -19,8 +20,8 @@ class ServerSettings(BaseModel):
     token: str | None = Field(default=None, repr=False)
     cache_dir: str | None = None
     dht_prefix: str
-    first: int = Field(ge=0)  # blocks first:last
-    last: int
+    start: int = Field(ge=0)  # the first of its blocks
+    stop: int  # the block after its last one
     initial_peers: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: the checkpoint's
 
@@ -33,9 +34,8 @@ class ServerSettings(BaseModel):
 
     max_batch_size: int = Field(default=2048, ge=1)  # tokens (batch x seq) of a call
     inference_max_length: int | None = Field(default=None, ge=1)  # tokens of a session; None: max_batch_size
-    attn_cache_tokens: int | None = Field(
-        default=None, ge=1
-    )  # tokens of all sessions; None: twice inference_max_length
+    # Tokens of all sessions together; None: twice inference_max_length.
+    attn_cache_tokens: int | None = Field(default=None, ge=1)
     max_chunk_bytes: int = Field(default=256 * 2**20, ge=1)  # of attention weights at once in a session's step
     max_alloc_timeout: float = Field(default=600.0, ge=0)  # seconds a session may wait for room in the cache
 
@@ -61,23 +61,28 @@ class ServerSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "ServerSettings":
-        if self.last <= self.first:
-            raise ValueError(f"expected a span first:last with last > first, found {self.first}:{self.last}")
+        if self.stop <= self.start:
+            raise ValueError(f"expected a span start:stop with stop > start, found {self.span}")
         if "." in self.dht_prefix or " " in self.dht_prefix or not self.dht_prefix:
             raise ValueError(f"expected a DHT prefix without dots and spaces, found {self.dht_prefix!r}")
         return self
 
     @property
-    def first_faults(self) -> tuple[AnyFault, ...]:
-        """Those it starts with."""
+    def span(self) -> Span:
+        """The blocks it holds."""
+        return Span(self.start, self.stop)
+
+    @property
+    def initial_faults(self) -> tuple[AnyFault, ...]:
+        """The faults it starts with."""
         return (*self.faults, *([TrainingMode(dropout=self.dropout)] if self.dropout else []))
 
     @property
     def session_tokens(self) -> int:
-        """Tokens one session may reserve."""
+        """Tokens that one session may reserve."""
         return self.inference_max_length or self.max_batch_size
 
     @property
     def cache_tokens(self) -> int:
-        """Tokens all sessions together may reserve."""
+        """Tokens that all sessions together may reserve."""
         return self.attn_cache_tokens or 2 * self.session_tokens

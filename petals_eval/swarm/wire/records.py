@@ -16,6 +16,7 @@ from petals_eval.swarm.wire.span import Span, joined
 from petals_eval.text import printable
 
 __all__ = [
+    "MODELS_KEY",
     "Announcement",
     "ServerFilter",
     "ServerRecord",
@@ -26,6 +27,9 @@ __all__ = [
     "peer_text",
     "read_snapshot",
 ]
+
+MODELS_KEY = "_petals.models"
+"""Key of the DHT under which servers announce their models, each under its DHT prefix as the subkey."""
 
 
 class ServerState(IntEnum):

@@ -2,10 +2,10 @@
 
 import asyncio
 import contextlib
-import math
 import uuid
 
 import torch
+from anyio.from_thread import start_blocking_portal
 from hivemind.compression.serialization import (
     deserialize_tensor_stream,
     deserialize_torch_tensor,
@@ -18,9 +18,8 @@ from hivemind.utils.asyncio import as_aiter
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.streaming import combine_from_streaming, split_for_streaming
 
-from petals_eval.local_swarm.loop_thread import LoopThread
 from petals_eval.local_swarm.peer import Peer
-from petals_eval.local_swarm.server.handler import TransformerConnectionHandler
+from petals_eval.local_swarm.server.handler import BlockHandler
 
 TIMEOUT = 60
 
@@ -29,23 +28,34 @@ class WireClient(contextlib.AbstractContextManager):
     """A peer in a swarm that calls its servers one RPC at a time."""
 
     def __init__(self, initial_peers):
-        self.loop = LoopThread("client")
-        self.peer = self.loop.run(Peer.open(initial_peers), TIMEOUT)
+        with contextlib.ExitStack() as opening:
+            self._portal = opening.enter_context(start_blocking_portal("asyncio", name="client"))
+            opening.callback(self._portal.call, self._portal.stop, True)
+            self.peer = self.run(Peer.open(initial_peers))
+            opening.callback(lambda: self.run(self.peer.close()))
+            self._ending = opening.pop_all()
 
     def __exit__(self, *exc_details):
-        self.loop.run(self.peer.close(), TIMEOUT)
-        self.loop.stop()
+        self._ending.close()
+
+    def run(self, call, seconds=TIMEOUT):
+        """Run a coroutine in the client's event loop; raises TimeoutError after so many seconds."""
+        return self._portal.call(asyncio.wait_for, call, seconds)
 
     def stub(self, peer_id):
-        return TransformerConnectionHandler.get_stub(self.peer.p2p, PeerID.from_base58(peer_id))
+        return BlockHandler.get_stub(self.peer.p2p, PeerID.from_base58(peer_id))
 
     def info(self, peer_id, uid=""):
-        answer = self.loop.run(self.stub(peer_id).rpc_info(runtime_pb2.ExpertUID(uid=uid)), TIMEOUT)
+        answer = self.run(self.stub(peer_id).rpc_info(runtime_pb2.ExpertUID(uid=uid)))
         return MSGPackSerializer.loads(answer.serialized_info)
+
+    def tokens_left(self, peer_id):
+        """Tokens that the server's cache has room for, times its blocks."""
+        return self.info(peer_id)["cache_tokens_available"]
 
     def forward(self, peer_id, uid, hidden, prompts=None, **metadata):
         call = self.stub(peer_id).rpc_forward(request(uid, hidden, prompts, **metadata))
-        return [deserialize_torch_tensor(tensor) for tensor in self.loop.run(call, TIMEOUT).tensors]
+        return [deserialize_torch_tensor(tensor) for tensor in self.run(call).tensors]
 
     def forward_stream(self, peer_id, uid, hidden, prompts=None, **metadata):
         whole = request(uid, hidden, prompts, **metadata)
@@ -59,13 +69,13 @@ class WireClient(contextlib.AbstractContextManager):
             answers = await self.stub(peer_id).rpc_forward_stream(as_aiter(*parts))
             return await deserialize_tensor_stream(answer.tensors async for answer in answers)
 
-        return self.loop.run(call(), TIMEOUT)
+        return self.run(call())
 
     def send(self, peer_id, message, method):
         """A request as it is, over rpc_forward or rpc_forward_stream; returns the tensors' messages, whole."""
         stub = self.stub(peer_id)
         if method == "forward":
-            return list(self.loop.run(stub.rpc_forward(message), TIMEOUT).tensors)
+            return list(self.run(stub.rpc_forward(message)).tensors)
 
         async def call():
             parts = [
@@ -76,18 +86,18 @@ class WireClient(contextlib.AbstractContextManager):
             answers = await stub.rpc_forward_stream(as_aiter(*parts))
             return [combine_from_streaming([part async for answer in answers for part in answer.tensors])]
 
-        return self.loop.run(call(), TIMEOUT)
+        return self.run(call())
 
     def record(self, key):
         """Subkeys and values found under `key`, freshest first."""
-        found = self.loop.run(self.peer.node.get(key, latest=True), TIMEOUT)
+        found = self.run(self.peer.node.get(key, latest=True))
         return {} if found is None else {subkey: entry.value for subkey, entry in found.value.items()}
 
     def lifetimes(self, key):
         """Seconds each subkey of `key` still has."""
         from hivemind.utils.timed_storage import get_dht_time
 
-        found = self.loop.run(self.peer.node.get(key, latest=True), TIMEOUT)
+        found = self.run(self.peer.node.get(key, latest=True))
         now = get_dht_time()
         return {subkey: entry.expiration_time - now for subkey, entry in found.value.items()}
 
@@ -106,11 +116,6 @@ def chain(prefix, first, last):
     return " ".join(f"{prefix}.{block}" for block in range(first, last))
 
 
-def distance(found, expected):
-    assert found.shape == expected.shape and math.isfinite(float(found.float().sum()))
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
 class WireSession(contextlib.AbstractContextManager):
     """A stream of rpc_inference to one server: `step` sends hidden states and waits for those that come back."""
 
@@ -119,7 +124,7 @@ class WireSession(contextlib.AbstractContextManager):
         self.session_id = metadata.setdefault("session_id", str(uuid.uuid4()))
         self.requests = asyncio.Queue()
         self.is_first = True
-        self.responses = client.loop.run(self._open(peer_id), TIMEOUT)
+        self.responses = client.run(self._open(peer_id))
 
     async def _open(self, peer_id):
         async def requests():
@@ -156,7 +161,7 @@ class WireSession(contextlib.AbstractContextManager):
                 return await anext(self.responses, None)
             return None
 
-        response = self.client.loop.run(receive(), timeout)
+        response = self.client.run(receive(), timeout)
         return None if response is None else deserialize_torch_tensor(response.tensors[0])
 
     def step(self, *args, **metadata):
@@ -170,13 +175,13 @@ class WireSession(contextlib.AbstractContextManager):
 
     def hang_up(self):
         """Vanish without a word."""
-        self.client.loop.run(self.responses.aclose(), TIMEOUT)
+        self.client.run(self.responses.aclose())
 
     def _put(self, message):
         async def put():
             await self.requests.put(message)
 
-        self.client.loop.run(put(), TIMEOUT)
+        self.client.run(put())
 
     def __exit__(self, *exc_details):
         self.hang_up()

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
@@ -13,8 +11,9 @@ import torch
 from petals_eval.errors import ConfigError, MachineError, ModelError
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.model.blocks import BlockSpan
-from tests.local_swarm.wire_client import WireClient, chain, distance
-from tests.tiny_models import make_tiny
+from tests.support.tensors import distance
+from tests.support.tiny_models import make_tiny
+from tests.support.wire_client import WireClient, chain
 
 BLOCKS = 4
 
@@ -27,12 +26,6 @@ def folder(tmp_path_factory):
 def children():
     """Processes below this one, zombies included, other tests' excepted."""
     return {process.pid: process for process in psutil.Process().children(recursive=True)}
-
-
-def gone(processes, seconds):
-    """Whether all `processes` end within `seconds`."""
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    return not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.parametrize("mode", ["process", "thread"])
@@ -98,34 +91,3 @@ def test_a_server_that_cannot_start_says_why(folder, tmp_path):
     with pytest.raises(MachineError, match=r"did not serve in time|cannot be started"):
         LocalSwarm(folder, servers=1, startup_timeout=0.5).start()
     assert set(children()) <= set(before)
-
-
-@pytest.mark.parametrize(
-    ("mode", "number"), [("process", signal.SIGKILL), ("process", signal.SIGINT), ("thread", signal.SIGKILL)]
-)
-def test_nothing_outlives_the_launcher(folder, mode, number):
-    program = (
-        "import signal, sys\n"
-        "from petals_eval.local_swarm import LocalSwarm\n"
-        # A shell without a terminal starts its background jobs with SIGINT ignored, and this would inherit it.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "with LocalSwarm(sys.argv[1], servers=2, mode=sys.argv[2]) as swarm:\n"
-        "    print('up', flush=True)\n"
-        "    swarm.wait()\n"
-    )
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", program, str(folder), mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert launcher.stdout.readline() == "up\n"
-        below = psutil.Process(launcher.pid).children(recursive=True)
-        assert sum(process.name() == "p2pd" for process in below) == 3
-        launcher.send_signal(number)
-        assert gone(below, 20)
-        _, errors = launcher.communicate(timeout=20)
-    finally:
-        launcher.kill()
-        launcher.wait()
-    if number == signal.SIGINT:
-        assert errors.rstrip().endswith("KeyboardInterrupt"), "one traceback, the launcher's own"
-        assert errors.count("Traceback") == 1

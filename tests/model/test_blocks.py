@@ -4,47 +4,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import nn
 
 from petals_eval.errors import ModelError
 from petals_eval.model.blocks import BlockSpan
-from tests.tiny_models import FAMILIES, make_tiny
+from tests.support.hugging_face import Reference
+from tests.support.tensors import distance, hidden_states
+from tests.support.tiny_models import FAMILIES, make_tiny
 
 BLOCKS = 4
 SPLIT = ((0, 1), (1, 3), (3, 4))
-
-
-class Reference:
-    """Hugging Face's base model, called from the hidden states that a client sends to those it gets back."""
-
-    def __init__(self, folder, dtype=torch.float32):
-        from transformers import AutoModel
-
-        self.model = AutoModel.from_pretrained(folder, dtype=dtype).eval()
-        self.blocks = self.model.layers if hasattr(self.model, "layers") else self.model.h
-        for around in ("embed_tokens", "word_embeddings", "word_embeddings_layernorm", "norm", "ln_f"):
-            if hasattr(self.model, around):
-                setattr(self.model, around, nn.Identity())
-
-    @torch.no_grad()
-    def forward(self, hidden, prompts=None):
-        hooks = []
-        for block, prompt in zip(self.blocks, prompts if prompts is not None else (), strict=False):
-
-            def add(module, args, prompt=prompt):
-                pad = hidden.shape[1] - prompt.shape[1]
-                return args[0] + nn.functional.pad(prompt, (0, 0, 0, pad)), *args[1:]
-
-            hooks.append(block.register_forward_pre_hook(add))
-        output = self.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        for hook in hooks:
-            hook.remove()
-        return output
-
-
-def distance(found, expected):
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -54,7 +22,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture
 def hidden():
-    return torch.randn(3, 11, 32, generator=torch.Generator().manual_seed(1))
+    return hidden_states(3, 11, seed=1)
 
 
 def through(spans, hidden, prompts=None):

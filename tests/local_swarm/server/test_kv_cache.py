@@ -1,15 +1,13 @@
 """Blocks computed step by step with a cache equal Hugging Face's one forward, for every family."""
 
-import asyncio
-
 import pytest
 import torch
 
-from petals_eval.local_swarm.server.compute import SpanThread, Work
 from petals_eval.local_swarm.server.kv_cache import SessionCache
 from petals_eval.model.blocks import BlockSpan
-from tests.local_swarm.test_blocks import Reference, distance
-from tests.tiny_models import FAMILIES, make_tiny
+from tests.support.hugging_face import Reference
+from tests.support.tensors import distance, hidden_states
+from tests.support.tiny_models import FAMILIES, make_tiny
 
 BLOCKS = 4
 STEPS = (5, 1, 1, 6, 1)
@@ -23,7 +21,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture
 def hidden():
-    return torch.randn(3, POSITIONS, 32, generator=torch.Generator().manual_seed(1))
+    return hidden_states(3, POSITIONS, seed=1)
 
 
 def stepwise(span, hidden, steps=STEPS, *, first=None, last=None, cache=None):
@@ -97,25 +95,3 @@ def test_windows_and_alibi(family, window, hidden, tmp_path):
 def test_bfloat16(folder, hidden):
     span = BlockSpan.load(str(folder), 0, BLOCKS, torch.bfloat16)
     assert distance(stepwise(span, hidden), span.forward(hidden)) < 3e-2
-
-
-def test_long_steps_are_computed_in_chunks(folder, hidden):
-    span = BlockSpan.load(str(folder), 0, BLOCKS)
-    prompts = torch.randn(BLOCKS, 1, 5, 32)
-    per_position = span.attention_heads * 3 * 4 * POSITIONS
-    lengths = []
-
-    class Watched(BlockSpan):
-        def forward(self, hidden, *args, **kwargs):
-            lengths.append(hidden.shape[1])
-            return super().forward(hidden, *args, **kwargs)
-
-    span.__class__ = Watched
-    thread = SpanThread(span, max_batch_size=1000, max_chunk_bytes=4 * per_position)
-    try:
-        work = Work("rpc_inference", 0, BLOCKS, hidden, prompts, "", "", SessionCache(BLOCKS, POSITIONS))
-        output = asyncio.run(thread(work))
-    finally:
-        thread.close()
-    assert lengths == [4, 4, 4, 2], "the deep prompts reach into the second chunk"
-    assert distance(output, Reference(folder).forward(hidden, prompts)) < 1e-5

@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,8 +9,10 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PHandlerError
 
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.model.blocks import BlockSpan
-from tests.local_swarm.wire_client import WireClient, WireSession, chain, distance
-from tests.tiny_models import make_tiny
+from tests.support.tensors import distance, hidden_states
+from tests.support.tiny_models import make_tiny
+from tests.support.waiting import until
+from tests.support.wire_client import WireClient, WireSession, chain
 
 BLOCKS = 4
 HIDDEN = 32
@@ -46,27 +47,12 @@ def local(folder):
 def server(swarm, client):
     """The server of all blocks, its cache empty: a session that was hung up on ends a moment later."""
     peer_id = swarm.servers[0].peer_id
-    until(lambda: tokens_left(client, peer_id) == TOKENS)
+    until(lambda: client.tokens_left(peer_id) // BLOCKS == TOKENS)
     return peer_id
 
 
-def states(batch, seq, seed=0):
-    return torch.randn(batch, seq, HIDDEN, generator=torch.Generator().manual_seed(seed))
-
-
-def tokens_left(client, server):
-    return client.info(server)["cache_tokens_available"] // BLOCKS
-
-
-def until(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
 def test_steps_equal_one_forward(client, server, local):
-    hidden = states(2, 12)
+    hidden = hidden_states(2, 12)
     with WireSession(client, server, ALL, max_length=12) as session:
         outputs = [session.step(part) for part in hidden.split((5, 1, 6), dim=1)]
         session.finish()
@@ -74,34 +60,34 @@ def test_steps_equal_one_forward(client, server, local):
 
 
 def test_part_of_a_servers_blocks(client, server, local):
-    hidden = states(2, 6)
+    hidden = hidden_states(2, 6)
     with WireSession(client, server, chain("tiny", 1, 3), max_length=12) as session:
         outputs = [session.step(part) for part in hidden.split((4, 2), dim=1)]
     assert distance(torch.cat(outputs, dim=1), local.forward(hidden, first=1, last=3)) < 1e-5
 
 
 def test_deep_prompts_in_the_first_step(client, server, local):
-    hidden, prompts = states(2, 9), torch.randn(BLOCKS, 1, 3, HIDDEN)
+    hidden, prompts = hidden_states(2, 9), torch.randn(BLOCKS, 1, 3, HIDDEN)
     with WireSession(client, server, ALL, max_length=12) as session:
         outputs = [session.step(hidden[:, :5], prompts), session.step(hidden[:, 5:])]
     assert distance(torch.cat(outputs, dim=1), local.forward(hidden, prompts)) < 1e-5
 
 
 def test_a_step_of_no_tokens_reserves_the_cache(client, server, local):
-    hidden = states(2, 4)
+    hidden = hidden_states(2, 4)
     with WireSession(client, server, ALL, max_length=50) as session:
         assert session.step(hidden[:, :0]).shape == (2, 0, HIDDEN)
-        assert tokens_left(client, server) == TOKENS - 2 * 50
+        assert client.tokens_left(server) // BLOCKS == TOKENS - 2 * 50
         assert distance(session.step(hidden), local.forward(hidden)) < 1e-5
         session.finish()
-    assert tokens_left(client, server) == TOKENS
+    assert client.tokens_left(server) // BLOCKS == TOKENS
 
 
 def test_rolling_back(client, server, local):
-    hidden = states(2, 8)
+    hidden = hidden_states(2, 8)
     with WireSession(client, server, ALL, max_length=12) as session:
         session.step(hidden[:, :5])
-        session.step(states(2, 4, seed=9))
+        session.step(hidden_states(2, 4, seed=9))
         back = session.step(hidden[:, 5:], start_from_position=5)
         assert distance(back, local.forward(hidden)[:, 5:]) < 1e-5
         assert distance(session.step(hidden, start_from_position=0), local.forward(hidden)) < 1e-5
@@ -110,7 +96,7 @@ def test_rolling_back(client, server, local):
 
 
 def test_a_server_of_the_older_line_goes_on_appending(folder, local):
-    hidden = states(1, 6)
+    hidden = hidden_states(1, 6)
     with (
         LocalSwarm(folder, servers=1, mode="thread", rolls_back=False, version="2.2.0.post1") as swarm,
         WireClient(swarm.initial_peers) as client,
@@ -125,7 +111,7 @@ def test_a_server_of_the_older_line_goes_on_appending(folder, local):
 
 
 def test_hypo_ids_reorder_rows(client, server, local):
-    hidden, rows = states(3, 7), torch.tensor([1, 1, 0])
+    hidden, rows = hidden_states(3, 7), torch.tensor([1, 1, 0])
     with WireSession(client, server, ALL, max_length=12) as session:
         session.step(hidden[:, :5])
         output = session.step(hidden[:, 5:], None, rows)
@@ -136,7 +122,7 @@ def test_hypo_ids_reorder_rows(client, server, local):
 
 
 def test_a_long_input_in_steps_within_the_batch_limit(client, server, local):
-    hidden = states(1, 100)
+    hidden = hidden_states(1, 100)
     with pytest.raises(P2PHandlerError, match=r"greater than max_batch_size \(64\)"):
         client.forward(server, ALL, hidden)
     with WireSession(client, server, ALL, max_length=100) as session:
@@ -147,24 +133,27 @@ def test_a_long_input_in_steps_within_the_batch_limit(client, server, local):
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ([(states(1, 4), {"max_length": 101})], r"Cannot allocate KV cache for 101 tokens, max = 100"),
-        ([(states(1, 4), {})], r"must contain int max_length, got None"),
-        ([(states(1, 65), {"max_length": 100})], r"Task size greater than max_batch_size \(64\)"),
-        ([(states(1, 4), {"max_length": 3})], r"Maximum length exceeded: prefix 0 \+ current 4 exceeds .* 3"),
+        ([(hidden_states(1, 4), {"max_length": 101})], r"Cannot allocate KV cache for 101 tokens, max = 100"),
+        ([(hidden_states(1, 4), {})], r"must contain int max_length, got None"),
+        ([(hidden_states(1, 65), {"max_length": 100})], r"Task size greater than max_batch_size \(64\)"),
+        ([(hidden_states(1, 4), {"max_length": 3})], r"Maximum length exceeded: prefix 0 \+ current 4 exceeds .* 3"),
         (
-            [(states(1, 4), {"max_length": 9}), (states(2, 1), {})],
+            [(hidden_states(1, 4), {"max_length": 9}), (hidden_states(2, 1), {})],
             r"expected hidden states \(1, seq, 32\), the session",
         ),
-        ([(states(1, 4), {"max_length": 9, "active_adapter": "x"})], r"adapter x not found"),
-        ([(states(3, 4), {"max_length": 99})], r"Could not allocate \d+ bytes immediately: out of memory"),
-        ([(states(3, 4), {"max_length": 99, "alloc_timeout": 60.0})], r"Could not allocate \d+ bytes, max cache size"),
+        ([(hidden_states(1, 4), {"max_length": 9, "active_adapter": "x"})], r"adapter x not found"),
+        ([(hidden_states(3, 4), {"max_length": 99})], r"Could not allocate \d+ bytes immediately: out of memory"),
+        (
+            [(hidden_states(3, 4), {"max_length": 99, "alloc_timeout": 60.0})],
+            r"Could not allocate \d+ bytes, max cache size",
+        ),
     ],
 )
 def test_refusals(client, server, steps, message):
     with WireSession(client, server, ALL) as session, pytest.raises(P2PHandlerError, match=message):
         for hidden, metadata in steps:
             session.step(hidden, **metadata)
-    until(lambda: tokens_left(client, server) == TOKENS)
+    until(lambda: client.tokens_left(server) // BLOCKS == TOKENS)
 
 
 def test_wrong_blocks_and_wrong_number_of_prompts(client, server):
@@ -172,96 +161,45 @@ def test_wrong_blocks_and_wrong_number_of_prompts(client, server):
         WireSession(client, server, "tiny.9", max_length=9) as session,
         pytest.raises(P2PHandlerError, match=r"Remote peer does not serve tiny\.9"),
     ):
-        session.step(states(1, 3))
+        session.step(hidden_states(1, 3))
     with (
         WireSession(client, server, ALL, max_length=9) as session,
         pytest.raises(P2PHandlerError, match="Received 2 prompts for 4 backends"),
     ):
-        session.step(states(1, 3), torch.randn(2, 1, 3, HIDDEN))
+        session.step(hidden_states(1, 3), torch.randn(2, 1, 3, HIDDEN))
 
 
 def test_a_full_cache_is_refused_at_once_or_waited_for(client, server, local):
     with WireSession(client, server, ALL, max_length=90) as first:
-        first.step(states(2, 1))  # 180 of 200
+        first.step(hidden_states(2, 1))  # 180 of 200
         with (
             WireSession(client, server, ALL, max_length=30) as second,
             pytest.raises(P2PHandlerError, match="bytes immediately: out of memory"),
         ):
-            second.step(states(1, 1))
+            second.step(hidden_states(1, 1))
         with (
             WireSession(client, server, ALL, max_length=30, alloc_timeout=0.2) as second,
             pytest.raises(P2PHandlerError, match=r"Could not allocate \d+ within 0\.2 seconds"),
         ):
-            second.step(states(1, 1))
+            second.step(hidden_states(1, 1))
         with WireSession(client, server, ALL, max_length=20) as second:
-            second.step(states(1, 1))  # what is left is still to be had
-        until(lambda: tokens_left(client, server) == TOKENS - 180)
+            second.step(hidden_states(1, 1))  # what is left is still to be had
+        until(lambda: client.tokens_left(server) // BLOCKS == TOKENS - 180)
         with WireSession(client, server, ALL, max_length=30, alloc_timeout=30.0) as patient:
-            hidden = states(1, 2)
+            hidden = hidden_states(1, 2)
             patient.send(hidden)
             time.sleep(0.3)
             first.finish()
             assert distance(patient.receive(), local.forward(hidden)) < 1e-5
-    until(lambda: tokens_left(client, server) == TOKENS)
-
-
-@pytest.fixture
-def small(folder):
-    """A server with room for ten positions, and two clients of it."""
-    with (
-        LocalSwarm(folder, servers=1, mode="thread", inference_max_length=10, attn_cache_tokens=10) as swarm,
-        WireClient(swarm.initial_peers) as one,
-        WireClient(swarm.initial_peers) as other,
-    ):
-        yield swarm.servers[0].peer_id, one, other
-
-
-def refused(client, server, tokens, **metadata):
-    with WireSession(client, server, ALL, max_length=tokens, **metadata) as session, pytest.raises(P2PHandlerError):
-        session.step(states(1, 0))
-
-
-def test_two_that_wait_at_once_for_a_full_cache_lose_its_lock_for_everybody(small, local):
-    """As real servers do, which `tests.interop.test_harmless_on_real_servers` shows."""
-    server, one, other = small
-    with WireSession(one, server, ALL, max_length=10) as holder:
-        holder.step(states(1, 1))
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda client: refused(client, server, 5, alloc_timeout=0.5), (one, other)))
-        holder.finish()
-    assert tokens_left(one, server) == 10, "it says that there is room"
-    for _ in range(2):
-        with WireSession(other, server, ALL, max_length=4) as session:
-            session.send(states(1, 0))
-            with pytest.raises(TimeoutError):
-                session.receive(0.5)
-    refused(one, server, 4)  # what those ask for that wait in vain is counted for ever
-    assert tokens_left(one, server) == 10
-    (found,) = one.forward(server, ALL, states(1, 3))
-    assert distance(found, local.forward(states(1, 3))) < 1e-5
-
-
-def test_one_that_waits_in_vain_harms_nobody(small):
-    server, one, other = small
-    with WireSession(one, server, ALL, max_length=10) as holder:
-        holder.step(states(1, 1))
-        refused(other, server, 5, alloc_timeout=0.3)
-        with WireSession(other, server, ALL, max_length=5, alloc_timeout=60.0) as gone:
-            gone.send(states(1, 0))
-            with pytest.raises(TimeoutError):
-                gone.receive(0.2)
-        holder.finish()
-    until(lambda: tokens_left(one, server) == 10)  # also where who waited has left, and is given it all the same
-    with WireSession(one, server, ALL, max_length=10) as session:
-        assert session.step(states(1, 1)).shape == (1, 1, HIDDEN)
+    until(lambda: client.tokens_left(server) // BLOCKS == TOKENS)
 
 
 def test_a_client_that_vanishes_frees_its_cache(client, server):
     session = WireSession(client, server, ALL, max_length=90)
-    session.step(states(2, 1))
-    assert tokens_left(client, server) == TOKENS - 180
+    session.step(hidden_states(2, 1))
+    assert client.tokens_left(server) // BLOCKS == TOKENS - 180
     session.hang_up()
-    until(lambda: tokens_left(client, server) == TOKENS)
+    until(lambda: client.tokens_left(server) // BLOCKS == TOKENS)
 
 
 def test_steps_and_sessions_time_out(folder):
@@ -271,22 +209,22 @@ def test_steps_and_sessions_time_out(folder):
         WireClient(swarm.initial_peers) as client,
     ):
         server = swarm.servers[0].peer_id
-        free = client.info(server)["cache_tokens_available"]
+        free = client.tokens_left(server)
         with WireSession(client, server, ALL, max_length=9) as slow:
-            slow.step(states(1, 1))
-            assert client.info(server)["cache_tokens_available"] < free
-            until(lambda: client.info(server)["cache_tokens_available"] == free)
+            slow.step(hidden_states(1, 1))
+            assert client.tokens_left(server) < free
+            until(lambda: client.tokens_left(server) == free)
         started = time.monotonic()
         with WireSession(client, server, ALL, max_length=90) as endless, contextlib.suppress(P2PHandlerError):
-            while endless.step(states(1, 1)) is not None:
+            while endless.step(hidden_states(1, 1)) is not None:
                 time.sleep(0.1)
         assert 1.5 < time.monotonic() - started < 8
-        until(lambda: client.info(server)["cache_tokens_available"] == free)
+        until(lambda: client.tokens_left(server) == free)
 
 
 def test_a_server_pushes_its_output_to_the_next(swarm, client, local):
     _, head, tail = swarm.servers
-    hidden = states(2, 6)
+    hidden = hidden_states(2, 6)
     expected = local.forward(hidden)
     with (
         WireSession(client, head.peer_id, chain("tiny", 0, 2), max_length=10) as first,
@@ -307,7 +245,7 @@ def test_a_server_pushes_its_output_to_the_next(swarm, client, local):
 
 
 def test_the_copy_that_comes_second_is_ignored(swarm, client, local):
-    hidden = states(1, 3)
+    hidden = hidden_states(1, 3)
     with WireSession(client, swarm.servers[0].peer_id, ALL, max_length=10) as session:
         outputs = [session.step(hidden[:, :2], step_id="a")]
         session.send(hidden[:, :2], step_id="a")
@@ -321,9 +259,9 @@ def test_nothing_is_pushed_where_deep_prompts_are(swarm, client):
         WireSession(client, head.peer_id, chain("tiny", 0, 2), max_length=10) as first,
         WireSession(client, tail.peer_id, chain("tiny", 2, 4), max_length=10) as second,
     ):
-        second.step(states(1, 1))
+        second.step(hidden_states(1, 1))
         next_servers = [(tail.peer_id, second.session_id, 2, 4)]
-        first.step(states(1, 3), torch.randn(2, 1, 2, HIDDEN), next_servers=next_servers)
+        first.step(hidden_states(1, 3), torch.randn(2, 1, 2, HIDDEN), next_servers=next_servers)
         with pytest.raises(TimeoutError):
             second.receive(0.5)
 
@@ -331,24 +269,24 @@ def test_nothing_is_pushed_where_deep_prompts_are(swarm, client):
 def test_a_push_to_nobody_vanishes(swarm, client):
     _, head, tail = swarm.servers
     with WireSession(client, head.peer_id, chain("tiny", 0, 2), max_length=10) as first:
-        first.step(states(1, 3), next_servers=[(tail.peer_id, "no such session", 2, 4)])
-        first.step(states(1, 3), next_servers=[(client.peer.peer_id, "not even a server", 2, 4)])
-        assert first.step(states(1, 1)).shape == (1, 1, HIDDEN)
+        first.step(hidden_states(1, 3), next_servers=[(tail.peer_id, "no such session", 2, 4)])
+        first.step(hidden_states(1, 3), next_servers=[(client.peer.peer_id, "not even a server", 2, 4)])
+        assert first.step(hidden_states(1, 1)).shape == (1, 1, HIDDEN)
 
 
 def test_a_session_id_is_taken_once(client, server):
     with WireSession(client, server, ALL, max_length=9, session_id="one") as first:
-        first.step(states(1, 1))
+        first.step(hidden_states(1, 1))
         with (
             WireSession(client, server, ALL, max_length=9, session_id="one") as second,
             pytest.raises(P2PHandlerError, match="session id one is not unique"),
         ):
-            second.step(states(1, 1))
-        first.step(states(1, 1))
+            second.step(hidden_states(1, 1))
+        first.step(hidden_states(1, 1))
 
 
 def test_sessions_side_by_side(client, server, local):
-    one, other = states(1, 6, seed=1), states(1, 6, seed=2)
+    one, other = hidden_states(1, 6, seed=1), hidden_states(1, 6, seed=2)
     with (
         WireSession(client, server, ALL, max_length=6) as first,
         WireSession(client, server, ALL, max_length=6) as second,

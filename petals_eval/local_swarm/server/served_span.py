@@ -1,0 +1,67 @@
+"""The span of one server with all that its calls and sessions have in common."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from hivemind.proto import runtime_pb2
+
+from petals_eval.local_swarm.faults.injector import FaultInjector
+from petals_eval.local_swarm.server.cache_budget import CacheBudget
+from petals_eval.local_swarm.server.messages import encoded
+from petals_eval.local_swarm.server.settings import ServerSettings
+from petals_eval.local_swarm.work import Compute
+from petals_eval.model.blocks import BlockSpan
+from petals_eval.swarm.wire.messages import block_uid
+from petals_eval.swarm.wire.span import Span
+
+__all__ = ["ServedSpan"]
+
+
+@dataclass(frozen=True, eq=False)
+class ServedSpan:
+    """A server's blocks, how they are computed, and what their calls share.
+
+    compute: applies blocks to hidden states, behind the server's middleware.
+    budget: the room for the caches of sessions.
+    """
+
+    settings: ServerSettings
+    blocks: BlockSpan
+    compute: Compute
+    budget: CacheBudget
+    faults: FaultInjector
+
+    @cached_property
+    def uids(self) -> dict[str, int]:
+        """The blocks by their uids."""
+        span = self.settings.span
+        return {block_uid(self.settings.dht_prefix, block): block for block in range(span.start, span.stop)}
+
+    def requested(self, uid: str) -> Span:
+        """Return the blocks that a chain of uids names.
+
+        Raises RuntimeError for blocks that this server does not hold, ValueError for ones that are not consecutive.
+        """
+        chain = (uid or "").split(" ")
+        for one in chain:
+            if one not in self.uids:
+                raise RuntimeError(f"Remote peer does not serve {one}")
+        blocks = [self.uids[one] for one in chain]
+        span = Span(blocks[0], blocks[0] + len(blocks))
+        if blocks != list(range(span.start, span.stop)):
+            raise ValueError(f"expected consecutive blocks, found {uid}")
+        return span
+
+    def active_adapter(self, metadata: dict[str, Any]) -> str:
+        """Return the LoRA adapter that a call names; raises KeyError for one that this server did not announce."""
+        name = metadata.get("active_adapter") or ""
+        if name and name not in self.settings.adapters:
+            raise KeyError(f"adapter {name} not found")
+        return name
+
+    async def answer(self, output: torch.Tensor, metadata: dict[str, Any], remote: str) -> runtime_pb2.Tensor:
+        """Return hidden states as they are sent to a client (peer id, base58), with the faults that hit the message."""
+        message = encoded(output.to(self.blocks.dtype), metadata, self.settings)
+        return await self.faults.tampered(message, remote)

@@ -1,0 +1,1 @@
+"""What tests share: tensors, tiny models, swarms to run over, and a bare client of the wire."""
