@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_samples import SERVERS, prediction, reachable_folder, unprivileged
 
 from petals_eval.errors import MachineError, RunFolderError
 from petals_eval.interrupts import now_or_soon
@@ -19,6 +18,7 @@ from petals_eval.runs import Counts, Journal, ServerUsed
 from petals_eval.runs import journal as journal_module
 from petals_eval.runs.lookup_tables import SmallTables
 from petals_eval.runs.rows import Row
+from tests.runs.samples import SERVERS, prediction, reachable_folder, unprivileged
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from petals_eval.errors import ExampleError, RequestTooLargeError
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.tasks.requests import Request
 from tests.model.reference import PREFIX, close, full_logits, make_adapter
-from tests.test_against_hugging_face import remote_model
+from tests.remote_model.test_against_hugging_face import remote_model
 from tests.tiny_models import FAMILIES, make_tiny
 
 ORIGINAL, STRETCHED, LABELS = 24, 96, 3

@@ -8,7 +8,15 @@ import pytest
 from petals_eval.errors import MissingBlocksError
 from petals_eval.local_swarm.faults.catalog import FlippedBit, Noise, OtherWeights, Swapped
 from petals_eval.runs import RunFolder
-from tests.test_remote_evaluation_mode import EXAMPLES, Lines, evaluate, model_over, predictions, quiet, swarm_of
+from tests.evaluation.test_remote_evaluation_mode import (
+    EXAMPLES,
+    Lines,
+    evaluate,
+    model_over,
+    predictions,
+    quiet,
+    swarm_of,
+)
 
 __all__ = ["quiet"]
 
