@@ -14,8 +14,9 @@ from pydantic import (
 )
 
 from petals_eval.errors import ConfigError
+from petals_eval.validation import SETTINGS, explain
 
-__all__ = ["PUBLIC_SWARM", "RunSettings", "Settings", "SwarmSettings", "explain_validation"]
+__all__ = ["PUBLIC_SWARM", "RunSettings", "Settings", "SwarmSettings"]
 
 # The bootstrap peers of the public Petals swarm (2023-2025), as the petals package lists them.
 PUBLIC_SWARM: tuple[str, ...] = (
@@ -37,52 +38,9 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(explain_validation(type(self), error)) from error
+            raise ConfigError(explain(error, type(self), SETTINGS)) from error
 
 
-def explain_validation(model: type[BaseModel], error: ValidationError) -> str:
-    """One line per mistake: the key, what was expected and what was found; never a secret."""
-    from petals_eval.validation import closest  # here, because the rest of that room takes seconds to import
-
-    names = [field.alias or name for name, field in model.model_fields.items()]
-    lines = []
-    for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in problem["loc"])
-        expected = _EXPECTED.get(problem["type"])
-        if expected is not None:
-            message = f"expected {expected.format(**problem.get('ctx', {}))}"
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown setting {key!r}.{closest(key, names)} There are: {', '.join(names)}")
-        elif problem["type"] == "missing":
-            lines.append(f"{key} is missing, and it must be given")
-        elif not key:
-            lines.append(message)  # about the settings together
-        elif key == "token":
-            lines.append(f"{key}: {message}")
-        else:
-            lines.append(f"{key}: {message} (found {problem['input']!r:.80})")
-    return "\n".join(lines)
-
-
-# What pydantic found wrong, in the words of our own checks of settings.
-_EXPECTED = {
-    "greater_than": "more than {gt:g}",
-    "greater_than_equal": "{ge:g} or more",
-    "less_than": "less than {lt:g}",
-    "less_than_equal": "{le:g} or less",
-    "int_parsing": "a whole number",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_parsing": "a number",
-    "float_type": "a number",
-    "bool_parsing": "true or false",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "literal_error": "{expected}",
-    "tuple_type": "a list",
-}
 _ADDRESS = "expected a multiaddress such as /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW..."
 
 
@@ -104,14 +62,14 @@ Multiaddress = Annotated[str, BeforeValidator(_multiaddress)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
-def _listed(value: object) -> object:
+def _as_list(value: object) -> object:
     """One name is a list of one."""
     return [value] if isinstance(value, str) else value
 
 
 def _split(value: object) -> object:
     """Addresses in one text, apart by blanks, as people keep them in a variable of the shell."""
-    texts = _listed(value)
+    texts = _as_list(value)
     if not isinstance(texts, list | tuple):
         return value
     return [part for text in texts for part in (text.split() if isinstance(text, str) else [text])]
@@ -146,8 +104,8 @@ def _blocks(value: object) -> object:
 Peers = Annotated[tuple[Multiaddress, ...], BeforeValidator(_split)]
 SomePeers = Annotated[Peers, AfterValidator(_at_least_one)]
 Blocks = Annotated[tuple[int, int], BeforeValidator(_blocks)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-Identities = Annotated[tuple[Annotated[str, AfterValidator(_identity)], ...], BeforeValidator(_listed)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+Identities = Annotated[tuple[Annotated[str, AfterValidator(_identity)], ...], BeforeValidator(_as_list)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Wire = Literal["float16", "blockwise8", "uniform8"]
 Push = Literal["auto", "always", "never"]

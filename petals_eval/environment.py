@@ -1,15 +1,15 @@
-"""Environment variables for a while: libraries and programs we start are told through them."""
+"""Environment variables that are set for a while: libraries and programs that we start are told through them."""
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-__all__ = ["unless_set"]
+__all__ = ["environment_defaults"]
 
 
 @contextmanager
-def unless_set(variables: Mapping[str, str]) -> Iterator[None]:
-    """These variables meanwhile, where the user has set none of the name.
+def environment_defaults(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set these variables in the block where the user has not.
 
     The environment is as before afterwards: whoever calls us from Python may start other programs later.
     """

@@ -7,7 +7,7 @@ import typer
 from petals_eval.cli.open_swarm import chosen_swarm, local_options, whom_to_use
 from petals_eval.config import RunSettings, SwarmSettings
 from petals_eval.errors import SwarmError
-from petals_eval.report.numbers import plural
+from petals_eval.text import plural
 
 if TYPE_CHECKING:
     from petals_eval.data import DataSource

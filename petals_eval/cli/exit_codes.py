@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from petals_eval.cli.signals import ending_signals, how_it_ended, interrupted_code
-from petals_eval.environment import unless_set
+from petals_eval.environment import environment_defaults
 from petals_eval.errors import InterruptedRunError, MachineError, PetalsEvalError
+from petals_eval.text import printable
 
 __all__ = ["run_command"]
 
@@ -64,10 +65,10 @@ def _is_the_machines(error: Exception) -> bool:
 
 
 def _say(message: str) -> None:
-    """To stderr, without what moves the cursor, recolours or reorders: words of peers and of files are in it."""
-    message = "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in message)
+    """Print to stderr, and that alone: words of peers and of files are in the message."""
+    text = printable(message, longest=None, keep_lines=True)
     with contextlib.suppress(OSError):  # a closed terminal takes no message
-        print(message, file=sys.stderr, flush=True)  # noqa: T201  # plain stderr: this must work when nothing else does
+        print(text, file=sys.stderr, flush=True)  # noqa: T201  # plain: this must work when nothing else does
 
 
 def _keep_traceback() -> Path:
@@ -90,5 +91,5 @@ def _quiet_libraries() -> Iterator[None]:
     """The libraries' own log lines are not for the user of a command; HIVEMIND_LOGLEVEL brings hivemind's back."""
     for name in ("transformers", "huggingface_hub"):  # where they are imported already
         logging.getLogger(name).setLevel(logging.ERROR)
-    with unless_set(_QUIET):
+    with environment_defaults(_QUIET):
         yield

@@ -9,6 +9,7 @@ import typer
 from petals_eval.config import PUBLIC_SWARM, RunSettings
 from petals_eval.errors import ConfigError
 from petals_eval.remote_model import RemoteModel
+from petals_eval.text import plural
 
 __all__ = ["chosen_swarm", "local_options", "open_model", "whom_to_use"]
 
@@ -34,9 +35,10 @@ def chosen_swarm(settings: RunSettings) -> Iterator[tuple[tuple[str, ...], str |
         token=token,
     ) as swarm:
         spans = " ".join(f"{server.span[0]}:{server.span[1]}" for server in swarm.servers)
-        count = len(swarm.servers)
-        servers = f"{count} server{'' if count == 1 else 's'}"
-        typer.echo(f"local swarm: {servers}, blocks {spans}, peers {swarm.initial_peers[0]}", err=True)
+        typer.echo(
+            f"local swarm: {plural(len(swarm.servers), 'server')}, blocks {spans}, peers {swarm.initial_peers[0]}",
+            err=True,
+        )
         yield tuple(swarm.initial_peers), swarm.dht_prefix
 
 

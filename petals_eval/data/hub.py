@@ -117,11 +117,11 @@ def _explain(source: DataSource, error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     lowered = text.lower()
     if "split" in lowered and isinstance(error, ValueError):
-        return f"{source.path} has no split {source.split!r}. The splits there are: {_listed(text)}."
+        return f"{source.path} has no split {source.split!r}. The splits there are: {_names_in(text)}."
     if "config name is missing" in lowered:
-        return f"{source.path} has several subsets: {_listed(text)}. Say which one is meant (subset)."
+        return f"{source.path} has several subsets: {_names_in(text)}. Say which one is meant (subset)."
     if "builderconfig" in lowered:
-        return f"{source.path} has no subset {source.subset!r}. The subsets there are: {_listed(text)}."
+        return f"{source.path} has no subset {source.subset!r}. The subsets there are: {_names_in(text)}."
     if re.search(r"\bgated\b|\b401\b|\b403\b", lowered) and "doesn't exist" not in lowered:
         return (
             f"{source.path} is gated or private on the hub: ask for access on "
@@ -150,7 +150,7 @@ def _explain(source: DataSource, error: Exception) -> str:
     return f"{source.path} cannot be loaded: {text}{cause}"
 
 
-def _listed(text: str) -> str:
+def _names_in(text: str) -> str:
     """The names in the first [...] of a message of `datasets`, or the message itself."""
     found = re.search(r"\[([^]]*)\]", text)
     return found.group(1).replace("'", "") if found else text

@@ -10,14 +10,13 @@ from petals_eval.errors import ExampleError
 from petals_eval.swarm.scheduling.tuning import START
 from petals_eval.tasks import Task, show_example
 from petals_eval.tasks.requests import Example, Request
+from petals_eval.text import listed, printable
 
 if TYPE_CHECKING:
     from petals_eval.model import Adapter, LocalModel
     from petals_eval.swarm.wire.records import Snapshot
 
 __all__ = ["DryRun", "dry_run", "route_lines"]
-
-_NAMED = 6  # tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +128,8 @@ def _unused_tensors(local: "LocalModel", adapter: "Adapter | None") -> Iterator[
         held.append((adapter.name, adapter.unused))
     for name, unused in held:
         if unused:
-            named = ", ".join(shown_name(each) for each in unused[:_NAMED])
-            more = f" and {len(unused) - _NAMED:,} more" if len(unused) > _NAMED else ""
-            yield f"{name} also holds tensors that are not needed and change no answer: {named}{more}"
+            named = listed(map(shown_name, unused))
+            yield f"{name} also holds tensors that are not needed and change no answer: {named}"
 
 
 @dataclass(slots=True)
@@ -165,11 +163,10 @@ def route_lines(snapshot: "Snapshot") -> list[str]:
         return [f"no server holds blocks {spans_text(snapshot.missing())} of {snapshot.num_blocks}"]
     return [
         f"blocks {hop.first}:{hop.last}  {short_peer(hop.server.peer_id)}"
-        f"  petals {_plain(hop.server.record.version)}  {_plain(hop.server.record.torch_dtype)}"
+        f"  petals {_said(hop.server.record.version)}  {_said(hop.server.record.torch_dtype)}"
         for hop in route
     ] + [f"{len(servers)} servers hold these {snapshot.num_blocks} blocks"]
 
 
-def _plain(text: str | None) -> str:
-    """A peer's words, safe on a terminal."""
-    return "?" if text is None else "".join(character for character in text if character.isprintable())[:40]
+def _said(text: str | None) -> str:
+    return "?" if text is None else printable(text, longest=40)

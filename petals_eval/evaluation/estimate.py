@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from petals_eval.swarm.directory.coverage import spans_text
 from petals_eval.swarm.wire.records import Snapshot
+from petals_eval.text import plural
 
 __all__ = ["outlook"]
 
@@ -37,18 +38,14 @@ about 3 min'
             holders[block] += 1
             rates[block] += seen.get(server.peer_id, server.record.throughput)
     fewest = min(holders)
-    servers = f"{_servers(len(snapshot.servers))} all {snapshot.num_blocks} blocks"
-    thinnest = f"fewest: block {holders.index(fewest)}, {fewest} server{'' if fewest == 1 else 's'}"
+    servers = f"{plural(len(snapshot.servers), 'server holds', 'servers hold')} all {snapshot.num_blocks} blocks"
+    thinnest = f"fewest: block {holders.index(fewest)}, {plural(fewest, 'server')}"
     rate = min(rates)
     if rate <= 0:
         return f"swarm: {servers} ({thinnest}); how fast they are, they do not say"
     source = "seen" if set(snapshot.servers) <= set(seen) else "they claim"
     time = _duration(positions / rate)
     return f"swarm: {servers} ({thinnest}); at the {rate:,.0f} tok/s {source} {positions:,} positions take about {time}"
-
-
-def _servers(count: int) -> str:
-    return f"{count} server{' holds' if count == 1 else 's hold'}"
 
 
 def _duration(seconds: float) -> str:

@@ -32,7 +32,7 @@ def merge(parts: Sequence[str | Path], *, out: str | Path) -> RunResult:
         opened = [stack.enter_context(RunFolder.open(path)) for path in parts]
         whole = _whole(opened)
         _check_rows(opened)
-        metrics, label_names = (_listed(opened[0], key) for key in ("metrics", "label_names"))
+        metrics, label_names = (_names_of(opened[0], key) for key in ("metrics", "label_names"))
         task = str(whole.task.get("name", "run"))
         folder = stack.enter_context(RunFolder.create(out, whole, task=task))
         held = sum(_rows(folder).values())
@@ -132,7 +132,7 @@ def _rows(part: RunFolder) -> dict[str, int]:
     return {name: each.scored + each.failed for name, each in counts.items()}
 
 
-def _listed(part: RunFolder, key: str) -> list[str]:
+def _names_of(part: RunFolder, key: str) -> list[str]:
     names = part.manifest.run_settings.get(key)
     if not isinstance(names, list):
         raise RunFolderError(f"Expected {key} in the manifest of {part.path}; found none.")

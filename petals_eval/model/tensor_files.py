@@ -21,6 +21,7 @@ from torch import nn
 
 from petals_eval.errors import CallerError
 from petals_eval.model.sources import Source
+from petals_eval.text import listed, printable
 
 __all__ = ["Tensors", "describe", "open_index", "open_tensors", "shown_name", "tensor_bytes"]
 
@@ -151,21 +152,18 @@ _LONGEST_NAME = 100  # characters of a tensor's name, which whoever wrote the fi
 
 
 def shown_name(name: str) -> str:
-    """A tensor's name, safe on a terminal."""
-    return "".join(character if character.isprintable() else " " for character in name[:_LONGEST_NAME])
+    """Return a tensor's name, safe on a terminal."""
+    return printable(name, longest=_LONGEST_NAME)
 
 
 def describe(tensors: Tensors, limit: int = 8) -> str:
     """The names and shapes in a file for an error message, those that matter for prompts first."""
     names = sorted(tensors.names(), key=lambda name: ("prompt" not in name, "score" not in name))
-    parts = []
-    for name in names[:limit]:
-        shape = tensors.shape(name)
-        shown = shown_name(name)
-        parts.append(shown if shape is None else f"{shown} {shape}")
-    if len(names) > limit:
-        parts.append(f"... and {len(names) - limit} more")
-    return ", ".join(parts) or "no tensors"
+    return listed((_with_shape(name, tensors.shape(name)) for name in names), most=limit) or "no tensors"
+
+
+def _with_shape(name: str, shape: tuple[int, ...] | None) -> str:
+    return shown_name(name) if shape is None else f"{shown_name(name)} {shape}"
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from petals_eval.metrics import METRICS, Metric
 from petals_eval.runs import AdapterResult, ComputedIn, RunResult, WireRecord
-from petals_eval.text import printable
+from petals_eval.text import plural, printable
 
 __all__ = [
     "counts_line",
@@ -14,7 +14,6 @@ __all__ = [
     "metric_title",
     "noise_line",
     "notes",
-    "plural",
     "rate_text",
     "swarm_line",
     "value_text",
@@ -141,11 +140,3 @@ def _kind(kind: ComputedIn, *, alone: bool) -> str:
     version = kind.version or "of unknown version"
     untested = "" if kind.is_tested else ", not tested: relied on for the forward path alone"
     return printable(f"{count}{kind.dtype or 'unknown dtype'}{quant}, petals {version}{untested}")
-
-
-def plural(count: int, one: str, many: str | None = None) -> str:
-    """
-    >>> plural(1, "server"), plural(2, "server"), plural(0, "retry", "retries")
-    ('1 server', '2 servers', '0 retries')
-    """
-    return f"{count:,} {one if count == 1 else many or one + 's'}"

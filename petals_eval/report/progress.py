@@ -14,8 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from petals_eval.report.numbers import plural, rate_text
-from petals_eval.text import console_for, printable
+from petals_eval.report.numbers import rate_text
+from petals_eval.text import console_for, plural, printable
 
 __all__ = ["ProgressDisplay"]
 

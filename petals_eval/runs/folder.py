@@ -23,6 +23,7 @@ from petals_eval.runs.disputed import disputed_keys
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, WireRecord, difference
 from petals_eval.runs.results import RunResult
+from petals_eval.text import listed
 
 __all__ = ["RunFolder"]
 
@@ -209,9 +210,9 @@ def _unfinished(folder: Path, manifest: Manifest) -> Manifest | None:
         with blame_the_machine(folder):
             others = sorted(each.name for each in folder.iterdir() if not _left_by_a_crash(each.name))
         if others:
-            shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
             raise RunFolderError(
-                f"Expected {folder} to be empty or to hold an unfinished run; found {shown}. Name another with --out."
+                f"Expected {folder} to be empty or to hold an unfinished run; found {listed(others)}. "
+                "Name another with --out."
             )
         return None
     found = Manifest.read(path)

@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 
 from petals_eval.errors import MachineError, RunFolderError
-from petals_eval.interrupts import undisturbed
+from petals_eval.interrupts import deferred
 from petals_eval.runs.copy_rows import copy_rows
 from petals_eval.runs.lookup_tables import SmallTables
 from petals_eval.runs.manifest import ServerUsed
@@ -151,7 +151,7 @@ class Journal:
             if not self._pending and self._session is None:
                 return
             began = time.monotonic()
-            with undisturbed():
+            with deferred():
                 with self._transaction():
                     for start in range(0, len(self._pending), self._rows_together):
                         self._insert_together(self._pending[start : start + self._rows_together])
@@ -297,7 +297,7 @@ class Journal:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with blame_sqlite(self.path), undisturbed():
+        with blame_sqlite(self.path), deferred():
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield

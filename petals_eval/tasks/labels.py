@@ -10,6 +10,7 @@ from functools import cached_property
 from math import isfinite
 
 from petals_eval.errors import DataError
+from petals_eval.text import listed
 from petals_eval.validation import shorten
 
 __all__ = ["Labels", "other_spellings", "spelled"]
@@ -147,7 +148,7 @@ class Labels:
         found = shorten(value) if name is None else f"{shorten(value)}, which this source calls {name!r}"
         counted = self.class_names is None and not self._numbered
         known = [f"{index} {label}" for index, label in enumerate(self.names)] if counted else self.names
-        keys = f", or a key of label_map: {_listed(self._keys)}" if self._keys else ""
+        keys = f", or a key of label_map: {listed(map(shorten, self._keys), most=20)}" if self._keys else ""
         expected = f"Expected one of: {', '.join(known)}{keys}."
         return f"{where}: the label in column {column} is {found}. {expected} {self._advice(value, name)}"
 
@@ -198,8 +199,3 @@ def _exact(number: int | float | Decimal) -> Decimal | None:
 
 def _folded(word: str) -> str:
     return unicodedata.normalize("NFC", word).casefold()
-
-
-def _listed(words: Mapping[str, int], limit: int = 20) -> str:
-    shown = ", ".join(shorten(word) for word in list(words)[:limit])
-    return shown if len(words) <= limit else f"{shown} and {len(words) - limit} more"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from petals_eval.errors import MachineError, RunFolderError
-from petals_eval.interrupts import now_or_soon
+from petals_eval.interrupts import deliver
 from petals_eval.runs import Counts, Journal, ServerUsed
 from petals_eval.runs import journal as journal_module
 from petals_eval.runs.lookup_tables import SmallTables
@@ -296,14 +296,14 @@ def test_a_signal_waits_until_a_commit_is_done(path: Path) -> None:
         real = journal._insert_together
 
         def insert(row: list[Row]) -> None:
-            now_or_soon(lambda: happened.append(rows(path, "SELECT count(*) FROM scored")[0][0]))
+            deliver(lambda: happened.append(rows(path, "SELECT count(*) FROM scored")[0][0]))
             assert not happened
             real(row)
 
         journal._insert_together = insert  # type: ignore[method-assign]
         journal.flush()
         assert happened == [2], "not before the commit"
-        now_or_soon(lambda: happened.append(0))
+        deliver(lambda: happened.append(0))
         assert happened == [2, 0]
 
 

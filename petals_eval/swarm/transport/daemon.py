@@ -7,7 +7,7 @@ from uuid import UUID
 
 from hivemind.p2p import P2P
 
-from petals_eval.environment import unless_set
+from petals_eval.environment import environment_defaults
 
 __all__ = ["end_daemon", "keep_reading", "start_daemon", "wait_until_lost"]
 
@@ -22,7 +22,7 @@ async def start_daemon(**options: Any) -> P2P:
 
     hivemind hands on the environment it finds: what other threads start meanwhile gets Go's variables too.
     """
-    with unless_set(_GO):
+    with environment_defaults(_GO):
         p2p = await P2P.create(**options)
     keep_reading(p2p)
     return p2p

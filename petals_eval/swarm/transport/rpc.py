@@ -16,6 +16,7 @@ from hivemind.proto import runtime_pb2
 from hivemind.proto.p2pd_pb2 import RPCError
 
 from petals_eval.errors import PeerAnswerError, PeerError, PeerRefusedError, PeerTimeoutError, PeerUnreachableError
+from petals_eval.text import printable
 
 __all__ = [
     "MOST_WORDS",
@@ -176,4 +177,4 @@ def as_peer_errors(timeout: float) -> Iterator[None]:
 def _one_line(error: object) -> str:
     """A peer's words, made safe to print: one line, printable, short."""
     text = str(error) or type(error).__name__
-    return "".join(character if character.isprintable() else " " for character in text)[:300]
+    return printable(text, longest=300)

@@ -12,6 +12,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
+from petals_eval.text import printable
+
 __all__ = [
     "Announcement",
     "Choice",
@@ -35,7 +37,7 @@ class ServerState(IntEnum):
 
 def shown(words: str) -> str:
     """A stranger's words, safe on a terminal and in a file: short, and without what moves the cursor or hides."""
-    return "".join(character if character.isprintable() else " " for character in words[:_LONGEST_WORDS])
+    return printable(words, longest=_LONGEST_WORDS)
 
 
 _LONGEST_WORDS = 80  # characters
