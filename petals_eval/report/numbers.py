@@ -41,12 +41,12 @@ def metric_title(name: str) -> str:
 
 
 def metric_names(results: Iterable[AdapterResult]) -> list[str]:
-    """Every name that occurs, in order."""
+    """Return every name that occurs, in order."""
     return list(dict.fromkeys(name for result in results for name in result.metrics))
 
 
 def notes(results: Sequence[AdapterResult]) -> list[str]:
-    """What a reader must know about single numbers, a line each."""
+    """Return what a reader must know about single numbers, a line each."""
     found = []
     for name in metric_names(results):
         by_note: dict[str, list[str]] = {}
@@ -71,7 +71,7 @@ def counts_of(result: AdapterResult) -> dict[str, str]:
 
 
 def counts_line(result: AdapterResult) -> str:
-    """The same in one line."""
+    """Return the same in one line."""
     return " · ".join(f"{count} {what}" for what, count in counts_of(result).items())
 
 
@@ -110,7 +110,7 @@ def noise_line(result: RunResult) -> str | None:
 
 
 def wire_lines(wire: WireRecord | None) -> list[str]:
-    """What a lossy wire did to the answers, and who did not take it."""
+    """Return what a lossy wire did to the answers, and who did not take it."""
     if wire is None:
         return []
     lines = [f"wire {wire.name}: {_sample_text(wire)}"]

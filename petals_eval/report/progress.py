@@ -83,7 +83,7 @@ class ProgressDisplay:
             self._say(message)
 
     def status(self) -> str:
-        """One line: done, speed, time left, retries, servers."""
+        """Return one line: done, speed, time left, retries, servers."""
         parts = [f"{self._done:,}" if self._total is None else f"{self._done:,}/{self._total:,}"]
         rate = self._rate()
         if rate is not None:

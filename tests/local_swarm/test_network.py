@@ -1,7 +1,6 @@
 """The emulated network: late by its delay, no faster than its rate, shared where it says so, byte for byte."""
 
 import asyncio
-import doctest
 import os
 import time
 from pathlib import Path
@@ -10,7 +9,6 @@ import psutil
 import pytest
 import torch
 
-import petals_eval.local_swarm.network
 from petals_eval.bench.processes import connected_ports
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import ConfigError, MachineError
@@ -21,10 +19,6 @@ from tests.tiny_models import make_tiny
 
 MEGABIT = 1e6 / 8  # bytes
 EARLY = 0.003  # seconds by which timers fire too soon: uvloop counts milliseconds
-
-
-def test_doctests():
-    assert doctest.testmod(petals_eval.local_swarm.network).failed == 0
 
 
 def test_a_link_is_a_serial_line():
