@@ -1,6 +1,6 @@
-"""Every setting of a swarm connection and of a run, with its default and its unit, in one place."""
+"""Every setting of a swarm connection and of a run, with its default, its unit and its flag, in one place."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -14,8 +14,18 @@ from pydantic import (
 )
 
 from petals_eval.errors import ConfigError
+from petals_eval.validation import SETTINGS, explain
 
-__all__ = ["PUBLIC_SWARM", "RunSettings", "Settings", "SwarmSettings", "explain_validation"]
+__all__ = [
+    "PUBLIC_SWARM",
+    "CallSettings",
+    "ModelOnSwarm",
+    "ResultSettings",
+    "RunSettings",
+    "ServerChoice",
+    "Settings",
+    "SwarmSettings",
+]
 
 # The bootstrap peers of the public Petals swarm (2023-2025), as the petals package lists them.
 PUBLIC_SWARM: tuple[str, ...] = (
@@ -37,57 +47,14 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(explain_validation(type(self), error)) from error
+            raise ConfigError(explain(error, type(self), SETTINGS)) from error
 
 
-def explain_validation(model: type[BaseModel], error: ValidationError) -> str:
-    """One line per mistake: the key, what was expected and what was found; never a secret."""
-    from petals_eval.validation import closest  # here, because the rest of that room takes seconds to import
-
-    names = [field.alias or name for name, field in model.model_fields.items()]
-    lines = []
-    for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in problem["loc"])
-        expected = _EXPECTED.get(problem["type"])
-        if expected is not None:
-            message = f"expected {expected.format(**problem.get('ctx', {}))}"
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown setting {key!r}.{closest(key, names)} There are: {', '.join(names)}")
-        elif problem["type"] == "missing":
-            lines.append(f"{key} is missing, and it must be given")
-        elif not key:
-            lines.append(message)  # about the settings together
-        elif key == "token":
-            lines.append(f"{key}: {message}")
-        else:
-            lines.append(f"{key}: {message} (found {problem['input']!r:.80})")
-    return "\n".join(lines)
-
-
-# What pydantic found wrong, in the words of our own checks of settings.
-_EXPECTED = {
-    "greater_than": "more than {gt:g}",
-    "greater_than_equal": "{ge:g} or more",
-    "less_than": "less than {lt:g}",
-    "less_than_equal": "{le:g} or less",
-    "int_parsing": "a whole number",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_parsing": "a number",
-    "float_type": "a number",
-    "bool_parsing": "true or false",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "literal_error": "{expected}",
-    "tuple_type": "a list",
-}
 _ADDRESS = "expected a multiaddress such as /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW..."
 
 
 def _multiaddress(value: object) -> object:
-    """A multiaddress with a peer identity, checked by hivemind's own parser."""
+    """Check a multiaddress with a peer identity by hivemind's own parser."""
     from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
     from hivemind.utils.multiaddr import Multiaddr
 
@@ -102,16 +69,18 @@ def _multiaddress(value: object) -> object:
 
 Multiaddress = Annotated[str, BeforeValidator(_multiaddress)]
 Seconds = Annotated[float, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
-def _listed(value: object) -> object:
-    """One name is a list of one."""
+def _as_list(value: object) -> object:
+    """Take one name for a list of one."""
     return [value] if isinstance(value, str) else value
 
 
 def _split(value: object) -> object:
-    """Addresses in one text, apart by blanks, as people keep them in a variable of the shell."""
-    texts = _listed(value)
+    """Split a text of several addresses at its blanks, as people keep them in a variable of the shell."""
+    texts = _as_list(value)
     if not isinstance(texts, list | tuple):
         return value
     return [part for text in texts for part in (text.split() if isinstance(text, str) else [text])]
@@ -124,14 +93,14 @@ def _at_least_one(addresses: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _identity(name: str) -> str:
-    """Every identity ends in nothing: an empty variable of the shell would allow, or deny, all servers."""
+    """Refuse a blank: every identity ends in it, so that an empty variable of the shell would allow, or deny, all."""
     if not name.strip(". "):
         raise ValueError("expected a server's identity or its last letters")
     return name
 
 
 def _blocks(value: object) -> object:
-    """Blocks first:last as people write them, "0:3"."""
+    """Read blocks as people write them, such as "0:3" for the first three."""
     if isinstance(value, str):
         parts = value.split(":")
         if len(parts) == 2 and all(part.strip().isdecimal() for part in parts):
@@ -146,101 +115,166 @@ def _blocks(value: object) -> object:
 Peers = Annotated[tuple[Multiaddress, ...], BeforeValidator(_split)]
 SomePeers = Annotated[Peers, AfterValidator(_at_least_one)]
 Blocks = Annotated[tuple[int, int], BeforeValidator(_blocks)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-Identities = Annotated[tuple[Annotated[str, AfterValidator(_identity)], ...], BeforeValidator(_listed)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+Identities = Annotated[tuple[Annotated[str, AfterValidator(_identity)], ...], BeforeValidator(_as_list)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Wire = Literal["float16", "blockwise8", "uniform8"]
 Push = Literal["auto", "always", "never"]
 Pool = Literal["auto", "last", "last-not-pad", "before-first-pad", "count-not-pad"]
 
 
-class SwarmSettings(Settings):
+HEADINGS = ("Model", "Task and data", "Swarm", "Servers and calls", "Probes", "Budget", "Sweep", "Output")
+"""The headings of flags in a command's help, in their order."""
+MODEL, TASK, SWARM, SERVERS, PROBES, BUDGET, SWEEP, OUTPUT = HEADINGS
+
+
+def option(
+    default: Any,
+    help: str,
+    group: str = "",
+    metavar: str | None = None,
+    *,
+    unset: str | None = None,
+    flag: str | None = None,
+    alias: str | None = None,
+) -> Any:
+    """Return a field of settings that says of itself what `petals_eval.cli.flags` shows.
+
+    help: what it means and its unit, in a sentence. group, metavar: in the help of a command. unset: what None stands
+    for. flag: where it is not called as the field. alias: the key of a file, where it is not.
+    """
+    shown = {"group": group, "metavar": metavar, "unset": unset, "flag": flag}
+    return Field(default, description=help, json_schema_extra=shown, alias=alias)  # type: ignore[arg-type]
+
+
+def same_as(settings: type[BaseModel], name: str, *, default: Any = ..., group: str | None = None) -> Any:
+    """Return a field that says what a field of other settings does, with a default or a heading of its own if given."""
+    field = settings.model_fields[name]
+    shown: dict[str, Any] = dict(field.json_schema_extra) if isinstance(field.json_schema_extra, dict) else {}
+    return option(
+        field.default if default is ... else default,
+        field.description or "",
+        **shown | ({} if group is None else {"group": group}),
+    )
+
+
+class ServerChoice(Settings):
+    """Which servers are used; those that do not say what is asked for are left out, too."""
+
+    active_adapter: str | None = option(
+        None, "LoRA adapter on the servers; only servers that announce it are used.", SERVERS, "NAME"
+    )
+    require_dtype: Dtype | None = option(None, "Use only servers that compute in this dtype.", SERVERS, "DTYPE")
+    require_quant: str | None = option(
+        None,
+        "Use only servers of this quantisation (none, int8 or nf4); none leaves quantised ones out.",
+        SERVERS,
+        "QUANT",
+    )
+    allow_servers: Identities = option(
+        (), "Use only these servers (identities or their last letters).", SERVERS, "ID...", flag="--allow-server"
+    )
+    deny_servers: Identities = option((), "Leave these servers out.", SERVERS, "ID...", flag="--deny-server")
+
+
+class CallSettings(ServerChoice):
+    """How servers are used, and how long is waited for them."""
+
+    allow_nondeterministic: bool = option(
+        False,
+        "Use servers whose blocks run in training mode where nobody else holds them; the report says how far their "
+        "answers differ.",
+        SERVERS,
+    )
+    verify: Share = option(
+        0.02,
+        "Share of each server's micro-batches that is computed on another server too and compared, not on a lossy "
+        "wire. 0: none.",
+        SERVERS,
+        "SHARE",
+    )
+    deadline: Seconds = option(
+        600.0,
+        "Wait this long for a server that can take the work, for one hop of a micro-batch with its retries.",
+        SERVERS,
+        "SECONDS",
+    )
+    request_timeout: Seconds = option(
+        180.0, "Time for one call of one hop; Petals servers stop working on it then, too.", SERVERS, "SECONDS"
+    )
+    window: Positive | None = option(
+        None, "Micro-batches in flight at once.", SERVERS, "N", unset="found out, for each server"
+    )
+    max_tokens_per_call: Positive | None = option(
+        None, "Tokens (rows x positions) that a server takes in one call.", SERVERS, "N", unset="found out"
+    )
+    wire: Wire | None = option(
+        None,
+        "Send hidden states in a lossy code: float16, blockwise8 or uniform8; the report says how far that moves "
+        "answers.",
+        SERVERS,
+        "CODE",
+        unset="lossless",
+    )
+    push: Push = option(
+        "auto",
+        "Let servers pass hidden states on to each other, so that each leaves here once: auto (where that is faster), "
+        "always or never.",
+        SERVERS,
+        "WHEN",
+    )
+
+
+class SwarmSettings(CallSettings):
     """How to reach a swarm and how long to wait for it."""
 
-    initial_peers: SomePeers  # bootstrap peers; one that answers is enough
+    initial_peers: SomePeers = option(..., "Multiaddresses of bootstrap peers; one that answers is enough.")
 
-    # whom to use; servers that do not say what is asked for are left out, too
-    active_adapter: str | None = None  # LoRA adapter on the servers; only servers that announce it are used
-    require_dtype: Dtype | None = None  # what servers must compute in
-    require_quant: str | None = None  # how servers must quantise: "none", "int8" or "nf4"
-    allow_servers: Identities = ()  # identities, whole or their last letters; empty: everybody
-    deny_servers: Identities = ()  # the same, left out
-    allow_nondeterministic: bool = False  # where nobody else holds the blocks, use servers that run in training mode
+    startup_timeout: Seconds = option(
+        30.0, "Time until the libp2p daemon and the DHT node must be up.", metavar="SECONDS"
+    )
+    connect_timeout: Seconds = option(
+        10.0,
+        "Time for a server's first answer (rpc_info), connecting included, or for a session to be opened.",
+        metavar="SECONDS",
+    )
+    update_period: Seconds = option(60.0, "Seconds between two looks at the DHT.")
+    missing_update_period: Seconds = option(2.0, "Seconds between two looks at the DHT while blocks are missing.")
+    min_backoff: Seconds = option(
+        1.0, "Seconds that a failed server is left alone; they double with each failure in a row."
+    )
+    max_backoff: Seconds = option(60.0, "Seconds that a failed server is left alone at most.")
+    recheck_share: Share = option(0.003, "Share of a server's tokens that is spent on asking it again during the run.")
 
-    startup_timeout: Seconds = 30.0  # seconds until the libp2p daemon and the DHT node must be up
-    connect_timeout: Seconds = 10.0  # seconds for a server's first answer (rpc_info), or for a session to be opened
-    request_timeout: Seconds = 180.0  # seconds for one call of one hop; Petals servers stop working on it then, too
-    deadline: Seconds = 600.0  # seconds a micro-batch may take for one hop: waiting for a server, calls and retries
-
-    update_period: Seconds = 60.0  # seconds between two looks at the DHT
-    missing_update_period: Seconds = 2.0  # the same, while blocks are missing
-    min_backoff: Seconds = 1.0  # seconds a failed server is left alone; doubles with each failure in a row
-    max_backoff: Seconds = 60.0  # seconds it is left alone at most
-
-    max_tokens_per_call: int | None = Field(default=None, gt=0)  # tokens (rows x positions); None: the server's default
-    window: int | None = Field(default=None, gt=0)  # micro-batches in flight at once; None: found out, per server
-    wire: Wire | None = None  # lossy code of hidden states, to save bytes; None: lossless
-    push: Push = "auto"  # let servers pass hidden states on to each other, to save the uplink; "auto": where it pays
-    recheck_share: float = Field(default=0.003, ge=0, le=1)  # of a server's tokens, to ask it again during the run
-    verify: float = Field(
-        default=0.02, ge=0, le=1
-    )  # of a server's micro-batches, to have computed elsewhere too; 0: none, nor on a lossy wire
+    @classmethod
+    def of(cls, settings: Settings, **changes: Any) -> Self:
+        """Return what these settings, of a command, say of a connection: the fields that both have, and `changes`."""
+        shared = cls.model_fields.keys() & type(settings).model_fields.keys()
+        return cls(**{name: getattr(settings, name) for name in shared} | changes)
 
 
-class RunSettings(Settings):
-    """One run, as the command line and its YAML file give it: every flag of `petals-eval run` is a field here."""
+class ModelOnSwarm(Settings):
+    """A model, and exactly one swarm that has its blocks."""
 
-    # what is evaluated
-    model: str  # hub name or local folder
-    revision: str | None = None  # of the model on the hub
-    token: SecretStr | None = None  # for gated repositories; the hub's own HF_TOKEN works too
-    adapter: Names = ()  # prompt-tuned checkpoints: files, folders or hub names
-    active_adapter: str | None = None  # LoRA adapter on the servers
-    without_prompts: bool = False  # evaluate the first adapter's head without its prompts, too
-    dtype: Dtype | None = None  # at home; None: the checkpoint's
-    device: str = "cpu"  # at home
-    pool: Pool = "auto"  # which token a head reads in a text with padding tokens; "auto": as whoever trained it
+    model: str = option(..., "Hub name or local folder.", MODEL, "NAME")
+    revision: str | None = option(None, "Revision of the model on the hub.", MODEL, "REV")
+    token: SecretStr | None = option(None, "Hub token for gated repositories (or set HF_TOKEN).", MODEL, "TOKEN")
+    initial_peers: Peers = option(
+        (), "Multiaddresses of bootstrap peers; one that answers is enough.", SWARM, "MADDR..."
+    )
+    public_swarm: bool = option(False, "The public Petals swarm: strangers' machines.", SWARM)
+    local_swarm: Positive | None = option(None, "N servers embedded on this machine.", SWARM, "N")
+    dht_prefix: str | None = option(
+        None, "Name the servers announce.", SWARM, "NAME", unset="by Petals' rule for the hub name"
+    )
 
-    # on what
-    task: str  # a shipped task or a YAML file
-    data: str | None = None  # file or hub name; None: the task's own
-    subset: str | None = None  # of a hub data set
-    split: str | None = None  # of a hub data set
-    data_revision: str | None = None  # of a hub data set
-    limit: int | None = Field(default=None, gt=0)  # examples, drawn by the seed; None: all
-    seed: int = 0  # of the sample and of the bootstrap intervals
-    max_length: int | None = Field(default=None, gt=0)  # tokens of text; None: the task's
-    shard: str | None = None  # "2/3": the second of three parts of the examples; None: all of them
-
-    # where
-    initial_peers: Peers = ()  # bootstrap peers
-    public_swarm: bool = False  # the public Petals swarm
-    local_swarm: int | None = Field(default=None, gt=0)  # servers of an embedded swarm on this machine
-    dht_prefix: str | None = None  # the name servers announce; None: Petals' rule for the hub name
-    require_dtype: Dtype | None = None  # what servers must compute in
-    require_quant: str | None = None  # how servers must quantise: "none", "int8" or "nf4"
-    allow_server: Identities = ()  # use only these servers: identities, whole or their last letters
-    deny_server: Identities = ()  # leave these out
-    allow_nondeterministic: bool = False  # where nobody else holds the blocks, use servers that run in training mode
-    verify: float = Field(default=SwarmSettings.model_fields["verify"].default, ge=0, le=1)  # share computed twice
-    verify_local: Blocks | None = None  # blocks first:last to keep at home, and hold their servers against
-    deadline: Seconds = SwarmSettings.model_fields["deadline"].default  # seconds to wait for a server, per hop
-    request_timeout: Seconds = SwarmSettings.model_fields["request_timeout"].default  # seconds for one call
-    window: int | None = Field(default=None, gt=0)  # micro-batches in flight; None: found out, per server
-    max_tokens_per_call: int | None = Field(default=None, gt=0)  # tokens a server takes; None: found out
-    tokens_per_micro_batch: int | None = Field(default=None, gt=0)  # positions sent together; None: found out
-    wire: Wire | None = None  # lossy code of hidden states, to save bytes; None: lossless
-    push: Push = "auto"  # let servers pass hidden states on to each other; "auto": where it pays
-
-    # what comes of it
-    out: str | None = None  # run folder; None: runs/<task>-<time>
-    max_failed: int = Field(default=0, ge=0)  # examples that may fail before the exit code is 1
-    fail_under: Names = ()  # METRIC=NUMBER; below it the exit code is 1
-    dry_run: bool = False  # show what would be sent, and send nothing
-    json_output: bool = Field(default=False, alias="json")  # print metrics.json alone on stdout
+    @property
+    def hub_token(self) -> str | None:
+        """The token as the hub's client takes it."""
+        return None if self.token is None else self.token.get_secret_value()
 
     @model_validator(mode="after")
-    def _one_swarm(self) -> "RunSettings":
+    def _one_swarm(self) -> Self:
         chosen = {
             "--initial-peers": bool(self.initial_peers),
             "--public-swarm": self.public_swarm,
@@ -255,8 +289,60 @@ class RunSettings(Settings):
             )
         return self
 
+
+class ResultSettings(Settings):
+    """What a result must reach, and how it is printed."""
+
+    max_failed: Annotated[int, Field(ge=0)] = option(0, "Exit code 1 if more examples than this fail.", OUTPUT, "N")
+    fail_under: Names = option((), "Exit code 1 if a metric is below this; repeatable.", OUTPUT, "METRIC=X...")
+    json_output: bool = option(False, "Print metrics.json alone on stdout.", OUTPUT, flag="--json", alias="json")
+
+
+class RunSettings(ModelOnSwarm, CallSettings, ResultSettings):
+    """One run, as the command line and its YAML file give it: every flag of `petals-eval run` is a field here."""
+
+    adapter: Names = option(
+        (), "Prompt-tuned checkpoints: file, folder or hub name; shown side by side.", MODEL, "NAME..."
+    )
+    without_prompts: bool = option(False, "Also evaluate the first adapter's head without its prompts.", MODEL)
+    dtype: Dtype | None = option(None, "Dtype of the computation at home.", MODEL, "DTYPE", unset="the checkpoint's")
+    device: str = option("cpu", "Device of the computation at home.", MODEL, "DEVICE")
+    pool: Pool = option(
+        "auto",
+        "Which token a trained head reads in a text that holds the padding token: last, last-not-pad, before-first-pad "
+        "or count-not-pad; auto: as the library that trained the head.",
+        MODEL,
+        "RULE",
+    )
+
+    task: str = option(..., "Shipped task (see petals-eval tasks) or YAML file.", TASK, "TASK")
+    data: str | None = option(
+        None, "csv, tsv, jsonl, parquet or text file, or hub name.", TASK, "DATA", unset="the task's"
+    )
+    subset: str | None = option(None, "Subset of a hub data set.", TASK, "NAME")
+    split: str | None = option(None, "Split of a hub data set.", TASK, "NAME")
+    data_revision: str | None = option(None, "Revision of a hub data set.", TASK, "REV")
+    limit: Positive | None = option(None, "Evaluate this many examples, drawn by --seed.", TASK, "N", unset="all")
+    seed: int = option(0, "Seed of the sample and of the intervals.", TASK, "S")
+    max_length: Positive | None = option(None, "Tokens of text at most.", TASK, "N", unset="the task's")
+    shard: str | None = option(
+        None, "Evaluate part I of N, from 1/N to N/N; petals-eval merge joins them.", TASK, "I/N"
+    )
+
+    verify_local: Blocks | None = option(
+        None, "Load these blocks here, and hold their servers against them.", SERVERS, "FIRST:LAST"
+    )
+    tokens_per_micro_batch: Positive | None = option(
+        None, "Positions sent together, prompts included.", SERVERS, "N", unset="found out"
+    )
+
+    out: str | None = option(
+        None, "Run folder; an unfinished run goes on.", OUTPUT, "FOLDER", unset="runs/<task>-<time>"
+    )
+    dry_run: bool = option(False, "Show what would be sent; send nothing.", OUTPUT)
+
     @model_validator(mode="after")
-    def _something_to_print(self) -> "RunSettings":
+    def _something_to_print(self) -> Self:
         if self.dry_run and self.json_output:
             raise ValueError("--dry-run computes no metrics, so there is nothing for --json to print: leave one out")
         return self

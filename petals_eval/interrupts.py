@@ -1,39 +1,44 @@
-"""Signals wait while something is written: what is half done is finished first, which takes milliseconds."""
+"""Signal handlers that wait while something is written: what is half done is finished first, in milliseconds."""
 
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
-__all__ = ["now_or_soon", "undisturbed"]
+__all__ = ["deferred", "deliver"]
 
 
-class _Held:
-    """Of the main thread: Python runs the handlers of signals there."""
+class _Pending:
+    """What the main thread holds back; Python runs the handlers of signals there.
+
+    depth: `deferred` blocks that it is in. action: of the last handler that came meanwhile.
+    """
 
     depth = 0
-    waiting: Callable[[], object] | None = None
+    action: Callable[[], object] | None = None
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """What `now_or_soon` is given meanwhile happens at the end of this."""
+def deferred() -> Iterator[None]:
+    """Defer what signal handlers `deliver` until the block ends. Outside of the main thread it does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _Held.depth += 1
+    _Pending.depth += 1
     try:
         yield
     finally:
-        _Held.depth -= 1
-        if not _Held.depth and _Held.waiting is not None:
-            action, _Held.waiting = _Held.waiting, None
+        _Pending.depth -= 1
+        if not _Pending.depth and _Pending.action is not None:
+            action, _Pending.action = _Pending.action, None
             action()
 
 
-def now_or_soon(action: Callable[[], object]) -> None:
-    """For a signal's handler: act at once or, while the main thread is `undisturbed`, right after. Of several the last
-    one counts."""
-    if _Held.depth:
-        _Held.waiting = action
+def deliver(action: Callable[[], object]) -> None:
+    """Call `action` at once or, while the main thread is `deferred`, at its end; of several the last one counts.
+
+    It is for handlers of signals.
+    """
+    if _Pending.depth:
+        _Pending.action = action
     else:
         action()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from petals_eval.config import Pool, SwarmSettings
+from petals_eval.config import CallSettings, Pool, SwarmSettings
 from petals_eval.data.batching import MicroBatch, micro_batches
 from petals_eval.errors import ConfigError, ExampleError
 from petals_eval.tasks.requests import Request
@@ -13,20 +13,34 @@ from petals_eval.tasks.requests import Request
 if TYPE_CHECKING:
     import torch
 
-    from petals_eval.model import Adapter, LocalModel, LocalPart
+    from petals_eval.model import Adapter, Family, LocalModel, LocalPart
     from petals_eval.model.blocks import BlockSpan
-    from petals_eval.swarm import RemoteSequential, ServedHop, SwarmConnection
+    from petals_eval.swarm import Computed, RemoteSequential, ServedHop, SwarmConnection
 
-__all__ = ["Answered", "RemoteModel", "default_dht_prefix", "load_local"]
+__all__ = ["LocalSide", "RemoteModel", "RequestAnswer", "default_dht_prefix", "load_blocks", "load_local"]
 
 
 @dataclass(frozen=True, eq=False)
-class Answered:
+class RequestAnswer:
     """A request with its answer: float32 (labels,) or (targets,), and who computed it, hop by hop."""
 
     request: Request
     answer: "torch.Tensor"
     hops: "tuple[ServedHop, ...]"
+
+
+@dataclass(frozen=True, eq=False)
+class LocalSide:
+    """Our side of a model, before anything is connected: what is computed at home, and what is asked of a swarm.
+
+    local, adapters: as `RemoteModel` has them. settings: which servers to use, and how. dht_prefix: the name that they
+    announce.
+    """
+
+    local: "LocalPart"
+    adapters: "tuple[Adapter, ...]"
+    settings: CallSettings
+    dht_prefix: str
 
 
 class RemoteModel:
@@ -85,29 +99,38 @@ class RemoteModel:
         dtype: of the computation at home; the checkpoint's own by default.
         pool: which token of a text a class head reads where the text holds the padding token, by one of the rules of
             `petals_eval.model.pooling`; "auto": as the library does that trained the head.
-        verify_local: blocks first:last to load here, too, and hold the servers of these blocks against.
+        verify_local: blocks (start, stop) to load here, too, and hold the servers of these blocks against.
         swarm_settings: more fields of petals_eval.config.SwarmSettings, such as active_adapter or deadline.
 
         Raises ModelError, AdapterError, ConfigError, SwarmUnreachableError.
         """
-        from petals_eval.swarm import SwarmConnection
-
         settings = SwarmSettings(**{"initial_peers": initial_peers, **swarm_settings})
         local, adapters = load_local(
             model, adapter, revision=revision, token=token, dtype=dtype, device=device, cache_dir=cache_dir, pool=pool
         )
-        prefix = dht_prefix or default_dht_prefix(model, local)
-        connection = SwarmConnection.connect(settings)
+        side = LocalSide(local, adapters, settings, dht_prefix or default_dht_prefix(model, local.family))
+        home = None
+        if verify_local is not None:
+            home = load_blocks(model, verify_local, settings, revision=revision, token=token, cache_dir=cache_dir)
+        return cls.connect(side, settings.initial_peers, home)
+
+    @classmethod
+    def connect(cls, side: LocalSide, initial_peers: Sequence[str], home: "BlockSpan | None" = None) -> "RemoteModel":
+        """Connect our side of a model to the swarm of these bootstrap peers.
+
+        home: blocks to hold the servers of the same blocks against. Raises SwarmUnreachableError.
+        """
+        from petals_eval.swarm import SwarmConnection
+
+        connection = SwarmConnection.connect(SwarmSettings.of(side.settings, initial_peers=tuple(initial_peers)))
         try:
-            blocks = connection.remote_sequential(prefix, local.num_blocks)
-            if verify_local is not None:
-                blocks.verify_at_home(
-                    load_blocks(model, verify_local, settings, revision=revision, token=token, cache_dir=cache_dir)
-                )
+            blocks = connection.remote_sequential(side.dht_prefix, side.local.num_blocks)
+            if home is not None:
+                blocks.verify_at_home(home)
         except BaseException:
             connection.close()
             raise
-        return cls(local, blocks, adapters, connection)
+        return cls(side.local, blocks, side.adapters, connection)
 
     def compute(
         self,
@@ -117,7 +140,7 @@ class RemoteModel:
         tokens_per_micro_batch: int | None = None,
         on_tick: Callable[[], object] | None = None,
         on_failed: Callable[[Request, ExampleError], object] | None = None,
-    ) -> Generator[Answered]:
+    ) -> Generator[RequestAnswer]:
         """Answer requests as they come back from the swarm, in any order.
 
         tokens_per_micro_batch: positions (rows x longest, prompts included) sent together at most; None: as many as
@@ -129,31 +152,22 @@ class RemoteModel:
         on_failed: told of each request that the swarm cannot compute whoever tries (too long for every server); the
             others go on. None: the first such error is raised.
         """
-        from petals_eval.model import evaluating
         from petals_eval.swarm import Work
 
-        prefix = adapter.prefix_length if adapter is not None else 0
-        deep_prompts = adapter.deep_prompts if adapter is not None else None
+        prefix = 0 if adapter is None else adapter.prefix_length
+        deep_prompts = None if adapter is None else adapter.deep_prompts
         if deep_prompts is not None:
             deep_prompts = deep_prompts.to(self.local.dtype)  # rounded as the prompts before the first block are
 
         def outgoing() -> Iterator[Work[MicroBatch[Request]]]:
-            max_tokens, boundary = tokens_per_micro_batch or at_once, self.local.rotary.original_length
+            max_tokens, boundary = tokens_per_micro_batch or self._positions_at_once, self.local.rotary.original_length
             for batch in micro_batches(requests, max_tokens=max_tokens, prefix=prefix, boundary=boundary):
                 self.local.check_length(batch.input_ids.shape[1], prefix)
                 made_for = None if tokens_per_micro_batch else self.blocks.micro_batch_bytes
-                yield Work(batch, embedded(batch), deep_prompts, made_for)
+                yield Work(batch, self._embed(batch, adapter), deep_prompts, made_for)
 
-        def at_once() -> int:
-            return self.blocks.positions_at_once(self.local.hidden_size, self.local.dtype)
-
-        def embedded(batch: MicroBatch[Request]) -> "torch.Tensor":
-            with evaluating(self.local):
-                return self.local.embed(batch.input_ids, adapter)
-
-        def instead(batch: MicroBatch[Request], error: ExampleError) -> Iterator[Work[MicroBatch[Request]]]:
-            """What to send in place of a micro-batch that nobody can compute: its rows one by one, for the shorter
-            ones may fit."""
+        def split_into_rows(batch: MicroBatch[Request], error: ExampleError) -> Iterator[Work[MicroBatch[Request]]]:
+            """Send the rows of a micro-batch that nobody can compute one by one: the shorter ones may fit."""
             if on_failed is None:
                 raise error
             if len(batch.requests) == 1:
@@ -161,15 +175,29 @@ class RemoteModel:
                 return
             for request in batch.requests:
                 alone = MicroBatch.of([request])
-                yield Work(alone, embedded(alone), deep_prompts)
+                yield Work(alone, self._embed(alone, adapter), deep_prompts)
 
-        for computed in self.blocks.stream(outgoing(), on_tick=on_tick, on_error=instead):
-            with evaluating(self.local):
-                answers = self.local.head(computed.hidden, computed.tag, adapter)
-            requests_back, hops = computed.tag.requests, computed.hops
+        for computed in self.blocks.stream(outgoing(), on_tick=on_tick, on_error=split_into_rows):
+            answers = self._answers(computed, adapter)
             del computed  # its hidden states are of no more use, and the next may be long in coming
-            for request, answer in zip(requests_back, answers, strict=True):
-                yield Answered(request, answer, hops)
+            yield from answers
+
+    def _positions_at_once(self) -> int:
+        return self.blocks.positions_at_once(self.local.hidden_size, self.local.dtype)
+
+    def _embed(self, batch: MicroBatch[Request], adapter: "Adapter | None") -> "torch.Tensor":
+        from petals_eval.model import evaluating
+
+        with evaluating(self.local):
+            return self.local.embed(batch.input_ids, adapter)
+
+    def _answers(self, computed: "Computed[MicroBatch[Request]]", adapter: "Adapter | None") -> list[RequestAnswer]:
+        from petals_eval.model import evaluating
+
+        with evaluating(self.local):
+            answers = self.local.head(computed.hidden, computed.tag, adapter)
+        pairs = zip(computed.tag.requests, answers, strict=True)
+        return [RequestAnswer(request, answer, computed.hops) for request, answer in pairs]
 
     def close(self) -> None:
         """End the connection to the swarm. Safe to call twice."""
@@ -196,7 +224,7 @@ def load_local(
     cache_dir: str | None = None,
     pool: Pool = "auto",
 ) -> "tuple[LocalModel, tuple[Adapter, ...]]":
-    """What stays at home, and the prompts tuned for it. Raises ModelError, AdapterError."""
+    """Load what stays at home, and the prompts tuned for it. Raises ModelError, AdapterError."""
     from petals_eval.model import LocalModel, load_adapter
 
     local = LocalModel.from_pretrained(
@@ -225,13 +253,13 @@ def load_local(
 def load_blocks(
     model: str,
     blocks: tuple[int, int],
-    settings: SwarmSettings,
+    settings: CallSettings,
     *,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | None = None,
 ) -> "BlockSpan":
-    """Blocks first:last at home, to hold servers against. Raises ModelError, ConfigError."""
+    """Load blocks (start, stop) at home, to hold servers against. Raises ModelError, ConfigError."""
     if settings.active_adapter is not None:
         raise ConfigError(
             f"blocks at home (--verify-local) have no LoRA adapter, and the servers' apply {settings.active_adapter}: "
@@ -242,8 +270,11 @@ def load_blocks(
     return BlockSpan.load(model, *blocks, revision=revision, token=token, cache_dir=cache_dir)
 
 
-def default_dht_prefix(model: str, local: "LocalModel") -> str:
-    """The prefix Petals servers announce for a hub repository; a local folder has none on a foreign swarm."""
+def default_dht_prefix(model: str, family: "Family") -> str:
+    """Return the prefix that Petals servers announce for a hub repository.
+
+    Raises ConfigError for a local folder: it has none on a foreign swarm.
+    """
     from pathlib import Path
 
     if Path(model).expanduser().is_dir():
@@ -251,4 +282,4 @@ def default_dht_prefix(model: str, local: "LocalModel") -> str:
             f"{model} is a local folder, so the name its servers announce is not known: give it with --dht-prefix "
             "(dht_prefix=... in Python). For a hub model it would follow from the hub name."
         )
-    return local.family.dht_prefix(model)
+    return family.dht_prefix(model)

@@ -1,33 +1,79 @@
-"""What is wrong with a user's definition, said from pydantic's list of errors: key, what was expected, what found."""
+"""What is wrong with a user's settings or definition, told from pydantic's list of errors: key, expected, found."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from inspect import isclass
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-__all__ = ["closest", "explain", "shorten"]
-
-# What pydantic expects, in the words of a YAML file.
-_EXPECTED = {
-    "tuple_type": "should be a list, such as [first, second]",
-    "model_type": "should be keys and values, such as {path: reviews.csv}",
-    "dict_type": "should be keys and values, such as {key: value}",
-}
+__all__ = ["DEFINITION", "SETTINGS", "Wording", "closest", "explain", "shorten"]
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """One line a mistake: the key, what was expected there and what was found. `model` is what failed to validate."""
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """How `explain` words a line.
+
+    expected: by pydantic's name of the mistake, with what it says beside it; others are in pydantic's own words.
+    wrong, unknown, missing: templates of whole lines. nothing: how a value that is None is called.
+    """
+
+    expected: Mapping[str, str]
+    wrong: str
+    unknown: str
+    missing: str
+    nothing: str
+
+
+SETTINGS = Wording(
+    expected={
+        "greater_than": "expected more than {gt:g}",
+        "greater_than_equal": "expected {ge:g} or more",
+        "less_than": "expected less than {lt:g}",
+        "less_than_equal": "expected {le:g} or less",
+        **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "expected a whole number"),
+        **dict.fromkeys(("float_parsing", "float_type"), "expected a number"),
+        **dict.fromkeys(("bool_parsing", "bool_type"), "expected true or false"),
+        "string_type": "expected text",
+        "literal_error": "expected {expected}",
+        "tuple_type": "expected a list",
+    },
+    wrong="{key}: {expected} (found {found})",
+    unknown="unknown setting {key!r}.{closest} There are: {known}",
+    missing="{key} is missing, and it must be given",
+    nothing="None",
+)
+"""For flags and the keys of a run's YAML file."""
+
+DEFINITION = Wording(
+    expected={
+        "tuple_type": "should be a list, such as [first, second]",
+        "model_type": "should be keys and values, such as {{path: reviews.csv}}",
+        "dict_type": "should be keys and values, such as {{key: value}}",
+    },
+    wrong="  {key}: {expected}, found {found}",
+    unknown="  {key}: unknown key.{closest} Known here: {known}.",
+    missing="  {key}: missing, and it must be given.",
+    nothing="nothing",
+)
+"""For a task and its data, which may be a file of its own."""
+
+
+def explain(error: ValidationError, model: type[BaseModel], wording: Wording = DEFINITION) -> str:
+    """Return a line for each mistake: the key, what was expected there and what was found, but never a token.
+
+    model: what failed to validate.
+    """
     problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors(include_url=False)]
     # A list whose elements are wrong counts as empty, which nobody would understand.
     inside = {tuple(problem["loc"][:-1]) for problem in problems}
     told = [one for one in problems if not (one["type"] == "too_short" and tuple(one["loc"]) in inside)]
-    return "\n".join(f"  {_line(problem, model)}" for problem in told)
+    return "\n".join(_line(problem, model, wording) for problem in told)
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean X?' for the known name nearest to `word`, or an empty text."""
+    """Return ' Did you mean X?' for the known name nearest to `word`, or an empty text."""
     known = list(known)
     lowered = {name.lower(): name for name in reversed(known)}
     found = difflib.get_close_matches(word.lower(), list(lowered), n=1)
@@ -35,31 +81,36 @@ def closest(word: str, known: Iterable[str]) -> str:
 
 
 def shorten(value: object, limit: int = 80) -> str:
-    """`value` as Python shows it, cut to `limit` characters."""
+    """Return `value` as Python shows it, cut to `limit` characters."""
     shown = repr(value)
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
-def _line(problem: dict[str, Any], model: type[BaseModel]) -> str:
+def _line(problem: dict[str, Any], model: type[BaseModel], wording: Wording) -> str:
     location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        known = sorted(_model_at(model, location[:-1]).model_fields)
-        return f"{key}: unknown key.{closest(location[-1], known)} Known here: {', '.join(known)}."
-    if problem["type"] == "missing":
-        return f"{key}: missing, and it must be given."
-    expected = _EXPECTED.get(problem["type"]) or problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    found = "nothing" if problem["input"] is None else shorten(problem["input"])
-    if not key:
-        return f"{expected}, found {found}" if problem["type"] in _EXPECTED else expected
-    line = f"{key}: {expected}, found {found}"
-    if problem["type"] == "string_type" and isinstance(problem["input"], dict | list):
+    key, kind, value = ".".join(location), problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        known = [field.alias or name for name, field in _model_at(model, location[:-1]).model_fields.items()]
+        return wording.unknown.format(key=key, closest=closest(location[-1], known), known=", ".join(known))
+    if kind == "missing":
+        return wording.missing.format(key=key)
+    if kind in wording.expected:
+        expected = wording.expected[kind].format(**problem.get("ctx", {}))
+    else:
+        expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    found = wording.nothing if value is None else shorten(value)
+    if not key:  # of the whole: what was found says little, unless it is of another kind altogether
+        return f"{expected}, found {found}" if kind in wording.expected else expected
+    if location[-1] == "token":
+        return f"{key}: {expected}"
+    line = wording.wrong.format(key=key, expected=expected, found=found)
+    if kind == "string_type" and isinstance(value, dict | list):
         line += " (in YAML a text that begins with { or [ stands in quotes)"
     return line
 
 
 def _model_at(model: type[BaseModel], location: list[str]) -> type[BaseModel]:
-    """The model whose keys are meant at `location`, through optional fields and mappings of models."""
+    """Return the model whose keys are meant at `location`, through optional fields and mappings of models."""
     for part in location:
         field = model.model_fields.get(part)
         if field is None:  # a key of a mapping: its value's model is already at hand

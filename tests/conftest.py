@@ -26,6 +26,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item.get_closest_marker("soak") is None]
 
 
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Look for examples in the package's docstrings alone: what helps the tests may need Petals, or act on import."""
+    return True if collection_path.suffix == ".py" and not collection_path.name.startswith("test_") else None
+
+
 @pytest.fixture(scope="session")
 def realdata() -> Path:
     """The folder of real weights, data and prompts (its README says what they are)."""

@@ -8,7 +8,7 @@ import torch
 import petals_eval
 from petals_eval.data import DataSource
 from petals_eval.errors import DeadlineError, RequestTooLargeError
-from petals_eval.remote_model import Answered
+from petals_eval.remote_model import RequestAnswer
 from petals_eval.swarm import ServedHop, SwarmStatus
 from petals_eval.tasks import ClassificationTask
 from tests.swarm.fakes import settings
@@ -44,6 +44,7 @@ class FakeModel:
             pooling=None,
             check_length=self.check_length,
             check_head=lambda head, adapter: None,
+            class_outputs=lambda adapter: None,
             own_label_names=lambda adapter: None,
             pooling_note=lambda input_ids, adapter: None,
         )
@@ -73,7 +74,7 @@ class FakeModel:
 
 def answers_of(name, requests, answer=(0.0, 1.0)):
     for request in requests:
-        yield Answered(request, torch.tensor(answer), (ServedHop(name, 0, 4, "2.2.0", "float32", None),))
+        yield RequestAnswer(request, torch.tensor(answer), (ServedHop(name, 0, 4, "2.2.0", "float32", None),))
 
 
 def write_rows(path, words=(1,) * ROWS):

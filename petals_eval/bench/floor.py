@@ -40,7 +40,7 @@ def link_seconds(use: Sequence[LinkUse]) -> float:
 
 
 def pass_seconds(links: Sequence[LinkProfile]) -> float:
-    """The delays of one pass along a route of these links: every answer comes back before the next hop.
+    """Return the delays of one pass along a route of these links: every answer comes back before the next hop.
 
     >>> pass_seconds([LinkProfile(delay=0.02)] * 3)
     0.12

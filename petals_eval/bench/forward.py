@@ -7,10 +7,10 @@ from itertools import count
 
 import torch
 
-from petals_eval.bench.monitor import Watch, Watched
+from petals_eval.bench.monitor import ResourceMonitor, ResourceUse
 from petals_eval.bench.settings import ForwardSettings, Wire
 from petals_eval.bench.statistics import Spread, percentile
-from petals_eval.bench.target import Subject
+from petals_eval.bench.target import BenchTarget
 from petals_eval.errors import SwarmError
 from petals_eval.swarm.peers.peer import short_peer
 
@@ -41,34 +41,34 @@ class ForwardPoint:
     rows: Spread
     latency: tuple[float, float, float]
     micro_batches: int
-    watched: Watched
+    watched: ResourceUse
 
 
 def forward_cases(settings: ForwardSettings, wire: Wire) -> Iterator[ForwardCase]:
-    """Every combination over one wire, the shortest first."""
+    """Yield every combination over one wire, the shortest first."""
     for length in settings.lengths:
         for batch in settings.batches:
             for window in settings.windows:
                 yield ForwardCase(length, batch, window, wire)
 
 
-def measure_forward(subject: Subject, case: ForwardCase, settings: ForwardSettings) -> ForwardPoint:
+def measure_forward(target: BenchTarget, case: ForwardCase, settings: ForwardSettings) -> ForwardPoint:
     """Warm up, then run `settings.repeats` times. Raises SwarmError and CallerError where the swarm cannot.
 
     SwarmError also where a server does not take the wire's code: it would be measured lossless under the code's name.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = case.batch, case.length, subject.hidden_size
+    shape = case.batch, case.length, target.hidden_size
     hidden = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    prompts = random_prompts(subject, min(settings.prompts, case.length), generator)
+    prompts = random_prompts(target, min(settings.prompts, case.length), generator)
     if settings.warm_up > 0:
-        _run(subject, case, hidden, prompts, settings.warm_up)
+        _run(target, case, hidden, prompts, settings.warm_up)
     runs = []
     for _ in range(settings.repeats):
-        with Watch(subject) as watch:
-            latencies = _run(subject, case, hidden, prompts, settings.seconds)
-        runs.append((watch.result(), latencies))
-    for peer_id, reason in subject.blocks.wires.lossless.items():
+        with ResourceMonitor(target) as monitor:
+            latencies = _run(target, case, hidden, prompts, settings.seconds)
+        runs.append((monitor.result(), latencies))
+    for peer_id, reason in target.blocks.wires.lossless.items():
         raise SwarmError(f"server {short_peer(peer_id)} does not take {case.wire}: {reason}")
     rates = [len(latencies) * case.batch / watched.seconds for watched, latencies in runs]
     every = [seconds for _, latencies in runs for seconds in latencies]
@@ -83,16 +83,16 @@ def measure_forward(subject: Subject, case: ForwardCase, settings: ForwardSettin
     )
 
 
-def random_prompts(subject: Subject, tokens: int, generator: torch.Generator) -> torch.Tensor | None:
+def random_prompts(target: BenchTarget, tokens: int, generator: torch.Generator) -> torch.Tensor | None:
     """Deep prompts (blocks, 1, tokens, hidden) that change little, or None."""
     if tokens == 0:
         return None
-    shape = len(subject.blocks), 1, tokens, subject.hidden_size
+    shape = len(target.blocks), 1, tokens, target.hidden_size
     return 0.01 * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _run(
-    subject: Subject, case: ForwardCase, hidden: torch.Tensor, prompts: torch.Tensor | None, seconds: float
+    target: BenchTarget, case: ForwardCase, hidden: torch.Tensor, prompts: torch.Tensor | None, seconds: float
 ) -> list[float]:
     """Send micro-batches for `seconds`, at least one, and wait for them all; returns the latency of each."""
     from petals_eval.swarm import Work
@@ -108,6 +108,5 @@ def _run(
             yield Work(number, hidden, prompts)
 
     return [
-        time.perf_counter() - handed_over[computed.tag]
-        for computed in subject.blocks.stream(work(), window=case.window)
+        time.perf_counter() - handed_over[computed.tag] for computed in target.blocks.stream(work(), window=case.window)
     ]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from petals_eval.bench.forward import random_prompts
-from petals_eval.bench.monitor import Watch, Watched
+from petals_eval.bench.monitor import ResourceMonitor, ResourceUse
 from petals_eval.bench.settings import InferenceSettings, Wire
 from petals_eval.bench.statistics import Spread, percentile
-from petals_eval.bench.target import Subject
+from petals_eval.bench.target import BenchTarget
 
 __all__ = ["InferenceCase", "InferencePoint", "inference_cases", "measure_inference"]
 
@@ -40,7 +40,7 @@ class InferencePoint:
     step: tuple[float, float, float]
     prompt_tokens: Spread
     tokens: Spread
-    watched: Watched
+    watched: ResourceUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class _Session:
 
 
 def inference_cases(settings: InferenceSettings) -> Iterator[InferenceCase]:
-    """Every combination, the shortest first."""
+    """Yield every combination, the shortest first."""
     for wire in settings.wires:
         for length in settings.lengths:
             for batch in settings.batches:
@@ -60,20 +60,20 @@ def inference_cases(settings: InferenceSettings) -> Iterator[InferenceCase]:
                     yield InferenceCase(length, batch, window, wire)
 
 
-def measure_inference(subject: Subject, case: InferenceCase, settings: InferenceSettings) -> InferencePoint:
+def measure_inference(target: BenchTarget, case: InferenceCase, settings: InferenceSettings) -> InferencePoint:
     """Warm up with one session, then run `settings.repeats` times. Raises SwarmError, CallerError where the swarm
     cannot."""
     generator = torch.Generator().manual_seed(0)
-    prompts = random_prompts(subject, min(settings.prompts, case.length), generator)
-    shape = case.batch, case.length + 1, subject.hidden_size
+    prompts = random_prompts(target, min(settings.prompts, case.length), generator)
+    shape = case.batch, case.length + 1, target.hidden_size
     hidden = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    _session(subject, hidden, prompts, 1)
-    runs: list[tuple[Watched, list[_Session]]] = []
+    _session(target, hidden, prompts, 1)
+    runs: list[tuple[ResourceUse, list[_Session]]] = []
     for _ in range(settings.repeats):
-        with Watch(subject) as watch, ThreadPoolExecutor(case.window) as pool:
-            started = [pool.submit(_session, subject, hidden, prompts, settings.new_tokens) for _ in range(case.window)]
+        with ResourceMonitor(target) as monitor, ThreadPoolExecutor(case.window) as pool:
+            started = [pool.submit(_session, target, hidden, prompts, settings.new_tokens) for _ in range(case.window)]
             sessions = [each.result() for each in started]
-        runs.append((watch.result(), sessions))
+        runs.append((monitor.result(), sessions))
     rates = [_rate(sessions, case.batch, len(sessions[0].steps)) for _, sessions in runs]
     firsts = [session.first for _, sessions in runs for session in sessions]
     steps = [seconds for _, sessions in runs for session in sessions for seconds in session.steps]
@@ -96,12 +96,12 @@ def _rate(sessions: list[_Session], batch: int, steps: int) -> float:
     return len(sessions) * batch * steps / max(sum(session.steps) for session in sessions)
 
 
-def _session(subject: Subject, hidden: torch.Tensor, prompts: torch.Tensor | None, new_tokens: int) -> _Session:
-    """One session; hidden (batch, prompt + 1, hidden): the prompt, and the position that every later step sends."""
+def _session(target: BenchTarget, hidden: torch.Tensor, prompts: torch.Tensor | None, new_tokens: int) -> _Session:
+    """Return one session; hidden (batch, prompt + 1, hidden): the prompt, and the position that every later step sends."""
     length = hidden.shape[1] - 1
     steps = []
     started = time.perf_counter()
-    with subject.blocks.inference_session(length + new_tokens, batch=hidden.shape[0]) as session:
+    with target.blocks.inference_session(length + new_tokens, batch=hidden.shape[0]) as session:
         session.step(hidden[:, :length], prompts)
         first = time.perf_counter() - started
         for _ in range(new_tokens):

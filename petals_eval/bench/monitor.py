@@ -8,12 +8,12 @@ from types import TracebackType
 
 from petals_eval.bench.floor import link_seconds
 from petals_eval.bench.processes import memory, processor_seconds, tree
-from petals_eval.bench.target import Subject
+from petals_eval.bench.target import BenchTarget
 from petals_eval.local_swarm.network import LinkUse
 
-__all__ = ["ServerShare", "Watch", "Watched"]
+__all__ = ["ResourceMonitor", "ResourceUse", "ServerShare"]
 
-_EVERY = 0.02  # seconds between two looks
+_SAMPLING_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class ServerShare:
 
 
 @dataclass(frozen=True, slots=True)
-class Watched:
+class ResourceUse:
     """A run, seen from around it.
 
     seconds: its length. link_use: share of the time that the busiest direction of any link was busy; None where links
@@ -62,21 +62,21 @@ class _Counters:
     retries: int
 
 
-class Watch:
-    """Watches a subject while a `with` block runs; `result()` after it.
+class ResourceMonitor:
+    """Watches a target while a `with` block runs; `result()` after it.
 
     The client's processor time includes that of the watching itself, a few percent of one processor.
     """
 
-    def __init__(self, subject: Subject):
-        self._subject = subject
+    def __init__(self, target: BenchTarget):
+        self._target = target
         self._busy: Counter[str] = Counter()
         self._looks = 0
         self._memory = 0
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="bench watch", daemon=True)
+        self._thread = threading.Thread(target=self._look, name="bench monitor", daemon=True)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "ResourceMonitor":
         self._before = self._count()
         self._thread.start()
         return self
@@ -88,7 +88,7 @@ class Watch:
         self._thread.join()
         self._after = self._count()
 
-    def result(self) -> Watched:
+    def result(self) -> ResourceUse:
         before, after = self._before, self._after
         seconds = after.at - before.at
         did = {
@@ -110,7 +110,7 @@ class Watch:
             if calls
         }
         busiest = link_seconds([new.since(old) for old, new in zip(before.links, after.links, strict=True)])
-        return Watched(
+        return ResourceUse(
             seconds=seconds,
             servers=servers,
             link_use=busiest / seconds if after.links else None,
@@ -125,26 +125,26 @@ class Watch:
         return (self._after.server_processors[peer] - self._before.server_processors.get(peer, 0.0)) / seconds
 
     def _count(self) -> _Counters:
-        blocks = self._subject.blocks
+        blocks = self._target.blocks
         return _Counters(
             at=time.perf_counter(),
             servers={
                 peer: (seen.calls, seen.tokens, seen.bytes_sent, seen.bytes_received)
                 for peer, seen in list(blocks.histories.items())
             },
-            links=self._subject.link_use(),
-            client=processor_seconds(self._subject.client),
+            links=self._target.link_use(),
+            client=processor_seconds(self._target.client),
             server_processors={
-                peer: processor_seconds(tree(pid)) for peer, pid in self._subject.server_processes.items()
+                peer: processor_seconds(tree(pid)) for peer, pid in self._target.server_processes.items()
             },
             retries=blocks.status().retries,
         )
 
     def _look(self) -> None:
-        while not self._end.wait(_EVERY):
+        while not self._end.wait(_SAMPLING_SECONDS):
             if self._looks % 10 == 0:
-                self._memory = max(self._memory, memory(self._subject.client))
+                self._memory = max(self._memory, memory(self._target.client))
             self._looks += 1
-            for peer, seen in list(self._subject.blocks.histories.items()):
+            for peer, seen in list(self._target.blocks.histories.items()):
                 if seen.in_flight > 0:
                     self._busy[peer] += 1

@@ -7,7 +7,7 @@ from typing import Any
 
 from petals_eval.bench.forward import ForwardCase, ForwardPoint
 from petals_eval.bench.inference import InferenceCase, InferencePoint
-from petals_eval.bench.monitor import Watched
+from petals_eval.bench.monitor import ResourceUse
 from petals_eval.bench.plot import line_plot
 from petals_eval.swarm.peers.peer import short_peer
 
@@ -80,14 +80,14 @@ def _flat(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(case: Case, *, length: bool = True) -> str:
-    """A case in words."""
+    """Return a case in words."""
     window = "auto" if case.window is None else str(case.window)
     start = f"length {case.length}, " if length else ""
     return f"{start}batch {case.batch}, window {window}" + ("" if case.wire == "lossless" else f", {case.wire}")
 
 
 def forward_header() -> str:
-    """The head of the forward table."""
+    """Return the head of the forward table."""
     return f"{_CASE} {'tokens/s: median (range)':>28} {'rows/s':>8} {'ms: 50%':>8} {'90%':>7} {'99%':>7} {_AROUND}"
 
 
@@ -97,7 +97,7 @@ def forward_row(point: ForwardPoint) -> str:
 
 
 def inference_header() -> str:
-    """The head of the inference table."""
+    """Return the head of the inference table."""
     steps = f"{'step, ms: 50%':>14} {'90%':>7} {'99%':>7} {'prompt, ms':>11}"
     return f"{_CASE} {'tokens/s: median (range)':>28} {steps} {_AROUND}"
 
@@ -109,12 +109,12 @@ def inference_row(point: InferencePoint) -> str:
 
 
 def failure_text(case: Case, reason: str) -> str:
-    """A row of either table."""
+    """Return a row of either table."""
     return f"{_case(case)} not measured: {reason}"
 
 
-def servers_table(watched: Watched, spans: Mapping[str, str]) -> Sequence[str]:
-    """What each server did in a run, one line a server."""
+def servers_table(watched: ResourceUse, spans: Mapping[str, str]) -> Sequence[str]:
+    """Return what each server did in a run, one line a server."""
     head = f"{'server':>10} {'blocks':>9} {'share':>6} {'calls':>6} {'MB out':>7} {'MB in':>7}"
     lines = [f"{head} {'busy':>5} {'computing':>10}"]
     for peer, did in sorted(watched.servers.items(), key=lambda each: spans.get(each[0], "")):
@@ -131,7 +131,7 @@ def _case(case: Case) -> str:
     return f"{case.length:>7} {case.batch:>6} {window:>7} {case.wire:>10}"
 
 
-def _around(watched: Watched) -> str:
+def _around(watched: ResourceUse) -> str:
     link = "" if watched.link_use is None else f"{watched.link_use:.0%}"
     cpu = f"{watched.client_processor / watched.seconds:.0%}"
     return f"{link:>5} {cpu:>11} {watched.client_memory / 2**20:>5.0f} MB {watched.retries:>8}"

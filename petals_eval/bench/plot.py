@@ -14,7 +14,7 @@ _LEFT, _TOP, _WIDTH, _HEIGHT = 70, 40, 520, 300
 
 
 def line_plot(title: str, x_label: str, y_label: str, lines: Mapping[str, Points]) -> str:
-    """An SVG picture of some lines over one x axis; both axes begin at 0.
+    """Return an SVG picture of some lines over one x axis; both axes begin at 0.
 
     lines: points (x, y) in order, by the name that the legend shows; at least one point in all.
 
@@ -56,7 +56,7 @@ def line_plot(title: str, x_label: str, y_label: str, lines: Mapping[str, Points
 
 
 def _step(greatest: float) -> float:
-    """A round distance between ticks: about five up to `greatest`."""
+    """Return a round distance between ticks: about five up to `greatest`."""
     if greatest <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(greatest / 5))

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 __all__ = ["connected_ports", "memory", "processor_seconds", "tree"]
 
 
 def tree(pid: int) -> list[int]:
-    """The ids of a process and of all that descend from it."""
+    """Return the ids of a process and of all that descend from it."""
     try:
         process = psutil.Process(pid)
         return [pid, *(child.pid for child in process.children(recursive=True))]
@@ -40,7 +40,7 @@ def memory(pids: Iterable[int]) -> int:
 
 
 def connected_ports(pids: Iterable[int]) -> set[int]:
-    """The ports at the other end of these processes' TCP connections."""
+    """Return the ports at the other end of these processes' TCP connections."""
     found: set[int] = set()
     for pid in pids:
         try:

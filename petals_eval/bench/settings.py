@@ -2,64 +2,62 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from petals_eval.config import Dtype, Names, Peers, Seconds, Settings
+from petals_eval.config import (
+    SWARM,
+    SWEEP,
+    CallSettings,
+    ModelOnSwarm,
+    Positive,
+    Seconds,
+    ServerChoice,
+    option,
+    same_as,
+)
 
 __all__ = ["BenchSettings", "ForwardSettings", "InferenceSettings", "Wire"]
 
-Wire = Literal["lossless", "float16", "blockwise8", "uniform8"]  # how hidden states travel
+Wire = Literal["lossless", "float16", "blockwise8", "uniform8"]
+"""How hidden states travel."""
 
 
 def _numbers(value: object) -> object:
-    """Numbers in one text, apart by commas, as they are typed after a flag."""
+    """Split numbers in one text at its commas, as they are typed after a flag."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 def _auto(value: object) -> object:
-    """ "auto" is what the client chooses by itself."""
+    """Take "auto" for None: what the client chooses by itself."""
     values = _numbers(value)
     return [None if each == "auto" else each for each in values] if isinstance(values, list | tuple) else values
 
 
-Positive = Annotated[int, Field(gt=0)]
-Numbers = Annotated[tuple[Positive, ...], BeforeValidator(_numbers), Field(min_length=1)]
-Windows = Annotated[tuple[Positive | None, ...], BeforeValidator(_auto), Field(min_length=1)]
+AtLeastOne = Field(min_length=1)
+Numbers = Annotated[tuple[Positive, ...], BeforeValidator(_numbers), AtLeastOne]
+Windows = Annotated[tuple[Positive | None, ...], BeforeValidator(_auto), AtLeastOne]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
-class BenchSettings(Settings):
-    """The swarm, and what both benchmarks sweep over: every combination of the values is a point."""
+class BenchSettings(ModelOnSwarm, ServerChoice):
+    """The swarm, and what both benchmarks sweep over: every combination of the values is a point.
 
-    model: str  # hub name or local folder: only its config is read
-    revision: str | None = None  # of the model on the hub
-    token: SecretStr | None = None  # for gated repositories
+    Of the model only its config is read.
+    """
 
-    initial_peers: Peers = ()  # bootstrap peers
-    public_swarm: bool = False  # the public Petals swarm
-    local_swarm: int | None = Field(default=None, gt=0)  # servers of an embedded swarm on this machine
-    delay: float | None = Field(default=None, ge=0)  # of its links one way, in ms
-    rate: float | None = Field(default=None, gt=0)  # of its links each way, in Mbit/s
-    dht_prefix: str | None = None  # the name servers announce; None: Petals' rule for the hub name
-    active_adapter: str | None = None  # LoRA adapter on the servers
-    require_dtype: Dtype | None = None  # what servers must compute in
-    require_quant: str | None = None  # how servers must quantise: "none", "int8" or "nf4"
-    allow_server: Names = ()  # use only these servers: identities, whole or their last letters
-    deny_server: Names = ()  # leave these out
-    deadline: Seconds = 60.0  # seconds to wait for a server, per hop
+    delay: NotNegative | None = option(None, "Delay of the embedded servers' links one way, in ms.", SWARM, "MS")
+    rate: Annotated[float, Field(gt=0)] | None = option(
+        None, "Rate of the embedded servers' links each way, in Mbit/s.", SWARM, "MBIT"
+    )
+    deadline: Seconds = same_as(CallSettings, "deadline", default=60.0)
 
-    lengths: Numbers = (32, 128, 512)  # positions of a row
-    batches: Numbers = (1, 8)  # rows of a micro-batch or session
-    repeats: int = Field(default=3, gt=0)  # runs of each point
-    prompts: int = Field(default=0, ge=0)  # deep prompts' tokens, within `lengths`
+    lengths: Numbers = option((32, 128, 512), "Positions of a row.", SWEEP, "N,N,...")
+    batches: Numbers = option((1, 8), "Rows together, in a micro-batch or session.", SWEEP, "N,N,...")
+    repeats: Positive = option(3, "Runs of each combination.", SWEEP, "N")
+    prompts: Annotated[int, Field(ge=0)] = option(0, "Deep prompts of this many positions of a row.", SWEEP, "N")
 
     @model_validator(mode="after")
-    def _one_swarm(self) -> "BenchSettings":
-        chosen = [bool(self.initial_peers), self.public_swarm, self.local_swarm is not None]
-        if sum(chosen) != 1:
-            raise ValueError(
-                "expected exactly one swarm: --initial-peers MADDR, --public-swarm, or --local-swarm N for one that is "
-                f"embedded; found {sum(chosen)} of them"
-            )
+    def _links_of_our_own(self) -> "BenchSettings":
         if self.local_swarm is None and (self.delay is not None or self.rate is not None):
             raise ValueError("--delay and --rate are those of an embedded swarm's links: they go with --local-swarm")
         return self
@@ -68,15 +66,19 @@ class BenchSettings(Settings):
 class ForwardSettings(BenchSettings):
     """Many micro-batches in flight along the route, as an evaluation sends them."""
 
-    windows: Windows = (None,)  # micro-batches in flight; None: the client's own choice
-    wires: Annotated[tuple[Wire, ...], BeforeValidator(_numbers), Field(min_length=1)] = ("lossless",)
-    seconds: Seconds = 3.0  # of each run
-    warm_up: float = Field(default=1.0, ge=0)  # seconds before the first run of each point
+    windows: Windows = option((None,), "Micro-batches in flight; auto: the client's choice.", SWEEP, "N,N,...")
+    wires: Annotated[tuple[Wire, ...], BeforeValidator(_numbers), AtLeastOne] = option(
+        ("lossless",), "How hidden states travel: lossless, float16, blockwise8, uniform8.", SWEEP, "NAME,..."
+    )
+    seconds: Seconds = option(3.0, "Length of each run.", SWEEP, "SECONDS")
+    warm_up: NotNegative = option(1.0, "Warming up before each combination.", SWEEP, "SECONDS")
 
 
 class InferenceSettings(BenchSettings):
     """Sessions: one step over a prompt, then one position after the other."""
 
-    windows: Annotated[tuple[Positive, ...], BeforeValidator(_numbers), Field(min_length=1)] = (1,)  # sessions at once
-    wires: Annotated[tuple[Literal["lossless"], ...], BeforeValidator(_numbers), Field(min_length=1)] = ("lossless",)
-    new_tokens: int = Field(default=16, gt=0)  # steps after the prompt's
+    windows: Numbers = option((1,), "Sessions at once.", SWEEP, "N,N,...")
+    wires: Annotated[tuple[Literal["lossless"], ...], BeforeValidator(_numbers), AtLeastOne] = option(
+        ("lossless",), "How hidden states travel; lossless only.", SWEEP, "NAME,..."
+    )
+    new_tokens: Positive = option(16, "Steps after the prompt's.", SWEEP, "N")

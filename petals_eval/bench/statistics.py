@@ -7,7 +7,7 @@ __all__ = ["Spread", "percentile"]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value below which `percent` of the values lie, in a straight line between the two nearest.
+    """Return the value below which `percent` of the values lie, in a straight line between the two nearest.
 
     >>> percentile([4.0, 1.0, 3.0, 2.0], 50), percentile([1.0, 2.0], 0), percentile([5.0], 90)
     (2.5, 1.0, 5.0)

@@ -18,7 +18,7 @@ from petals_eval.bench.outcome import (
     servers_table,
 )
 from petals_eval.bench.settings import BenchSettings, ForwardSettings, InferenceSettings
-from petals_eval.bench.target import Subject, opened, over
+from petals_eval.bench.target import BenchTarget, open_target, with_wire
 from petals_eval.errors import RequestTooLargeError, SwarmError
 from petals_eval.report import printable
 
@@ -38,11 +38,11 @@ def bench_forward(settings: ForwardSettings, say: Callable[[str], object]) -> Ou
     noted and the next one is tried. Raises ModelError, ConfigError, SwarmUnreachableError, and SwarmError when no case
     could be computed.
     """
-    with opened(settings) as subject:
-        found = _empty("forward", subject, settings)
+    with open_target(settings) as target:
+        found = _empty("forward", target, settings)
         say(forward_header())
         for wire in settings.wires:
-            with over(subject, wire) as connected:
+            with with_wire(target, wire) as connected:
                 for case in forward_cases(settings, wire):
                     with _noted(found, case, say):
                         point = measure_forward(connected, case, settings)
@@ -53,22 +53,22 @@ def bench_forward(settings: ForwardSettings, say: Callable[[str], object]) -> Ou
 
 def bench_inference(settings: InferenceSettings, say: Callable[[str], object]) -> Outcome:
     """Measure inference sessions on the swarm of the settings; otherwise as `bench_forward`."""
-    with opened(settings) as subject:
-        found = _empty("inference", subject, settings)
+    with open_target(settings) as target:
+        found = _empty("inference", target, settings)
         say(inference_header())
         for case in inference_cases(settings):
             with _noted(found, case, say):
-                point = measure_inference(subject, case, settings)
+                point = measure_inference(target, case, settings)
                 found.points.append(point)
                 say(inference_row(point))
         return _summed_up(found, say)
 
 
-def _empty(kind: str, subject: Subject, settings: BenchSettings) -> Outcome:
-    servers = subject.blocks.snapshot.servers.values()
+def _empty(kind: str, target: BenchTarget, settings: BenchSettings) -> Outcome:
+    servers = target.blocks.snapshot.servers.values()
     return Outcome(
         kind,
-        subject.model,
+        target.model,
         servers={server.peer_id: f"{server.start}:{server.end}" for server in servers},
         settings=settings.model_dump(mode="json", include=_TOLD & set(type(settings).model_fields)),
     )

@@ -4,26 +4,26 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from petals_eval.bench.settings import BenchSettings, InferenceSettings, Wire
 from petals_eval.config import PUBLIC_SWARM, SwarmSettings
 from petals_eval.errors import ConfigError
 from petals_eval.model import Checkpoint
 from petals_eval.model.rotary import RotaryScaling, rotary_scaling
+from petals_eval.remote_model import default_dht_prefix
 
 if TYPE_CHECKING:
     from petals_eval.local_swarm.network import EmulatedNetwork, LinkUse
     from petals_eval.swarm import RemoteSequential
 
-__all__ = ["Subject", "opened", "over"]
+__all__ = ["BenchTarget", "open_target", "with_wire"]
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class BenchTarget:
     """The blocks, and where to look while they work.
 
     model: its name, never a path. client: ids of this process and of its libp2p daemon.
@@ -39,19 +39,19 @@ class Subject:
     network: "EmulatedNetwork | None"
 
     def link_use(self) -> "list[LinkUse]":
-        """What each link has carried so far; empty where links are not known."""
+        """Return what each link has carried so far; empty where links are not known."""
         return [] if self.network is None else self.network.use()[0]
 
 
 @contextlib.contextmanager
-def opened(settings: BenchSettings) -> Iterator[Subject]:
+def open_target(settings: BenchSettings) -> Iterator[BenchTarget]:
     """Connect to the swarm of the settings; an embedded one runs until the end.
 
     Raises ModelError, ConfigError, SwarmUnreachableError.
     """
     from petals_eval.swarm import SwarmConnection
 
-    token = settings.token.get_secret_value() if settings.token else None
+    token = settings.hub_token
     checkpoint = Checkpoint.open(settings.model, revision=settings.revision, token=token)
     rotary = rotary_scaling(checkpoint.config)
     _spare_servers(settings, rotary)
@@ -60,7 +60,7 @@ def opened(settings: BenchSettings) -> Iterator[Subject]:
         processes: dict[str, int] = {}
         if settings.local_swarm is None:
             peers = settings.initial_peers or PUBLIC_SWARM
-            prefix = settings.dht_prefix or _petals_prefix(settings.model, checkpoint)
+            prefix = settings.dht_prefix or default_dht_prefix(settings.model, checkpoint.family)
         else:
             from petals_eval.local_swarm import LocalSwarm
             from petals_eval.local_swarm.network import EmulatedNetwork, LinkProfile
@@ -84,22 +84,10 @@ def opened(settings: BenchSettings) -> Iterator[Subject]:
             peers, prefix = tuple(swarm.initial_peers), swarm.dht_prefix
             processes = {server.peer_id: server.pid for server in swarm.servers}
         children = _children()
-        connection = stack.enter_context(
-            SwarmConnection.connect(
-                SwarmSettings(
-                    initial_peers=peers,
-                    active_adapter=settings.active_adapter,
-                    require_dtype=settings.require_dtype,
-                    require_quant=settings.require_quant,
-                    allow_servers=settings.allow_server,
-                    deny_servers=settings.deny_server,
-                    deadline=settings.deadline,
-                )
-            )
-        )
+        connection = stack.enter_context(SwarmConnection.connect(SwarmSettings.of(settings, initial_peers=peers)))
         blocks = connection.remote_sequential(prefix, checkpoint.family.num_blocks(checkpoint.config))
         blocks.limit_steps(rotary.original_length)
-        yield Subject(
+        yield BenchTarget(
             model=checkpoint.name,
             hidden_size=checkpoint.family.hidden_size(checkpoint.config),
             blocks=blocks,
@@ -110,17 +98,17 @@ def opened(settings: BenchSettings) -> Iterator[Subject]:
 
 
 @contextlib.contextmanager
-def over(subject: Subject, wire: Wire) -> Iterator[Subject]:
+def with_wire(target: BenchTarget, wire: Wire) -> Iterator[BenchTarget]:
     """The same blocks with hidden states over this wire: on a connection of their own unless it is lossless."""
     if wire == "lossless":
-        yield subject
+        yield target
         return
     from petals_eval.swarm import SwarmConnection
 
     children = _children()
-    with SwarmConnection.connect(subject.blocks.settings.model_copy(update={"wire": wire})) as connection:
-        blocks = connection.remote_sequential(subject.blocks.dht_prefix, len(subject.blocks))
-        yield replace(subject, blocks=blocks, client=(os.getpid(), *(_children() - children)))
+    with SwarmConnection.connect(target.blocks.settings.model_copy(update={"wire": wire})) as connection:
+        blocks = connection.remote_sequential(target.blocks.dht_prefix, len(target.blocks))
+        yield replace(target, blocks=blocks, client=(os.getpid(), *(_children() - children)))
 
 
 def _spare_servers(settings: BenchSettings, rotary: RotaryScaling) -> None:
@@ -136,11 +124,3 @@ def _spare_servers(settings: BenchSettings, rotary: RotaryScaling) -> None:
 
 def _children() -> set[int]:
     return {child.pid for child in psutil.Process().children()}
-
-
-def _petals_prefix(model: str, checkpoint: Checkpoint) -> str:
-    if Path(model).expanduser().is_dir():
-        raise ConfigError(
-            f"{model} is a local folder, so the name its servers announce is not known: give it with --dht-prefix."
-        )
-    return checkpoint.family.dht_prefix(model)

@@ -30,7 +30,7 @@ PeersFile = Annotated[
 
 
 def own_address(listen: str, announce: str | None, identity: Path | None) -> dict[str, Any]:
-    """What the flags say, as `Peer.open` and the servers' settings take it. Raises ConfigError."""
+    """Return what the flags say, as `Peer.open` and the servers' settings take it. Raises ConfigError."""
     from hivemind.utils.multiaddr import Multiaddr
 
     from petals_eval.errors import ConfigError

@@ -7,7 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from petals_eval.bench.settings import ForwardSettings, InferenceSettings
 from petals_eval.cli.command import GroupedCommand
+from petals_eval.cli.flags import flags_of
+from petals_eval.config import OUTPUT
 
 __all__ = ["SHORT", "app"]
 
@@ -34,35 +37,11 @@ Of the model only its config is read. Every combination of the values given is m
 STRANGERS = "note: on the public swarm this is work for strangers' machines: keep it short."
 
 
-def _option(group: str, metavar: str | None, help: str, *names: str) -> Any:
-    return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=group, show_default=False)
-
-
-MODEL, SWARM, SWEEP, OUTPUT = "Model", "Swarm", "Sweep", "Output"
-Model = Annotated[str, _option(MODEL, "NAME", "Hub name or local folder.")]
-Revision = Annotated[str | None, _option(MODEL, "REV", "Revision of the model on the hub.")]
-Token = Annotated[str | None, _option(MODEL, "TOKEN", "Hub token for gated repositories (or set HF_TOKEN).")]
-Peers = Annotated[list[str] | None, _option(SWARM, "MADDR...", "Multiaddresses of bootstrap peers.")]
-PublicSwarm = Annotated[
-    bool | None, _option(SWARM, None, "The public Petals swarm: strangers' machines.", "--public-swarm")
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Write bench.json, bench.txt and bench.svg there.", rich_help_panel=OUTPUT),
 ]
-LocalSwarm = Annotated[int | None, _option(SWARM, "N", "N servers embedded on this machine.")]
-Delay = Annotated[float | None, _option(SWARM, "MS", "Of the embedded servers' links, one way.")]
-Rate = Annotated[float | None, _option(SWARM, "MBIT", "Of the embedded servers' links, Mbit/s each way.")]
-Prefix = Annotated[str | None, _option(SWARM, "NAME", "Name the servers announce. Default: by Petals' rule.")]
-ActiveAdapter = Annotated[str | None, _option(SWARM, "NAME", "LoRA adapter on the servers.")]
-RequireDtype = Annotated[str | None, _option(SWARM, "DTYPE", "Use only servers that compute in this dtype.")]
-RequireQuant = Annotated[str | None, _option(SWARM, "QUANT", "Use only servers of this quantisation.")]
-Allow = Annotated[list[str] | None, _option(SWARM, "ID...", "Use only these servers (identities or their ends).")]
-Deny = Annotated[list[str] | None, _option(SWARM, "ID...", "Leave these servers out.")]
-Deadline = Annotated[float | None, _option(SWARM, "SECONDS", "Wait this long for a server. Default: 60.")]
-Lengths = Annotated[str | None, _option(SWEEP, "N,N,...", "Positions of a row. Default: 32,128,512.")]
-Batches = Annotated[str | None, _option(SWEEP, "N,N,...", "Rows together. Default: 1,8.")]
-Prompts = Annotated[int | None, _option(SWEEP, "N", "Deep prompts of this many positions. Default: none.")]
-Repeats = Annotated[int | None, _option(SWEEP, "N", "Runs of each combination. Default: 3.")]
-Wires = Annotated[str | None, _option(SWEEP, "NAME,...", "How hidden states travel; lossless only.", "--wires")]
-Out = Annotated[Path | None, _option(OUTPUT, "FOLDER", "Write bench.json, bench.txt and bench.svg there.")]
-AsJson = Annotated[bool, _option(OUTPUT, None, "Print bench.json alone on stdout.", "--json")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print bench.json alone on stdout.", rich_help_panel=OUTPUT)]
 
 app = typer.Typer(name="bench", help=SHORT, no_args_is_help=True, rich_markup_mode=None)
 
@@ -70,86 +49,25 @@ app = typer.Typer(name="bench", help=SHORT, no_args_is_help=True, rich_markup_mo
 @app.command(
     name="forward", help=FORWARD, short_help="Forward passes, many micro-batches in flight.", cls=GroupedCommand
 )
-def forward(
-    model: Model,
-    revision: Revision = None,
-    token: Token = None,
-    initial_peers: Peers = None,
-    public_swarm: PublicSwarm = None,
-    local_swarm: LocalSwarm = None,
-    delay: Delay = None,
-    rate: Rate = None,
-    dht_prefix: Prefix = None,
-    active_adapter: ActiveAdapter = None,
-    require_dtype: RequireDtype = None,
-    require_quant: RequireQuant = None,
-    allow_server: Allow = None,
-    deny_server: Deny = None,
-    deadline: Deadline = None,
-    lengths: Lengths = None,
-    batches: Batches = None,
-    windows: Annotated[
-        str | None, _option(SWEEP, "N,N,...", "Micro-batches in flight; auto: the client's choice. Default: auto.")
-    ] = None,
-    wires: Annotated[
-        str | None,
-        _option(SWEEP, "NAME,...", "Of lossless, float16, blockwise8, uniform8. Default: lossless.", "--wires"),
-    ] = None,
-    prompts: Prompts = None,
-    seconds: Annotated[float | None, _option(SWEEP, "SECONDS", "Of each run. Default: 3.")] = None,
-    warm_up: Annotated[float | None, _option(SWEEP, "SECONDS", "Before each combination. Default: 1.")] = None,
-    repeats: Repeats = None,
-    out: Out = None,
-    json_output: AsJson = False,
-) -> int:
-    flags = {name: value for name, value in locals().items() if name not in ("out", "json_output")}
-    from petals_eval.bench.settings import ForwardSettings
+@flags_of(ForwardSettings)
+def forward(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
+    settings = ForwardSettings(**flags)
+
     from petals_eval.bench.sweep import bench_forward
 
-    settings = ForwardSettings(**_given(flags))
     return _bench(lambda say: bench_forward(settings, say), settings.public_swarm, out, json_output)
 
 
 @app.command(
     name="inference", help=INFERENCE, short_help="Inference sessions, one position a step.", cls=GroupedCommand
 )
-def inference(
-    model: Model,
-    revision: Revision = None,
-    token: Token = None,
-    initial_peers: Peers = None,
-    public_swarm: PublicSwarm = None,
-    local_swarm: LocalSwarm = None,
-    delay: Delay = None,
-    rate: Rate = None,
-    dht_prefix: Prefix = None,
-    active_adapter: ActiveAdapter = None,
-    require_dtype: RequireDtype = None,
-    require_quant: RequireQuant = None,
-    allow_server: Allow = None,
-    deny_server: Deny = None,
-    deadline: Deadline = None,
-    lengths: Lengths = None,
-    batches: Batches = None,
-    windows: Annotated[str | None, _option(SWEEP, "N,N,...", "Sessions at once. Default: 1.")] = None,
-    wires: Wires = None,
-    prompts: Prompts = None,
-    new_tokens: Annotated[int | None, _option(SWEEP, "N", "Steps after the prompt's. Default: 16.")] = None,
-    repeats: Repeats = None,
-    out: Out = None,
-    json_output: AsJson = False,
-) -> int:
-    flags = {name: value for name, value in locals().items() if name not in ("out", "json_output")}
-    from petals_eval.bench.settings import InferenceSettings
+@flags_of(InferenceSettings)
+def inference(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
+    settings = InferenceSettings(**flags)
+
     from petals_eval.bench.sweep import bench_inference
 
-    settings = InferenceSettings(**_given(flags))
     return _bench(lambda say: bench_inference(settings, say), settings.public_swarm, out, json_output)
-
-
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that were given; the others have their defaults in the settings."""
-    return {name: value for name, value in flags.items() if value is not None and value != []}
 
 
 def _bench(measure: Callable[[Callable[[str], None]], Any], public: bool, out: Path | None, json_output: bool) -> int:

@@ -1,13 +1,16 @@
 """How a command of ours reads its flags and shows its help."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from typer.core import TyperCommand
 
+from petals_eval.config import HEADINGS
+
 __all__ = ["GroupedCommand", "repeat_flag"]
 
-SEVERAL_VALUES = ("--initial-peers", "--adapter", "--allow-server", "--deny-server", "--fail-under")
+_ORDER = ("Arguments", *HEADINGS, "Options")
 
 
 class GroupedCommand(TyperCommand):
@@ -17,7 +20,10 @@ class GroupedCommand(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, repeat_flag(args, SEVERAL_VALUES if self._takes_no_arguments() else ()))
+        # What follows a flag may also be an argument, where there are any.
+        takes_arguments = any(each.param_type_name == "argument" for each in self.params)
+        several = () if takes_arguments else [flag for each in self.params if each.multiple for flag in each.opts]
+        return super().parse_args(ctx, repeat_flag(args, several))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -26,16 +32,13 @@ class GroupedCommand(TyperCommand):
             if record is not None:
                 default = "Arguments" if parameter.param_type_name == "argument" else "Options"
                 groups.setdefault(getattr(parameter, "rich_help_panel", None) or default, []).append(record)
-        for title, records in groups.items():
+        for title in sorted(groups, key=_ORDER.index):
             with formatter.section(title):
-                formatter.write_dl(records)
-
-    def _takes_no_arguments(self) -> bool:
-        return not any(parameter.param_type_name == "argument" for parameter in self.params)
+                formatter.write_dl(groups[title])
 
 
-def repeat_flag(arguments: list[str], flags: tuple[str, ...]) -> list[str]:
-    """`arguments` with one of these flags put before each of its values but the first.
+def repeat_flag(arguments: list[str], flags: Sequence[str]) -> list[str]:
+    """Return `arguments` with one of these flags put before each of its values but the first.
 
     >>> repeat_flag(["--initial-peers", "/a", "/b", "--limit", "3"], ("--initial-peers",))
     ['--initial-peers', '/a', '--initial-peers', '/b', '--limit', '3']

@@ -1,8 +1,11 @@
 """`petals-eval demo`: the whole way, on this machine, in a minute."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from petals_eval.cli.flags import flags_of
+from petals_eval.config import RunSettings
 
 __all__ = ["HELP", "SHORT", "demo"]
 
@@ -13,13 +16,12 @@ It shows what a run looks like, and what the prompts are worth: the same head wi
 """
 
 
+@flags_of(RunSettings, only=("out", "json_output"))
 def demo(
     servers: Annotated[int, typer.Option(metavar="N", help="Servers of the embedded swarm, 1 to 6.", min=1, max=6)] = 3,
-    out: Annotated[str | None, typer.Option(metavar="FOLDER", help="Run folder. Default: runs/demo-<time>.")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print metrics.json alone on stdout.")] = False,
+    **flags: Any,
 ) -> int:
     from petals_eval.cli.evaluation import execute
-    from petals_eval.config import RunSettings
     from petals_eval.demo import demo_paths
 
     paths = demo_paths()
@@ -31,7 +33,6 @@ def demo(
             data=str(paths.data),
             local_swarm=servers,
             without_prompts=True,
-            out=out,
-            json=json_output,
+            **flags,
         )
     )

@@ -4,39 +4,26 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from petals_eval.cli.open_swarm import chosen_swarm, local_options, whom_to_use
+from petals_eval.cli.open_swarm import peers_of
 from petals_eval.config import RunSettings, SwarmSettings
 from petals_eval.errors import SwarmError
-from petals_eval.report.numbers import plural
+from petals_eval.text import plural
 
 if TYPE_CHECKING:
-    from petals_eval.data import DataSource
     from petals_eval.evaluation.dry_run import DryRun
-    from petals_eval.model import LocalModel
-    from petals_eval.tasks import Task
+    from petals_eval.evaluation.prepare import Prepared
 
 __all__ = ["show_dry_run"]
 
 LOOK_SECONDS = 15.0  # a dry run works without a swarm, so it does not wait long for one
 
 
-def show_dry_run(settings: RunSettings, task: "Task", source: "DataSource") -> int:
+def show_dry_run(settings: RunSettings, prepared: "Prepared") -> int:
     """Print the first examples as the model would read them, what would be sent, and to which servers."""
-    from petals_eval.data import load_rows, sample
     from petals_eval.evaluation.dry_run import dry_run
-    from petals_eval.evaluation.evaluate import check_head
-    from petals_eval.remote_model import load_local
-    from petals_eval.runs import Shard
 
-    rows = sample(load_rows(source), settings.limit, settings.seed)
-    if settings.shard is not None:
-        rows = Shard.parse(settings.shard).of(rows)
-    local, adapters = load_local(settings.model, settings.adapter, **local_options(settings))
-    for adapter in adapters or (None,):
-        check_head(local, task, adapter)
-        plan = dry_run(
-            local, adapter, task, rows, tokens_per_micro_batch=settings.tokens_per_micro_batch, wire=settings.wire
-        )
+    for adapter in prepared.side.adapters or (None,):
+        plan = dry_run(prepared, adapter)
         name = "no prompts" if adapter is None else adapter.name
         typer.echo(f"== {name}: the first examples as the model reads them")
         for example in plan.shown:
@@ -45,7 +32,7 @@ def show_dry_run(settings: RunSettings, task: "Task", source: "DataSource") -> i
         for note in plan.notes:
             typer.echo(f"  note: {note}")
     typer.echo("== the servers that would be used first")
-    for line in _route(settings, local):
+    for line in _route(settings, prepared):
         typer.echo(f"  {line}")
     typer.echo("nothing was sent")
     return 0
@@ -64,30 +51,24 @@ def _amounts(plan: "DryRun") -> str:
     )
 
 
-def _route(settings: RunSettings, local: "LocalModel") -> list[str]:
-    """The route, or why there is none to be seen."""
+def _route(settings: RunSettings, prepared: "Prepared") -> list[str]:
+    """Return a line for each hop of the route, or why there is none to be seen."""
     from petals_eval.evaluation.dry_run import route_lines
-    from petals_eval.remote_model import default_dht_prefix
     from petals_eval.swarm import SwarmConnection
 
+    num_blocks = prepared.side.local.num_blocks
     if settings.local_swarm is not None:
         from petals_eval.local_swarm.launcher import split_evenly
 
         # Not started: who they are is known without.
-        spans = split_evenly(local.num_blocks, settings.local_swarm)
+        spans = split_evenly(num_blocks, settings.local_swarm)
         return [f"blocks {span}  a server embedded on this machine" for span in spans]
-    with chosen_swarm(settings) as (initial_peers, dht_prefix):
-        wanted = SwarmSettings(
-            initial_peers=initial_peers,
-            startup_timeout=LOOK_SECONDS,
-            **whom_to_use(settings),
-        )
-        prefix = dht_prefix or default_dht_prefix(settings.model, local)
-        try:
-            with SwarmConnection.connect(wanted) as connection:
-                return route_lines(connection.remote_sequential(prefix, local.num_blocks).snapshot)
-        except SwarmError as error:
-            return ["the swarm could not be asked:", *str(error).splitlines()]
+    wanted = SwarmSettings.of(settings, initial_peers=peers_of(settings), startup_timeout=LOOK_SECONDS)
+    try:
+        with SwarmConnection.connect(wanted) as connection:
+            return route_lines(connection.remote_sequential(prepared.side.dht_prefix, num_blocks).snapshot)
+    except SwarmError as error:
+        return ["the swarm could not be asked:", *str(error).splitlines()]
 
 
 def _size(count: int) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from petals_eval.cli.signals import ending_signals, how_it_ended, interrupted_code
 from petals_eval.environment import environment_defaults
 from petals_eval.errors import InterruptedRunError, MachineError, PetalsEvalError
+from petals_eval.text import printable
 
 __all__ = ["run_command"]
 
@@ -64,10 +65,10 @@ def _is_the_machines(error: Exception) -> bool:
 
 
 def _say(message: str) -> None:
-    """To stderr, without what moves the cursor, recolours or reorders: words of peers and of files are in it."""
-    message = "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in message)
+    """Print to stderr, and that alone: words of peers and of files are in the message."""
+    text = printable(message, longest=None, keep_lines=True)
     with contextlib.suppress(OSError):  # a closed terminal takes no message
-        print(message, file=sys.stderr, flush=True)  # noqa: T201  # plain stderr: this must work when nothing else does
+        print(text, file=sys.stderr, flush=True)  # noqa: T201  # plain: this must work when nothing else does
 
 
 def _keep_traceback() -> Path:

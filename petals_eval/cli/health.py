@@ -4,12 +4,17 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from petals_eval.cli.flags import flags_of, keys_of
+from petals_eval.config import PUBLIC_SWARM
+from petals_eval.errors import ConfigError, SwarmError
+from petals_eval.health.settings import HealthSettings, LookSettings
+
 if TYPE_CHECKING:
-    from petals_eval.health import HealthReport, HealthSettings
+    from petals_eval.health import HealthReport
     from petals_eval.health.locked import LockedServers
 
 __all__ = ["HELP", "SHORT", "health"]
@@ -37,117 +42,51 @@ Page, /api/v1/state, /metrics for Prometheus and /healthz, on this machine alone
 STRANGERS = "note: on the public swarm the canaries are work for strangers' machines: do not look too often."
 
 
-def _option(group: str, metavar: str | None, help: str, *names: str) -> Any:
-    return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=group, show_default=False)
-
-
-# Flags that are not fields of HealthSettings under the same name.
-_OWN = ("public_swarm", "json_output", "html", "watch", "serve", "every", "history", "dht_prefix")
-SWARM, PROBES, BUDGET, OUTPUT = "Swarm", "Probes", "Budget", "Output"
-
-
-def health(
-    initial_peers: Annotated[list[str] | None, _option(SWARM, "MADDR...", "Multiaddresses of bootstrap peers.")] = None,
-    public_swarm: Annotated[
-        bool | None, _option(SWARM, None, "The public Petals swarm: strangers' machines.", "--public-swarm")
-    ] = None,
-    dht_prefix: Annotated[
-        list[str] | None,
-        _option(SWARM, "NAME", "A model to look at; several times for several. Default: all announced."),
-    ] = None,
-    num_blocks: Annotated[int | None, _option(SWARM, "N", "Of these models. Default: as announced.")] = None,
-    level: Annotated[str | None, _option(PROBES, "LEVEL", "record, info, forward or route. Default: route.")] = None,
-    active_adapter: Annotated[
-        str | None, _option(PROBES, "NAME", "LoRA adapter that every server should have.")
-    ] = None,
-    model: Annotated[
-        str | None, _option(PROBES, "NAME", "Hub name or folder of the weights for --verify-local.")
-    ] = None,
-    verify_local: Annotated[
-        str | None,
-        _option(PROBES, "FIRST:LAST", "Load these blocks here, and hold their servers against them."),
-    ] = None,
-    min_replicas: Annotated[int | None, _option(PROBES, "N", "Servers each block should have. Default: 1.")] = None,
-    announce_period: Annotated[
-        float | None, _option(PROBES, "SECONDS", "Between a server's announcements. Default: 120, as Petals'.")
-    ] = None,
-    hidden_size: Annotated[int | None, _option(PROBES, "N", "Of the canary. Default: as the servers say.")] = None,
-    canary_positions: Annotated[int | None, _option(BUDGET, "N", "Of a row of the canary. Default: 16.")] = None,
-    concurrency: Annotated[int | None, _option(BUDGET, "N", "Servers asked at once. Default: 64.")] = None,
-    time_limit: Annotated[
-        float | None, _option(BUDGET, "SECONDS", "For a whole look; what is not asked by then is unknown. Default: 60.")
-    ] = None,
-    connect_timeout: Annotated[
-        float | None, _option(BUDGET, "SECONDS", "For a server's first answer. Default: 10.")
-    ] = None,
-    call_timeout: Annotated[float | None, _option(BUDGET, "SECONDS", "For one canary. Default: 30.")] = None,
-    json_output: Annotated[bool, _option(OUTPUT, None, "Print the report as JSON alone on stdout.", "--json")] = False,
-    html: Annotated[Path | None, _option(OUTPUT, "FILE", "Write the report as one HTML page.")] = None,
-    watch: Annotated[bool, _option(OUTPUT, None, "Look again and again; show what changes.", "--watch")] = False,
-    serve: Annotated[
-        str | None, _option(OUTPUT, "[HOST]:PORT", "Serve the page and metrics. Without a host: on this machine alone.")
-    ] = None,
-    every: Annotated[
-        float, _option(OUTPUT, "SECONDS", "Between two looks of --watch and --serve. Default: 60.")
-    ] = 60.0,
-    history: Annotated[Path | None, _option(OUTPUT, "FILE", "SQLite file of --serve. Default: in memory.")] = None,
-) -> int:
-    flags = {name: value for name, value in locals().items() if name not in _OWN and value not in (None, [])}
-    from petals_eval.config import PUBLIC_SWARM
-    from petals_eval.errors import ConfigError
-    from petals_eval.health import HealthSettings
-
-    if bool(initial_peers) == bool(public_swarm):
+@flags_of(HealthSettings)
+@flags_of(LookSettings)
+def health(**flags: Any) -> int:
+    if ("initial_peers" in flags) == ("public_swarm" in flags):
         raise ConfigError("expected exactly one swarm: --initial-peers MADDR or --public-swarm")
-    if serve is not None and (watch or json_output or html is not None):
-        raise ConfigError(
-            "--serve shows the report on its page and under /api/v1/state: leave --watch, --json, --html out"
-        )
-    if history is not None and serve is None:
-        raise ConfigError("--history is kept by --serve: add --serve :9090, or leave it out")
-    if not every > 0:
-        raise ConfigError(f"--every: expected seconds above 0, found {every:g}")
-    flags["initial_peers"] = initial_peers or PUBLIC_SWARM
-    settings = HealthSettings(**flags, models=tuple(dht_prefix or ()))
-    if public_swarm:
+    look = LookSettings(**{key: flags.pop(key) for key in set(keys_of(LookSettings).values()) & flags.keys()})
+    settings = HealthSettings(**{"initial_peers": PUBLIC_SWARM, **flags})
+    if look.public_swarm:
         typer.echo(STRANGERS, err=True)
-    if serve is not None:
+    if look.serve is not None:
         from petals_eval.health.serving import serve_health
 
-        return serve_health(settings, serve, every, history, say=lambda line: typer.echo(line, err=True))
-    if watch:
-        return _watch(settings, every, json_output, html)
+        return serve_health(settings, look.serve, look.every, look.history, say=lambda line: typer.echo(line, err=True))
+    if look.watch:
+        return _watch(settings, look)
     report = _look(settings)
-    _show(report, json_output, html)
+    _show(report, look)
     return report.exit_code
 
 
-def _look(settings: "HealthSettings", locked: "LockedServers | None" = None) -> "HealthReport":
+def _look(settings: HealthSettings, locked: "LockedServers | None" = None) -> "HealthReport":
     from petals_eval.health.check import check
 
     return check(settings, locked)
 
 
-def _show(report: "HealthReport", json_output: bool, html: Path | None) -> None:
+def _show(report: "HealthReport", look: LookSettings) -> None:
     from petals_eval.health.terminal import print_report
     from petals_eval.text import console_for
 
-    if html is not None:
-        _write_page(report, html)
-    if json_output:
+    if look.html is not None:
+        _write_page(report, look.html)
+    if look.json_output:
         typer.echo(json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False))
     else:
         print_report(report, console_for(sys.stdout))
 
 
-def _watch(settings: "HealthSettings", every: float, json_output: bool, html: Path | None) -> int:
+def _watch(settings: HealthSettings, look: LookSettings) -> int:
     """Look until Ctrl-C. The first look in full, then what changed; with --json a line each, in full."""
-    from petals_eval.errors import SwarmError
     from petals_eval.health.changes import changes
     from petals_eval.health.locked import LockedServers
 
     locked = LockedServers()
-    last: HealthReport | None = None
+    before: HealthReport | None = None
     code = 3
     try:
         while True:
@@ -160,16 +99,16 @@ def _watch(settings: "HealthSettings", every: float, json_output: bool, html: Pa
                 code = error.exit_code
             else:
                 code = report.exit_code
-                if last is None or json_output:
-                    _show(report, json_output, html)
+                if before is None or look.json_output:
+                    _show(report, look)
                 else:
-                    for line in changes(last, report) or [f"{report.verdict.value}, nothing changed"]:
+                    for line in changes(before, report) or [f"{report.verdict.value}, nothing changed"]:
                         typer.echo(f"{clock} {line}")
-                    if html is not None:
-                        _write_page(report, html)
+                    if look.html is not None:
+                        _write_page(report, look.html)
                 sys.stdout.flush()
-                last = report
-            time.sleep(max(0.0, every - (time.monotonic() - began)))
+                before = report
+            time.sleep(max(0.0, look.every - (time.monotonic() - began)))
     except KeyboardInterrupt:
         return code
 

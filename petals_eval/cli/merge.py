@@ -1,9 +1,12 @@
 """`petals-eval merge`: join the parts of a run that were evaluated apart."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from petals_eval.cli.flags import flags_of
+from petals_eval.config import ResultSettings
 
 __all__ = ["HELP", "SHORT", "merge"]
 
@@ -19,25 +22,19 @@ Parts that are missing, given twice, not finished or of another run are refused.
 """
 
 
+@flags_of(ResultSettings)
 def merge(
     parts: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Run folders of the parts.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Run folder to make.")],
-    max_failed: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Exit code 1 if more examples than this failed. Default: 0.")
-    ] = 0,
-    fail_under: Annotated[
-        list[str] | None,
-        typer.Option(metavar="METRIC=X", help="Exit code 1 if a metric is below this; repeatable."),
-    ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print metrics.json alone on stdout.")] = False,
+    **flags: Any,
 ) -> int:
     from petals_eval.cli.evaluation import show_result
     from petals_eval.evaluation.merge import merge as merge_parts
     from petals_eval.runs import Manifest
-    from petals_eval.runs.thresholds import Bar
+    from petals_eval.runs.thresholds import Threshold
 
+    settings = ResultSettings(**flags)
     names = Manifest.read(parts[0] / "manifest.json").run_settings.get("label_names")
     labels = [str(name) for name in names] if isinstance(names, list) else []
-    bars = [Bar.parse(text, labels) for text in fail_under or ()]
-    result = merge_parts(parts, out=out)
-    return show_result(result, out, bars, max_failed=max_failed, as_json=json_output)
+    thresholds = [Threshold.parse(text, labels) for text in settings.fail_under]
+    return show_result(merge_parts(parts, out=out), out, thresholds, settings)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from petals_eval.interrupts import now_or_soon
+from petals_eval.interrupts import deliver
 
 __all__ = ["ending_signals", "how_it_ended", "interrupted_code"]
 
@@ -32,13 +32,13 @@ def ending_signals() -> Iterator[list[int]]:
             os._exit(128 + number)
         received.append(number)
         if len(received) > 1:
-            now_or_soon(lambda: _end_at_once(received))
+            deliver(lambda: _end_at_once(received))
             return
         late = threading.Timer(ORDERLY_SECONDS, _end_at_once, [received])
         late.daemon = True
         late.start()
         timers.append(late)
-        now_or_soon(_interrupt)
+        deliver(_interrupt)
 
     # A signal that is ignored stays so: that is how nohup lets a run outlive its terminal.
     endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -16,6 +16,8 @@ from petals_eval.cli.address_flags import (
     kept_in_file,
     own_address,
 )
+from petals_eval.cli.flags import flags_of
+from petals_eval.config import RunSettings
 
 __all__ = ["HELP", "SHORT", "swarm"]
 
@@ -35,6 +37,7 @@ One server of another swarm, the same one after a restart:
 """
 
 
+@flags_of(RunSettings, only=("revision", "token"))
 def swarm(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub name.")],
     servers: Annotated[
@@ -50,10 +53,6 @@ def swarm(
     dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16. Default: the checkpoint's.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(metavar="REV", help="Revision of the model on the hub.")] = None,
-    token: Annotated[
-        str | None, typer.Option(metavar="TOKEN", help="Hub token for gated repositories (or set HF_TOKEN).")
-    ] = None,
     initial_peers: Annotated[
         list[str] | None, typer.Option(metavar="MADDR", help="Join the swarm of these peers. Default: a new one.")
     ] = None,
@@ -61,6 +60,7 @@ def swarm(
     announce: Announce = None,
     identity: Identity = None,
     peers_file: PeersFile = None,
+    **flags: Any,
 ) -> int:
     from petals_eval.errors import MachineError
     from petals_eval.local_swarm import LocalSwarm
@@ -72,8 +72,7 @@ def swarm(
         dht_prefix=dht_prefix,
         initial_peers=checked_peers(initial_peers or []),
         dtype=dtype,
-        revision=revision,
-        token=token,
+        **flags,
         **_address_of_one(len(span) if span else servers, listen, announce, identity),
     ) as running:
         typer.echo(f"serving {running.num_blocks} blocks as {running.dht_prefix}:")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from petals_eval.data.json_text import read_objects
-from petals_eval.data.quiet import no_log_lines, no_progress_bars
 from petals_eval.data.source import DataSource, FileFormat, format_of, local_path
 from petals_eval.data.tables import LINE, JsonTable, Table, TextTable
 from petals_eval.errors import DataError, MachineError
@@ -24,7 +23,7 @@ from petals_eval.validation import shorten
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["file_fingerprint", "load_file", "load_json", "scratch_folder"]
+__all__ = ["file_fingerprint", "load_file", "load_json", "scratch_folder", "without_progress_bars"]
 
 _BATCH_ROWS = 2000
 _BATCH_CHARACTERS = 1 << 23  # a batch of long texts is written before it has that many rows
@@ -33,7 +32,7 @@ _MACHINE = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO, er
 
 
 def load_file(source: DataSource) -> Table:
-    """The rows of a local file. Memory is bounded by a batch of rows, not by the file.
+    """Return the rows of a local file. Memory is bounded by a batch of rows, not by the file.
 
     csv, tsv and lines give text columns exactly as written, so that no row and no "NA" or "null" is lost to a guess of
     types; so does JSON, which says itself what is a text and what is none (see `Row`). Parquet brings types of its own.
@@ -99,6 +98,33 @@ def scratch_folder() -> Iterator[str]:
         yield folder
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep the progress bars of `datasets` off the screen inside the block; afterwards they are as they were."""
+    from datasets.utils import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
+@contextmanager
+def without_log_lines() -> Iterator[None]:
+    """Keep the log of `datasets` off stderr inside the block: it has each error that it raises, with the whole path."""
+    from datasets.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def _scratch_parent() -> str:
     return os.environ.get("HF_DATASETS_CACHE") or tempfile.gettempdir()
 
@@ -118,9 +144,9 @@ def _check_file(source: DataSource, path: Path) -> None:
 
 def _load_parquet(path: Path) -> Table:
     import datasets
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    from pyarrow import parquet
 
-    with scratch_folder() as folder, no_progress_bars(), no_log_lines():
+    with scratch_folder() as folder, without_progress_bars(), without_log_lines():
         try:
             if parquet.read_metadata(path).num_rows == 0:
                 raise DataError(f"{path.name} is empty: expected at least one row.")
@@ -136,7 +162,7 @@ def _load_parquet(path: Path) -> Table:
 
 
 def load_json(paths: Sequence[Path], encoding: str = "utf-8") -> Table:
-    """The objects of these files, one after the other. Rows of several files have no lines: one number is not enough.
+    """Return the objects of these files, one after the other. Rows of several files have no lines: one number is not enough.
 
     Raises DataError for what is no object, with its line (see `read_objects`), UnicodeError and OSError.
     """
@@ -163,7 +189,7 @@ def _load_text(source: DataSource, path: Path, kind: FileFormat) -> Table:
 
 
 def _stored(name: str, width: int, rows: Iterator[tuple[int | None, Sequence[str | None]]]) -> "Dataset":
-    """A memory-mapped table of these rows, each a line number and `width` cells. `name` is the file's in messages."""
+    """Return a memory-mapped table of these rows, each a line number and `width` cells. `name` is the file's in messages."""
     import datasets
     import pyarrow as pa
 
@@ -181,7 +207,7 @@ def _stored(name: str, width: int, rows: Iterator[tuple[int | None, Sequence[str
                         "half of a surrogate pair, which is no character. Correct the text or the encoding."
                     ) from None
                 writer.write_batch(pa.record_batch([pa.array(lines, pa.int64()), *texts], schema=schema))
-        with no_progress_bars():
+        with without_progress_bars():
             return datasets.Dataset.from_file(str(table))
 
 
@@ -203,7 +229,7 @@ def _batches(
 def _text_rows(
     source: DataSource, path: Path, kind: FileFormat, file: IO[str]
 ) -> tuple[tuple[str, ...], Iterator[tuple[int, Sequence[str | None]]]]:
-    """The names of the columns, and each row: the line where it begins, from 1, and its fields."""
+    """Return the names of the columns, and each row: the line where it begins, from 1, and its fields."""
     if kind == "lines":
         if source.pattern is None:
             return ("text",), ((number, (line,)) for number, line in _lines(file))
@@ -234,7 +260,7 @@ def _lines(file: IO[str], delimiter: str = "") -> Iterator[tuple[int, str]]:
 
 
 def _is_blank(line: str, delimiter: str = "") -> bool:
-    """Whether a line is none for pandas: blanks and tabs alone, unless these are delimiters between empty fields."""
+    """Return whether a line is none for pandas: blanks and tabs alone, unless these are delimiters between empty fields."""
     return not line.strip(" \t\r\n") and (not delimiter or delimiter not in line)
 
 

@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from petals_eval.data.files import load_json, scratch_folder
-from petals_eval.data.quiet import no_progress_bars
+from petals_eval.data.files import load_json, scratch_folder, without_progress_bars
 from petals_eval.data.source import DataSource, format_of, local_path
 from petals_eval.data.tables import Table
 from petals_eval.errors import DataError, MachineError
@@ -19,7 +18,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def load_hub(source: DataSource) -> Table:
-    """One split of a data set on the hub, through the cache of `datasets` (HF_DATASETS_CACHE says where that is).
+    """Return one split of a data set on the hub, through the cache of `datasets` (HF_DATASETS_CACHE says where that is).
 
     Its values have the types that `datasets` gives them, but csv files give texts as they are written there, unless the
     data set declares what a column means.
@@ -35,7 +34,7 @@ def load_hub(source: DataSource) -> Table:
 
 
 def load_folder(source: DataSource) -> Table:
-    """One split of a local folder of data files, leaving nothing in the cache. Raises DataError as `load_hub` does.
+    """Return one split of a local folder of data files, leaving nothing in the cache. Raises DataError as `load_hub` does.
 
     csv and JSON files are read as they are written, unless the folder declares what their columns mean.
     """
@@ -50,11 +49,11 @@ def load_folder(source: DataSource) -> Table:
 
 
 def _json_files(source: DataSource, path: Path, cache: str) -> list[Path]:
-    """The files of the split where they are plain JSON and nothing is declared of their columns; otherwise none."""
+    """Return the files of the split where they are plain JSON and nothing is declared of their columns; otherwise none."""
     import datasets
 
     try:
-        with no_progress_bars():
+        with without_progress_bars():
             builder = datasets.load_dataset_builder(str(path), source.subset, cache_dir=cache)
     except (OSError, ValueError, RuntimeError):
         return []  # loading it will say what is wrong
@@ -76,7 +75,7 @@ def _load(source: DataSource, path: str, cache: str | None) -> "Dataset":
         return _only_split(source, datasets.load_dataset(path, source.subset, **settings, **reading))
 
     try:
-        with no_progress_bars():
+        with without_progress_bars():
             loaded = load()
             if loaded.info.builder_name == "csv" and _has_plain_types(loaded):
                 # Their reader takes 00 for a number and NA for nothing. Once the names of the columns are known, it can
@@ -106,22 +105,22 @@ def _only_split(source: DataSource, loaded: "Dataset | DatasetDict") -> "Dataset
 
 
 def _has_plain_types(loaded: "Dataset") -> bool:
-    """Whether no column has a meaning that its data set declares, such as class names."""
+    """Return whether no column has a meaning that its data set declares, such as class names."""
     import datasets
 
     return all(isinstance(feature, datasets.Value) for feature in loaded.features.values())
 
 
 def _explain(source: DataSource, error: Exception) -> str:
-    """What went wrong and what to do, by what the message of `datasets` says."""
+    """Return what went wrong and what to do, by what the message of `datasets` says."""
     text = " ".join(str(error).split()) or type(error).__name__
     lowered = text.lower()
     if "split" in lowered and isinstance(error, ValueError):
-        return f"{source.path} has no split {source.split!r}. The splits there are: {_listed(text)}."
+        return f"{source.path} has no split {source.split!r}. The splits there are: {_names_in(text)}."
     if "config name is missing" in lowered:
-        return f"{source.path} has several subsets: {_listed(text)}. Say which one is meant (subset)."
+        return f"{source.path} has several subsets: {_names_in(text)}. Say which one is meant (subset)."
     if "builderconfig" in lowered:
-        return f"{source.path} has no subset {source.subset!r}. The subsets there are: {_listed(text)}."
+        return f"{source.path} has no subset {source.subset!r}. The subsets there are: {_names_in(text)}."
     if re.search(r"\bgated\b|\b401\b|\b403\b", lowered) and "doesn't exist" not in lowered:
         return (
             f"{source.path} is gated or private on the hub: ask for access on "
@@ -150,7 +149,7 @@ def _explain(source: DataSource, error: Exception) -> str:
     return f"{source.path} cannot be loaded: {text}{cause}"
 
 
-def _listed(text: str) -> str:
-    """The names in the first [...] of a message of `datasets`, or the message itself."""
+def _names_in(text: str) -> str:
+    """Return the names in the first [...] of a message of `datasets`, or the message itself."""
     found = re.search(r"\[([^]]*)\]", text)
     return found.group(1).replace("'", "") if found else text

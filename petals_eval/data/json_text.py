@@ -36,7 +36,7 @@ class WrittenFloat(float):
 
 
 def value_of(text: str) -> Any:
-    """The value of a JSON text as Python has it: an int for a whole number, a `WrittenFloat` for every other number."""
+    """Return the value of a JSON text as Python has it: an int for a whole number, a `WrittenFloat` for every other number."""
     # Only -0 needs a function for every whole number; a date looks like it and costs a little time.
     decoder = _decoder if "-0" in text else _quick_decoder
     return decoder.raw_decode(text)[0]
@@ -81,7 +81,7 @@ class _Reader:
         self._line = 1  # of the file, there
 
     def next_mark(self) -> str:
-        """The next character that is no blank, which is where the reader then is; an empty text at the end."""
+        """Return the next character that is no blank, which is where the reader then is; an empty text at the end."""
         while True:
             found = _MARK.search(self._window, self._at)
             end = len(self._window) if found is None else found.start()
@@ -97,7 +97,7 @@ class _Reader:
         self._at += characters
 
     def take_object(self) -> tuple[int, str, dict[str, Any]]:
-        """The object that begins where the reader is; it is behind it afterwards."""
+        """Return the object that begins where the reader is; it is behind it afterwards."""
         value, end = self._decode()
         if not isinstance(value, dict):
             self.fail(f"should begin an object, found {_KINDS.get(type(value), 'a number')}")
@@ -168,7 +168,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(written: str) -> int | float:
-    """Every whole number but -0 has one spelling in JSON."""
+    """Return every whole number but -0 has one spelling in JSON."""
     return WrittenFloat(written) if written == "-0" else int(written)
 
 

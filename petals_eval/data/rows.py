@@ -1,7 +1,7 @@
 """Labelled rows, read lazily from a memory-mapped table."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral, Rational, Real
@@ -43,12 +43,20 @@ class Rows:
     columns: the names of the columns.
     class_names: for each column of class numbers whose source says what the numbers mean, these names in order.
     truth_words: how the source writes false and true.
+    passed: checks that all of the rows have passed, so that nobody reads them for the same one again.
     """
 
     def __init__(
-        self, table: Table, *, name: str, fingerprint: str | None = None, positions: "np.ndarray | None" = None
+        self,
+        table: Table,
+        *,
+        name: str,
+        fingerprint: str | None = None,
+        positions: "np.ndarray | None" = None,
+        passed: Iterable[Hashable] = (),
     ):
         """`positions`: ascending int64 rows of `table` to keep; None keeps all. `fingerprint` is that of `table`."""
+        self.passed = set(passed)
         self.name = name
         self.columns: tuple[str, ...] = table.columns
         self.class_names: Mapping[str, tuple[str, ...]] = table.class_names
@@ -80,9 +88,11 @@ class Rows:
         return hashlib.sha256(whole.encode() + self._positions.astype("<i8").tobytes()).hexdigest()
 
     def at(self, positions: "np.ndarray") -> "Rows":
-        """The rows at these ascending positions (int64) of this object; each keeps its index in the source."""
+        """Return the rows at these ascending positions (int64) of this object; each keeps its index in the source."""
         kept = positions if self._positions is None else self._positions[positions]
-        return Rows(self._table, name=self.name, fingerprint=self._table_fingerprint, positions=kept)
+        return Rows(
+            self._table, name=self.name, fingerprint=self._table_fingerprint, positions=kept, passed=self.passed
+        )
 
 
 def load_rows(source: DataSource) -> Rows:
@@ -138,7 +148,7 @@ def rows_of(data: "Dataset | Iterable[Mapping[str, object]]", *, name: str = "da
 
 
 def _numbers_without_a_type(records: list[dict[str, object]]) -> list[str]:
-    """The columns of numbers for which Arrow has no type that keeps them: 4 would become 4.0 beside 4.5."""
+    """Return the columns of numbers for which Arrow has no type that keeps them: 4 would become 4.0 beside 4.5."""
     found = []
     for column in records[0] if records else ():
         values = [row[column] for row in records if row[column] is not None]

@@ -111,12 +111,12 @@ class DataSource(FileReading):
 
 
 def format_of(path: str) -> FileFormat:
-    """The format that a file's suffix stands for; lines for every suffix that is not known."""
+    """Return the format that a file's suffix stands for; lines for every suffix that is not known."""
     return _SUFFIXES.get(Path(path).suffix.lower(), "lines")
 
 
 def local_path(path: str | Path) -> Path:
-    """Where a path is on this machine: `~` is the home folder, and `~nobody` a name, where there is no such user."""
+    """Return where a path is on this machine: `~` is the home folder, and `~nobody` a name, where there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -124,7 +124,7 @@ def local_path(path: str | Path) -> Path:
 
 
 def is_local(source: DataSource) -> bool:
-    """Whether `source` is meant to be on this machine: it exists, or is written as only a path can be written."""
+    """Return whether `source` is meant to be on this machine: it exists, or is written as only a path can be written."""
     path = local_path(source.path)
     return (
         path.exists()

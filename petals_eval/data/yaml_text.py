@@ -49,7 +49,7 @@ class _Loader(yaml.SafeLoader):
         return str(super().resolve(kind, value, implicit))
 
     def construct_plain(self, node: yaml.ScalarNode) -> Plain | None:
-        """Where nothing is written there is nothing; an empty text has quotes."""
+        """Return where nothing is written there is nothing; an empty text has quotes."""
         return Plain(node.value) if node.value else None
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -79,7 +79,7 @@ _Loader.add_constructor(_PLAIN, _Loader.construct_plain)
 
 
 def read_yaml(text: str, same_key: Callable[[str], str] = str) -> Any:
-    """The values in a text: a scalar without quotes is a `Plain`, whatever it looks like, or None for nothing at all.
+    """Return the values in a text: a scalar without quotes is a `Plain`, whatever it looks like, or None for nothing at all.
 
     same_key: what it makes of two keys of one mapping tells whether they are the same key.
     Raises ValueError, whose message says what is wrong and, where known, in which line.
@@ -106,7 +106,7 @@ def read_yaml(text: str, same_key: Callable[[str], str] = str) -> Any:
 
 
 def resolve_nulls(value: Any, expected: Any) -> Any:
-    """What `read_yaml` gave, with None where a null without quotes stands for a setting that is not set.
+    """Return what `read_yaml` gave, with None where a null without quotes stands for a setting that is not set.
 
     expected: the pydantic model that the values are for, or the type of one value. Where that takes text but no None
         (a key of `label_map`, a label, the name of a column), `null` and `~` are text like any other.
@@ -129,7 +129,7 @@ def resolve_nulls(value: Any, expected: Any) -> Any:
 
 
 def _kinds(expected: Any) -> Iterator[Any]:
-    """The types that a union stands for, without what `Annotated` says of them."""
+    """Yield the types that a union stands for, without what `Annotated` says of them."""
     origin = get_origin(expected)
     if origin is Annotated:
         yield from _kinds(get_args(expected)[0])

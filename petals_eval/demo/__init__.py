@@ -26,7 +26,7 @@ class DemoPaths:
 
 
 def demo_paths() -> DemoPaths:
-    """The demo's folders and files."""
+    """Return the demo's folders and files."""
     folder = Path(str(importlib.resources.files(__name__)))
     return DemoPaths(
         model=folder / "model",

@@ -5,19 +5,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from petals_eval.data import Rows, micro_batches
+from petals_eval.data import micro_batches
 from petals_eval.errors import ExampleError
+from petals_eval.evaluation.prepare import Prepared
 from petals_eval.swarm.scheduling.tuning import START
-from petals_eval.tasks import Task, show_example
+from petals_eval.tasks import show_example
 from petals_eval.tasks.requests import Example, Request
+from petals_eval.text import listed, printable
 
 if TYPE_CHECKING:
-    from petals_eval.model import Adapter, LocalModel
+    from petals_eval.model import Adapter, LocalPart
     from petals_eval.swarm.wire.records import Snapshot
 
 __all__ = ["DryRun", "dry_run", "route_lines"]
-
-_NAMED = 6  # tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,28 +53,19 @@ class DryRun:
         return self.hidden_bytes * hops
 
 
-def dry_run(
-    local: "LocalModel",
-    adapter: "Adapter | None",
-    task: Task,
-    rows: Rows,
-    *,
-    show: int = 2,
-    tokens_per_micro_batch: int | None = None,
-    wire: str | None = None,
-) -> DryRun:
-    """Prepare every example as a run would, and count. wire: as `SwarmSettings.wire`.
+def dry_run(prepared: Prepared, adapter: "Adapter | None", *, show: int = 2) -> DryRun:
+    """Make every example as a run would, and count. Of one that cannot be computed a run notes a failure.
 
-    Raises what a run would raise before it sends anything. Examples that cannot be computed are counted, as a run notes
-    them as failures.
+    show: examples. Raises what a run would raise before it sends anything.
     """
     from petals_eval.swarm.wire.messages import LOSSY
 
+    task, local, wire = prepared.task, prepared.side.local, prepared.side.settings.wire
     value_bytes = local.dtype.itemsize if wire is None else min(local.dtype.itemsize, LOSSY[wire].bytes_per_value)
     prefix = 0 if adapter is None else adapter.prefix_length
-    at_once = tokens_per_micro_batch or START // (local.hidden_size * value_bytes)
+    at_once = prepared.tokens_per_micro_batch or START // (local.hidden_size * value_bytes)
     tokenizer = local.tokenizer
-    examples = task.examples(rows, tokenizer)
+    examples = task.examples(prepared.part, tokenizer)
     first = list(itertools.islice(examples, show))
 
     def pooled_token(input_ids: Sequence[int]) -> int:
@@ -120,8 +111,8 @@ def dry_run(
     )
 
 
-def _unused_tensors(local: "LocalModel", adapter: "Adapter | None") -> Iterator[str]:
-    """A sentence for the model and one for the prompts, where their files hold tensors that nothing needs."""
+def _unused_tensors(local: "LocalPart", adapter: "Adapter | None") -> Iterator[str]:
+    """Yield a sentence for the model and one for the prompts where their files hold tensors that nothing needs."""
     from petals_eval.model.tensor_files import shown_name
 
     held = [(str(local.fingerprint["model"]), local.unused)]
@@ -129,9 +120,8 @@ def _unused_tensors(local: "LocalModel", adapter: "Adapter | None") -> Iterator[
         held.append((adapter.name, adapter.unused))
     for name, unused in held:
         if unused:
-            named = ", ".join(shown_name(each) for each in unused[:_NAMED])
-            more = f" and {len(unused) - _NAMED:,} more" if len(unused) > _NAMED else ""
-            yield f"{name} also holds tensors that are not needed and change no answer: {named}{more}"
+            named = listed(map(shown_name, unused))
+            yield f"{name} also holds tensors that are not needed and change no answer: {named}"
 
 
 @dataclass(slots=True)
@@ -155,7 +145,7 @@ class _Counted:
 
 
 def route_lines(snapshot: "Snapshot") -> list[str]:
-    """The servers a run would use first, hop by hop, or the blocks nobody holds."""
+    """Return a line for each of the servers that a run would use first, or for the blocks that nobody holds."""
     from petals_eval.swarm.directory.routing import plan_route
     from petals_eval.swarm.pipeline import short_peer, spans_text
 
@@ -165,11 +155,10 @@ def route_lines(snapshot: "Snapshot") -> list[str]:
         return [f"no server holds blocks {spans_text(snapshot.missing())} of {snapshot.num_blocks}"]
     return [
         f"blocks {hop.first}:{hop.last}  {short_peer(hop.server.peer_id)}"
-        f"  petals {_plain(hop.server.record.version)}  {_plain(hop.server.record.torch_dtype)}"
+        f"  petals {_said(hop.server.record.version)}  {_said(hop.server.record.torch_dtype)}"
         for hop in route
     ] + [f"{len(servers)} servers hold these {snapshot.num_blocks} blocks"]
 
 
-def _plain(text: str | None) -> str:
-    """A peer's words, safe on a terminal."""
-    return "?" if text is None else "".join(character for character in text if character.isprintable())[:40]
+def _said(text: str | None) -> str:
+    return "?" if text is None else printable(text, longest=40)

@@ -1,4 +1,4 @@
-"""Joining the parts of a run: their journals become one, and the numbers are computed from that."""
+"""Merging the parts of a run: their journals become one, and the numbers are computed from that."""
 
 import json
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def merge(parts: Sequence[str | Path], *, out: str | Path) -> RunResult:
         opened = [stack.enter_context(RunFolder.open(path)) for path in parts]
         whole = _whole(opened)
         _check_rows(opened)
-        metrics, label_names = (_listed(opened[0], key) for key in ("metrics", "label_names"))
+        metrics, label_names = (_names_of(opened[0], key) for key in ("metrics", "label_names"))
         task = str(whole.task.get("name", "run"))
         folder = stack.enter_context(RunFolder.create(out, whole, task=task))
         held = sum(_rows(folder).values())
@@ -43,13 +43,15 @@ def merge(parts: Sequence[str | Path], *, out: str | Path) -> RunResult:
                 f"Expected {folder.path} to be empty; found an unfinished run in it. Name another folder with --out."
             )
         retries = sum(_retries(part) for part in opened)
-        result = run_result(folder, task=task, metrics=metrics, label_names=label_names, retries=retries)
+        result = run_result(
+            folder.manifest, folder.journal, task=task, metrics=metrics, label_names=label_names, retries=retries
+        )
         finish(folder, result)
     return result
 
 
 def _whole(parts: Sequence[RunFolder]) -> Manifest:
-    """The manifest of the run that these are the parts of."""
+    """Return the manifest of the run that these are the parts of."""
     first = parts[0]
     shards: dict[int, RunFolder] = {}
     for part in parts:
@@ -85,7 +87,7 @@ def _whole(parts: Sequence[RunFolder]) -> Manifest:
 
 
 def _wire(records: Sequence[WireRecord | None]) -> WireRecord | None:
-    """What is known of a lossy wire from all parts; the sample is the first one's, for all drew the same."""
+    """Join what the parts know of a lossy wire; the sample is the first one's, for all drew the same."""
     known = [record for record in records if record is not None]
     if not known:
         return None
@@ -95,7 +97,7 @@ def _wire(records: Sequence[WireRecord | None]) -> WireRecord | None:
 
 
 def _without_shard(manifest: Manifest, *, keep_count: bool = True) -> Manifest:
-    """As of the run in one piece; with the number of parts, for that must be the same."""
+    """Return a part's manifest as that of the whole run, but for the number of parts, which must be the same."""
     shard = (0, manifest.data.shard[1]) if keep_count and manifest.data.shard else None
     return manifest.model_copy(
         update={"data": manifest.data.model_copy(update={"shard": shard}), "finished": None, "servers": ()}
@@ -103,7 +105,7 @@ def _without_shard(manifest: Manifest, *, keep_count: bool = True) -> Manifest:
 
 
 def _check_rows(parts: Sequence[RunFolder]) -> None:
-    """Every example of each part is there, and none is in two."""
+    """Raise RunFolderError where an example of a part is not there, or one is in two."""
     for part in parts:
         data = part.manifest.data
         if data.shard is None or data.rows is None:
@@ -127,12 +129,12 @@ def _check_rows(parts: Sequence[RunFolder]) -> None:
 
 
 def _rows(part: RunFolder) -> dict[str, int]:
-    """Examples that are done, by adapter; failures are among them."""
+    """Count the examples that are done, by adapter; failures are among them."""
     counts = {adapter.name: part.journal.counts(adapter.name) for adapter in part.manifest.adapters}
     return {name: each.scored + each.failed for name, each in counts.items()}
 
 
-def _listed(part: RunFolder, key: str) -> list[str]:
+def _names_of(part: RunFolder, key: str) -> list[str]:
     names = part.manifest.run_settings.get(key)
     if not isinstance(names, list):
         raise RunFolderError(f"Expected {key} in the manifest of {part.path}; found none.")
@@ -140,7 +142,7 @@ def _listed(part: RunFolder, key: str) -> list[str]:
 
 
 def _retries(part: RunFolder) -> int:
-    """Of a part's last session; its metrics.json has them."""
+    """Return the retries of a part's last session, which its metrics.json has."""
     path = part.path / "metrics.json"
     with blame_the_machine(path):
         text = path.read_text(encoding="utf-8") if path.is_file() else "{}"

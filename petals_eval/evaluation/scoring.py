@@ -2,31 +2,31 @@
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from petals_eval.data import Rows
 from petals_eval.errors import CallerError, ExampleError, SwarmError
+from petals_eval.evaluation.prepare import Prepared
 from petals_eval.evaluation.wire_error import note_lossless_servers
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import NoisyServer, ServerUsed
-from petals_eval.tasks import Task
 from petals_eval.tasks.requests import Example, Request
 
 if TYPE_CHECKING:
     import torch
 
     from petals_eval.model import Adapter
-    from petals_eval.remote_model import RemoteModel
+    from petals_eval.remote_model import RemoteModel, RequestAnswer
     from petals_eval.swarm import SwarmStatus
 
-__all__ = ["HOPELESS", "Progress", "Scoring"]
+__all__ = ["MAX_FAILURES_BEFORE_FIRST_SUCCESS", "FailFast", "PendingExamples", "Progress", "Scoring"]
 
 _log = logging.getLogger("petals_eval")
 
-HOPELESS = 4096
-"""Examples that fail before a run stops because none can be computed: more than are held back to be sorted."""
+MAX_FAILURES_BEFORE_FIRST_SUCCESS = 4096
+"""More than are held back to be sorted by length (`petals_eval.data.micro_batches`)."""
 
 
 class Progress(Protocol):
@@ -38,71 +38,124 @@ class Progress(Protocol):
 
 
 @dataclass(slots=True)
-class _Open:
-    """An example some of whose answers are still on their way."""
+class FailFast:
+    """Stops a run whose first examples all fail: that is a mistake to be told soon, not a list of failures.
+
+    any_scored: whether an example was ever scored.
+    """
+
+    any_scored: bool
+    failures: int = 0
+    first: ExampleError | None = None
+
+    def record_failure(self, error: ExampleError) -> None:
+        """Count a failure. Raises the first one, with how many there were, when that is too many without a success."""
+        self.failures += 1
+        self.first = self.first or error
+        if not self.any_scored and self.failures >= MAX_FAILURES_BEFORE_FIRST_SUCCESS:
+            self._stop()
+
+    def end(self, *, any_scored: bool) -> None:
+        """Raise the first failure where nothing was scored to the end."""
+        if self.first is not None and not any_scored:
+            self._stop()
+
+    def _stop(self) -> None:
+        raise type(self.first or ExampleError())(
+            f"none of the first {self.failures:,} examples can be computed. The first of them: {self.first}"
+        ) from self.first
+
+
+@dataclass(slots=True)
+class Pending:
+    """An example some of whose answers are still out.
+
+    answers: by the part of their request. servers: who computed them.
+    """
 
     example: Example
     answers: "dict[int, torch.Tensor]" = field(default_factory=dict)
     servers: set[ServerUsed] = field(default_factory=set)
 
 
-@dataclass(slots=True)
-class _Hope:
-    """That examples can be computed at all. What fails for every one is a mistake to be told soon, not a list of
-    failures.
+class PendingExamples:
+    """The examples of a variant whose answers are still out.
 
-    is_founded: one was computed. failures: as long as none was.
+    check_length: raises ExampleError for a request of so many tokens that the model cannot read.
+    on_failed: told of each example that cannot be computed, and of who computed a part of it.
+    fail_fast: stops the run; not by examples too long for the model while others are out, which may yet be scored.
     """
 
-    is_founded: bool
-    failures: int = 0
-    first: ExampleError | None = None
+    def __init__(
+        self,
+        examples: Iterable[Example],
+        *,
+        check_length: Callable[[int], object],
+        on_failed: Callable[[Example, ExampleError, Collection[ServerUsed]], object],
+        fail_fast: FailFast,
+    ):
+        self._examples = examples
+        self._check_length = check_length
+        self._on_failed = on_failed
+        self._fail_fast = fail_fast
+        self._pending: dict[str, Pending] = {}
 
-    def dwindles(self, error: ExampleError) -> None:
-        """Another one failed. Raises the first error, with how many there were, when there is no hope left."""
-        self.failures += 1
-        self.first = self.first or error
-        if not self.is_founded and self.failures >= HOPELESS:
-            self._give_up()
+    def requests(self) -> Iterator[Request]:
+        """Yield what the examples ask of the model, as it is taken."""
+        for example in self._examples:
+            try:
+                for request in example.requests:
+                    self._check_length(len(request.input_ids))
+            except ExampleError as error:
+                self._on_failed(example, error, ())
+                if not self._pending:
+                    self._fail_fast.record_failure(error)
+                continue
+            self._pending[example.key] = Pending(example)
+            yield from example.requests
 
-    def at_the_end(self, *, any_scored: bool) -> None:
-        if self.first is not None and not any_scored:
-            self._give_up()
+    def fail(self, request: Request, error: ExampleError) -> None:
+        """Let the example fail that a request belongs to, unless another request of it has failed before."""
+        pending = self._pending.pop(request.key, None)
+        if pending is not None:
+            self._on_failed(pending.example, error, pending.servers)
+            self._fail_fast.record_failure(error)
 
-    def _give_up(self) -> None:
-        raise type(self.first or ExampleError())(
-            f"none of the first {self.failures:,} examples can be computed. The first of them: {self.first}"
-        ) from self.first
+    def add(self, answer: "RequestAnswer") -> Pending | None:
+        """Take an answer; returns its example if it was the last one, with all of them."""
+        pending = self._pending.get(answer.request.key)
+        if pending is None:
+            return None  # another request of this example has failed
+        pending.answers[answer.request.part] = answer.answer
+        pending.servers.update(
+            ServerUsed(hop.peer_id, hop.first, hop.last, hop.version, hop.dtype, hop.quant) for hop in answer.hops
+        )
+        if len(pending.answers) < len(pending.example.requests):
+            return None
+        return self._pending.pop(answer.request.key)
 
 
 class Scoring:
     """One evaluation under way."""
 
-    def __init__(
-        self,
-        model: "RemoteModel",
-        task: Task,
-        rows: Rows,
-        folder: RunFolder,
-        progress: Progress | None,
-        tokens_per_micro_batch: int | None,
-        total: int,
-    ):
-        self.model = model
-        self.task = task
-        self.rows = rows
+    def __init__(self, prepared: Prepared, folder: RunFolder, model: "RemoteModel", progress: Progress | None):
+        self.prepared = prepared
         self.folder = folder
+        self.model = model
         self.progress = progress
-        self.options = {} if tokens_per_micro_batch is None else {"tokens_per_micro_batch": tokens_per_micro_batch}
-        self.total = total
         self.done = 0
-        self.distrusted: set[str] = set()
+        self._distrusted: set[str] = set()
+        self._disputed: set[str] = set()
+        self._withdrawn = False
         self._said: set[str] = set()
         self._pooling_said: set[str] = set()
-        self._withdrawn = False
-        self._disputed: set[str] = set()
 
-    def score_all(self, variants: "Sequence[tuple[str, Adapter | None]]") -> None:
+    @property
+    def total(self) -> int:
+        """How many examples there are, over all variants."""
+        return self.prepared.total
+
+    def score_all(self) -> None:
         """Score the variants in turn, and once more what servers had computed that were caught later."""
         from petals_eval.swarm.trust.unequal import dropout_text
 
@@ -115,7 +168,7 @@ class Scoring:
         try:
             while True:
                 self.done, self._withdrawn = 0, False
-                for name, adapter in variants:
+                for name, adapter in self.prepared.variants:
                     self.score(name, adapter)
                 self.model.blocks.settle(on_tick=self.tick)
                 if not self._withdrawn:
@@ -126,73 +179,64 @@ class Scoring:
 
     def score(self, name: str, adapter: "Adapter | None") -> None:
         """Score every example that the journal does not hold yet, as answers come back."""
-        journal = self.folder.journal
+        journal, task, local = self.folder.journal, self.prepared.task, self.model.local
         done_before = journal.done_keys(name)
         self.done += len(done_before)
         prefix = 0 if adapter is None else adapter.prefix_length
-        open_examples: dict[str, _Open] = {}
-        hope = _Hope(bool(done_before))
-
-        def requests() -> Iterator[Request]:
-            for example in self.task.examples(self.rows, self.model.local.tokenizer):
-                if example.key in done_before:
-                    continue
-                try:
-                    for request in example.requests:
-                        self.model.local.check_length(len(request.input_ids), prefix)
-                except ExampleError as error:
-                    self._note_failure(name, example, error)
-                    if not open_examples:
-                        hope.dwindles(error)
-                    continue
-                open_examples[example.key] = _Open(example)
-                if self.task.head == "class":
-                    self._say_pooling(example, adapter)
-                yield from example.requests
-
-        def failed(request: Request, error: ExampleError) -> None:
-            waiting = open_examples.pop(request.key, None)
-            if waiting is not None:  # otherwise another request of the same example has failed
-                self._note_failure(name, waiting.example, error, waiting.servers)
-                hope.dwindles(error)
-
-        answers_as_they_come = self.model.compute(
-            requests(), adapter, on_tick=self.tick, on_failed=failed, **self.options
+        fail_fast = FailFast(any_scored=bool(done_before))
+        pending = PendingExamples(
+            self._left(done_before, adapter),
+            check_length=lambda tokens: local.check_length(tokens, prefix),
+            on_failed=partial(self._record_failure, name),
+            fail_fast=fail_fast,
+        )
+        answers = self.model.compute(
+            pending.requests(),
+            adapter,
+            tokens_per_micro_batch=self.prepared.tokens_per_micro_batch,
+            on_tick=self.tick,
+            on_failed=pending.fail,
         )
         # Closed by name: while somebody keeps an exception from in here, what is in flight would go on. The session
         # ends before: it commits what waits.
-        with contextlib.closing(answers_as_they_come), journal.session(name):
-            for answered in answers_as_they_come:
-                waiting = open_examples.get(answered.request.key)
-                if waiting is None:
-                    continue  # another request of this example has failed
-                waiting.answers[answered.request.part] = answered.answer
-                waiting.servers.update(
-                    ServerUsed(hop.peer_id, hop.first, hop.last, hop.version, hop.dtype, hop.quant)
-                    for hop in answered.hops
-                )
-                if len(waiting.answers) < len(waiting.example.requests):
+        with contextlib.closing(answers), journal.session(name):
+            for answer in answers:
+                complete = pending.add(answer)
+                if complete is None:
                     continue
-                del open_examples[answered.request.key]
-                if not self.distrusted.isdisjoint(server.peer_id for server in waiting.servers):
+                example, servers = complete.example, tuple(complete.servers)
+                if not self._distrusted.isdisjoint(server.peer_id for server in servers):
                     self._withdrawn = True  # on its way when its server was caught: computed again like the rest
                     continue
-                example = waiting.example
-                answers = [waiting.answers[part] for part in range(len(example.requests))]
                 try:
-                    prediction = self.task.predict(example, answers)
+                    prediction = task.predict(
+                        example, [complete.answers[part] for part in range(len(example.requests))]
+                    )
                 except ExampleError as error:
-                    self._note_failure(name, example, error, waiting.servers)
-                    hope.dwindles(error)
+                    self._record_failure(name, example, error, servers)
+                    fail_fast.record_failure(error)
                     continue
-                journal.add(name, prediction, truncated=example.truncated, servers=tuple(waiting.servers))
+                journal.add(name, prediction, truncated=example.truncated, servers=servers)
                 self.done += 1
-                hope.is_founded = True
+                fail_fast.any_scored = True
         self.tick()
-        hope.at_the_end(any_scored=journal.counts(name).scored > 0)
+        fail_fast.end(any_scored=journal.counts(name).scored > 0)
 
-    def _note_failure(
-        self, name: str, example: Example, error: ExampleError, servers: Collection[ServerUsed] = ()
+    def _left(self, done_before: Collection[str], adapter: "Adapter | None") -> Iterator[Example]:
+        """Yield the examples that are left, and say once for an adapter that libraries pool their texts otherwise."""
+        name = "" if adapter is None else adapter.name
+        for example in self.prepared.task.examples(self.prepared.part, self.model.local.tokenizer):
+            if example.key in done_before:
+                continue
+            if self.prepared.task.head == "class" and name not in self._pooling_said:
+                notes = (self.model.local.pooling_note(each.input_ids, adapter) for each in example.requests)
+                if (note := next(filter(None, notes), None)) is not None:
+                    self._pooling_said.add(name)
+                    self.say(f"note: {note}")
+            yield example
+
+    def _record_failure(
+        self, name: str, example: Example, error: ExampleError, servers: Collection[ServerUsed]
     ) -> None:
         self.folder.journal.add_failure(
             name,
@@ -205,21 +249,9 @@ class Scoring:
         )
         self.done += 1
 
-    def _say_pooling(self, example: Example, adapter: "Adapter | None") -> None:
-        """Say, once for each adapter, that libraries differ on the token of a text that a head reads."""
-        name = "" if adapter is None else adapter.name
-        if name in self._pooling_said:
-            return
-        for request in example.requests:
-            note = self.model.local.pooling_note(request.input_ids, adapter)
-            if note is not None:
-                self._pooling_said.add(name)
-                self.say(f"note: {note}")
-                return
-
-    def say_what_is_left(self, names: Sequence[str]) -> None:
-        """That this goes on with a run, and from where."""
-        counts = [self.folder.journal.counts(name) for name in names]
+    def say_what_is_left(self) -> None:
+        """Say that this goes on with a run, and from where."""
+        counts = [self.folder.journal.counts(name) for name, _ in self.prepared.variants]
         scored, failed = sum(each.scored for each in counts), sum(each.failed for each in counts)
         tried_again = f", and of these {failed:,} that failed are tried again" if failed else ""
         self.say(
@@ -228,15 +260,15 @@ class Scoring:
         )
 
     def scored(self) -> int:
-        """Examples in the journal, those of adapters that this pass has not come to among them."""
+        """Count the examples in the journal, those of adapters that this pass has not come to among them."""
         journal = self.folder.journal
         return sum(journal.counts(name).scored for name in journal.adapters())
 
     def tick(self) -> None:
-        """Called a few times a second, also while nothing comes back."""
+        """Look after the run, a few times a second and also while nothing comes back."""
         self.folder.journal.flush_if_due()
         status = self.model.blocks.status()
-        self._distrust(status)
+        self._note_findings(status)
         for notice in (*status.notices, *note_lossless_servers(self.model, self.folder)):
             if notice not in self._said:
                 self._said.add(notice)
@@ -249,25 +281,25 @@ class Scoring:
             self.progress.update(self.done, status.retries, len(status.servers))
 
     def say(self, line: str) -> None:
-        """A line for a person, once."""
+        """Show a person a line."""
         if self.progress is None:
             _log.warning(line)
         else:
             status = self.model.blocks.status()
             self.progress.update(self.done, status.retries, len(status.servers), message=line)
 
-    def _distrust(self, status: "SwarmStatus") -> None:
+    def _note_findings(self, status: "SwarmStatus") -> None:
         """Note the servers whose answers differ, and withdraw what was scored by those that are left out."""
         disputed = {each.server.peer_id for each in status.unequal if each.verdict == "disputed"}
         cleared, self._disputed = self._disputed - disputed, disputed
         if not status.unequal:
             return
         caught = {each.server.peer_id for each in status.unequal if not each.is_used}
-        if caught - self.distrusted:
-            withdrawn = self.folder.journal.withdraw(caught - self.distrusted)
+        if caught - self._distrusted:
+            withdrawn = self.folder.journal.withdraw(caught - self._distrusted)
             self.done = max(0, self.done - withdrawn)
             self._withdrawn = self._withdrawn or withdrawn > 0
-        self.distrusted = caught
+        self._distrusted = caught
         self.folder.note_noisy(
             (
                 NoisyServer(

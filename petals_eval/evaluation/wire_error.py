@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from petals_eval.data import Rows, sample
 from petals_eval.errors import RequestTooLargeError
+from petals_eval.evaluation.prepare import Prepared, Variant
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import LosslessServer, WireRecord, WireSample
 from petals_eval.tasks import Task
@@ -19,31 +20,22 @@ if TYPE_CHECKING:
 
 __all__ = ["SAMPLE", "note_lossless_servers", "note_sample"]
 
-SAMPLE = 16
-"""Examples that are computed both ways."""
+SAMPLE = 16  # examples that are computed both ways
 
 
-def note_sample(
-    model: "RemoteModel",
-    task: Task,
-    rows: Rows,
-    adapter: "tuple[str, Adapter | None]",
-    folder: RunFolder,
-    *,
-    seed: int,
-    on_tick: Callable[[], object],
-) -> None:
+def note_sample(prepared: Prepared, folder: RunFolder, model: "RemoteModel", *, on_tick: Callable[[], object]) -> None:
     """Once a run on a lossy wire: compute a sample lossless as well, and note in the run folder how far answers moved.
 
-    adapter: with its name. seed: draws the sample. Raises SwarmError.
+    Raises SwarmError.
     """
     wire = model.blocks.settings.wire
     if wire is None or (folder.manifest.wire is not None and folder.manifest.wire.sample is not None):
         return
+    variant = prepared.variants[0]
     try:
-        found = _measured(model, task, sample(rows, SAMPLE, seed), adapter, on_tick)
+        found = _measured(model, prepared.task, sample(prepared.rows, SAMPLE, prepared.seed), variant, on_tick)
     except RequestTooLargeError as error:
-        found = WireSample(adapter[0], 0, None, None, 0, f"not measured: {error}")
+        found = WireSample(variant[0], 0, None, None, 0, f"not measured: {error}")
     folder.note_wire(replace(folder.manifest.wire or WireRecord(wire), sample=found))
 
 
@@ -73,7 +65,7 @@ def _measured(
     model: "RemoteModel",
     task: Task,
     rows: Rows,
-    adapter: "tuple[str, Adapter | None]",
+    variant: Variant,
     on_tick: Callable[[], object],
 ) -> WireSample:
     import torch
@@ -81,7 +73,7 @@ def _measured(
     from petals_eval.remote_model import RemoteModel
     from petals_eval.swarm import SwarmConnection
 
-    name, prompts = adapter
+    name, prompts = variant
     examples = list(task.examples(rows, model.local.tokenizer))
     settings = model.blocks.settings.model_copy(update={"wire": None})
     with SwarmConnection.connect(settings) as connection:
@@ -101,7 +93,7 @@ def _measured(
 def _answers(
     model: "RemoteModel", examples: Sequence[Example], adapter: "Adapter | None", on_tick: Callable[[], object]
 ) -> "dict[str, list[torch.Tensor]]":
-    """By example, in the order of its requests."""
+    """Return the answers by the key of their example, in the order of its requests."""
     requests = [request for example in examples for request in example.requests]
     found = {
         (each.request.key, each.request.part): each.answer for each in model.compute(requests, adapter, on_tick=on_tick)

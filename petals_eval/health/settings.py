@@ -1,13 +1,30 @@
 """Every setting of a look at a swarm's health, with its default and its unit."""
 
 from enum import IntEnum
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from petals_eval.config import Blocks, Names, Seconds, Settings, SomePeers
+from petals_eval.config import (
+    BUDGET,
+    OUTPUT,
+    PROBES,
+    SWARM,
+    Blocks,
+    ModelOnSwarm,
+    Names,
+    Positive,
+    RunSettings,
+    Seconds,
+    Settings,
+    SomePeers,
+    SwarmSettings,
+    option,
+    same_as,
+)
 
-__all__ = ["HealthSettings", "Level"]
+__all__ = ["HealthSettings", "Level", "LookSettings"]
 
 
 class Level(IntEnum):
@@ -39,21 +56,64 @@ def _level(value: object) -> object:
 class HealthSettings(Settings):
     """What to look at, how far, and what it may cost."""
 
-    initial_peers: SomePeers  # bootstrap peers; one that answers is enough
+    initial_peers: SomePeers = option(..., "Multiaddresses of bootstrap peers.", SWARM, "MADDR...")
 
-    models: Names = ()  # DHT prefixes; none: every announced model
-    level: Annotated[Level, BeforeValidator(_level)] = Level.ROUTE
-    num_blocks: int | None = Field(default=None, gt=0, le=1000)  # of the models named; None: as announced
-    hidden_size: int | None = Field(default=None, gt=0)  # of the canary; None: as the servers' own descriptors say
-    active_adapter: str | None = None  # LoRA adapter every server should announce and compute with
-    model: str | None = None  # hub name or local folder of the blocks at home
-    verify_local: Blocks | None = None  # blocks first:last of it to load here, and to hold their servers against
-    min_replicas: int = Field(default=1, gt=0)  # servers a block should have; fewer is a finding
-    announce_period: Seconds = 120.0  # seconds between a server's announcements: Petals' default
+    models: Names = option(
+        (),
+        "A model to look at; several times for several.",
+        SWARM,
+        "NAME...",
+        unset="all announced",
+        flag="--dht-prefix",
+    )
+    num_blocks: Annotated[int, Field(gt=0, le=1000)] | None = option(
+        None, "Blocks of these models.", SWARM, "N", unset="as announced"
+    )
+    level: Annotated[Level, BeforeValidator(_level)] = option(
+        Level.ROUTE, "How far servers are asked: record, info, forward or route.", PROBES, "LEVEL"
+    )
+    active_adapter: str | None = option(None, "LoRA adapter that every server should have.", PROBES, "NAME")
+    model: str | None = option(None, "Hub name or folder of the weights for --verify-local.", PROBES, "NAME")
+    verify_local: Blocks | None = same_as(RunSettings, "verify_local", group=PROBES)
+    min_replicas: Positive = option(1, "Servers each block should have; fewer is a finding.", PROBES, "N")
+    announce_period: Seconds = option(
+        120.0, "Time between a server's announcements; the default is Petals'.", PROBES, "SECONDS"
+    )
+    hidden_size: Positive | None = option(None, "Hidden size of the canary.", PROBES, "N", unset="as the servers say")
 
-    concurrency: int = Field(default=64, gt=0, le=1000)  # servers asked at once
-    canary_positions: int = Field(default=16, gt=0, le=256)  # of a row of the canary; small hidden sizes get more rows
-    time_limit: Seconds = 60.0  # seconds for the whole look; what is not asked by then is unknown
-    connect_timeout: Seconds = 10.0  # seconds for a server's answer to rpc_info, connecting included
-    call_timeout: Seconds = 30.0  # seconds for a server's answer to a canary
-    startup_timeout: Seconds = 30.0  # seconds until the libp2p daemon and the DHT node must be up
+    canary_positions: Annotated[int, Field(gt=0, le=256)] = option(
+        16, "Positions of a row of the canary; small hidden sizes get more rows.", BUDGET, "N"
+    )
+    concurrency: Annotated[int, Field(gt=0, le=1000)] = option(64, "Servers asked at once.", BUDGET, "N")
+    time_limit: Seconds = option(
+        60.0, "Time for a whole look; what is not asked by then is unknown.", BUDGET, "SECONDS"
+    )
+    connect_timeout: Seconds = same_as(SwarmSettings, "connect_timeout", group=BUDGET)
+    call_timeout: Seconds = option(30.0, "Time for one canary.", BUDGET, "SECONDS")
+    startup_timeout: Seconds = same_as(SwarmSettings, "startup_timeout")
+
+
+class LookSettings(Settings):
+    """How often a swarm is looked at, and where what was found is shown."""
+
+    public_swarm: bool = same_as(ModelOnSwarm, "public_swarm")
+    json_output: bool = option(False, "Print the report as JSON alone on stdout.", OUTPUT, flag="--json", alias="json")
+    html: Path | None = option(None, "Write the report as one HTML page.", OUTPUT, "FILE")
+    watch: bool = option(False, "Look again and again; show what changes.", OUTPUT)
+    serve: str | None = option(
+        None, "Serve the page and metrics. Without a host: on this machine alone.", OUTPUT, "[HOST]:PORT"
+    )
+    every: float = option(60.0, "Time between two looks of --watch and --serve.", OUTPUT, "SECONDS")
+    history: Path | None = option(None, "SQLite file of --serve.", OUTPUT, "FILE", unset="in memory")
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if self.serve is not None and (self.watch or self.json_output or self.html is not None):
+            raise ValueError(
+                "--serve shows the report on its page and under /api/v1/state: leave --watch, --json, --html out"
+            )
+        if self.history is not None and self.serve is None:
+            raise ValueError("--history is kept by --serve: add --serve :9090, or leave it out")
+        if not self.every > 0:
+            raise ValueError(f"--every: expected seconds above 0, found {self.every:g}")
+        return self

@@ -47,7 +47,7 @@ def _modules_below(package: ModuleType) -> Iterator[ModuleType]:
 
 
 def _public(module: ModuleType) -> Iterator[tuple[str, object]]:
-    """What `from module import *` would give, less the modules.
+    """Yield what `from module import *` would give, less the modules.
 
     Names that hivemind itself took from elsewhere are among them on purpose: `get_dht_time` is the standard library's
     `time.time`, `DHTExpiration` is `float`.

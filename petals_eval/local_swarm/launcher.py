@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from pydantic import ValidationError
 
-from petals_eval.config import explain_validation
 from petals_eval.errors import ConfigError, ModelError
 from petals_eval.local_swarm.fork_server import ForkServer
 from petals_eval.local_swarm.handles import LocalServer, ProcessServer, ThreadServer
@@ -20,6 +19,7 @@ from petals_eval.local_swarm.server.settings import ServerSettings
 from petals_eval.model.families import Family, family_of
 from petals_eval.model.sources import Folder, Source, open_source
 from petals_eval.swarm.wire.span import Span
+from petals_eval.validation import SETTINGS, explain
 
 if TYPE_CHECKING:
     from petals_eval.local_swarm.network import EmulatedNetwork, LinkProfile
@@ -187,7 +187,7 @@ class LocalSwarm:
         try:
             return ServerSettings(**{**self._options, **options, **fields})
         except ValidationError as error:
-            raise ConfigError(f"local swarm: {explain_validation(ServerSettings, error)}") from error
+            raise ConfigError(f"local swarm: {explain(error, ServerSettings, SETTINGS)}") from error
 
 
 def _links(

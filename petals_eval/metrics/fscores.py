@@ -72,7 +72,7 @@ def resampled_average(score: str, average: str, tallies: Tallies) -> np.ndarray:
 
 
 def averaged(score: str, average: str) -> Callable[[Answers], list[Metric]]:
-    """The measurement of `f1_macro` and its like."""
+    """Return the measurement of `f1_macro` and its like."""
 
     def measure(answers: Answers) -> list[Metric]:
         scores = precision_recall_f1(answers.labels, answers.predictions, average)
@@ -83,7 +83,7 @@ def averaged(score: str, average: str) -> Callable[[Answers], list[Metric]]:
 
 
 def for_each_label(score: str) -> Callable[[Answers], list[Metric]]:
-    """The measurement of `f1_per_class` and its like: one metric a label, named `f1[label]`."""
+    """Return the measurement of `f1_per_class` and its like: one metric a label, named `f1[label]`."""
     why = {"precision": "never predicted", "recall": "no such example", "f1": "no such example, never predicted"}[score]
 
     def measure(answers: Answers) -> list[Metric]:

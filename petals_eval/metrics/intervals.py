@@ -57,7 +57,7 @@ def affordable(work_per_resample: int) -> int:
 
 
 def percentile_interval(values: ArrayLike) -> tuple[float, float] | None:
-    """The 2.5th and 97.5th percentile of `values` (resamples,).
+    """Return the 2.5th and 97.5th percentile of `values` (resamples,).
 
     Resamples on which the metric is not defined (NaN) are left out; None where that is half of them or more.
 
@@ -129,13 +129,13 @@ class Tallies:
 def _cells(
     labels: NDArray[np.int64], predictions: NDArray[np.int64], n_labels: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The cells of the confusion matrix that are not empty, and their counts."""
+    """Return the cells of the confusion matrix that are not empty, and their counts."""
     cells, counts = np.unique(labels * n_labels + predictions, return_counts=True)
     return cells, counts
 
 
 def row_weights(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """How often each of n examples is in each resample: `resamples` arrays (n,).
+    """Yield how often each of n examples is in each resample: `resamples` arrays (n,).
 
     The first k are the same whatever `resamples` is, so one seed gives one interval.
     """

@@ -46,7 +46,7 @@ def losses(labels: np.ndarray, probabilities: Floats) -> Floats:
 
 
 def fewer_resamples(resamples: int) -> str | None:
-    """The note of an interval from fewer resamples than usual."""
+    """Return the note of an interval from fewer resamples than usual."""
     return None if resamples == affordable(1) else f"interval from {resamples} resamples"
 
 

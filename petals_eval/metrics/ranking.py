@@ -31,7 +31,7 @@ def roc_auc(labels: ArrayLike, probabilities: ArrayLike) -> float | None:
 
 
 def _ranked(present: np.ndarray, n_labels: int) -> list[int]:
-    """The labels whose probabilities are ranked against the rest."""
+    """Return the labels whose probabilities are ranked against the rest."""
     return [1] if n_labels == 2 else present.tolist()
 
 

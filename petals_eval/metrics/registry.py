@@ -36,7 +36,7 @@ class MetricSpec:
     score: str | None = None
 
     def names(self, label_names: Sequence[str]) -> list[str]:
-        """What `measure` will give."""
+        """Return what `measure` will give."""
         return [self.name] if self.score is None else [f"{self.score}[{label}]" for label in label_names]
 
 
@@ -79,7 +79,7 @@ DEFAULT_METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "mcc", "log_loss
 
 
 def available_metrics() -> tuple[str, ...]:
-    """Every name that `compute_metrics` knows, in the order of reports.
+    """Return every name that `compute_metrics` knows, in the order of reports.
 
     >>> available_metrics()[:3]
     ('accuracy', 'majority_baseline', 'balanced_accuracy')
@@ -88,7 +88,7 @@ def available_metrics() -> tuple[str, ...]:
 
 
 def check_metric_names(names: Iterable[str]) -> tuple[str, ...]:
-    """The names without repetitions. Raises ConfigError for one that is unknown, with those that come close."""
+    """Return the names without repetitions. Raises ConfigError for one that is unknown, with those that come close."""
     known = tuple(dict.fromkeys(names))
     for name in known:
         if name not in METRICS:

@@ -55,7 +55,7 @@ class Adapter:
         return 0 if self.prompts is None else self.prompts.shape[0]
 
     def without_prompts(self) -> "Adapter":
-        """The same head without the prompts: what the prompts are compared with."""
+        """Return the same head without the prompts: what the prompts are compared with."""
         return replace(
             self, name=f"{self.name} without prompts", kind="none", prompts=None, deep_prompts=None, sha256=""
         )
@@ -98,11 +98,11 @@ class AdapterReader:
         self._taken: set[str] = set()
 
     def first(self, *names: str) -> str | None:
-        """The first of these names that the file has."""
+        """Return the first of these names that the file has."""
         return next((name for name in names if name in self.names), None)
 
     def matrix(self, name: str, expected: str, columns: int) -> torch.Tensor:
-        """The tensor `name`, finite and of shape (rows, columns), as stored. `expected` says the shape in words."""
+        """Return the tensor `name`, finite and of shape (rows, columns), as stored. `expected` says the shape in words."""
         tensor = self._take(name)
         if tensor.ndim != 2 or tensor.shape[1] != columns or tensor.shape[0] == 0:
             raise AdapterError(
@@ -124,7 +124,7 @@ class AdapterReader:
         return prompts.float()
 
     def head(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The file's head: (labels, hidden) and (labels,) or None, as stored."""
+        """Return the file's head: (labels, hidden) and (labels,) or None, as stored."""
         weight, bias = find_head(self.names, self.path, AdapterError)
         if weight is None:
             return None, None
@@ -141,7 +141,7 @@ class AdapterReader:
         return matrix, self._checked(bias, vector)
 
     def check_the_rest(self) -> tuple[str, ...]:
-        """The names of the tensors that were not taken, once each is known to change no answer.
+        """Return the names of the tensors that were not taken, once each is known to change no answer.
 
         A tensor of the model's own is harmless where it is equal to that model's.
         Raises AdapterError, naming it, for one that an evaluation would leave out without a word: another head, a
@@ -158,7 +158,7 @@ class AdapterReader:
         return tuple(rest)
 
     def _why_needed(self, name: str, role: Role) -> str | None:
-        """What is wrong with leaving this tensor out; None where that changes nothing."""
+        """Return what is wrong with leaving this tensor out; None where that changes nothing."""
         if role is Role.NO_EFFECT:
             return None
         if role is Role.EARLIER_HEAD:
@@ -220,7 +220,7 @@ _ROWS_COMPARED = 8192  # at once: an embedding matrix may have gigabytes
 
 
 def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are equal, or one is the other rounded to its dtype."""
+    """Return whether two tensors are equal, or one is the other rounded to its dtype."""
     if one.shape != other.shape:
         return False
     rows = max(1, one.shape[0] if one.ndim else 1)

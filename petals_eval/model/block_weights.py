@@ -15,7 +15,7 @@ _FUSED_EXPERTS = {"mlp.experts.gate_up_proj": ("w1", "w3"), "mlp.experts.down_pr
 
 
 def load_block(checkpoint: Checkpoint, block: int, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The tensors of block number `block` under `names`, the parameters' names inside the block.
+    """Return the tensors of block number `block` under `names`, the parameters' names inside the block.
 
     In the checkpoint's own dtype. Only the shards that hold them are opened (or fetched from the hub). Raises
     ModelError when one is missing.
@@ -37,7 +37,7 @@ def _load(checkpoint: Checkpoint, block: int, name: str) -> torch.Tensor:
 
 
 def _fused(checkpoint: Checkpoint, block: int, matrices: tuple[str, ...]) -> torch.Tensor | None:
-    """The experts' `matrices` on top of each other, stacked by expert."""
+    """Return the experts' `matrices` on top of each other, stacked by expert."""
     experts = []
     for expert in range(checkpoint.config.num_local_experts):
         parts = [_find(checkpoint, block, f"{_MIXTRAL_BLOCK}experts.{expert}.{matrix}.weight") for matrix in matrices]

@@ -110,7 +110,7 @@ class BlockSpan:
             block.train(p > 0)
 
     def copied(self) -> "BlockSpan":
-        """The same blocks, with weights of their own."""
+        """Return the same blocks, with weights of their own."""
         other = copy.copy(self)
         with self._computing:  # not with the prompts of a call
             other._model = copy.deepcopy(self._model)
@@ -166,7 +166,7 @@ class BlockSpan:
             return model(inputs_embeds=hidden, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     def _view(self, first: int, last: int) -> nn.Module:
-        """The base model around blocks first:last only; it shares their weights."""
+        """Return the base model around blocks first:last only; it shares their weights."""
         if (first, last) not in self._views:
             if not self.first <= first < last <= self.last:
                 raise ValueError(f"expected blocks within {self.first}:{self.last}, found {first}:{last}")
@@ -199,7 +199,7 @@ def _base_model(checkpoint: Checkpoint, first: int, last: int, dtype: torch.dtyp
 
 
 def _adds(prompt: torch.Tensor) -> Any:
-    """A hook that adds a deep prompt (batch or 1, prefix, hidden) to the hidden states on their way into a block."""
+    """Return a hook that adds a deep prompt (batch or 1, prefix, hidden) to the hidden states on their way into a block."""
 
     def add(block: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden = args[0].clone()  # the caller's tensor, or a residual somebody still needs
@@ -214,7 +214,7 @@ def _blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
 
 
 def _sliced(config: "PretrainedConfig", first: int, last: int) -> "PretrainedConfig":
-    """The config of a model that has blocks first:last only; some families choose a window block by block."""
+    """Return the config of a model that has blocks first:last only; some families choose a window block by block."""
     config = copy.deepcopy(config)
     layer_types = getattr(config, "layer_types", None)
     config.num_hidden_layers = last - first

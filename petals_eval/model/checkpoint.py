@@ -56,11 +56,11 @@ class Checkpoint:
         return isinstance(self._source, Folder)
 
     def names(self) -> list[str]:
-        """The names of all its tensors, those of the blocks too. Of shards only the index is read."""
+        """Return the names of all its tensors, those of the blocks too. Of shards only the index is read."""
         return self._tensors().names()
 
     def find(self, *names: str) -> torch.Tensor | None:
-        """The tensor under the first of these names that the checkpoint has, or None. Only its shard is opened."""
+        """Return the tensor under the first of these names that the checkpoint has, or None. Only its shard is opened."""
         weights = self._tensors()
         held = set(weights.names())
         for name in names:
@@ -81,7 +81,7 @@ class Checkpoint:
         return tensor
 
     def load_tokenizer(self) -> Any:
-        """The model's own tokenizer. Raises ModelError if there is none."""
+        """Return the model's own tokenizer. Raises ModelError if there is none."""
         return load_tokenizer(self._source)
 
     def _tensors(self) -> Tensors:
@@ -98,7 +98,7 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError, ImportError)
 
 
 def load_tokenizer(source: Source) -> Any:
-    """The tokenizer that lies with a model. Raises ModelError if there is none."""
+    """Return the tokenizer that lies with a model. Raises ModelError if there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     place, options = source.for_transformers()

@@ -40,19 +40,19 @@ class Family:
     prefix_suffix: str = ""
 
     def keys(self, module: str, parameter: str = "weight") -> tuple[str, str]:
-        """The names that a parameter of the base model may have in a checkpoint, the usual one first."""
+        """Return the names that a parameter of the base model may have in a checkpoint, the usual one first."""
         return f"{self.base}.{module}.{parameter}", f"{module}.{parameter}"
 
     def num_blocks(self, config: Any) -> int:
-        """How many blocks the model has."""
+        """Return how many blocks the model has."""
         return int(getattr(config, self.blocks_field))
 
     def hidden_size(self, config: Any) -> int:
-        """The width of a hidden state."""
+        """Return the width of a hidden state."""
         return int(getattr(config, self.hidden_field))
 
     def context_limit(self, config: Any) -> int | None:
-        """How many positions the model can read, tuned prompts included; None where nothing limits them (ALiBi).
+        """Return how many positions the model can read, tuned prompts included; None where nothing limits them (ALiBi).
 
         Where a config stretches rotary embeddings by a factor, the limit stretches with it: "linear" and "yarn" name
         the length before, other kinds the length after. "dynamic" names the length before, too, but beyond it a server
@@ -71,7 +71,7 @@ class Family:
         return int(limit)
 
     def dht_prefix(self, repository: str) -> str:
-        """The prefix under which Petals servers announce the blocks of a hub repository `owner/name` by default."""
+        """Return the prefix under which Petals servers announce the blocks of a hub repository `owner/name` by default."""
         prefix = repository if self.prefix_from == "repository" else repository.rsplit("/", 1)[-1]
         prefix = prefix.replace(".", "-")
         return prefix if prefix.endswith(self.prefix_suffix) else prefix + self.prefix_suffix
@@ -128,7 +128,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: Any) -> Family:
-    """The family of a model by its config (anything with a `model_type`).
+    """Return the family of a model by its config (anything with a `model_type`).
 
     Raises ModelError, naming the supported families, if it is none of them.
     """

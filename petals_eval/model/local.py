@@ -15,7 +15,6 @@ from petals_eval.model.adapter import Adapter, hash_tensors
 from petals_eval.model.arithmetic import isolated_arithmetic
 from petals_eval.model.checkpoint import Checkpoint
 from petals_eval.model.families import Family
-from petals_eval.model.norms import RMSNorm
 from petals_eval.model.pooling import POOLINGS, Pooling, pooled_token
 from petals_eval.model.rotary import rotary_scaling
 from petals_eval.model.tensor_files import shown_name
@@ -39,6 +38,25 @@ class Answerable(Protocol):
 
 
 R = TypeVar("R", bound=Answerable)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight over the last dimension (Zhang and Sennrich, 2019).
+
+    The mean and the division are done in float32 and cast back before the weight is applied, as in Hugging Face's
+    models: in bfloat16 the order shows.
+    """
+
+    def __init__(self, weight: torch.Tensor, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.eps = eps
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., hidden) of any floating dtype -> the same shape and dtype."""
+        wide = hidden.float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * scaled.to(hidden.dtype)
 
 
 class LocalPart(nn.Module, ABC):
@@ -83,8 +101,12 @@ class LocalPart(nn.Module, ABC):
         answers need is not there: before anything is sent, and not when the first answer is back."""
 
     @abstractmethod
+    def class_outputs(self, adapter: Adapter | None) -> int | None:
+        """Return how many scores the class head gives; None where it does not say. Raises AdapterError, ModelError."""
+
+    @abstractmethod
     def uses_own_head(self, adapter: Adapter | None) -> bool:
-        """Whether class logits are those of the model's own head, whose outputs its config may name."""
+        """Return whether class logits are those of the model's own head, whose outputs its config may name."""
 
     @abstractmethod
     def _class_logits(self, normed: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
@@ -96,7 +118,7 @@ class LocalPart(nn.Module, ABC):
 
     @abstractmethod
     def _lm_vocabulary(self) -> int:
-        """How many tokens the LM head scores. Raises ModelError if there is no LM head."""
+        """Return how many tokens the LM head scores. Raises ModelError if there is no LM head."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,7 +131,7 @@ class LocalPart(nn.Module, ABC):
         return self.embeddings.weight.device
 
     def own_label_names(self, adapter: Adapter | None) -> tuple[str, ...] | None:
-        """What the model's config calls the outputs of the class head, in order; None where that head is the adapter's,
+        """Return what the model's config calls the outputs of the class head, in order; None where that head is the adapter's,
         or the config has only the names that transformers makes up (LABEL_0, ...)."""
         names = getattr(self.config, "id2label", None)
         if not names or not self.uses_own_head(adapter):
@@ -118,11 +140,11 @@ class LocalPart(nn.Module, ABC):
         return None if all(re.fullmatch(r"LABEL_\d+", name) for name in ordered) else ordered
 
     def pooled_token(self, input_ids: Sequence[int], adapter: Adapter | None = None) -> int:
-        """The position in the text, without prompts, of the token that the class head reads."""
+        """Return the position in the text, without prompts, of the token that the class head reads."""
         return pooled_token(input_ids, self._pad_token_id(), self._pooling_for(adapter))
 
     def pooling_note(self, input_ids: Sequence[int], adapter: Adapter | None = None) -> str | None:
-        """A sentence for a person, where another library's class head would read another token of this text."""
+        """Return a sentence for a person, where another library's class head would read another token of this text."""
         pad, pooling = self._pad_token_id(), self._pooling_for(adapter)
         chosen = "as --pool says" if self.pooling is not None else "as the library does that trained the head"
         if pad is not None:
@@ -148,7 +170,7 @@ class LocalPart(nn.Module, ABC):
         return self.own_pooling if adapter is None or adapter.head_weight is None else adapter.pooling
 
     def _pad_token_id(self) -> int | None:
-        """The padding token by the model's config, as classifiers know it. Where a rule was chosen that needs one, the
+        """Return the padding token by the model's config, as classifiers know it. Where a rule was chosen that needs one, the
         tokenizer's will do, and then the token that ends a text: most who have none choose that one."""
         pad: int | None = getattr(self.config, "pad_token_id", None)
         if pad is None and self.pooling not in (None, "last"):
@@ -178,7 +200,7 @@ class LocalPart(nn.Module, ABC):
         raise RequestTooLargeError(f"{positions}; this {self.family.title} reads {self.context} at most. {advice}")
 
     def embed(self, input_ids: torch.Tensor, adapter: Adapter | None = None) -> torch.Tensor:
-        """The input of the first block: prompts, then the text's embeddings.
+        """Return the input of the first block: prompts, then the text's embeddings.
 
         input_ids: int64 (batch, seq). Returns (batch, prefix + seq, hidden) in the model's dtype.
         BLOOM's prompts come before its embedding layernorm, which then norms them too (section 6 of the wire).
@@ -199,7 +221,7 @@ class LocalPart(nn.Module, ABC):
         return self.embedding_norm(hidden)
 
     def head(self, hidden: torch.Tensor, batch: MicroBatch[R], adapter: Adapter | None = None) -> list[torch.Tensor]:
-        """The answers to a micro-batch from the last block's output.
+        """Return the answers to a micro-batch from the last block's output.
 
         hidden: (batch, prefix + seq, hidden) of any dtype; it is cast to the model's dtype before the norm, as Petals
         does. Only the positions wanted go through norm and head.
@@ -364,6 +386,9 @@ class LocalModel(LocalPart):
         else:
             self._class_head(adapter)
 
+    def class_outputs(self, adapter: Adapter | None) -> int | None:
+        return self._class_head(adapter)[0].shape[0]
+
     def uses_own_head(self, adapter: Adapter | None) -> bool:
         return adapter is None or adapter.head_weight is None
 
@@ -414,7 +439,7 @@ class LocalModel(LocalPart):
 def _read_local_tensors(
     checkpoint: Checkpoint,
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...], tuple[str, ...]]:
-    """The tensors that stay at home, as stored, with their shapes checked. `lm_head` only where it is not tied.
+    """Return the tensors that stay at home, as stored, with their shapes checked. `lm_head` only where it is not tied.
 
     Also the names of tensors that nothing needs, and of those that may be a head of a form not known here.
     """
@@ -450,7 +475,7 @@ def _read_local_tensors(
 
 
 def _sort_the_rest(checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The tensors that are neither at home nor in a block: those that change no answer, and those like a head.
+    """Return the tensors that are neither at home nor in a block: those that change no answer, and those like a head.
 
     Raises ModelError, naming it, for one that may be anything: what a model computes with it would be left out.
     """
@@ -492,7 +517,7 @@ def _is_tied(config: Any) -> bool:
 
 
 def _config_dtype(config: Any) -> torch.dtype | None:
-    """The dtype that a config names: `dtype` since transformers 5, `torch_dtype` before, as a dtype or as its name."""
+    """Return the dtype that a config names: `dtype` since transformers 5, `torch_dtype` before, as a dtype or as its name."""
     named = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     dtype = getattr(torch, named, None) if isinstance(named, str) else named
     return dtype if isinstance(dtype, torch.dtype) else None

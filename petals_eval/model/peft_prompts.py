@@ -17,7 +17,7 @@ _KINDS: dict[str, Kind] = {"PROMPT_TUNING": "peft-prompt_tuning", "P_TUNING": "p
 
 
 def read_peft_config(path: Path) -> dict[str, Any]:
-    """The adapter's config, if it is prompt tuning of a kind that a swarm can run.
+    """Return the adapter's config, if it is prompt tuning of a kind that a swarm can run.
 
     Raises AdapterError, with the reason, for prefix tuning, LoRA and every other kind.
     """
@@ -38,7 +38,7 @@ def read_peft_config(path: Path) -> dict[str, Any]:
 
 
 def read_peft(reader: AdapterReader, config: dict[str, Any], name: str) -> Adapter:
-    """The prompts, and the head if there is one, of a PEFT adapter that `read_peft_config` let through.
+    """Return the prompts, and the head if there is one, of a PEFT adapter that `read_peft_config` let through.
 
     PEFT saves one tensor `prompt_embeddings` (prefix, hidden), for P_TUNING already encoded.
 

@@ -14,7 +14,7 @@ _PETALS_TRANSFORMERS = "4.34.1"
 
 
 def read_petals(reader: AdapterReader, name: str) -> Adapter:
-    """The prompts, and the head if there is one, of a Petals state dict.
+    """Return the prompts, and the head if there is one, of a Petals state dict.
 
     `{base}.prompt_embeddings.weight` (prefix, hidden); for `deep_ptune` also
     `{base}.intermediate_prompt_embeddings.weight` (prefix, blocks * hidden), whose rows hold one vector a block.

@@ -24,7 +24,7 @@ POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 
 def pooled_token(input_ids: Sequence[int], pad_token_id: int | None, pooling: Pooling) -> int:
-    """The position, counted from 0, of the token that the head reads in a text without padding.
+    """Return the position, counted from 0, of the token that the head reads in a text without padding.
 
     >>> [pooled_token((7, 2, 8, 2), 2, pooling) for pooling in POOLINGS]
     [3, 2, 0, 1]
@@ -44,7 +44,7 @@ def pooled_token(input_ids: Sequence[int], pad_token_id: int | None, pooling: Po
 
 
 def transformers_pooling(model_type: str, version: str) -> Pooling:
-    """The rule of transformers' own classifiers of this family in this release (read off 4.34 to 5.23).
+    """Return the rule of transformers' own classifiers of this family in this release (read off 4.34 to 5.23).
 
     >>> transformers_pooling("llama", "4.34.1"), transformers_pooling("bloom", "4.34.1")
     ('before-first-pad', 'count-not-pad')

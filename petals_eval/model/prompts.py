@@ -15,7 +15,7 @@ from petals_eval.model.tensor_files import open_index, open_tensors
 if TYPE_CHECKING:
     from petals_eval.model.checkpoint import Checkpoint
 
-__all__ = ["Adapter", "load_adapter"]
+__all__ = ["Adapter", "adapter_name", "load_adapter"]
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _INDEX = ".index.json"
@@ -45,22 +45,30 @@ def load_adapter(
     would run code.
     """
     path = Path(path_or_hub).expanduser()
-    if path.is_file() and not _belongs_to_peft(path):
+    if _is_petals_file(path):
         reader = AdapterReader(path, open_tensors(path, AdapterError), family, config, checkpoint)
         return read_petals(reader, path.name)
-    source: Source
-    if path.is_file():
-        source = Folder(path.parent, AdapterError)
-    else:
-        source = open_source(path_or_hub, revision=revision, token=token, cache_dir=cache_dir, error=AdapterError)
+    source = _source(path_or_hub, revision=revision, token=token, cache_dir=cache_dir)
     peft_config = source.find(PEFT_CONFIG)
     if peft_config is not None:
         return _load_peft(source, peft_config, family, config, checkpoint)
     return _load_petals(source, family, config, checkpoint)
 
 
-def _belongs_to_peft(path: Path) -> bool:
-    return path.name == PEFT_CONFIG or (path.name in PEFT_WEIGHTS and (path.parent / PEFT_CONFIG).is_file())
+def adapter_name(path_or_hub: str) -> str:
+    """Return the name that the adapter from there will have; nothing is read. Raises AdapterError for a wrong path."""
+    path = Path(path_or_hub).expanduser()
+    return path.name if _is_petals_file(path) else _source(path_or_hub).name
+
+
+def _is_petals_file(path: Path) -> bool:
+    is_peft = path.name == PEFT_CONFIG or (path.name in PEFT_WEIGHTS and (path.parent / PEFT_CONFIG).is_file())
+    return path.is_file() and not is_peft
+
+
+def _source(place: str, **options: Any) -> Source:
+    path = Path(place).expanduser()
+    return Folder(path.parent, AdapterError) if path.is_file() else open_source(place, error=AdapterError, **options)
 
 
 def _load_peft(
@@ -84,7 +92,7 @@ def _load_petals(source: Source, family: Family, config: Any, checkpoint: "Check
 
 
 def _the_checkpoint(source: Source) -> str:
-    """The name of the one file, or the one index of shards, that holds the checkpoint."""
+    """Return the name of the one file, or the one index of shards, that holds the checkpoint."""
     names = [name for name in source.filenames() if not name.startswith(_NOT_WEIGHTS)]
     indexes = [name for name in names if name.endswith(_INDEX)]
     found = indexes or [name for name in names if name.endswith(_SUFFIXES)]

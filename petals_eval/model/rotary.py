@@ -65,7 +65,7 @@ def rotary_scaling(config: Any) -> RotaryScaling:
 
 
 def _parameters(config: Any) -> Iterator[Mapping[str, Any]]:
-    """The parameters of each kind of layer: a config has one set for all of them, or one for each kind.
+    """Yield the parameters of each kind of layer: a config has one set for all of them, or one for each kind.
 
     transformers 5 keeps them in `rope_parameters`, before that it was `rope_scaling`.
     """
@@ -77,7 +77,7 @@ def _parameters(config: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _original_length(config: Any, parameters: Mapping[str, Any], kind: str) -> int | None:
-    """The length from which on the angles change. dynamic goes by `max_position_embeddings`, whatever else is there."""
+    """Return the length from which on the angles change. dynamic goes by `max_position_embeddings`, whatever else is there."""
     length = getattr(config, "max_position_embeddings", None)
     if kind == _BY_LENGTH_OF_THE_CALL:
         # A field of the config itself goes before one of the parameters: so Phi-3's were published.

@@ -30,16 +30,16 @@ class Folder:
         return str(self.path)
 
     def find(self, filename: str) -> Path | None:
-        """The path of a file, or None if the folder has no such file."""
+        """Return the path of a file, or None if the folder has no such file."""
         path = self.path / _inside(filename, self.error, self)
         return path if path.is_file() else None
 
     def filenames(self) -> list[str]:
-        """The names of the files in the folder itself, sorted."""
+        """Return the names of the files in the folder itself, sorted."""
         return sorted(path.name for path in self.path.iterdir() if path.is_file())
 
     def for_transformers(self) -> tuple[str, dict[str, str | None]]:
-        """The name and the options that transformers' `from_pretrained` takes for this source."""
+        """Return the name and the options that transformers' `from_pretrained` takes for this source."""
         return str(self.path), {}
 
 
@@ -62,7 +62,7 @@ class HubRepository:
         return self.name if self.revision is None else f"{self.name} at {self.revision}"
 
     def find(self, filename: str) -> Path | None:
-        """The path of a file in the cache, downloaded if need be, or None if the repository has no such file."""
+        """Return the path of a file in the cache, downloaded if need be, or None if the repository has no such file."""
         import huggingface_hub
         from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -88,7 +88,7 @@ class HubRepository:
         return path
 
     def filenames(self) -> list[str]:
-        """The names of the files at the top of the repository, sorted."""
+        """Return the names of the files at the top of the repository, sorted."""
         import huggingface_hub
 
         if not _hub_answers():
@@ -100,7 +100,7 @@ class HubRepository:
         return sorted(name for name in files if "/" not in name)
 
     def for_transformers(self) -> tuple[str, dict[str, str | None]]:
-        """The name and the options that transformers' `from_pretrained` takes for this source."""
+        """Return the name and the options that transformers' `from_pretrained` takes for this source."""
         return self.name, {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
 
     def _unreachable(self, what: str, error: Exception) -> CallerError:
@@ -121,7 +121,7 @@ Source = Folder | HubRepository
 
 
 def _hub_answers() -> bool:
-    """Whether somebody answers at the hub's address. Its own client asks for twenty seconds before it gives up.
+    """Return whether somebody answers at the hub's address. Its own client asks for twenty seconds before it gives up.
 
     True where a proxy stands between, and where the client is told to stay offline: then it knows better.
     """
@@ -145,7 +145,7 @@ def open_source(
     cache_dir: str | None = None,
     error: type[CallerError],
 ) -> Source:
-    """The folder at the path `place`, or the hub repository of that name. Nothing is read yet.
+    """Return the folder at the path `place`, or the hub repository of that name. Nothing is read yet.
 
     Raises `error` if it is neither.
     """
@@ -158,7 +158,7 @@ def open_source(
 
 
 def first_found(source: Source, filenames: Iterable[str]) -> Path | None:
-    """The first of these files that the source has.
+    """Return the first of these files that the source has.
 
     Without a network the hub's cache cannot tell a file that is missing from one not fetched yet: the others are tried
     before that becomes an error.

@@ -21,6 +21,7 @@ from torch import nn
 
 from petals_eval.errors import CallerError
 from petals_eval.model.sources import Source
+from petals_eval.text import listed, printable
 
 __all__ = ["Tensors", "describe", "open_index", "open_tensors", "shown_name", "tensor_bytes"]
 
@@ -151,30 +152,27 @@ _LONGEST_NAME = 100  # characters of a tensor's name, which whoever wrote the fi
 
 
 def shown_name(name: str) -> str:
-    """A tensor's name, safe on a terminal."""
-    return "".join(character if character.isprintable() else " " for character in name[:_LONGEST_NAME])
+    """Return a tensor's name, safe on a terminal."""
+    return printable(name, longest=_LONGEST_NAME)
 
 
 def describe(tensors: Tensors, limit: int = 8) -> str:
-    """The names and shapes in a file for an error message, those that matter for prompts first."""
+    """Return the names and shapes in a file for an error message, those that matter for prompts first."""
     names = sorted(tensors.names(), key=lambda name: ("prompt" not in name, "score" not in name))
-    parts = []
-    for name in names[:limit]:
-        shape = tensors.shape(name)
-        shown = shown_name(name)
-        parts.append(shown if shape is None else f"{shown} {shape}")
-    if len(names) > limit:
-        parts.append(f"... and {len(names) - limit} more")
-    return ", ".join(parts) or "no tensors"
+    return listed((_with_shape(name, tensors.shape(name)) for name in names), most=limit) or "no tensors"
+
+
+def _with_shape(name: str, shape: tuple[int, ...] | None) -> str:
+    return shown_name(name) if shape is None else f"{shown_name(name)} {shape}"
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's values as they lie in memory, row by row, for hashing."""
+    """Return the tensor's values as they lie in memory, row by row, for hashing."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _unpickle(path: Path, error: type[CallerError]) -> list[Any]:
-    """Every object in a pickled file: one, or several that were saved one after the other."""
+    """Return every object in a pickled file: one, or several that were saved one after the other."""
     try:
         if not zipfile.is_zipfile(path):  # before torch 1.6
             return [_load(path, mmap=False)]
@@ -208,7 +206,7 @@ def _archives(data: bytes) -> Iterator[bytes]:
 
 
 def _is_one_archive(file: Path | io.BytesIO) -> bool:
-    """Whether this is one whole zip archive with nothing in front of it."""
+    """Return whether this is one whole zip archive with nothing in front of it."""
     try:
         with zipfile.ZipFile(file) as archive:
             return min((item.header_offset for item in archive.infolist()), default=-1) == 0
@@ -217,7 +215,7 @@ def _is_one_archive(file: Path | io.BytesIO) -> bool:
 
 
 def _flatten(objects: list[Any], path: Path, error: type[CallerError]) -> dict[str, torch.Tensor]:
-    """The tensors of unpickled objects by name: modules give `name.weight`, dictionaries within give `name.key`."""
+    """Return the tensors of unpickled objects by name: modules give `name.weight`, dictionaries within give `name.key`."""
     tensors: dict[str, torch.Tensor] = {}
     for index, value in enumerate(objects):
         if isinstance(value, nn.Module) and index < len(_BARE_MODULES):
@@ -229,7 +227,7 @@ def _flatten(objects: list[Any], path: Path, error: type[CallerError]) -> dict[s
 
 
 def _named(values: dict[Any, Any], depth: int, path: Path, error: type[CallerError]) -> dict[str, torch.Tensor]:
-    """All tensors in `values` and in the dictionaries within, but what trainers keep beside the weights."""
+    """Return all tensors in `values` and in the dictionaries within, but what trainers keep beside the weights."""
     found: dict[str, torch.Tensor] = {}
     for key, item in values.items():
         name = str(key)

@@ -51,7 +51,7 @@ _NO_EFFECT = re.compile(
 
 
 def role_of(name: str, family: Family) -> Role:
-    """The role of the tensor `name` in a checkpoint of this family, or of prompts tuned for it.
+    """Return the role of the tensor `name` in a checkpoint of this family, or of prompts tuned for it.
 
     >>> from petals_eval.model.families import FAMILIES
     >>> role_of("base_model.model.score.modules_to_save.sst2-v1.weight", FAMILIES["llama"]).name
@@ -75,19 +75,19 @@ def role_of(name: str, family: Family) -> Role:
 
 
 def block_number(name: str, family: Family) -> int | None:
-    """The number of the block that a tensor belongs to; None for one that is no part of a block."""
+    """Return the number of the block that a tensor belongs to; None for one that is no part of a block."""
     found = re.match(rf"{re.escape(family.blocks)}\.(\d+)\.", _bare(name, family))
     return None if found is None else int(found[1])
 
 
 def looks_like_head(name: str) -> bool:
-    """Whether a tensor of Role.OTHER may be part of a classification head, by its name."""
+    """Return whether a tensor of Role.OTHER may be part of a classification head, by its name."""
     parts = name.split(".")
     return "lm_head" not in parts and any(_HEAD_PART.fullmatch(part) for part in parts)
 
 
 def local_key(name: str, family: Family) -> tuple[str, str] | None:
-    """The module of the family's table (or `lm_head`) and the parameter that a tensor of Role.LOCAL is; else None."""
+    """Return the module of the family's table (or `lm_head`) and the parameter that a tensor of Role.LOCAL is; else None."""
     module, _, parameter = _PEFT_PLACES.sub("", _bare(name, family)).rpartition(".")
     parameters: dict[str, tuple[str, ...]] = {family.embeddings: ("weight",), "lm_head": ("weight",)}
     for norm in (family.embedding_norm, family.final_norm):
@@ -97,7 +97,7 @@ def local_key(name: str, family: Family) -> tuple[str, str] | None:
 
 
 def find_head(names: Iterable[str], where: object, error: type[CallerError]) -> tuple[str | None, str | None]:
-    """The names of a classification head's weight and bias, whoever saved it; None for what there is not.
+    """Return the names of a classification head's weight and bias, whoever saved it; None for what there is not.
 
     Raises `error`, naming them, where there is more than one head in the file `where`, or a bias without its weight.
     """
@@ -117,7 +117,7 @@ def find_head(names: Iterable[str], where: object, error: type[CallerError]) -> 
 
 
 def _bare(name: str, family: Family) -> str:
-    """The name inside the base model, without what a model was wrapped in."""
+    """Return the name inside the base model, without what a model was wrapped in."""
     while wrapper := next((each for each in _WRAPPERS if name.startswith(each)), None):
         name = name.removeprefix(wrapper)
     return name.removeprefix(f"{family.base}.")

@@ -22,7 +22,7 @@ MOST_LABELS = 20  # a wider confusion matrix cannot be read in Markdown; it is i
 
 
 def markdown_report(result: RunResult, manifest: Manifest, servers: Sequence[tuple[ServerUsed, int]] = ()) -> str:
-    """The whole report. servers: each with the number of examples it took part in (`Journal.servers`)."""
+    """Return the whole report. servers: each with the number of examples it took part in (`Journal.servers`)."""
     adapters = [*result.adapters.values(), *([result.without_prompts] if result.without_prompts else [])]
     sections = [
         f"# {_safe(result.task)} with {_safe(manifest.model.name)}",
@@ -107,7 +107,7 @@ def _wire(wire: WireRecord | None) -> str:
 
 
 def _wrong(servers: Sequence[NoisyServer]) -> str:
-    """Those that were held against others."""
+    """Return those that were held against others."""
     wrong = [each for each in servers if each.verdict != "noisy"]
     if not wrong:
         return ""

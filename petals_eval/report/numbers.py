@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from petals_eval.metrics import METRICS, Metric
 from petals_eval.runs import AdapterResult, ComputedIn, RunResult, WireRecord
-from petals_eval.text import printable
+from petals_eval.text import plural, printable
 
 __all__ = [
     "counts_line",
@@ -14,7 +14,6 @@ __all__ = [
     "metric_title",
     "noise_line",
     "notes",
-    "plural",
     "rate_text",
     "swarm_line",
     "value_text",
@@ -42,12 +41,12 @@ def metric_title(name: str) -> str:
 
 
 def metric_names(results: Iterable[AdapterResult]) -> list[str]:
-    """Every name that occurs, in order."""
+    """Return every name that occurs, in order."""
     return list(dict.fromkeys(name for result in results for name in result.metrics))
 
 
 def notes(results: Sequence[AdapterResult]) -> list[str]:
-    """What a reader must know about single numbers, a line each."""
+    """Return what a reader must know about single numbers, a line each."""
     found = []
     for name in metric_names(results):
         by_note: dict[str, list[str]] = {}
@@ -72,7 +71,7 @@ def counts_of(result: AdapterResult) -> dict[str, str]:
 
 
 def counts_line(result: AdapterResult) -> str:
-    """The same in one line."""
+    """Return the same in one line."""
     return " · ".join(f"{count} {what}" for what, count in counts_of(result).items())
 
 
@@ -111,7 +110,7 @@ def noise_line(result: RunResult) -> str | None:
 
 
 def wire_lines(wire: WireRecord | None) -> list[str]:
-    """What a lossy wire did to the answers, and who did not take it."""
+    """Return what a lossy wire did to the answers, and who did not take it."""
     if wire is None:
         return []
     lines = [f"wire {wire.name}: {_sample_text(wire)}"]
@@ -141,11 +140,3 @@ def _kind(kind: ComputedIn, *, alone: bool) -> str:
     version = kind.version or "of unknown version"
     untested = "" if kind.is_tested else ", not tested: relied on for the forward path alone"
     return printable(f"{count}{kind.dtype or 'unknown dtype'}{quant}, petals {version}{untested}")
-
-
-def plural(count: int, one: str, many: str | None = None) -> str:
-    """
-    >>> plural(1, "server"), plural(2, "server"), plural(0, "retry", "retries")
-    ('1 server', '2 servers', '0 retries')
-    """
-    return f"{count:,} {one if count == 1 else many or one + 's'}"

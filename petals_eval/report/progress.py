@@ -14,8 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from petals_eval.report.numbers import plural, rate_text
-from petals_eval.text import console_for, printable
+from petals_eval.report.numbers import rate_text
+from petals_eval.text import console_for, plural, printable
 
 __all__ = ["ProgressDisplay"]
 
@@ -83,7 +83,7 @@ class ProgressDisplay:
             self._say(message)
 
     def status(self) -> str:
-        """One line: done, speed, time left, retries, servers."""
+        """Return one line: done, speed, time left, retries, servers."""
         parts = [f"{self._done:,}" if self._total is None else f"{self._done:,}/{self._total:,}"]
         rate = self._rate()
         if rate is not None:

@@ -72,7 +72,7 @@ def _one(result: AdapterResult) -> list[Text]:
 
 
 def _side_by_side(adapters: Sequence[AdapterResult], width: int) -> list[list[Text]]:
-    """One table if the terminal is wide enough; else intervals below their values; else several tables."""
+    """Return one table if the terminal is wide enough; else intervals below their values; else several tables."""
     names = metric_names(adapters)
     first = max((cell_len(metric_title(name)) for name in names), default=0) + 4
     heads = [cell_len(_head(each)) for each in adapters]

@@ -4,17 +4,15 @@ import hashlib
 import inspect
 from pathlib import Path
 
-import petals_eval
-
 __all__ = ["answering_code", "task_code"]
 
 # From rows to answers. Neither metrics nor reports: these are made anew from the journal.
-_ANSWERING = ("data", "tasks", "model", "swarm", "remote_model.py")
+_ANSWERING = ("data", "tasks", "model", "swarm", "remote_model.py", "live_model.py", "evaluation/scoring.py")
 
 
 def answering_code() -> str:
-    """SHA-256 over the sources of this package that an answer comes out of, the same on every machine."""
-    root = Path(petals_eval.__file__).parent
+    """Return a SHA-256 over the sources of this package that an answer comes out of, the same on every machine."""
+    root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for name in _ANSWERING:
         place = root / name
@@ -26,7 +24,7 @@ def answering_code() -> str:
 
 
 def task_code(task: object) -> str | None:
-    """SHA-256 over the source of a task's class that is not of this package; None where it is, or has no source."""
+    """Return a SHA-256 over the source of a task's class; None where it is of this package, or has no source."""
     kind = type(task)
     if kind.__module__.partition(".")[0] == "petals_eval":
         return None

@@ -1,9 +1,9 @@
-"""One journal's rows into another, as they are."""
+"""Copying one journal's rows into another, as they are."""
 
 import sqlite3
 from collections.abc import Callable, Iterator
 
-from petals_eval.runs.lookup_tables import SmallTables
+from petals_eval.runs.lookup_tables import LookupTables
 from petals_eval.runs.manifest import ServerUsed
 
 __all__ = ["copy_rows"]
@@ -12,10 +12,10 @@ _COLUMNS = "key, status, label, prediction, scores, probabilities, n_tokens, tru
 _MARKS = ", ".join("?" * (4 + len(_COLUMNS.split(","))))
 
 
-def copy_rows(select: Callable[[str], Iterator[tuple]], connection: sqlite3.Connection, tables: SmallTables) -> None:
-    """Every row of a journal, the superseded ones and the sessions too. To be called inside a transaction.
+def copy_rows(select: Callable[[str], Iterator[tuple]], connection: sqlite3.Connection, tables: LookupTables) -> None:
+    """Copy every row of a journal, the superseded ones and the sessions too; inside a transaction.
 
-    select: asks the journal that is copied from. connection, tables: of the one that is copied to.
+    select: asks the journal that is copied from. connection, tables: those of the one that is copied to.
     """
     adapters = {number: tables.adapter(name) for number, name in select("SELECT id, name FROM adapters ORDER BY id")}
     members: dict[int, list[ServerUsed]] = {}

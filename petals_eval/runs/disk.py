@@ -25,7 +25,7 @@ _WHAT_TO_DO = {
 
 
 def advice(number: int | None) -> str:
-    """What to do about an error number of the operating system."""
+    """Return what to do about an error number of the operating system."""
     return _WHAT_TO_DO.get(number or 0, "Choose another folder with --out, or repair this one, and run again.")
 
 

@@ -19,12 +19,12 @@ from typing import Self
 
 from petals_eval.errors import MachineError, RunFolderError
 from petals_eval.runs.disk import TEMPORARY_SUFFIX, blame_the_machine, write_atomically
-from petals_eval.runs.disputed import disputed_keys
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, WireRecord, difference
 from petals_eval.runs.results import RunResult
+from petals_eval.text import listed
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "check_folder"]
 
 PREDICTIONS_SCHEMA = 1
 
@@ -53,9 +53,8 @@ class RunFolder:
         something else, or is in use by another process; MachineError where it cannot be written.
         """
         folder = _new_default(task) if path is None else Path(path)
+        _refuse_file(folder)
         with blame_the_machine(folder):
-            if folder.exists() and not folder.is_dir():
-                raise RunFolderError(f"Expected a folder at {folder}; found a file. Name another with --out.")
             folder.mkdir(parents=True, exist_ok=True)
             lock = _lock(folder)
         try:
@@ -122,7 +121,7 @@ class RunFolder:
 
     @staticmethod
     def prediction_files(result: RunResult) -> dict[str, str]:
-        """The file name of each adapter's predictions."""
+        """Return the file name of each adapter's predictions."""
         names = list(result.adapters)
         alone = len(names) == 1
         files = {names[0]: "predictions.jsonl"} if alone else {}
@@ -135,7 +134,8 @@ class RunFolder:
         return files
 
     def _prediction_lines(self, adapter: str) -> Iterator[str]:
-        disputed = disputed_keys(self.journal, adapter, self.manifest.noisy_servers)
+        in_dispute = {each.peer_id for each in self.manifest.noisy_servers if each.verdict == "disputed"}
+        disputed = self.journal.keys_computed_by(adapter, in_dispute)
         for each in self.journal.predictions(adapter):
             line: dict[str, object] = {
                 "schema_version": PREDICTIONS_SCHEMA,
@@ -184,7 +184,7 @@ class RunFolder:
             self._unlock()
 
     def _holds_nothing(self) -> bool:
-        """What was scored and withdrawn stays for the record; failures alone are tried again by any later run."""
+        """Return what was scored and withdrawn stays for the record; failures alone are tried again by any later run."""
         with contextlib.suppress(MachineError):
             return self.journal.is_blank()
         return False
@@ -202,16 +202,33 @@ class RunFolder:
             self._lock = None
 
 
-def _unfinished(folder: Path, manifest: Manifest) -> Manifest | None:
-    """The manifest of the unfinished run that may go on here; None for an empty folder."""
+def check_folder(path: str | Path, manifest: Manifest | None = None) -> None:
+    """Raise RunFolderError where `RunFolder.create` would refuse a folder; nothing is written.
+
+    manifest: None: that of the run is not known yet, and the folder is refused for what no run may go on with.
+    """
+    folder = Path(path)
+    _refuse_file(folder)
+    if folder.exists():
+        _unfinished(folder, manifest)
+
+
+def _refuse_file(folder: Path) -> None:
+    with blame_the_machine(folder):
+        if folder.exists() and not folder.is_dir():
+            raise RunFolderError(f"Expected a folder at {folder}; found a file. Name another with --out.")
+
+
+def _unfinished(folder: Path, manifest: Manifest | None) -> Manifest | None:
+    """Return the manifest of the unfinished run that may go on here; None for an empty folder."""
     path = folder / "manifest.json"
     if not path.exists():
         with blame_the_machine(folder):
             others = sorted(each.name for each in folder.iterdir() if not _left_by_a_crash(each.name))
         if others:
-            shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
             raise RunFolderError(
-                f"Expected {folder} to be empty or to hold an unfinished run; found {shown}. Name another with --out."
+                f"Expected {folder} to be empty or to hold an unfinished run; found {listed(others)}. "
+                "Name another with --out."
             )
         return None
     found = Manifest.read(path)
@@ -220,7 +237,7 @@ def _unfinished(folder: Path, manifest: Manifest) -> Manifest | None:
             f"Expected {folder} to be empty or to hold an unfinished run; found a run that was finished at "
             f"{found.finished}. Name another folder with --out."
         )
-    different = difference(found, manifest)
+    different = [] if manifest is None else difference(found, manifest)
     if different:
         lines = "\n".join(f"  {line}" for line in different)
         raise RunFolderError(
@@ -235,7 +252,7 @@ def _left_by_a_crash(name: str) -> bool:
 
 
 def _new_default(task: str) -> Path:
-    """A folder that did not exist, made."""
+    """Return a folder that did not exist, made."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", task).strip(".-") or "run"
     stem = f"{stem}-{datetime.now():%Y-%m-%d-%H%M}"
     count = 1

@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,9 +14,9 @@ from typing import Self
 import numpy as np
 
 from petals_eval.errors import MachineError, RunFolderError
-from petals_eval.interrupts import undisturbed
+from petals_eval.interrupts import deferred
 from petals_eval.runs.copy_rows import copy_rows
-from petals_eval.runs.lookup_tables import SmallTables
+from petals_eval.runs.lookup_tables import LookupTables
 from petals_eval.runs.manifest import ServerUsed
 from petals_eval.runs.rows import Counts, Failure, Row, ScoredArrays, packed, unpacked
 from petals_eval.runs.schema import blame_sqlite, connect
@@ -23,16 +24,28 @@ from petals_eval.tasks.requests import Prediction
 
 __all__ = ["Counts", "Failure", "Journal", "ScoredArrays", "commit_what_waits"]
 
-# A commit waits for the disk, for some milliseconds or, on a slow one, for a tenth of a second, so rows are committed
-# together. While others arrive they wait for the least time, or for as long as makes commits this share of a run, but
-# never longer than the most time, nor until there are more of them than this: what is not committed when the process
-# dies is computed again.
-COMMIT_ROWS = 4096
-COMMIT_SECONDS, MOST_COMMIT_SECONDS = 1.0, 10.0
-COMMIT_SHARE = 0.01
-READ_ROWS = 1024
-ROWS_TOGETHER = 512  # of one statement at most
-COMMIT_PATIENCE = 1.0  # seconds for a commit at the last moment, while another thread holds the journal
+READ_ROWS = 1024  # fetched at a time
+ROWS_TOGETHER = 512  # at most in one statement
+
+
+@dataclass(frozen=True, slots=True)
+class CommitPolicy:
+    """When rows are committed, together: a commit waits for the disk, and for a slow one a tenth of a second.
+
+    min_seconds, share: rows wait for so long, or for as long as makes commits this share of a run.
+    max_seconds, max_rows: but never longer, nor until there are more: what is not committed when the process dies is
+        computed again.
+    at_exit_seconds: how long a commit at the last moment waits for another thread that holds the journal.
+    """
+
+    min_seconds: float = 1.0
+    max_seconds: float = 10.0
+    share: float = 0.01
+    max_rows: int = 4096
+    at_exit_seconds: float = 1.0
+
+
+COMMITS = CommitPolicy()
 
 
 class Journal:
@@ -53,7 +66,7 @@ class Journal:
         self._connection = connect(path, create=create, read_only=read_only)
         most_values = self._connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)  # 999 in some builds
         self._rows_together = min(ROWS_TOGETHER, most_values // len(Row._fields))
-        self._tables = SmallTables(self._connection)
+        self._tables = LookupTables(self._connection)
         _OPEN.add(self)
 
     # -- writing
@@ -91,21 +104,9 @@ class Journal:
         servers: Sequence[ServerUsed] = (),
     ) -> None:
         """Record an example that could not be computed, and why."""
+        unknown = (None, None, None)  # prediction, scores, probabilities
         self._append(
-            Row(
-                adapter,
-                tuple(servers),
-                key,
-                "failed",
-                label,
-                None,
-                None,
-                None,
-                n_tokens,
-                truncated,
-                reason,
-                time.time(),
-            )
+            Row(adapter, tuple(servers), key, "failed", label, *unknown, n_tokens, truncated, reason, time.time())
         )
 
     def withdraw(self, peer_ids: Iterable[str]) -> int:
@@ -113,10 +114,7 @@ class Journal:
 
         Its example is to be computed again. Returns how many rows there were.
         """
-        sql = (
-            "UPDATE scored SET valid = 0 WHERE valid = 1 AND server_set IN (SELECT server_set FROM server_set_members"
-            " JOIN servers ON servers.id = server WHERE peer_id = ?)"
-        )
+        sql = f"UPDATE scored SET valid = 0 WHERE valid = 1 AND {_COMPUTED_BY}"
         with self._lock:
             self.flush()
             with self._transaction():
@@ -134,13 +132,13 @@ class Journal:
     def _append(self, row: Row) -> None:
         with self._lock:
             self._pending.append(row)
-            if len(self._pending) >= COMMIT_ROWS:
+            if len(self._pending) >= COMMITS.max_rows:
                 self.flush()
             else:
                 self.flush_if_due()
 
     def flush_if_due(self) -> None:
-        """Commit if rows have waited long enough. For whoever waits for the swarm: call it now and then."""
+        """Commit if rows have waited long enough. Whoever waits for the swarm calls this now and then."""
         with self._lock:
             if self._pending and time.monotonic() >= self._next_commit:
                 self.flush()
@@ -151,7 +149,7 @@ class Journal:
             if not self._pending and self._session is None:
                 return
             began = time.monotonic()
-            with undisturbed():
+            with deferred():
                 with self._transaction():
                     for start in range(0, len(self._pending), self._rows_together):
                         self._insert_together(self._pending[start : start + self._rows_together])
@@ -161,8 +159,8 @@ class Journal:
                         self._connection.execute("UPDATE sessions SET seconds = ? WHERE id = ?", (seconds, session))
                 self._pending.clear()
                 ended = time.monotonic()
-                rest = (ended - began) / COMMIT_SHARE
-                self._next_commit = ended + min(MOST_COMMIT_SECONDS, max(COMMIT_SECONDS, rest))
+                rest = (ended - began) / COMMITS.share
+                self._next_commit = ended + min(COMMITS.max_seconds, max(COMMITS.min_seconds, rest))
 
     @contextlib.contextmanager
     def session(self, adapter: str) -> Iterator[None]:
@@ -208,29 +206,35 @@ class Journal:
     # -- reading; all of it commits first, so that what was added is seen
 
     def adapters(self) -> list[str]:
-        """Names, in the order of their first row."""
+        """Return the names of the adapters, in the order of their first row."""
         return [name for (name,) in self._select("SELECT name FROM adapters ORDER BY id")]
 
     def done_keys(self, adapter: str) -> set[str]:
-        """Keys that need no computing. Failed examples are not among them: a resumed run tries them again."""
+        """Return the keys that need no computing: those of failed examples do, for a resumed run tries them again."""
         sql = f"SELECT key {_VALID} AND status = 'ok'"
         return {key for (key,) in self._select(sql, (adapter,))}
 
     def keys(self, adapter: str) -> Iterator[str]:
-        """Of all valid rows, the failed ones too."""
+        """Yield the keys of all valid rows, the failed ones too."""
         return (key for (key,) in self._select(f"SELECT key {_VALID}", (adapter,)))
 
+    def keys_computed_by(self, adapter: str, peer_ids: Iterable[str]) -> set[str]:
+        """Return the keys of an adapter's valid rows that one of these servers computed a part of."""
+        sql = f"SELECT key {_VALID} AND {_COMPUTED_BY}"
+        return {key for peer_id in peer_ids for (key,) in self._select(sql, (adapter, peer_id))}
+
     def is_blank(self) -> bool:
-        """Whether nothing was ever scored; rows that were withdrawn were."""
+        """Return whether nothing was ever scored; a row that was withdrawn was scored."""
         return next(self._select("SELECT NOT EXISTS (SELECT 1 FROM scored WHERE status = 'ok')"))[0] == 1
 
     def committed(self) -> int:
-        """Valid scored rows on the disk, without those that wait: a full disk can still be read."""
+        """Count the valid scored rows on the disk, without those that wait: a full disk can still be read."""
         with self._lock, blame_sqlite(self.path):
             sql = "SELECT count(*) FROM scored WHERE valid = 1 AND status = 'ok'"
             return int(self._connection.execute(sql).fetchone()[0])
 
     def counts(self, adapter: str) -> Counts:
+        """Count an adapter's valid rows."""
         sql = (
             "SELECT count(*), coalesce(sum(status = 'ok'), 0), coalesce(sum(status = 'ok' AND truncated), 0),"
             f" coalesce(sum(CASE status WHEN 'ok' THEN n_tokens END), 0) {_VALID}"
@@ -239,25 +243,25 @@ class Journal:
         return Counts(scored, total - scored, truncated, n_tokens)
 
     def seconds(self, adapter: str) -> float:
-        """Time spent evaluating, over all sessions."""
+        """Return the time spent evaluating, over all sessions."""
         sql = (
             "SELECT coalesce(sum(seconds), 0.0) FROM sessions WHERE adapter = (SELECT id FROM adapters WHERE name = ?)"
         )
         return float(next(self._select(sql, (adapter,)))[0])
 
     def predictions(self, adapter: str) -> Iterator[Prediction]:
-        """Scored examples in source order, a few in memory at a time."""
+        """Yield the scored examples in source order, a few in memory at a time."""
         sql = f"SELECT key, label, prediction, scores, probabilities, n_tokens {_VALID} AND status = 'ok' {_IN_ORDER}"
         for key, label, prediction, scores, probabilities, n_tokens in self._select(sql, (adapter,)):
             yield Prediction(key, label, prediction, unpacked(scores), unpacked(probabilities), n_tokens)
 
     def failures(self, adapter: str) -> Iterator[Failure]:
-        """In source order."""
+        """Yield the examples that could not be computed, in source order."""
         sql = f"SELECT key, label, reason {_VALID} AND status = 'failed' {_IN_ORDER}"
         return (Failure(*row) for row in self._select(sql, (adapter,)))
 
     def arrays(self, adapter: str, n_labels: int) -> ScoredArrays:
-        """What metrics are computed from. Source order: the order of computing changes no digit of an interval.
+        """Return what metrics are computed from, in source order: that of computing changes no digit of an interval.
 
         Raises RunFolderError where rows hold another number of labels.
         """
@@ -274,7 +278,7 @@ class Journal:
         return found
 
     def servers(self) -> list[tuple[ServerUsed, int]]:
-        """Servers that computed valid rows, each with how many, most first."""
+        """Return the servers that computed valid rows, each with how many, most first."""
         sql = (
             'SELECT s.peer_id, s.first, s."end", s.version, s.dtype, s.quant, count(*) AS n FROM scored'
             " JOIN server_set_members USING (server_set) JOIN servers AS s ON s.id = server WHERE valid = 1"
@@ -297,7 +301,7 @@ class Journal:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with blame_sqlite(self.path), undisturbed():
+        with blame_sqlite(self.path), deferred():
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield
@@ -309,7 +313,7 @@ class Journal:
                 raise
 
     def _insert_together(self, rows: Sequence[Row]) -> None:
-        """In one statement: for each, Python lets other threads run and waits for its turn again."""
+        """Insert rows in one statement: for each, Python lets other threads run and waits for its turn again."""
         every = [self._values(row) for row in rows]
         sql = f"{_INSERT} VALUES {', '.join([_MARKS] * len(rows))}"
         try:
@@ -322,7 +326,7 @@ class Journal:
         return (self._tables.adapter(row.adapter), self._tables.server_set(row.server_set), *row[2:])
 
     def _insert(self, values: tuple[object, ...]) -> None:
-        """One row; what was valid of its key before is superseded."""
+        """Insert one row; what was valid of its key before is superseded."""
         execute = self._connection.execute
         sql = f"{_INSERT} VALUES {_MARKS}"
         try:
@@ -341,9 +345,9 @@ class Journal:
 
 
 def commit_what_waits() -> None:
-    """Commit what waits in every open journal: for whoever ends this process without ceremony."""
+    """Commit what waits in every open journal. Whoever ends this process without ceremony calls this."""
     for journal in list(_OPEN):
-        if journal._lock.acquire(timeout=COMMIT_PATIENCE):
+        if journal._lock.acquire(timeout=COMMITS.at_exit_seconds):
             # It may be closed, or its disk full: there is nothing else to be done.
             with contextlib.suppress(MachineError, sqlite3.Error):
                 journal.flush()
@@ -354,5 +358,8 @@ _OPEN: "weakref.WeakSet[Journal]" = weakref.WeakSet()
 _INSERT = f"INSERT INTO scored ({', '.join(Row._fields)})"
 _MARKS = f"({', '.join('?' * len(Row._fields))})"
 _VALID = "FROM scored WHERE adapter = (SELECT id FROM adapters WHERE name = ?) AND valid = 1"
+_COMPUTED_BY = (
+    "server_set IN (SELECT server_set FROM server_set_members JOIN servers ON servers.id = server WHERE peer_id = ?)"
+)
 # Keys are positions in the source, as text. Others sort after their number, or by their letters.
 _IN_ORDER = "ORDER BY CAST(key AS INTEGER), key"

@@ -1,29 +1,33 @@
-"""The journal's small tables: adapters, servers, and which servers computed something together; rows hold ids."""
+"""The journal's lookup tables: adapters, servers, and sets of servers that computed something together.
+
+A row of the journal holds their ids.
+"""
 
 import sqlite3
 from collections.abc import Iterable, Sequence
 
 from petals_eval.runs.manifest import ServerUsed
 
-__all__ = ["SmallTables"]
+__all__ = ["LookupTables"]
 
 
-class SmallTables:
-    """Ids by what they stand for, made where there are none. Used inside transactions of the journal."""
+class LookupTables:
+    """The ids of what rows refer to, made where there are none; used inside transactions of the journal alone."""
 
     def __init__(self, connection: sqlite3.Connection):
         self._connection = connection
         self._ids: dict[object, int] = {}
 
     def forget(self) -> None:
-        """What was given out in a transaction that failed is gone with it."""
+        """Forget all ids: those that a failed transaction made are gone with it."""
         self._ids.clear()
 
     def adapter(self, name: str) -> int:
+        """Return the id of an adapter's name."""
         return self._id(("adapter", name), "adapters", "name = ?", ("name",), (name,))
 
     def server_set(self, servers: Iterable[ServerUsed]) -> int | None:
-        """None for no servers."""
+        """Return the id of a set of servers; None for no servers."""
         used = frozenset(servers)
         known = self._ids.get(used)
         if known is not None or not used:

@@ -26,6 +26,7 @@ __all__ = [
     "ServerUsed",
     "WireRecord",
     "WireSample",
+    "check_names",
     "difference",
     "package_versions",
 ]
@@ -193,17 +194,8 @@ class Manifest(_Record):
         run_settings: dict[str, JsonValue] | None = None,
         seeds: dict[str, int] | None = None,
     ) -> "Manifest":
-        """The manifest of a run that begins now, with the versions installed here.
-
-        Raises ConfigError where two adapters share a name: the journal and the report could not tell them apart.
-        """
-        names = [adapter.name for adapter in adapters]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError(
-                    f"Expected adapters of different names; found {name!r} {names.count(name)} times. "
-                    "Names are the last part of the path: rename one of the folders."
-                )
+        """Return the manifest of a run that begins now, with the versions installed here. Raises as `check_names`."""
+        check_names([adapter.name for adapter in adapters])
         return cls(
             created=_now(),
             model=model,
@@ -227,11 +219,11 @@ class Manifest(_Record):
         return self.model_copy(update=kept)
 
     def finish(self, servers: Iterable[ServerUsed]) -> "Manifest":
-        """The same run, done, with the servers that computed it."""
+        """Return the same run, done, with the servers that computed it."""
         return self.model_copy(update={"finished": _now(), "servers": tuple(servers)})
 
     def with_noisy(self, found: Iterable[NoisyServer], cleared: Collection[str] = ()) -> "Manifest":
-        """The same run with these servers noted; of each the last word counts.
+        """Return the same run with these servers noted; of each the last word counts.
 
         cleared: peer ids that were disputed, and are no more.
         """
@@ -269,8 +261,19 @@ class _SchemaVersion(BaseModel):
     schema_version: int
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise ConfigError where two adapters share a name: the journal and the report could not tell them apart."""
+    shared = [shareable_name(name) for name in names]
+    for name in shared:
+        if shared.count(name) > 1:
+            raise ConfigError(
+                f"Expected adapters of different names; found {name!r} {shared.count(name)} times. "
+                "Names are the last part of the path: rename one of the folders."
+            )
+
+
 def package_versions() -> dict[str, str]:
-    """The versions installed here, by package, without importing them; and Python's."""
+    """Return the versions installed here, by package, without importing them; and Python's."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -281,7 +284,7 @@ def package_versions() -> dict[str, str]:
 
 
 def difference(before: Manifest, now: Manifest) -> list[str]:
-    """What differs in what changes answers, one line each for a person; empty where the run may go on."""
+    """Return what differs in what changes answers, one line each for a person; empty where the run may go on."""
     old, new = _answering(before), _answering(now)
     return [
         f"{key}: was {_shown(old.get(key))}, now {_shown(new.get(key))}"

@@ -16,7 +16,7 @@ _REMOVED = "[removed]"
 
 
 def shareable_name(name: str) -> str:
-    """The name of a model, adapter or data set without where it lies on this machine.
+    """Return the name of a model, adapter or data set without where it lies on this machine.
 
     A hub name (`owner/name`) stays, unless a file or folder of that name lies here; of a path the last part stays.
 

@@ -2,29 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from petals_eval.metrics import METRICS, Metric, compute_metrics, confusion_matrix
 from petals_eval.runs.journal import Journal
-from petals_eval.runs.manifest import NoisyServer, ServerUsed, WireRecord
-
-if TYPE_CHECKING:
-    from petals_eval.runs.folder import RunFolder
+from petals_eval.runs.manifest import Manifest, NoisyServer, ServerUsed, WireRecord
 
 __all__ = ["WITHOUT_PROMPTS", "AdapterResult", "ComputedIn", "RunResult", "computed_in", "run_result", "summarise"]
 
 SCHEMA_VERSION = 1
-TESTED_PETALS = ("2.2.", "2.3.")  # lines of Petals whose wire was tested; of others only the forward path is relied on
+TESTED_PETALS = ("2.2.", "2.3.")  # releases whose wire was tested; on others only the forward path is relied
 WITHOUT_PROMPTS = "without the prompts"  # the journal's adapter name of the run that shows what the prompts are worth
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterResult:
-    """What one adapter reached.
+    """What one adapter reached in a run.
 
     n_examples: scored and failed together; metrics are over the scored ones only.
     n_truncated: scored examples whose text was cut. n_tokens: text tokens of the scored examples.
-    seconds: of the evaluation itself, over all sessions of a run that was interrupted.
+    seconds: what the evaluation itself took, over all sessions of a run that was interrupted.
     confusion: counts, row = label, column = prediction.
     """
 
@@ -78,13 +74,13 @@ class ComputedIn:
 
     @property
     def is_tested(self) -> bool:
-        """Whether servers of this version were tested. Of any other only the forward path is relied on."""
+        """Whether servers of this version were tested; on any other only the forward path is relied."""
         return self.version is not None and self.version.startswith(TESTED_PETALS)
 
 
 @dataclass(frozen=True, eq=False)
 class RunResult:
-    """What `evaluate` returns.
+    """What `evaluate` returns of a run.
 
     adapters: by name, in the order they were given; at least one.
     without_prompts: the same examples without tuned prompts, where that was asked for.
@@ -106,15 +102,16 @@ class RunResult:
 
     @property
     def first(self) -> AdapterResult:
+        """The result of the first adapter."""
         return next(iter(self.adapters.values()))
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """The first adapter's."""
+        """The metrics of the first adapter."""
         return self.first.metrics
 
     def to_json(self) -> dict[str, object]:
-        """`metrics.json`: the first adapter's numbers on top; with several, all of them again under "adapters"."""
+        """Return `metrics.json`: the first adapter's numbers on top; with several, all again under "adapters"."""
         found: dict[str, object] = {"schema_version": SCHEMA_VERSION, "task": self.task, **self.first.to_json()}
         found |= {"retries": self.retries, "servers": self.servers}
         found["computed_in"] = [asdict(each) for each in self.computed_in]
@@ -128,7 +125,7 @@ class RunResult:
         return found
 
     def __str__(self) -> str:
-        """One line an adapter: what a training loop prints."""
+        """Return a line for each adapter: what a training loop prints."""
         lines = [_line(result) for result in self.adapters.values()]
         if len(lines) > 1:
             lines = [f"{name}: {line}" for name, line in zip(self.adapters, lines, strict=True)]
@@ -145,10 +142,15 @@ def computed_in(servers: Sequence[tuple[ServerUsed, int]]) -> tuple[ComputedIn, 
 
 
 def run_result(
-    folder: "RunFolder", *, task: str, metrics: Sequence[str], label_names: Sequence[str], retries: int
+    manifest: Manifest,
+    journal: Journal,
+    *,
+    task: str,
+    metrics: Sequence[str],
+    label_names: Sequence[str],
+    retries: int,
 ) -> RunResult:
-    """The result of a run, from its journal. Raises as `summarise` does."""
-    manifest, journal = folder.manifest, folder.journal
+    """Compute the result of a run from its journal. Raises as `summarise` does."""
     seed = manifest.seeds.get("bootstrap", 0)
     results = {
         adapter.name: summarise(journal, adapter.name, metrics, label_names, seed=seed) for adapter in manifest.adapters
@@ -169,7 +171,7 @@ def run_result(
 def summarise(
     journal: Journal, adapter: str, metrics: Sequence[str], label_names: Sequence[str], *, seed: int = 0
 ) -> AdapterResult:
-    """Read one adapter's rows and compute its metrics. seed: of the bootstrap.
+    """Read one adapter's rows and compute its metrics. seed: draws the bootstrap.
 
     Raises ConfigError for an unknown metric, DataError and RunFolderError where rows do not fit the labels.
     """

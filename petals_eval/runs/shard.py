@@ -35,7 +35,7 @@ class Shard:
         return f"{self.index}/{self.count}"
 
     def size(self, rows: int) -> int:
-        """How many of so many rows are in this part.
+        """Return how many of so many rows are in this part.
 
         >>> [Shard(index, 3).size(7) for index in (1, 2, 3)]
         [3, 2, 2]

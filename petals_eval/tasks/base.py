@@ -17,8 +17,9 @@ class Task(Protocol):
     """Turns rows into requests and answers into predictions. Any object with these members is a task.
 
     A task may also have `data: DataSource | None`, what it evaluates unless told otherwise, and
-    `formats: Mapping[str, FileReading]`, how it reads a local file of each format; and `check(rows)`, which raises
-    DataError for rows that `examples` would refuse, so that these show before a swarm is asked for anything.
+    `formats: Mapping[str, FileReading]`, how it reads a local file of each format. So that mistakes show before a swarm
+    is asked for anything, it may have `check(rows)`, which raises DataError for rows that `examples` would refuse, and
+    `check_outputs(shape)`, which raises AdapterError for a trained head whose scores `predict` would refuse.
     """
 
     @property
@@ -40,16 +41,16 @@ class Task(Protocol):
         ...
 
     def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
-        """The examples, in the order of the rows, made as they are asked for. Raises DataError, which names the row."""
+        """Return the examples, in the order of the rows, made as they are asked for. Raises DataError, which names the row."""
         ...
 
     def predict(self, example: Example, answers: "Sequence[torch.Tensor]") -> Prediction:
-        """The prediction from one float32 tensor a request of `example`, in the order of `part`.
+        """Return the prediction from one float32 tensor a request of `example`, in the order of `part`.
 
         Raises ExampleError where these answers give none: the run notes a failure and goes on.
         """
         ...
 
     def fingerprint(self) -> dict[str, object]:
-        """All of the task's definition that changes an answer, as values that JSON can hold."""
+        """Return all of the task's definition that changes an answer, as values that JSON can hold."""
         ...

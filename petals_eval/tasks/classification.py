@@ -34,7 +34,7 @@ _CHUNK_ROWS = 256
 
 
 def _spelled_keys(mapping: Any) -> Any:
-    """A label_map compares text, but a Python program may write its keys as numbers and truth values."""
+    """Return a label_map compares text, but a Python program may write its keys as numbers and truth values."""
     if not isinstance(mapping, Mapping):
         return mapping
     if None in mapping:
@@ -126,7 +126,7 @@ class ClassificationTask(BaseModel):
         return words
 
     def _disagreement(self) -> str | None:
-        """What of the definition does not fit the label names, or None."""
+        """Return what of the definition does not fit the label names, or None."""
         known = {name.strip() for name in self.label_names}
         for value, name in self.label_map.items():
             if name.strip() not in known:
@@ -144,7 +144,7 @@ class ClassificationTask(BaseModel):
         return "class" if self.label_words is None else "lm"
 
     def fingerprint(self) -> dict[str, object]:
-        """All that changes an answer: neither the name nor the metrics, and not where the data lies."""
+        """Return all that changes an answer: neither the name nor the metrics, and not where the data lies."""
         changing = {"kind", "text", "label_column", "label_names", "label_map", "max_length"}
         if self.label_words is not None:
             changing |= {"label_words", "normalize"}
@@ -169,16 +169,30 @@ class ClassificationTask(BaseModel):
     def check(self, rows: Rows) -> None:
         """Look at the columns, labels and texts of all rows: a wrong label in the last one should not end a run of
         hours. Raises DataError, which names the row, what was found there and what was expected.
+
+        Rows that passed, and parts of them, are not looked at again.
         """
+        read_as = (self.text, self.label_column, self.label_names, *self.label_map.items())
+        if read_as in rows.passed:
+            return
         template = Template.parse(self.text)
         self._check_columns(rows, template)
         labels = self._labels(rows)
         for row in rows:
             self._label(row, labels, rows)
             _text(template, rows, row)
+        rows.passed.add(read_as)
+
+    def check_outputs(self, shape: tuple[int, ...]) -> None:
+        """Raise AdapterError where a head that answers with scores of this shape was trained for other labels."""
+        if shape != (len(self.label_names),):
+            raise AdapterError(
+                f"the head gives {shape} scores, but task {self.name} has {len(self.label_names)} labels "
+                f"({', '.join(self.label_names)}). Use the adapter that was trained for this task."
+            )
 
     def predict(self, example: Example, answers: "Sequence[torch.Tensor]") -> Prediction:
-        """The label with the highest score (the first of equals), and the softmax of the scores in float64.
+        """Return the label with the highest score (the first of equals), and the softmax of the scores in float64.
 
         answers: one float32 tensor a request: (labels,) logits of the trained head or one log-likelihood a label;
             or, where a label word has several tokens, one tensor (tokens,) a label.
@@ -213,11 +227,7 @@ class ClassificationTask(BaseModel):
         if len(answers) > 1:
             reduce = np.sum if self.normalize == "sum" else np.mean
             return np.array([reduce(answer) for answer in answers])
-        if answers[0].shape != (len(self.label_names),):
-            raise AdapterError(
-                f"the head gives {answers[0].shape} scores, but task {self.name} has {len(self.label_names)} labels "
-                f"({', '.join(self.label_names)}). Use the adapter that was trained for this task."
-            )
+        self.check_outputs(answers[0].shape)
         return answers[0]
 
     def _check_columns(self, rows: Rows, template: Template) -> None:
@@ -287,7 +297,7 @@ class ClassificationTask(BaseModel):
 
 
 def _word_requests(key: str, context: tuple[int, ...], words: tuple[tuple[int, ...], ...]) -> tuple[Request, ...]:
-    """One request that asks for every word where each is one token; else one a word, its last token left out."""
+    """Return one request that asks for every word where each is one token; else one a word, its last token left out."""
     last = len(context) - 1
     if all(len(word) == 1 for word in words):
         return (Request(key, 0, context, tuple((last, word[0]) for word in words)),)

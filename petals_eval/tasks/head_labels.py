@@ -30,7 +30,7 @@ def check_head_labels(task: Task, output_names: Sequence[str] | None) -> None:
 
 
 def _label_called(task: Task, name: str) -> int | None:
-    """The label that is called so, where exactly one is."""
+    """Return the label that is called so, where exactly one is."""
     mapping: Mapping[str, str] = getattr(task, "label_map", {})
     names = list(task.label_names)
     if name in names:

@@ -10,6 +10,7 @@ from functools import cached_property
 from math import isfinite
 
 from petals_eval.errors import DataError
+from petals_eval.text import listed
 from petals_eval.validation import shorten
 
 __all__ = ["Labels", "other_spellings", "spelled"]
@@ -26,7 +27,7 @@ _MOST_DIGITS = 400
 
 
 def spelled(value: object) -> str:
-    """The exact spelling of a value, which the keys of `label_map` and the label names are held against.
+    """Return the exact spelling of a value, which the keys of `label_map` and the label names are held against.
 
     A text is spelled as it stands in the file, without outer blanks; so is a number of a JSON file (1.0, 1e3). A truth
     value is spelled true or false. A number of a typed column, such as parquet's, is spelled as Python writes it: 1.0
@@ -38,7 +39,7 @@ def spelled(value: object) -> str:
 
 
 def other_spellings(value: object) -> tuple[str, ...]:
-    """How pandas or JSON may write the same value otherwise: True and true, False and false, 3 and 3.0.
+    """Return how pandas or JSON may write the same value otherwise: True and true, False and false, 3 and 3.0.
 
     What is a number already, and no text, has those of its value: 1e3 is also 1000 and 1000.0, and 0.50 is also 0.5.
     A text such as 01, +1 or 1e3 has none: only whoever wrote it knows whether it is a number.
@@ -79,7 +80,7 @@ class Labels:
     class_names: tuple[str, ...] | None = None
 
     def index(self, value: object, *, where: str, column: str) -> int:
-        """The label's position in `names`. Raises DataError with what was found and what there is."""
+        """Return the label's position in `names`. Raises DataError with what was found and what there is."""
         index = self._find(value)
         if index is None:
             raise DataError(self._complaint(value, where, column))
@@ -119,7 +120,7 @@ class Labels:
         return self._position(value) if self.class_names is None else None
 
     def _fitting(self, value: object) -> Iterator[tuple[str, int]]:
-        """The other spellings of a value that are keys or names, with the label of each."""
+        """Yield the other spellings of a value that are keys or names, with the label of each."""
         for word in other_spellings(value):
             for known in (self._keys, self._names):
                 if word in known:
@@ -147,7 +148,7 @@ class Labels:
         found = shorten(value) if name is None else f"{shorten(value)}, which this source calls {name!r}"
         counted = self.class_names is None and not self._numbered
         known = [f"{index} {label}" for index, label in enumerate(self.names)] if counted else self.names
-        keys = f", or a key of label_map: {_listed(self._keys)}" if self._keys else ""
+        keys = f", or a key of label_map: {listed(map(shorten, self._keys), most=20)}" if self._keys else ""
         expected = f"Expected one of: {', '.join(known)}{keys}."
         return f"{where}: the label in column {column} is {found}. {expected} {self._advice(value, name)}"
 
@@ -175,7 +176,7 @@ class Labels:
 
 
 def _whole(value: object) -> str | None:
-    """The digits of a whole number (with a sign if it is negative), or None for what is none."""
+    """Return the digits of a whole number (with a sign if it is negative), or None for what is none."""
     if isinstance(value, str):
         match = _WHOLE.fullmatch(value.strip())
         return match.group(1) if match else None
@@ -188,7 +189,7 @@ def _whole(value: object) -> str | None:
 
 
 def _exact(number: int | float | Decimal) -> Decimal | None:
-    """The number that is written, by way of its text: a float above 2^53 no longer has all of its digits."""
+    """Return the number that is written, by way of its text: a float above 2^53 no longer has all of its digits."""
     try:
         exact = Decimal(str(number))
     except InvalidOperation:  # an exponent of twenty digits
@@ -198,8 +199,3 @@ def _exact(number: int | float | Decimal) -> Decimal | None:
 
 def _folded(word: str) -> str:
     return unicodedata.normalize("NFC", word).casefold()
-
-
-def _listed(words: Mapping[str, int], limit: int = 20) -> str:
-    shown = ", ".join(shorten(word) for word in list(words)[:limit])
-    return shown if len(words) <= limit else f"{shown} and {len(words) - limit} more"

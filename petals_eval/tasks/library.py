@@ -19,7 +19,7 @@ _SUFFIXES = (".yaml", ".yml")
 
 
 def load_task(task: "str | Path | Task") -> Task:
-    """A shipped task by its name, a task of your own by the path of its YAML file, or a task object as it is.
+    """Return a shipped task by its name, a task of your own by the path of its YAML file, or a task object as it is.
 
     In a YAML file a relative path of `data` starts at the file's own folder.
     Raises TaskError, which names the file, the key, what was expected there and what was found.
@@ -49,13 +49,13 @@ def load_task(task: "str | Path | Task") -> Task:
 
 
 def list_tasks() -> list[ClassificationTask]:
-    """The tasks that come with the package, by name."""
+    """Return the tasks that come with the package, by name."""
     shipped = _shipped()
     return [_parse(shipped[name], f"the shipped task {name}", name=name, folder=None) for name in sorted(shipped)]
 
 
 def resolve_source(task: Task, path: str | Path | None = None, **overrides: Any) -> DataSource:
-    """What `task` reads: its own default data, or `path` (a local file or a hub name).
+    """Return what `task` reads: its own default data, or `path` (a local file or a hub name).
 
     A local file is read as the task's `formats` say for its format. `overrides` are settings of `DataSource` that win
     over those, such as split="train" or encoding="utf-8"; None among them means "as it is".
@@ -83,7 +83,7 @@ def resolve_source(task: Task, path: str | Path | None = None, **overrides: Any)
 
 
 def _settings(model: FileReading) -> dict[str, object]:
-    """The settings that were given, as they are (a secret stays one)."""
+    """Return the settings that were given, as they are (a secret stays one)."""
     return {name: getattr(model, name) for name in model.model_fields_set}
 
 

@@ -23,7 +23,7 @@ def describe_example(
     label_names: Sequence[str] | None = None,
     pooled_token: PooledToken = _last,
 ) -> dict[str, Any]:
-    """The example as values that JSON can hold. Positions count from 0 and begin with the tuned prompt.
+    """Return the example as values that JSON can hold. Positions count from 0 and begin with the tuned prompt.
 
     prefix: tuned prompt tokens in front of the text. pooled_token: by default the last token of a text.
     Per request: `tokens` as the tokenizer spells them, `prompt_positions` (first, last + 1), `text_positions`
@@ -47,7 +47,7 @@ def show_example(
     label_names: Sequence[str] | None = None,
     pooled_token: PooledToken = _last,
 ) -> str:
-    """What `describe_example` says, as lines for a person."""
+    """Return what `describe_example` says, as lines for a person."""
     described = describe_example(example, tokenizer, prefix, label_names, pooled_token)
     cut = ", cut" if described["truncated"] else ""
     lines = [f"example {described['key']}  label {described['label']}  {described['n_tokens']} text tokens{cut}"]

@@ -46,7 +46,7 @@ class Template:
         with_tail: bool = True,
         truth_words: tuple[str, str] = ("False", "True"),
     ) -> str:
-        """The text of a row: texts as they are, numbers as `str` writes them, false and true as `truth_words`.
+        """Return the text of a row: texts as they are, numbers as `str` writes them, false and true as `truth_words`.
 
         `where` names the row in the DataError for a value that is missing, empty or no text.
         """

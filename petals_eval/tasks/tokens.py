@@ -70,7 +70,7 @@ def continue_texts(
 
 
 def cut(continued: Continued, max_length: int) -> tuple[tuple[int, ...], bool]:
-    """The context that leaves room for the longest word under `max_length`, and whether it was cut.
+    """Return the context that leaves room for the longest word under `max_length`, and whether it was cut.
 
     What goes are the last tokens before the template's fixed end: the cue that asks for the label stays.
     Raises ValueError when the cue and the words alone do not fit.
@@ -90,7 +90,7 @@ def _plain(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
 
 
 def _opening_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """What the tokenizer puts before every text (BOS, for most; nothing for some)."""
+    """Return what the tokenizer puts before every text (BOS, for most; nothing for some)."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     starts = [at for at in range(len(full) - len(bare) + 1) if full[at : at + len(bare)] == bare]

@@ -1,6 +1,5 @@
 """What benchmarks are reckoned with: spreads, floors and the cost of processes."""
 
-import doctest
 import os
 import subprocess
 import sys
@@ -9,15 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from petals_eval.bench import floor, plot, processes, statistics
+from petals_eval.bench import floor, processes, statistics
 from petals_eval.bench.plot import line_plot
 from petals_eval.local_swarm.network import LinkProfile, LinkUse
-
-
-def test_doctests():
-    assert doctest.testmod(statistics).failed == 0
-    assert doctest.testmod(floor).failed == 0
-    assert doctest.testmod(plot).failed == 0
 
 
 def test_percentiles_lie_between_the_values():

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from petals_eval.cli.flags import keys_of
 from petals_eval.cli.run import read_settings
 from petals_eval.config import RunSettings
 from petals_eval.errors import ConfigError
@@ -30,7 +31,7 @@ def test_texts_are_what_is_written(tmp_path, written):
     text = "".join(f"{name}: {written}\n" for name in names) + "".join(f"{name}: [{written}, x]\n" for name in lists)
     found = settings_of(tmp_path, f"{text}token: {written}\nlocal-swarm: 1\n")
     assert {getattr(found, name.replace("-", "_")) for name in names} == {written}
-    assert {getattr(found, name.replace("-", "_")) for name in lists} == {(written, "x")}
+    assert {getattr(found, keys_of(RunSettings)[name.replace("-", "_")]) for name in lists} == {(written, "x")}
     assert found.token is not None and found.token.get_secret_value() == written
     assert settings_of(tmp_path, f"{BASE}adapter: {written}\n").adapter == (written,)
 

@@ -235,8 +235,8 @@ def _killing(open_model, swarm):
     import contextlib
 
     @contextlib.contextmanager
-    def opened(settings):
-        with open_model(settings) as model:
+    def opened(*arguments):
+        with open_model(*arguments) as model:
             compute = model.compute
 
             def counted(*arguments, **keywords):
@@ -273,7 +273,7 @@ def test_a_bug_of_ours_is_kept_in_a_file(stage: Stage, monkeypatch: pytest.Monke
     def broken(*arguments: object, **keywords: object) -> None:
         raise ZeroDivisionError("a mistake")
 
-    monkeypatch.setattr("petals_eval.evaluation.evaluate.evaluate", broken)
+    monkeypatch.setattr("petals_eval.evaluation.evaluate.evaluate_prepared", broken)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     outcome = invoke(*stage.run())
     refused(outcome, "a bug in petals-eval (ZeroDivisionError: a mistake)", "traceback kept in", code=70)
@@ -289,7 +289,7 @@ def test_what_this_machine_cannot(stage: Stage, monkeypatch: pytest.MonkeyPatch,
     def broken(*arguments: object, **keywords: object) -> None:
         raise error
 
-    monkeypatch.setattr("petals_eval.evaluation.evaluate.evaluate", broken)
+    monkeypatch.setattr("petals_eval.evaluation.evaluate.evaluate_prepared", broken)
     refused(invoke(*stage.run()), f"this machine cannot: {type(error).__name__}", code=4)
 
 

@@ -20,6 +20,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub.constants
@@ -228,7 +229,7 @@ def test_set_up_commands_are_there() -> None:
 def test_the_python_example() -> None:
     # The second one needs Petals and a training loop: tests/interop/test_live_petals_model.py runs such a loop.
     example, _ = blocks("python")
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     with LocalSwarm("my-llama", servers=2, mode="thread") as swarm:
         names["peers"] = swarm.initial_peers
         exec(textwrap.dedent(example), names)

@@ -123,7 +123,7 @@ def test_a_row_knows_the_line_where_it_begins(tmp_path, text):
     assume(len(theirs(text)) > 0)
     lines = text.split("\n")
     for row in ours(tmp_path, "a.csv", text):
-        first = next(iter(row.columns.values()))
+        first = str(next(iter(row.columns.values())))
         assert row.line is not None
         begin = lines[row.line - 1].rstrip("\r")
         assert begin.startswith((first.split("\n")[0], '"' + first.replace('"', '""').split("\n")[0]))

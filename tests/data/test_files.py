@@ -290,7 +290,7 @@ def test_a_wrong_setting_is_named(settings, expected):
 
 def test_a_source_without_a_path():
     with pytest.raises(DataError, match="path: missing"):
-        DataSource()
+        DataSource.model_validate({})
 
 
 def test_a_token_is_never_shown():

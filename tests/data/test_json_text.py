@@ -5,6 +5,7 @@ import random
 import re
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -191,7 +192,7 @@ value = st.recursive(
 objects = st.lists(st.dictionaries(st.sampled_from(["t", "n", "\u00e9", "", "d"]), value, max_size=4), min_size=1)
 
 
-def _written_numbers(text: str) -> object:
+def _written_numbers(text: str) -> Any:
     """The value of a JSON text with ("number", spelling) for its numbers, by Python's own reader."""
     spelled = lambda written: ("number", written)  # noqa: E731
     return json.loads(text, parse_int=spelled, parse_float=spelled)

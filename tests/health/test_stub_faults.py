@@ -12,7 +12,7 @@ from petals_eval.local_swarm.handles import LocalServer
 from tests.health.conftest import STORIES
 from tests.health.fakes import findings, server_of
 
-NAMES = {
+NAMES: dict[str, list] = {
     "info-ok-forward-fails": [f.InfoOnly(), f.Hang(), f.Refuse(reason="overload"), f.Reset()],
     "not-finite": [f.NotFinite()],
     "disagrees-with-replica": [f.Noise(size=0.01), f.OtherWeights()],

@@ -13,6 +13,7 @@ import random
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import loopback_only  # noqa: F401
 import numpy as np
@@ -219,7 +220,7 @@ def interrupted(model, settings: dict, watch: Watch) -> str:
 def count_connections() -> list:
     """Every connection that is opened from now on."""
     opened = []
-    connect = SwarmConnection.connect.__func__
+    connect = vars(SwarmConnection)["connect"].__func__
 
     def connect_and_note(cls, settings):
         opened.append(connect(cls, settings))
@@ -249,7 +250,7 @@ def state_of(model, optimizer) -> dict:
     return {"model": copy.deepcopy(model.state_dict()), "optimizer": copy.deepcopy(optimizer.state_dict())}
 
 
-def same(one: object, other: object) -> bool:
+def same(one: object, other: Any) -> bool:
     """Equal to the last bit."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)

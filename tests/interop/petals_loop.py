@@ -80,13 +80,13 @@ def classify(model, settings: dict) -> dict:
         )
         with torch.no_grad():
             logits.append(model(input_ids=batch["input_ids"]).logits)
-    logits = torch.cat(logits)
-    predictions = logits.argmax(-1).tolist()
+    every = torch.cat(logits)
+    predictions = every.argmax(-1).tolist()
     answer = {}
     if labels := settings.get("labels"):
         answer["accuracy"] = sum(map(int.__eq__, predictions, labels)) / len(labels)
     seconds = time.perf_counter() - started
-    return answer | {"logits": logits.tolist(), "predictions": predictions, "seconds": seconds}
+    return answer | {"logits": every.tolist(), "predictions": predictions, "seconds": seconds}
 
 
 def classify_tokens(model, settings: dict) -> dict:

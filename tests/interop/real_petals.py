@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hivemind.dht.node import DHTNode
@@ -326,7 +327,7 @@ class RawClient:
             for uid, value in found.items()
         }
 
-    def stub(self, peer_id: str) -> object:
+    def stub(self, peer_id: str) -> Any:
         return TransformerConnectionHandler.get_stub(self.p2p, PeerID.from_base58(peer_id))
 
 
@@ -341,9 +342,9 @@ async def _serves(client: RawClient, peer_id: str, uids: Sequence[str]) -> bool:
     return True
 
 
-def in_own_loop(coroutine: Callable) -> object:
+def in_own_loop(coroutine: Callable) -> Any:
     """Run a coroutine function to its end in a thread of its own, so that it works under a running loop as well."""
-    outcome: dict[str, object] = {}
+    outcome: dict[str, Any] = {}
 
     def run() -> None:
         try:

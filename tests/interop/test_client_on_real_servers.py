@@ -151,7 +151,7 @@ def test_real_servers_and_the_stub_in_one_swarm(stories_dir):
         hidden = blocks(entering)
         used = set(blocks.status().servers)
     torch.testing.assert_close(hidden, leaving, rtol=0, atol=1e-4)
-    assert used == {server.peer_id for server in [*stub.servers, *swarm.servers]}
+    assert used == {*(server.peer_id for server in stub.servers), *(server.peer_id for server in swarm.servers)}
 
 
 def test_a_server_killed_in_mid_run_changes_no_answer(stories_dir, realdata):

@@ -73,7 +73,8 @@ def test_deep_prompts_reach_every_block_of_a_tiny_model(family, tmp_path):
         async with RawClient(swarm.initial_peers) as client:
             (server,) = swarm.servers
             plain = await forward(client, server, "tiny", expected[0])
-            return plain, await forward(client, server, "tiny", expected[0], prompts)
+            prompted = await forward(client, server, "tiny", expected[0], prompts)
+            return plain, prompted
 
     with RealPetalsSwarm(folder, [(0, 3)], dht_prefix="tiny") as swarm:
         plain, prompted = in_own_loop(lambda: pass_through(swarm))

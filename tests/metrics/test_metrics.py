@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
-from metric_tester import CASES, REFERENCES, Case, random_case, reference
 
 from petals_eval.errors import ConfigError, DataError
 from petals_eval.metrics import (
@@ -24,6 +23,7 @@ from petals_eval.metrics.correlation import resampled_mcc
 from petals_eval.metrics.fscores import AVERAGES, SCORES, resampled_average, resampled_per_class
 from petals_eval.metrics.intervals import RESAMPLES, Tallies, affordable, percentile_interval, row_weights
 from petals_eval.metrics.ranking import _Ranking
+from tests.metrics.metric_tester import CASES, REFERENCES, Case, random_case, reference
 
 
 def compute(names, case: Case, seed: int = 0):

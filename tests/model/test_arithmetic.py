@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from petals_eval.tasks.requests import Request
 from tests.support.tiny_models import make_tiny
 
 LABELS, WIDE = 3, 256
+BACKENDS: Any = torch.backends  # some of its switches are younger than its types
 REQUESTS = [Request("0", 0, (1, 75, 86, 279)), Request("1", 0, (1, 75, 20), ((1, 262), (2, 75))), Request("2", 0, (1,))]
 
 
@@ -48,20 +50,20 @@ def matmul_precision(precision):
 
 @contextmanager
 def fp32_precision(precision):
-    torch.backends.mkldnn.matmul.fp32_precision = precision
+    BACKENDS.mkldnn.matmul.fp32_precision = precision
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        BACKENDS.mkldnn.matmul.fp32_precision = "none"
 
 
 @contextmanager
 def every_backend(precision):
-    torch.backends.fp32_precision = precision
+    BACKENDS.fp32_precision = precision
     try:
         yield
     finally:
-        torch.backends.fp32_precision = "none"
+        BACKENDS.fp32_precision = "none"
 
 
 SURROUNDINGS = {
@@ -148,7 +150,7 @@ def switches():
     """How the switches stand that the guard may touch."""
     matmul = torch.backends.cuda.matmul
     return (
-        torch.backends.mkldnn.matmul.fp32_precision,
+        BACKENDS.mkldnn.matmul.fp32_precision,
         matmul.fp32_precision,
         matmul.allow_fp16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction,
@@ -164,7 +166,7 @@ def test_the_switches_stand_afterwards_as_they_stood(name):
         before = switches()
         with pytest.raises(KeyError), isolated_arithmetic():
             assert not torch.is_autocast_enabled("cpu")
-            assert torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+            assert BACKENDS.mkldnn.matmul.fp32_precision in ("none", "ieee")
             assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
             raise KeyError
         assert switches() == before
@@ -196,5 +198,5 @@ def test_what_comes_from_a_switch_above_goes_on_coming_from_it():
     with every_backend("tf32"):
         with isolated_arithmetic():
             pass
-        torch.backends.fp32_precision = "ieee"
+        BACKENDS.fp32_precision = "ieee"
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"

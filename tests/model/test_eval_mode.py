@@ -149,6 +149,7 @@ def test_a_buffer_that_grew_inside_is_fit_for_training_afterwards():
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(2, 2)
+            self.cache: torch.Tensor
             self.register_buffer("cache", torch.ones(1), persistent=False)
 
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_samples import LABELS, SERVERS, manifest, prediction, reachable_folder, unprivileged
 
 from petals_eval.errors import MachineError, RunFolderError
 from petals_eval.runs import (
@@ -21,6 +20,7 @@ from petals_eval.runs import (
     RunResult,
     summarise,
 )
+from tests.runs.samples import LABELS, SERVERS, manifest, prediction, reachable_folder, unprivileged
 
 METRICS = ("accuracy", "f1_macro", "roc_auc", "recall_per_class", "confusion_matrix")
 

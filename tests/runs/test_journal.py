@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_samples import SERVERS, prediction, reachable_folder, unprivileged
 
 from petals_eval.errors import MachineError, RunFolderError
-from petals_eval.interrupts import now_or_soon
+from petals_eval.interrupts import deliver
 from petals_eval.runs import Counts, Journal, ServerUsed
 from petals_eval.runs import journal as journal_module
-from petals_eval.runs.lookup_tables import SmallTables
+from petals_eval.runs.lookup_tables import LookupTables
 from petals_eval.runs.rows import Row
+from tests.runs.samples import SERVERS, prediction, reachable_folder, unprivileged
 
 
 @pytest.fixture
@@ -145,33 +145,33 @@ def test_rows_are_committed_together_by_number_and_by_time(path: Path, monkeypat
         assert committed() == 1  # after a quiet time at once
         journal.add("a", prediction(1))
         assert committed() == 1
-        clock[0] += 0.8 * journal_module.COMMIT_SECONDS
+        clock[0] += 0.8 * journal_module.COMMITS.min_seconds
         journal.flush_if_due()
         assert committed() == 1
-        clock[0] += 0.4 * journal_module.COMMIT_SECONDS
+        clock[0] += 0.4 * journal_module.COMMITS.min_seconds
         journal.flush_if_due()
         assert committed() == 2
-        for key in range(2, 2 + journal_module.COMMIT_ROWS):
+        for key in range(2, 2 + journal_module.COMMITS.max_rows):
             journal.add("a", prediction(key))
-        assert committed() == 2 + journal_module.COMMIT_ROWS
+        assert committed() == 2 + journal_module.COMMITS.max_rows
         journal.add("a", prediction(9999))
         journal.flush()
-        assert committed() == 3 + journal_module.COMMIT_ROWS
+        assert committed() == 3 + journal_module.COMMITS.max_rows
 
 
-@pytest.mark.parametrize(("takes", "rest"), [(0.05, 5.0), (3.0, journal_module.MOST_COMMIT_SECONDS)])
+@pytest.mark.parametrize(("takes", "rest"), [(0.05, 5.0), (3.0, journal_module.COMMITS.max_seconds)])
 def test_a_slow_disk_is_waited_for_less_often(
     takes: float, rest: float, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [1000.0]
     monkeypatch.setattr(journal_module.time, "monotonic", lambda: clock[0])
-    number_of = SmallTables.adapter
+    number_of = LookupTables.adapter
 
-    def slow(tables: SmallTables, name: str) -> int:
+    def slow(tables: LookupTables, name: str) -> int:
         clock[0] += takes
         return number_of(tables, name)
 
-    monkeypatch.setattr(SmallTables, "adapter", slow)
+    monkeypatch.setattr(LookupTables, "adapter", slow)
     with Journal(path, create=True) as journal:
         journal.add("a", prediction(0))
         journal.add("a", prediction(1))
@@ -296,14 +296,14 @@ def test_a_signal_waits_until_a_commit_is_done(path: Path) -> None:
         real = journal._insert_together
 
         def insert(row: list[Row]) -> None:
-            now_or_soon(lambda: happened.append(rows(path, "SELECT count(*) FROM scored")[0][0]))
+            deliver(lambda: happened.append(rows(path, "SELECT count(*) FROM scored")[0][0]))
             assert not happened
             real(row)
 
         journal._insert_together = insert  # type: ignore[method-assign]
         journal.flush()
         assert happened == [2], "not before the commit"
-        now_or_soon(lambda: happened.append(0))
+        deliver(lambda: happened.append(0))
         assert happened == [2, 0]
 
 
@@ -489,6 +489,6 @@ def test_memory_does_not_grow_with_the_rows(path: Path, monkeypatch: pytest.Monk
         return highest
 
     with Journal(path, create=True) as journal:
-        waiting = journal_module.COMMIT_ROWS
+        waiting = journal_module.COMMITS.max_rows
         few = peak(0, waiting)
         assert peak(waiting, 5 * waiting) < 1.2 * few + 100_000

@@ -6,12 +6,12 @@ import socket
 from pathlib import Path
 
 import pytest
-from run_samples import SERVERS, manifest, reachable_folder, unprivileged
 
 from petals_eval.errors import ConfigError, MachineError, RunFolderError
 from petals_eval.runs import AdapterRecord, DataRecord, Manifest, ModelRecord, difference
 from petals_eval.runs.manifest import package_versions
 from petals_eval.runs.privacy import shareable_name, shareable_settings
+from tests.runs.samples import SERVERS, manifest, reachable_folder, unprivileged
 
 TOKEN = "hf_" + "x" * 34
 

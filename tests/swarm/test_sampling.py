@@ -1,21 +1,14 @@
 """Which micro-batches are checked, and how likely a server is caught. No network."""
 
 import asyncio
-import doctest
 import math
 import random
 
 import pytest
 
-from petals_eval.swarm.trust import sampling
 from petals_eval.swarm.trust.sampling import Sampler, catch_probability
 from tests.swarm.fakes import FakeDirectory
 from tests.swarm.verifying import BLOCKS, Run, Servers, float32, noise, states
-
-
-def test_the_examples_hold():
-    result = doctest.testmod(sampling)
-    assert result.attempted == 2 and result.failed == 0
 
 
 @pytest.mark.parametrize(("n", "p", "share"), [(1, 0.5, 0.1), (2, 0.3, 0.1), (10, 0.2, 0.02), (60, 0.05, 0.1)])

@@ -184,7 +184,7 @@ def test_boolq_answers_are_truth_values(tmp_path, tokenizer):
 
 
 def test_overrides_win_and_none_changes_nothing(tmp_path):
-    trec = load_task("trec")
+    [trec] = [task for task in list_tasks() if task.name == "trec"]
     assert resolve_source(trec, split="train", revision=None) == DataSource(
         path="CogComp/trec", revision="refs/convert/parquet", split="train"
     )

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 from hivemind.utils.serializer import MSGPackSerializer
 
 __all__ = ["DEEPEST", "Descriptor", "bound_hivemind", "loads"]

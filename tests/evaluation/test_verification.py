@@ -8,8 +8,8 @@ import pytest
 from petals_eval.errors import MissingBlocksError
 from petals_eval.local_swarm.faults.catalog import FlippedBit, Noise, OtherWeights, Swapped
 from petals_eval.runs import RunFolder
+from tests.evaluation.test_remote_evaluation_mode import EXAMPLES, quiet
 from tests.support.real_swarm import ProgressLines, evaluate_trec, predictions, stories_swarm, trec_model
-from tests.test_remote_evaluation_mode import EXAMPLES, quiet
 
 __all__ = ["quiet"]
 

@@ -5,7 +5,7 @@ import pytest
 from petals_eval.errors import ConfigError
 from petals_eval.metrics import Metric
 from petals_eval.runs import AdapterResult, RunResult
-from petals_eval.runs.thresholds import Bar, below
+from petals_eval.runs.thresholds import Threshold, missed
 
 LABELS = ("no", "yes")
 
@@ -20,14 +20,14 @@ def result(*adapters: AdapterResult, bare: AdapterResult | None = None) -> RunRe
 
 
 def test_what_reaches_a_bar_is_not_below_it() -> None:
-    bars = [Bar("accuracy", 0.7), Bar("f1_macro", 0.5)]
-    assert below(result(reached("a", 2, accuracy=0.7, f1_macro=0.5)), bars, 2) == []
-    assert below(result(reached("a", accuracy=0.0)), [], 0) == []
+    bars = [Threshold("accuracy", 0.7), Threshold("f1_macro", 0.5)]
+    assert missed(result(reached("a", 2, accuracy=0.7, f1_macro=0.5)), bars, 2) == []
+    assert missed(result(reached("a", accuracy=0.0)), [], 0) == []
 
 
 def test_each_bar_that_is_missed_is_a_line() -> None:
-    bars = [Bar("accuracy", 0.7), Bar("f1_macro", 0.5)]
-    assert below(result(reached("a", 3, accuracy=0.6999, f1_macro=None)), bars, 2) == [
+    bars = [Threshold("accuracy", 0.7), Threshold("f1_macro", 0.5)]
+    assert missed(result(reached("a", 3, accuracy=0.6999, f1_macro=None)), bars, 2) == [
         "below the bar: 3 of 100 examples failed, --max-failed allows 2; failures.jsonl says why",
         "below the bar: accuracy is 0.6999, --fail-under asks for 0.7",
         "below the bar: f1_macro has no value, --fail-under asks for 0.5",
@@ -36,15 +36,15 @@ def test_each_bar_that_is_missed_is_a_line() -> None:
 
 def test_of_several_adapters_each_must_reach_it_and_the_bare_head_only_must_not_fail() -> None:
     found = result(reached("a", accuracy=0.9), reached("b", accuracy=0.6), bare=reached("bare", 1, accuracy=0.1))
-    assert below(found, [Bar("accuracy", 0.7)], 0) == [
+    assert missed(found, [Threshold("accuracy", 0.7)], 0) == [
         "below the bar (bare): 1 of 100 examples failed, --max-failed allows 0; failures.jsonl says why",
         "below the bar (b): accuracy is 0.6000, --fail-under asks for 0.7",
     ]
 
 
 def test_a_bar_for_one_label() -> None:
-    bar = Bar.parse("recall[yes]=.25", LABELS)
-    assert (bar.name, bar.least, bar.metric) == ("recall[yes]", 0.25, "recall_per_class")
+    bar = Threshold.parse("recall[yes]=.25", LABELS)
+    assert (bar.name, bar.minimum, bar.metric) == ("recall[yes]", 0.25, "recall_per_class")
 
 
 @pytest.mark.parametrize(
@@ -64,4 +64,4 @@ def test_a_bar_for_one_label() -> None:
 )
 def test_bars_that_cannot_be_set(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Bar.parse(text, LABELS)
+        Threshold.parse(text, LABELS)

@@ -15,9 +15,9 @@ from petals_eval.errors import ExampleError, RequestTooLargeError
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.tasks.requests import Request
 from tests.model.reference import PREFIX, full_logits, make_adapter
+from tests.remote_model.test_against_hugging_face import remote_model
 from tests.support.tensors import close
 from tests.support.tiny_models import FAMILIES, make_tiny
-from tests.test_against_hugging_face import remote_model
 
 ORIGINAL, STRETCHED, LABELS = 24, 96, 3
 HEAD_SIZE = 8

@@ -99,7 +99,7 @@ def test_a_mistake_that_concerns_every_row_ends_the_run(tmp_path):
 @pytest.mark.parametrize("limits", [{"context": 5}, {"takes": 5}], ids=["the model", "the servers"])
 @pytest.mark.parametrize(("rows", "tried"), [(400, 50), (10, 10)], ids=["many", "few"])
 def test_where_every_row_is_too_long_the_run_ends_early_and_says_so(tmp_path, monkeypatch, limits, rows, tried):
-    monkeypatch.setattr(petals_eval.evaluation.scoring, "HOPELESS", 50)
+    monkeypatch.setattr(petals_eval.evaluation.scoring, "MAX_FAILURES_BEFORE_FIRST_SUCCESS", 50)
     model = FakeModel(**limits)
     with pytest.raises(RequestTooLargeError, match=rf"none of the first {tried} examples can be computed.*\b5|9\b"):
         evaluate(model, write_rows(tmp_path / "rows.csv", (9,) * rows), tmp_path / "run")
@@ -108,7 +108,7 @@ def test_where_every_row_is_too_long_the_run_ends_early_and_says_so(tmp_path, mo
 
 
 def test_one_row_that_fits_gives_hope(tmp_path, monkeypatch):
-    monkeypatch.setattr(petals_eval.evaluation.scoring, "HOPELESS", 50)
+    monkeypatch.setattr(petals_eval.evaluation.scoring, "MAX_FAILURES_BEFORE_FIRST_SUCCESS", 50)
     result = evaluate(
         FakeModel(context=5), write_rows(tmp_path / "rows.csv", (9,) * 40 + (1,) + (9,) * 100), tmp_path / "run"
     )
@@ -172,7 +172,7 @@ def test_a_run_does_not_go_on_under_other_code(tmp_path, monkeypatch):
     with pytest.raises(RunFolderError, match=r"setting\.task_code: was [0-9a-f]+\.\.\., now [0-9a-f]+\.\.\."):
         evaluate(FakeModel(), source, tmp_path / "run", task=edited())
     monkeypatch.undo()
-    monkeypatch.setattr("petals_eval.evaluation.evaluate.answering_code", lambda: "0" * 64)
+    monkeypatch.setattr("petals_eval.evaluation.prepare.answering_code", lambda: "0" * 64)
     with pytest.raises(RunFolderError, match=r"setting\.code: was [0-9a-f]+\.\.\., now 0+\.\.\."):
         evaluate(FakeModel(), source, tmp_path / "run", task=Task())
     monkeypatch.undo()

@@ -1,0 +1,310 @@
+"""A run before it begins: everything is read once, and every mistake that local files can show is told.
+
+The command, the dry run, the estimate and `evaluate` all begin here, before anything is started, downloaded or
+connected. What has to be downloaded comes after what lies here.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from petals_eval.config import RunSettings
+from petals_eval.data import DataSource, Rows, is_local, load_rows, sample
+from petals_eval.errors import ConfigError, ModelError
+from petals_eval.remote_model import LocalSide
+from petals_eval.runs.code_hash import answering_code, task_code
+from petals_eval.runs.folder import RunFolder, check_folder
+from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, check_names
+from petals_eval.runs.results import WITHOUT_PROMPTS
+from petals_eval.runs.shard import Shard
+from petals_eval.runs.thresholds import Threshold
+from petals_eval.tasks import ClassificationTask, Task, check_head_labels, load_task, resolve_source
+from petals_eval.tasks.requests import Example
+
+if TYPE_CHECKING:
+    from petals_eval.local_swarm import LocalSwarm
+    from petals_eval.model import Adapter, LocalPart
+
+__all__ = ["NO_ADAPTER", "Prepared", "Variant", "prepare", "prepare_run"]
+
+NO_ADAPTER = "no prompts"
+"""The journal's name for a model evaluated as it is."""
+_FIRST_EXAMPLES = 50
+"""Enough to know how long the examples are, on average."""
+
+Variant = tuple[str, "Adapter | None"]
+"""What is evaluated in turn, under the name that the journal gives it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A run that may begin.
+
+    task: with the metrics that the thresholds need. rows: what all shards evaluate together; part: what this run does.
+    first_examples: the first of part. side: our side of the model. variants: its adapters, or the model as it is.
+    manifest: of the run folder `out`; None: a new one below runs/. is_kept: otherwise the folder is temporary.
+    local_swarm: not started; the one that the model's blocks will be on.
+    """
+
+    task: Task
+    rows: Rows
+    part: Rows
+    first_examples: tuple[Example, ...]
+    side: LocalSide
+    variants: tuple[Variant, ...]
+    manifest: Manifest
+    thresholds: tuple[Threshold, ...]
+    tokens_per_micro_batch: int | None
+    out: Path | None
+    is_kept: bool
+    local_swarm: "LocalSwarm | None" = None
+
+    @property
+    def total(self) -> int:
+        """How many examples are scored: each once for each variant."""
+        return len(self.part) * len(self.variants)
+
+    @property
+    def seed(self) -> int:
+        """Draws the sample, the examples that a lossy wire is measured on, and the bootstrap."""
+        return self.manifest.seeds["sample"]
+
+    @contextlib.contextmanager
+    def open_folder(self) -> Iterator[RunFolder]:
+        """Begin the run's folder, or go on with it. Raises RunFolderError, MachineError."""
+        shard = self.manifest.data.shard
+        name = self.task.name if shard is None else f"{self.task.name}-{shard[0]}of{shard[1]}"
+        with contextlib.ExitStack() as stack:
+            where: str | Path | None = self.out
+            if not self.is_kept:
+                where = stack.enter_context(tempfile.TemporaryDirectory(prefix="petals-eval-"))
+            yield stack.enter_context(RunFolder.create(where, self.manifest, task=name))
+
+
+def prepare(
+    open_side: Callable[[], LocalSide],
+    *,
+    task: str | Path | Task,
+    data: str | Path | DataSource | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    max_length: int | None = None,
+    shard: str | None = None,
+    without_prompts: bool = False,
+    fail_under: Sequence[str] = (),
+    tokens_per_micro_batch: int | None = None,
+    out: str | Path | None = None,
+    is_kept: bool = True,
+    **source_settings: Any,
+) -> Prepared:
+    """Read and check what a run needs: task, data, prompts, head, thresholds, folder.
+
+    open_side: loads our side of the model; called once. source_settings: of `DataSource`, such as split; None among
+    them is what the task says. The others are those of `evaluate` and of `RunSettings`.
+
+    Raises CallerError (its kinds say what is wrong), MachineError for what cannot be read or written here.
+    """
+    task = _with_max_length(load_task(task), max_length)
+    thresholds = tuple(Threshold.parse(text, task.label_names) for text in fail_under)
+    task = _with_metrics(task, [threshold.metric for threshold in thresholds])
+    piece = None if shard is None else Shard.parse(shard)
+    if out is not None:
+        check_folder(out)
+    source = data if isinstance(data, DataSource) else resolve_source(task, data, **source_settings)
+
+    def read() -> Rows:
+        rows = sample(load_rows(source), limit, seed)
+        getattr(task, "check", lambda rows: None)(rows)
+        return rows
+
+    if is_local(source):
+        rows, side = read(), open_side()
+    else:
+        side, rows = open_side(), read()
+    part = rows if piece is None else piece.of(rows)
+    variants = _variants(side.adapters, without_prompts)
+    for _, adapter in variants:
+        _check_head(side.local, task, adapter)
+    record = DataRecord(
+        name=rows.name,
+        fingerprint=rows.fingerprint,
+        limit=limit,
+        seed=seed,
+        rows=len(rows),
+        shard=None if piece is None else (piece.index, piece.count),
+    )
+    manifest = _manifest(side, task, record, variants, tokens_per_micro_batch)
+    if out is not None:
+        check_folder(out, manifest)
+    return Prepared(
+        task=task,
+        rows=rows,
+        part=part,
+        # Also what can only be told with the tokenizer at hand: that there is one, and that label words differ in it.
+        first_examples=tuple(islice(task.examples(part, side.local.tokenizer), _FIRST_EXAMPLES)),
+        side=side,
+        # The journal has the names that may be shared.
+        variants=tuple((each.name, adapter) for each, (_, adapter) in zip(manifest.adapters, variants, strict=True)),
+        manifest=manifest,
+        thresholds=thresholds,
+        tokens_per_micro_batch=tokens_per_micro_batch,
+        out=None if out is None else Path(out),
+        is_kept=is_kept,
+    )
+
+
+def prepare_run(settings: RunSettings) -> Prepared:
+    """Prepare the run that the command was told of. Raises as `prepare` does."""
+    from petals_eval.model.prompts import adapter_name
+    from petals_eval.model.sources import open_source
+
+    options = _local_options(settings)
+    open_source(settings.model, error=ModelError)
+    check_names([adapter_name(adapter) for adapter in settings.adapter])
+    swarms: list[LocalSwarm] = []
+
+    def open_side() -> LocalSide:
+        from petals_eval.remote_model import default_dht_prefix, load_local
+
+        local, adapters = load_local(settings.model, settings.adapter, **options)
+        if settings.local_swarm is None:
+            prefix = settings.dht_prefix or default_dht_prefix(settings.model, local.family)
+        else:
+            swarms.append(_local_swarm(settings))
+            prefix = swarms[0].dht_prefix
+        return LocalSide(local, adapters, settings, prefix)
+
+    prepared = prepare(
+        open_side,
+        task=settings.task,
+        data=settings.data,
+        limit=settings.limit,
+        seed=settings.seed,
+        max_length=settings.max_length,
+        shard=settings.shard,
+        without_prompts=settings.without_prompts,
+        fail_under=settings.fail_under,
+        tokens_per_micro_batch=settings.tokens_per_micro_batch,
+        out=settings.out,
+        subset=settings.subset,
+        split=settings.split,
+        revision=settings.data_revision,
+        token=settings.token,
+    )
+    return replace(prepared, local_swarm=swarms[0] if swarms else None)
+
+
+def _local_options(settings: RunSettings) -> dict[str, Any]:
+    """Return how the local part is loaded. Raises ConfigError for a device that this machine or torch does not have."""
+    import torch
+
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device: expected one that torch can use here, found {settings.device!r}: {reason}"
+        ) from error
+    return {
+        "revision": settings.revision,
+        "token": settings.hub_token,
+        "dtype": None if settings.dtype is None else getattr(torch, settings.dtype),
+        "device": settings.device,
+        "pool": settings.pool,
+    }
+
+
+def _local_swarm(settings: RunSettings) -> "LocalSwarm":
+    """Return the embedded swarm that is asked for, not started. Raises ConfigError for a number of servers."""
+    from petals_eval.local_swarm import LocalSwarm
+
+    return LocalSwarm(
+        settings.model,
+        servers=settings.local_swarm or 1,
+        dht_prefix=settings.dht_prefix,
+        revision=settings.revision,
+        token=settings.hub_token,
+    )
+
+
+def _with_max_length(task: Task, max_length: int | None) -> Task:
+    if max_length is None:
+        return task
+    if not isinstance(task, ClassificationTask):
+        raise ConfigError(f"--max-length: task {task.name} has no max_length that could be changed")
+    return task.model_copy(update={"max_length": max_length})
+
+
+def _with_metrics(task: Task, names: Sequence[str]) -> Task:
+    """Return the task with these metrics computed, too."""
+    if not names or not isinstance(task, ClassificationTask):
+        return task
+    return task.model_copy(update={"metrics": tuple(dict.fromkeys([*task.metrics, *names]))})
+
+
+def _check_head(local: "LocalPart", task: Task, adapter: "Adapter | None") -> None:
+    """Raise AdapterError, ModelError or TaskError where answers by the head that the task asks for could not be used.
+
+    It may not be there, have another number of outputs, or be the model's own, whose config names them otherwise.
+    """
+    local.check_head(task.head, adapter)
+    check_head_labels(task, local.own_label_names(adapter))
+    outputs = local.class_outputs(adapter) if task.head == "class" else None
+    if outputs is not None:
+        getattr(task, "check_outputs", lambda shape: None)((outputs,))
+
+
+def _variants(adapters: "Sequence[Adapter]", without_prompts: bool) -> list[Variant]:
+    variants: list[Variant] = [(adapter.name, adapter) for adapter in adapters]
+    if not variants:
+        return [(NO_ADAPTER, None)]
+    if without_prompts:
+        variants.append((WITHOUT_PROMPTS, adapters[0].without_prompts()))
+    return variants
+
+
+def _manifest(
+    side: LocalSide, task: Task, data: DataRecord, variants: list[Variant], tokens_per_micro_batch: int | None
+) -> Manifest:
+    local, settings = side.local.fingerprint, side.settings
+    return Manifest.new(
+        model=ModelRecord(name=str(local["model"]), revision=local["revision"], sha256=str(local["sha256"])),
+        adapters=[
+            AdapterRecord(name=name, kind="none", sha256="")
+            if adapter is None
+            else AdapterRecord(name=name, kind=adapter.kind, sha256=adapter.sha256)
+            for name, adapter in variants
+        ],
+        data=data,
+        task={"name": task.name, **task.fingerprint()},  # type: ignore[dict-item]
+        answer_settings={
+            "code": answering_code(),
+            "task_code": task_code(task),
+            "dtype": local["dtype"],
+            "lm_head_sha256": local["lm_head_sha256"],
+            "pool": side.local.pooling or "auto",
+            "active_adapter": settings.active_adapter,
+            "dht_prefix": side.dht_prefix,
+            "require_dtype": settings.require_dtype,
+            "require_quant": settings.require_quant,
+            "wire": settings.wire,
+        },
+        run_settings={
+            "metrics": list(task.metrics),
+            "label_names": list(task.label_names),
+            "allow_nondeterministic": settings.allow_nondeterministic,
+            "allow_servers": list(settings.allow_servers),
+            "deny_servers": list(settings.deny_servers),
+            "window": settings.window,
+            "deadline": settings.deadline,
+            "verify": settings.verify,
+            "request_timeout": settings.request_timeout,
+            "push": settings.push,
+            "tokens_per_micro_batch": tokens_per_micro_batch,
+        },
+        seeds={"sample": data.seed, "bootstrap": data.seed},
+    )
