@@ -12,7 +12,6 @@ from petals_eval.bench.settings import ForwardSettings, Wire
 from petals_eval.bench.statistics import Spread, percentile
 from petals_eval.bench.target import BenchTarget
 from petals_eval.errors import SwarmError
-from petals_eval.swarm.peers.peer import short_peer
 
 __all__ = ["ForwardCase", "ForwardPoint", "forward_cases", "measure_forward"]
 
@@ -68,8 +67,9 @@ def measure_forward(target: BenchTarget, case: ForwardCase, settings: ForwardSet
         with ResourceMonitor(target) as monitor:
             latencies = _run(target, case, hidden, prompts, settings.seconds)
         runs.append((monitor.result(), latencies))
-    for peer_id, reason in target.blocks.wires.lossless.items():
-        raise SwarmError(f"server {short_peer(peer_id)} does not take {case.wire}: {reason}")
+    for peer in target.blocks.peers.values():
+        if peer.codec_refusal is not None:
+            raise SwarmError(f"server {peer.name} does not take {case.wire}: {peer.codec_refusal}")
     rates = [len(latencies) * case.batch / watched.seconds for watched, latencies in runs]
     every = [seconds for _, latencies in runs for seconds in latencies]
     middle = sorted(range(len(runs)), key=lambda index: rates[index])[len(runs) // 2]

@@ -130,7 +130,7 @@ class ResourceMonitor:
             at=time.perf_counter(),
             servers={
                 peer: (seen.calls, seen.tokens, seen.bytes_sent, seen.bytes_received)
-                for peer, seen in list(blocks.histories.items())
+                for peer, seen in list(blocks.peers.items())
             },
             links=self._target.link_use(),
             client=processor_seconds(self._target.client),
@@ -145,6 +145,6 @@ class ResourceMonitor:
             if self._looks % 10 == 0:
                 self._memory = max(self._memory, memory(self._target.client))
             self._looks += 1
-            for peer, seen in list(self._target.blocks.histories.items()):
-                if seen.in_flight > 0:
+            for peer, seen in list(self._target.blocks.peers.items()):
+                if seen.tokens_in_flight > 0:
                     self._busy[peer] += 1

@@ -69,7 +69,7 @@ def _empty(kind: str, target: BenchTarget, settings: BenchSettings) -> Outcome:
     return Outcome(
         kind,
         target.model,
-        servers={server.peer_id: f"{server.start}:{server.end}" for server in servers},
+        servers={server.peer_id: str(server.span) for server in servers},
         settings=settings.model_dump(mode="json", include=_TOLD & set(type(settings).model_fields)),
     )
 

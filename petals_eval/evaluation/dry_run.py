@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from petals_eval.data import micro_batches
 from petals_eval.errors import ExampleError
 from petals_eval.evaluation.prepare import Prepared
-from petals_eval.swarm.scheduling.tuning import START
+from petals_eval.swarm.scheduling.tuning import SizePolicy
 from petals_eval.tasks import show_example
 from petals_eval.tasks.requests import Example, Request
 from petals_eval.text import listed, printable
@@ -58,12 +58,12 @@ def dry_run(prepared: Prepared, adapter: "Adapter | None", *, show: int = 2) -> 
 
     show: examples. Raises what a run would raise before it sends anything.
     """
-    from petals_eval.swarm.wire.messages import LOSSY
+    from petals_eval.swarm.wire.codecs import LOSSY_CODES
 
     task, local, wire = prepared.task, prepared.side.local, prepared.side.settings.wire
-    value_bytes = local.dtype.itemsize if wire is None else min(local.dtype.itemsize, LOSSY[wire].bytes_per_value)
+    value_bytes = local.dtype.itemsize if wire is None else min(local.dtype.itemsize, LOSSY_CODES[wire].bytes_per_value)
     prefix = 0 if adapter is None else adapter.prefix_length
-    at_once = prepared.tokens_per_micro_batch or START // (local.hidden_size * value_bytes)
+    at_once = prepared.tokens_per_micro_batch or SizePolicy.start // (local.hidden_size * value_bytes)
     tokenizer = local.tokenizer
     examples = task.examples(prepared.part, tokenizer)
     first = list(itertools.islice(examples, show))
@@ -147,14 +147,15 @@ class _Counted:
 def route_lines(snapshot: "Snapshot") -> list[str]:
     """Return a line for each of the servers that a run would use first, or for the blocks that nobody holds."""
     from petals_eval.swarm.directory.routing import plan_route
-    from petals_eval.swarm.pipeline import short_peer, spans_text
+    from petals_eval.swarm.peers.peer import short_peer
+    from petals_eval.swarm.wire.span import Span, spans_text
 
     servers = list(snapshot.servers.values())
-    route = plan_route(servers, 0, snapshot.num_blocks, lambda server, blocks: 1.0)
+    route = plan_route(servers, Span(0, snapshot.num_blocks), lambda server, blocks: 1.0)
     if route is None:
         return [f"no server holds blocks {spans_text(snapshot.missing())} of {snapshot.num_blocks}"]
     return [
-        f"blocks {hop.first}:{hop.last}  {short_peer(hop.server.peer_id)}"
+        f"blocks {hop.span}  {short_peer(hop.server.peer_id)}"
         f"  petals {_said(hop.server.record.version)}  {_said(hop.server.record.torch_dtype)}"
         for hop in route
     ] + [f"{len(servers)} servers hold these {snapshot.num_blocks} blocks"]

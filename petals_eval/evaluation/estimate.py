@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from petals_eval.evaluation.prepare import Prepared
-from petals_eval.swarm.directory.coverage import spans_text
 from petals_eval.swarm.wire.records import Snapshot
+from petals_eval.swarm.wire.span import spans_text
 from petals_eval.text import plural
 
 __all__ = ["estimate_run", "expected_positions"]
@@ -29,8 +29,9 @@ def estimate_run(snapshot: Snapshot, positions: int, measured: Mapping[str, floa
     `throughput` for its whole span, so that the sum over a block's servers is what the block takes.
 
     >>> from petals_eval.swarm.wire.records import ServerRecord, SpanServer
+    >>> from petals_eval.swarm.wire.span import Span
     >>> record = ServerRecord(state=2, throughput=50.0)
-    >>> servers = {"a": SpanServer("a", 0, 3, record), "b": SpanServer("b", 0, 2, record)}
+    >>> servers = {"a": SpanServer("a", Span(0, 3), record), "b": SpanServer("b", Span(0, 2), record)}
     >>> estimate_run(Snapshot(3, servers), 10_000)
     'swarm: 2 servers hold all 3 blocks (fewest: block 2, 1 server); at the 50 tok/s they claim 10,000 positions take \
 about 3 min'
@@ -44,7 +45,7 @@ about 3 min'
     rates = [0.0] * snapshot.num_blocks
     seen = measured or {}
     for server in snapshot.servers.values():
-        for block in range(server.start, min(server.end, snapshot.num_blocks)):
+        for block in range(server.span.start, min(server.span.stop, snapshot.num_blocks)):
             holders[block] += 1
             rates[block] += seen.get(server.peer_id, server.record.throughput)
     fewest = min(holders)

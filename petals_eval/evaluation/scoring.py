@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -11,7 +11,7 @@ from petals_eval.errors import CallerError, ExampleError, SwarmError
 from petals_eval.evaluation.prepare import Prepared
 from petals_eval.evaluation.wire_error import note_lossless_servers
 from petals_eval.runs.folder import RunFolder
-from petals_eval.runs.manifest import NoisyServer, ServerUsed
+from petals_eval.runs.manifest import NoisyServer, ServerUsed, Verdict
 from petals_eval.tasks.requests import Example, Request
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["MAX_FAILURES_BEFORE_FIRST_SUCCESS", "FailFast", "PendingExamples", "Progress", "Scoring"]
 
 _log = logging.getLogger("petals_eval")
+
+_VERDICTS: Mapping[str, Verdict] = {"nondeterministic": "noisy", "wrong": "liar", "disputed": "disputed"}
+"""The words that files of schema 1 have for `TrustFinding.status`."""
 
 MAX_FAILURES_BEFORE_FIRST_SUCCESS = 4096
 """More than are held back to be sorted by length (`petals_eval.data.micro_batches`)."""
@@ -128,7 +131,7 @@ class PendingExamples:
             return None  # another request of this example has failed
         pending.answers[answer.request.part] = answer.answer
         pending.servers.update(
-            ServerUsed(hop.peer_id, hop.first, hop.last, hop.version, hop.dtype, hop.quant) for hop in answer.hops
+            ServerUsed(hop.peer_id, hop.span.start, hop.span.stop, hop.version, hop.dtype, hop.quant) for hop in answer.hops
         )
         if len(pending.answers) < len(pending.example.requests):
             return None
@@ -157,7 +160,7 @@ class Scoring:
 
     def score_all(self) -> None:
         """Score the variants in turn, and once more what servers had computed that were caught later."""
-        from petals_eval.swarm.trust.unequal import dropout_text
+        from petals_eval.swarm.trust.finding_text import dropout_text
 
         dropout = self.model.config_dropout
         if dropout:
@@ -290,11 +293,11 @@ class Scoring:
 
     def _note_findings(self, status: "SwarmStatus") -> None:
         """Note the servers whose answers differ, and withdraw what was scored by those that are left out."""
-        disputed = {each.server.peer_id for each in status.unequal if each.verdict == "disputed"}
+        disputed = {each.server.peer_id for each in status.findings if each.status == "disputed"}
         cleared, self._disputed = self._disputed - disputed, disputed
-        if not status.unequal:
+        if not status.findings:
             return
-        caught = {each.server.peer_id for each in status.unequal if not each.is_used}
+        caught = {each.server.peer_id for each in status.findings if not each.is_used}
         if caught - self._distrusted:
             withdrawn = self.folder.journal.withdraw(caught - self._distrusted)
             self.done = max(0, self.done - withdrawn)
@@ -304,14 +307,14 @@ class Scoring:
             (
                 NoisyServer(
                     each.server.peer_id,
-                    each.server.start,
-                    each.server.end,
+                    each.server.span.start,
+                    each.server.span.stop,
                     each.server.record.version,
                     each.difference,
                     each.is_used,
-                    each.verdict,
+                    _VERDICTS[each.status],
                 )
-                for each in status.unequal
+                for each in status.findings
             ),
             cleared=cleared,
         )

@@ -48,11 +48,16 @@ def note_lossless_servers(model: "RemoteModel", folder: RunFolder) -> list[str]:
         return []
     from petals_eval.swarm.peers.peer import short_peer
 
-    book = model.blocks.wires
+    peers = list(model.blocks.peers.values())
     before = folder.manifest.wire or WireRecord(model.blocks.settings.wire)
     known = {server.peer_id for server in before.lossless}
-    new = [LosslessServer(peer, why) for peer, why in list(book.lossless.items()) if peer not in known]
-    taken_by = tuple(dict.fromkeys([*before.taken_by, *sorted(book.taken_by)]))
+    new = [
+        LosslessServer(peer.peer_id, peer.codec_refusal)
+        for peer in peers
+        if peer.codec_refusal is not None and peer.peer_id not in known
+    ]
+    takers = sorted(peer.peer_id for peer in peers if peer.has_taken_codec)
+    taken_by = tuple(dict.fromkeys([*before.taken_by, *takers]))
     folder.note_wire(replace(before, lossless=(*before.lossless, *new), taken_by=taken_by))
     return [
         f"note: server {short_peer(server.peer_id)} does not take --wire {before.name} ({server.reason}): "

@@ -26,14 +26,14 @@ class Home:
 
     @property
     def span(self) -> Segment:
-        return self.blocks.first, self.blocks.last
+        return self.blocks.start, self.blocks.stop
 
     async def contradicted(self, segment: Segment, ballot: Votes) -> dict[str, float]:
         """Servers that compute something else than the blocks at home, each with how far apart (`compare.agree`).
 
         Only those count whose answers the tolerance cannot explain. segment: within `span`.
         """
-        compute = functools.partial(self.blocks.forward, first=segment[0], last=segment[1])
+        compute = functools.partial(self.blocks.forward, start=segment[0], stop=segment[1])
         hidden = await asyncio.to_thread(compute, ballot.question, None)
         mine = Answered("home", hidden, None)
         contradicted: dict[str, float] = {}

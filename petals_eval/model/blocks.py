@@ -26,45 +26,45 @@ _LOADING = threading.Lock()
 
 
 class BlockSpan:
-    """Blocks first:last of a model, in evaluation mode, without gradients.
+    """Blocks start:stop of a model, in evaluation mode, without gradients.
 
     The blocks sit in Hugging Face's own base model with the embeddings and the final norm taken out, so that rotary
     positions, alibi, causal and sliding masks and the key-value cache are Hugging Face's for every family.
     """
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, first: int, last: int, dtype: torch.dtype):
-        self.first, self.last, self.dtype = first, last, dtype
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype):
+        self.start, self.stop, self.dtype = start, stop, dtype
         self.config: PretrainedConfig = checkpoint.config  # of the whole model
         self.family = checkpoint.family
         self._model = model
-        self._views: dict[tuple[int, int], nn.Module] = {(first, last): model}
+        self._views: dict[tuple[int, int], nn.Module] = {(start, stop): model}
         self._computing = threading.Lock()
 
     @classmethod
     def load(
         cls,
         model: str,
-        first: int,
-        last: int,
+        start: int,
+        stop: int,
         dtype: torch.dtype | None = None,
         *,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | None = None,
     ) -> "BlockSpan":
-        """Load blocks first:last of a local folder or a repository of the hub; `dtype` None keeps the checkpoint's.
+        """Load blocks start:stop of a local folder or a repository of the hub; `dtype` None keeps the checkpoint's.
 
         Raises ModelError: no such model, an unknown family, blocks it does not have, missing or misshapen weights.
         """
         with _LOADING, isolated_arithmetic():
             checkpoint = Checkpoint.open(model, revision=revision, token=token, cache_dir=cache_dir)
             num_blocks = checkpoint.family.num_blocks(checkpoint.config)
-            if not 0 <= first < last <= num_blocks:
+            if not 0 <= start < stop <= num_blocks:
                 raise ModelError(
-                    f"expected a span within 0:{num_blocks}, the blocks of {checkpoint.name}, found {first}:{last}"
+                    f"expected a span within 0:{num_blocks}, the blocks of {checkpoint.name}, found {start}:{stop}"
                 )
             dtype = dtype or checkpoint.config.dtype or torch.float32
-            return cls(_base_model(checkpoint, first, last, dtype), checkpoint, first, last, dtype)
+            return cls(_base_model(checkpoint, start, stop, dtype), checkpoint, start, stop, dtype)
 
     @property
     def hidden_size(self) -> int:
@@ -114,7 +114,7 @@ class BlockSpan:
         other = copy.copy(self)
         with self._computing:  # not with the prompts of a call
             other._model = copy.deepcopy(self._model)
-        other._views = {(self.first, self.last): other._model}
+        other._views = {(self.start, self.stop): other._model}
         other._computing = threading.Lock()
         return other
 
@@ -133,11 +133,11 @@ class BlockSpan:
         hidden: torch.Tensor,
         prompts: torch.Tensor | None = None,
         *,
-        first: int | None = None,
-        last: int | None = None,
+        start: int | None = None,
+        stop: int | None = None,
         cache: "Cache | None" = None,
     ) -> torch.Tensor:
-        """Run blocks first:last, by default all of the span, on hidden states (batch, seq, hidden).
+        """Run blocks start:stop, by default all of the span, on hidden states (batch, seq, hidden).
 
         prompts: (blocks, batch or 1, prefix, hidden), each added to the first `prefix` positions before its block.
             Fewer than blocks: the blocks beyond them are skipped, as Petals servers do.
@@ -145,16 +145,16 @@ class BlockSpan:
 
         Returns hidden states of the input's shape in the span's dtype. The input is left as it was.
         """
-        first = self.first if first is None else first
-        last = self.last if last is None else last
+        start = self.start if start is None else start
+        stop = self.stop if stop is None else stop
         if prompts is not None:
-            last = min(last, first + len(prompts))
+            stop = min(stop, start + len(prompts))
         hidden = hidden.to(self.dtype)
         if hidden.numel() == 0:
             return hidden
         # One at a time: prompts come in by hooks on the blocks, which would act on whatever else is computed there.
         with self._computing, isolated_arithmetic(), ExitStack() as hooks:
-            model = self._view(first, last)
+            model = self._view(start, stop)
             if prompts is not None:
                 if prompts.shape[2] > hidden.shape[1]:
                     raise ValueError(
@@ -165,26 +165,26 @@ class BlockSpan:
                     hooks.enter_context(block.register_forward_pre_hook(_adds(prompt)))
             return model(inputs_embeds=hidden, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
-    def _view(self, first: int, last: int) -> nn.Module:
-        """Return the base model around blocks first:last only; it shares their weights."""
-        if (first, last) not in self._views:
-            if not self.first <= first < last <= self.last:
-                raise ValueError(f"expected blocks within {self.first}:{self.last}, found {first}:{last}")
+    def _view(self, start: int, stop: int) -> nn.Module:
+        """Return the base model around blocks start:stop only; it shares their weights."""
+        if (start, stop) not in self._views:
+            if not self.start <= start < stop <= self.stop:
+                raise ValueError(f"expected blocks within {self.start}:{self.stop}, found {start}:{stop}")
             view = copy.copy(self._model)
             view._modules = dict(self._model._modules)
-            start, end = first - self.first, last - self.first
+            begin, end = start - self.start, stop - self.start
             # From the model's own config, which knows the attention implementation that was chosen for it.
-            view.config = _sliced(self._model.config, start, end)
-            setattr(view, self.family.blocks, _blocks_of(self._model, self.family)[start:end])
-            self._views[first, last] = view
-        return self._views[first, last]
+            view.config = _sliced(self._model.config, begin, end)
+            setattr(view, self.family.blocks, _blocks_of(self._model, self.family)[begin:end])
+            self._views[start, stop] = view
+        return self._views[start, stop]
 
 
-def _base_model(checkpoint: Checkpoint, first: int, last: int, dtype: torch.dtype) -> nn.Module:
-    """Hugging Face's base model with blocks first:last and nothing around them."""
+def _base_model(checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype) -> nn.Module:
+    """Hugging Face's base model with blocks start:stop and nothing around them."""
     from transformers import AutoModel
 
-    family, config = checkpoint.family, _sliced(checkpoint.config, first, last)
+    family, config = checkpoint.family, _sliced(checkpoint.config, start, stop)
     # No memory and no time for weights that are about to be replaced. float32 whatever comes: any other would be the
     # default dtype of every thread while this line runs.
     with torch.device("meta"):
@@ -194,7 +194,7 @@ def _base_model(checkpoint: Checkpoint, first: int, last: int, dtype: torch.dtyp
             setattr(model, module, nn.Identity())
     if hasattr(model, "rotary_emb"):  # its frequencies are a buffer no checkpoint holds
         model.rotary_emb = type(model.rotary_emb)(config=config)
-    _fill(model, checkpoint, first, dtype)
+    _fill(model, checkpoint, start, dtype)
     return model.eval().requires_grad_(False)
 
 
@@ -213,26 +213,26 @@ def _blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
     return getattr(model, family.blocks)
 
 
-def _sliced(config: "PretrainedConfig", first: int, last: int) -> "PretrainedConfig":
-    """Return the config of a model that has blocks first:last only; some families choose a window block by block."""
+def _sliced(config: "PretrainedConfig", start: int, stop: int) -> "PretrainedConfig":
+    """Return the config of a model that has blocks start:stop only; some families choose a window block by block."""
     config = copy.deepcopy(config)
     layer_types = getattr(config, "layer_types", None)
-    config.num_hidden_layers = last - first
+    config.num_hidden_layers = stop - start
     if layer_types is not None:
-        config.layer_types = layer_types[first:last]
+        config.layer_types = layer_types[start:stop]
     return config
 
 
-def _fill(model: nn.Module, checkpoint: Checkpoint, first: int, dtype: torch.dtype) -> None:
-    """Give the blocks of `model`, which counts them from 0, their weights from block `first` on."""
+def _fill(model: nn.Module, checkpoint: Checkpoint, start: int, dtype: torch.dtype) -> None:
+    """Give the blocks of `model`, which counts them from 0, their weights from block `start` on."""
     state: dict[str, torch.Tensor] = {}
     blocks = _blocks_of(model, checkpoint.family)
     for index, block in enumerate(blocks):
         parameters = dict(block.named_parameters())
-        for name, tensor in load_block(checkpoint, first + index, parameters).items():
+        for name, tensor in load_block(checkpoint, start + index, parameters).items():
             if tensor.shape != parameters[name].shape:
                 raise ModelError(
-                    f"{checkpoint.name}: expected {name} of block {first + index} to be "
+                    f"{checkpoint.name}: expected {name} of block {start + index} to be "
                     f"{tuple(parameters[name].shape)} by the config, found {tuple(tensor.shape)} in the weights"
                 )
             state[f"{index}.{name}"] = tensor.to(dtype)

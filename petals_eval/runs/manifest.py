@@ -24,6 +24,7 @@ __all__ = [
     "ModelRecord",
     "NoisyServer",
     "ServerUsed",
+    "Verdict",
     "WireRecord",
     "WireSample",
     "check_names",
@@ -49,6 +50,9 @@ ANSWERING_PACKAGES = ("petals_eval", "torch", "transformers", "tokenizers")
 
 _Name = Annotated[str, AfterValidator(shareable_name)]
 _Settings = Annotated[dict[str, JsonValue], AfterValidator(shareable_settings)]
+
+
+Verdict = Literal["noisy", "liar", "disputed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ class NoisyServer:
     version: str | None
     difference: float
     is_used: bool
-    verdict: Literal["noisy", "liar", "disputed"] = "noisy"
+    verdict: Verdict = "noisy"
 
 
 @dataclass(frozen=True, slots=True)

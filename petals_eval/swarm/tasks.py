@@ -9,10 +9,12 @@ __all__ = ["Once", "retrieve_exception", "together"]
 T = TypeVar("T")
 
 
-def retrieve_exception(task: "asyncio.Task[Any]") -> None:
-    """Mark a task's exception as retrieved, so that asyncio does not log it: whoever waits for an answer is told."""
-    if not task.cancelled():
-        task.exception()
+def retrieve_exception(task: "asyncio.Task[Any]") -> BaseException | None:
+    """Return the exception that `task` ended with, or None; asyncio then does not log it as one that nobody retrieved.
+
+    It fits `task.add_done_callback`, for tasks whose error somebody is told in another way.
+    """
+    return None if task.cancelled() else task.exception()
 
 
 async def together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

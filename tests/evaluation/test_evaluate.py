@@ -3,10 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+from petals_eval.swarm.trust.unequal import UnequalServer
 
 from petals_eval.errors import DeadlineError, RunFolderError
 from petals_eval.swarm import SwarmStatus
-from petals_eval.swarm.trust.unequal import UnequalServer
 from tests.fake_model import ROWS, FakeModel, answers_of, write_rows
 from tests.fake_model import evaluate as evaluate_rows
 from tests.swarm.fakes import server

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from petals_eval.swarm.peers.caches import LOCKED_REST
 
 from petals_eval.errors import (
     PeerAnswerError,
@@ -16,7 +17,6 @@ from petals_eval.health import FINDINGS, Level, Verdict
 from petals_eval.health.findings import finding, from_forward_error
 from petals_eval.health.live import RouteTimes
 from petals_eval.health.locked import LockedServers
-from petals_eval.swarm.peers.caches import LOCKED_REST
 from petals_eval.swarm.wire import messages as wire
 from petals_eval.swarm.wire.records import Announcement
 from tests.health.fakes import HIDDEN, FakeBlocks, FakeServer, FakeSwarm, findings, raising, report_on, server_of

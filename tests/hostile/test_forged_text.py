@@ -9,13 +9,13 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError, P2PHandlerE
 from hivemind.proto import runtime_pb2
 from hivemind.proto.p2pd_pb2 import RPCError
 from hivemind.utils.serializer import MSGPackSerializer
+from petals_eval.swarm.trust.unequal import UnequalServer, stop_text, warning_text
 from safetensors.torch import save_file
 
 from petals_eval.cli.exit_codes import run_command
 from petals_eval.errors import AdapterError, DeadlineError, PeerError
 from petals_eval.swarm.peers.peer import in_words
 from petals_eval.swarm.transport.rpc import as_peer_errors, receive
-from petals_eval.swarm.trust.unequal import UnequalServer, stop_text, warning_text
 from petals_eval.swarm.wire import messages as wire
 from petals_eval.swarm.wire.records import Announcement, ServerRecord, SpanServer, read_snapshot
 from petals_eval.text import printable

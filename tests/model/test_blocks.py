@@ -75,7 +75,7 @@ def test_part_of_a_span(folder, hidden):
     span = BlockSpan.load(str(folder), 0, BLOCKS)
     parts = hidden
     for first, last in SPLIT:
-        parts = span.forward(parts, first=first, last=last)
+        parts = span.forward(parts, start=first, stop=last)
     assert distance(parts, span.forward(hidden)) < 1e-6
 
 
@@ -115,7 +115,7 @@ def test_blocks_keep_the_window_of_their_place_in_the_model(family, hidden, tmp_
     expected = Reference(tmp_path).forward(hidden)
     assert distance(through(spans, hidden), expected) < 1e-5
     whole = BlockSpan.load(str(tmp_path), 0, BLOCKS)
-    assert distance(whole.forward(whole.forward(hidden, last=2), first=2), expected) < 1e-5
+    assert distance(whole.forward(whole.forward(hidden, stop=2), start=2), expected) < 1e-5
 
 
 def test_mistral_with_a_window(hidden, tmp_path):
@@ -128,7 +128,7 @@ def test_blocks_without_a_deep_prompt_are_skipped(hidden, tmp_path):
     make_tiny("llama", tmp_path, blocks=BLOCKS)
     span = BlockSpan.load(str(tmp_path), 0, BLOCKS)
     prompts = torch.randn(2, 1, 5, 32)
-    assert torch.equal(span.forward(hidden, prompts), span.forward(hidden, prompts, last=2))
+    assert torch.equal(span.forward(hidden, prompts), span.forward(hidden, prompts, stop=2))
 
 
 def test_more_prompt_tokens_than_positions_are_refused(hidden, tmp_path):

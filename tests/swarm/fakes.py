@@ -5,11 +5,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from petals_eval.swarm.peers.caches import CacheBook
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerCacheFullError
 from petals_eval.swarm.directory.routing import Hop
-from petals_eval.swarm.peers.caches import CacheBook
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.pipeline import Pipeline
 from petals_eval.swarm.transport.client import Answer

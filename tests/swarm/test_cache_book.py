@@ -4,8 +4,8 @@ import itertools
 import random
 
 import pytest
-
 from petals_eval.swarm.peers.caches import FIRST_WAIT, LOCKED_REST, LONGEST_WAIT, PATIENCE, CacheBook
+
 from tests.swarm.fakes import server
 
 WORDS = "Could not allocate 7000 bytes immediately: out of memory"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from petals_eval.swarm.peers.caches import Wait
 
 from petals_eval.errors import DeadlineError, MissingBlocksError, PeerUnreachableError, RequestTooLargeError
-from petals_eval.swarm.peers.caches import Wait
 from petals_eval.swarm.scheduling.router import FEW
 from petals_eval.swarm.wire.records import Snapshot
 from tests.swarm.fakes import FakeCalls, FakeDirectory, pipeline, server, set_pace

@@ -3,7 +3,6 @@
 import random
 
 import pytest
-
 from petals_eval.swarm.scheduling.push_choice import EPOCH_SECONDS, FIRST_REST, PushChoice
 
 POSITIONS = 60

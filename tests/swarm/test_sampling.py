@@ -5,8 +5,8 @@ import math
 import random
 
 import pytest
-
 from petals_eval.swarm.trust.sampling import Sampler, catch_probability
+
 from tests.swarm.fakes import FakeDirectory
 from tests.swarm.verifying import BLOCKS, Run, Servers, float32, noise, states
 

@@ -25,7 +25,7 @@ class Model:
         self.cases = [
             (0, blocks, start),
             (0, 1, start),
-            (blocks - 1, blocks, plain.forward(start, first=0, last=blocks - 1)),
+            (blocks - 1, blocks, plain.forward(start, start=0, stop=blocks - 1)),
             (0, blocks, 30 * start),
             (blocks - 1, blocks, 100 * start),
         ]
@@ -47,7 +47,7 @@ def kind(dtype, quant=None):
 @pytest.mark.parametrize("first", DTYPES)
 def test_servers_of_any_two_dtypes_agree(model, first, second):
     for start, end, question in model.cases:
-        one, other = (model.spans[dtype].forward(question, first=start, last=end) for dtype in (first, second))
+        one, other = (model.spans[dtype].forward(question, start=start, stop=end) for dtype in (first, second))
         found = excess(question, one, other, (kind(first), kind(second)))
         assert found <= (0 if first is second else 0.9)
 
@@ -60,7 +60,7 @@ def test_another_order_of_adding_up_is_rounding(model, dtype):
     eager = span.copied()
     eager._model.set_attn_implementation("eager")
     for start, end, question in model.cases:
-        one, other = (blocks.forward(question, first=start, last=end) for blocks in (span, eager))
+        one, other = (blocks.forward(question, start=start, stop=end) for blocks in (span, eager))
         assert excess(question, one, other, (kind(dtype), kind(dtype))) <= (0.01 if dtype is FLOAT else 0.9)
 
 
@@ -77,13 +77,13 @@ def test_a_gpu_that_computes_float32_in_tf32_is_no_liar(model):
             module.weight.data = tf32(module.weight.data)
             module.register_forward_pre_hook(lambda _, args: (tf32(args[0]),))
     for start, end, question in model.cases:
-        one, two = (blocks.forward(question, first=start, last=end) for blocks in (span, other))
+        one, two = (blocks.forward(question, start=start, stop=end) for blocks in (span, other))
         assert 0 < excess(question, one, two, (kind(FLOAT), kind(FLOAT))) < 0.95
 
 
 def test_noise_of_a_hundredth_is_never_taken_for_float32s_rounding(model):
     for seed, (start, end, question) in enumerate(model.cases * 4):
-        answer = model.spans[FLOAT].forward(question, first=start, last=end)
+        answer = model.spans[FLOAT].forward(question, start=start, stop=end)
         draws = torch.Generator().manual_seed(seed)
         usual = answer.square().mean(dim=-1, keepdim=True).sqrt()
         noisy = answer + 0.01 * usual * torch.randn(answer.shape, generator=draws)
@@ -100,7 +100,7 @@ def test_one_flipped_bit_among_all_values_is_seen(model, dtype, bit):
     integers = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     mask = 1 << (8 * dtype.itemsize - 1 - bit)
     for start, end, question in model.cases[:3]:
-        answer = model.spans[dtype].forward(question, first=start, last=end)
+        answer = model.spans[dtype].forward(question, start=start, stop=end)
         for row, position in [(0, 0), (7, 31), (15, 63)]:
             flipped = answer.clone()
             values = flipped[row, position].float().abs()
@@ -120,9 +120,9 @@ def test_answers_of_other_weights_and_of_other_requests_are_no_rounding(model, p
     kinds = (kind(first), kind(second))
     other = model.spans[second].shuffled(seed=1)
     for start, end, question in model.cases[:3]:
-        answer = model.spans[first].forward(question, first=start, last=end)
-        assert excess(question, answer, other.forward(question, first=start, last=end), kinds) > 1.5
-        honest = model.spans[second].forward(question, first=start, last=end)
+        answer = model.spans[first].forward(question, start=start, stop=end)
+        assert excess(question, answer, other.forward(question, start=start, stop=end), kinds) > 1.5
+        honest = model.spans[second].forward(question, start=start, stop=end)
         assert excess(question, answer, honest.roll(1, dims=0), kinds) > 1.5
         one_row = honest.clone()
         one_row[3] = honest[4]

@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 import torch
+from petals_eval.swarm.trust.unequal import UnequalServer
 
 from petals_eval.errors import MissingBlocksError, PeerNondeterministicError
 from petals_eval.swarm.directory.routing import Hop
-from petals_eval.swarm.trust.unequal import UnequalServer
 from tests.swarm.fakes import FakeDirectory, server, set_pace
 from tests.swarm.verifying import BLOCKS, SIZE, Run, Servers, bfloat16, float32, noise, states
 

@@ -4,13 +4,13 @@ import asyncio
 import math
 
 import torch
+from petals_eval.swarm.trust.unequal import unequal_by
 
 from petals_eval.errors import PeerUnreachableError
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.pipeline import Pipeline
 from petals_eval.swarm.transport.client import Answer
 from petals_eval.swarm.trust.audit import VerifiedCalls
-from petals_eval.swarm.trust.unequal import unequal_by
 from tests.swarm.fakes import FakeDirectory, server, settings
 
 SIZE = 32

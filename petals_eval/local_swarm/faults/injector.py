@@ -188,7 +188,7 @@ class FaultInjector:
         if seed not in self._other_models:
             self._other_models[seed] = blocks.shuffled(seed)
         span = work.span
-        return self._other_models[seed].forward(work.hidden, work.prompts, first=span.start, last=span.stop)
+        return self._other_models[seed].forward(work.hidden, work.prompts, start=span.start, stop=span.stop)
 
     def _corrupted(self, answer: torch.Tensor, asked: bytes) -> torch.Tensor:
         """Return a well-formed answer with what is to be wrong in it."""

@@ -21,8 +21,8 @@ from petals_eval.local_swarm.server.served_span import ServedSpan
 from petals_eval.local_swarm.server.settings import ServerSettings
 from petals_eval.local_swarm.work import Middleware, wrapped
 from petals_eval.model.blocks import DTYPES, BlockSpan
-from petals_eval.swarm.wire.messages import dtype_name
 from petals_eval.swarm.wire.records import ServerState
+from petals_eval.swarm.wire.server_info import dtype_name
 
 __all__ = ["BlockServer"]
 

@@ -1,6 +1,7 @@
 """Where a server's arithmetic happens: in one thread of its own, so that the event loop stays free."""
 
 import asyncio
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -35,9 +36,9 @@ class SpanThread:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
 
     def _run(self, work: Work) -> torch.Tensor:
-        first, last = work.span.start, work.span.stop
+        blocks = functools.partial(self.blocks.forward, start=work.span.start, stop=work.span.stop, cache=work.cache)
         if work.cache is None:
-            return self.blocks.forward(work.hidden, work.prompts, first=first, last=last)
+            return blocks(work.hidden, work.prompts)
         chunk = self._chunk_length(work.hidden, work.cache.get_seq_length())
         outputs = []
         for start in range(0, work.hidden.shape[1], chunk):
@@ -45,7 +46,7 @@ class SpanThread:
             prompts = None
             if work.prompts is not None and start < work.prompts.shape[2]:
                 prompts = work.prompts[:, :, start : start + chunk]
-            outputs.append(self.blocks.forward(hidden, prompts, first=first, last=last, cache=work.cache))
+            outputs.append(blocks(hidden, prompts))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _chunk_length(self, hidden: torch.Tensor, cached: int) -> int:

@@ -15,7 +15,8 @@ from hivemind.utils.serializer import MSGPackSerializer
 from petals_eval.local_swarm.server.settings import ServerSettings
 from petals_eval.model.blocks import DTYPES
 from petals_eval.swarm.wire import codecs
-from petals_eval.swarm.wire.messages import dtype_name, encode_tensor
+from petals_eval.swarm.wire.messages import encode_tensor
+from petals_eval.swarm.wire.server_info import dtype_name
 
 __all__ = ["decoded", "encoded", "given", "read_metadata", "unpacked"]
 

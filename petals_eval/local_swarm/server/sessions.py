@@ -21,7 +21,8 @@ from petals_eval.local_swarm.server.messages import decoded, given, read_metadat
 from petals_eval.local_swarm.server.served_span import ServedSpan
 from petals_eval.local_swarm.work import Work
 from petals_eval.swarm.tasks import retrieve_exception
-from petals_eval.swarm.wire.messages import SESSION_TENSORS, block_uid
+from petals_eval.swarm.wire.messages import chain_uid
+from petals_eval.swarm.wire.server_info import SESSION_TENSORS
 from petals_eval.swarm.wire.span import Span
 
 __all__ = ["Sessions"]
@@ -143,7 +144,7 @@ class Sessions:
         peer_id, session_id, start, stop = next_servers[0]
         metadata = {**step, "session_id": session_id, "next_servers": next_servers[1:], "pushed": True}
         message = runtime_pb2.ExpertRequest(
-            uid=block_uid(self._served.settings.dht_prefix, start, stop),
+            uid=chain_uid(self._served.settings.dht_prefix, Span(start, stop)),
             tensors=[output, *request.tensors[1:]],
             metadata=MSGPackSerializer.dumps(metadata),
         )

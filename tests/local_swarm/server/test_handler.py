@@ -48,7 +48,7 @@ def test_forward_through_two_servers(swarm, client, local):
 def test_any_run_of_blocks_of_a_server(swarm, client, local):
     hidden = hidden_states(2, 7)
     (output,) = client.forward(swarm.servers[0].peer_id, chain("tiny-llama", 1, 3), hidden)
-    assert distance(output, local.forward(hidden, first=1, last=3)) < 1e-6
+    assert distance(output, local.forward(hidden, start=1, stop=3)) < 1e-6
 
 
 def test_stream_of_several_messages_each_way(swarm, client, local):
@@ -56,7 +56,7 @@ def test_stream_of_several_messages_each_way(swarm, client, local):
     assert hidden.numel() * 4 > 4 * 2**20
     prompts = torch.randn(3, 1, 3, HIDDEN)
     (output,) = client.forward_stream(swarm.servers[0].peer_id, chain("tiny-llama", 0, 3), hidden, prompts)
-    assert distance(output, local.forward(hidden, prompts, last=3)) < 1e-6
+    assert distance(output, local.forward(hidden, prompts, stop=3)) < 1e-6
 
 
 @pytest.mark.parametrize("method", ["forward", "forward_stream"])

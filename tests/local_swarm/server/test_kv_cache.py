@@ -30,7 +30,7 @@ def stepwise(span, hidden, steps=STEPS, *, first=None, last=None, cache=None):
     cache = cache or SessionCache(last - first, POSITIONS, first - span.first)
     outputs = []
     for part in hidden.split(steps, dim=1):
-        outputs.append(span.forward(part, first=first, last=last, cache=cache))
+        outputs.append(span.forward(part, start=first, stop=last, cache=cache))
     return torch.cat(outputs, dim=1)
 
 

@@ -33,7 +33,7 @@ def test_output_compression(swarm, client, local):
     hidden = hidden_states(2, 7)
     server = swarm.servers[0].peer_id
     (output,) = client.forward(server, "tiny-llama.0", hidden, output_compression=(int(CompressionType.FLOAT16),))
-    assert 0 < distance(output, local.forward(hidden, last=1)) < 1e-2
+    assert 0 < distance(output, local.forward(hidden, stop=1)) < 1e-2
     with pytest.raises(P2PHandlerError, match="output_compression to be a tuple of one code"):
         client.forward(server, "tiny-llama.0", hidden, output_compression=(0, 0))
 

@@ -63,7 +63,7 @@ def test_part_of_a_servers_blocks(client, server, local):
     hidden = hidden_states(2, 6)
     with WireSession(client, server, chain("tiny", 1, 3), max_length=12) as session:
         outputs = [session.step(part) for part in hidden.split((4, 2), dim=1)]
-    assert distance(torch.cat(outputs, dim=1), local.forward(hidden, first=1, last=3)) < 1e-5
+    assert distance(torch.cat(outputs, dim=1), local.forward(hidden, start=1, stop=3)) < 1e-5
 
 
 def test_deep_prompts_in_the_first_step(client, server, local):
