@@ -114,14 +114,12 @@ class SwarmConnection:
 
     def remote_sequential(self, dht_prefix: str, num_blocks: int) -> RemoteSequential:
         """Return the model's blocks as one module; its directory is read once, so that its state is known."""
-        settings = self.settings
-        directory = Directory(DhtSource(self.dht), dht_prefix, num_blocks, settings)
-        peers = PeerBook(settings)
-        transport = Libp2pTransport(self.p2p, dht_prefix, settings, peers)
-        pipeline = Pipeline(transport, directory, peers, settings)
+        directory = Directory(DhtSource(self.dht), dht_prefix, num_blocks, self.settings)
+        peers = PeerBook(self.settings)
+        pipeline = Pipeline(Libp2pTransport(self.p2p, dht_prefix, peers), directory, peers)
         self.loop.run(directory.refresh)
         self.loop.start_background(directory.keep_fresh)
-        return RemoteSequential(self.loop, pipeline, directory, Span(0, num_blocks), settings)
+        return RemoteSequential(self.loop, pipeline, directory, Span(0, num_blocks))
 
     def close(self) -> None:
         """End every task, the DHT node and the daemon. Safe to call twice."""

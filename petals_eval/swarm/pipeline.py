@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from petals_eval.config import SwarmSettings
 from petals_eval.errors import (
     PeerCacheFullError,
     PeerDistrustedError,
@@ -21,7 +20,6 @@ from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.finding import TrustFinding
 from petals_eval.swarm.peers.peer import PeerBook
-from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.scheduling.admission import AdmissionQueues, SessionAdmission
 from petals_eval.swarm.scheduling.push_scheduler import PushScheduler
 from petals_eval.swarm.scheduling.router import HopDeadline, Router
@@ -74,40 +72,21 @@ class SwarmStatus:
 class Pipeline:
     """Sends micro-batches along routes. Used from the connection's event loop only; `status` from any thread."""
 
-    def __init__(
-        self,
-        transport: Transport,
-        directory: Directory,
-        peers: PeerBook,
-        settings: SwarmSettings,
-        runtime: Runtime | None = None,
-    ):
+    def __init__(self, transport: Transport, directory: Directory, peers: PeerBook):
         self.peers = peers
         self._directory = directory
-        self._settings = settings
-        self._runtime = runtime = runtime or Runtime()
+        self._settings, self._runtime = peers.settings, peers.runtime
         self._under_way = 0
-        self._client = client = HopClient(transport, peers, settings)
-        self.quarantine = Quarantine(directory, peers, allow_nondeterministic=settings.allow_nondeterministic)
-        self.guard = DeterminismGuard(client, peers, self.quarantine, settings)
-        unaudited = Acceptance(peers, self.guard, settings)
-        arbiter = Arbiter(client, unaudited, directory, peers, settings, runtime)
-        self.audit = ReplicaAudit(arbiter, peers, self.quarantine, settings, runtime)
-        self._acceptance = Acceptance(peers, self.guard, settings, self.audit)
-        self.queues = AdmissionQueues()
-        self.tuning = Tuning(settings, runtime)
-        self._router = Router(directory, peers, self.quarantine, self.queues, settings, runtime)
-        self._pushes = PushScheduler(
-            client,
-            self._acceptance,
-            self._router,
-            self.queues,
-            self.tuning.push,
-            peers,
-            settings,
-            runtime,
-            self._on_failed,
-        )
+        self._client = client = HopClient(transport, peers)
+        self.quarantine = Quarantine(directory, peers)
+        self.guard = DeterminismGuard(client, self.quarantine, peers.settings)
+        arbiter = Arbiter(client, Acceptance(peers, self.guard), directory, peers)
+        self.audit = ReplicaAudit(arbiter, peers, self.quarantine)
+        self._acceptance = accept = Acceptance(peers, self.guard, self.audit)
+        self.queues = queues = AdmissionQueues()
+        self.tuning = Tuning(peers.settings, peers.runtime)
+        self._router = router = Router(directory, peers, self.quarantine, queues)
+        self._pushes = PushScheduler(client, accept, router, queues, self.tuning.push, peers, self._on_failed)
 
     async def forward(self, activations: Activations, span: Span) -> tuple[Activations, tuple[ServedHop, ...]]:
         """Run activations through these blocks, hop by hop; on to another server where one fails.
@@ -253,11 +232,9 @@ class Pipeline:
             find_hop,
             self._on_failed,
             self.peers,
-            self._runtime,
             span=span,
             rows=rows,
             max_length=max_length,
-            deadline=self._settings.deadline,
         )
 
     @asynccontextmanager

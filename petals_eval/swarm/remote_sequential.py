@@ -42,15 +42,13 @@ class RemoteSequential(nn.Module):
     span: the blocks. settings: of the connection.
     """
 
-    def __init__(
-        self, loop: EventLoop, pipeline: Pipeline, directory: Directory, span: Span, settings: SwarmSettings
-    ) -> None:
+    def __init__(self, loop: EventLoop, pipeline: Pipeline, directory: Directory, span: Span) -> None:
         super().__init__()
         self._loop = loop
         self._pipeline = pipeline
         self._directory = directory
         self.span = span
-        self.settings = settings
+        self.settings: SwarmSettings = pipeline.peers.settings
 
     def __len__(self) -> int:
         return len(self.span)
@@ -65,7 +63,7 @@ class RemoteSequential(nn.Module):
         if step != 1:
             raise CallerError(f"blocks run in order: expected a slice with step 1, found step {step}")
         span = Span(self.span.start + start, self.span.start + max(start, stop))
-        return RemoteSequential(self._loop, self._pipeline, self._directory, span, self.settings)
+        return RemoteSequential(self._loop, self._pipeline, self._directory, span)
 
     def forward(self, hidden: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
         """Run hidden (batch, seq, hidden) through the blocks; the same shape, dtype and device come back.

@@ -304,7 +304,7 @@ def pipeline(
     """Return a pipeline over a fake swarm; values: of the settings."""
     chosen = settings(**values)
     runtime = runtime or Runtime()
-    return Pipeline(transport, directory, PeerBook(chosen, runtime), chosen, runtime)  # type: ignore[arg-type]
+    return Pipeline(transport, directory, PeerBook(chosen, runtime))  # type: ignore[arg-type]
 
 
 async def forward(

@@ -6,26 +6,14 @@ what they find out; this one decides nothing but whether a server may be called.
 
 import asyncio
 import logging
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import (
-    PeerAnswerError,
-    PeerCacheFullError,
-    PeerDisagreesError,
-    PeerDistrustedError,
-    PeerNondeterministicError,
-    PeerNoSessionError,
-    PeerNotFiniteError,
-    PeerRefusedError,
-    PeerTimeoutError,
-    PeerUnreachableError,
-)
+from petals_eval.errors import PeerDistrustedError
 from petals_eval.swarm.peers.finding import TrustFinding
 from petals_eval.swarm.peers.limits import ModelLimits, TokenLimits
+from petals_eval.swarm.peers.peer_text import error_text, short_peer
 from petals_eval.swarm.peers.sampling import Sampler
 from petals_eval.swarm.peers.session_cache import SessionCache
 from petals_eval.swarm.peers.window import CongestionWindow
@@ -35,39 +23,9 @@ from petals_eval.swarm.wire.codecs import LossyCode
 from petals_eval.swarm.wire.server_info import ServerInfo
 from petals_eval.swarm.wire.span import Span
 
-__all__ = ["Peer", "PeerBook", "ProbeState", "error_text", "short_peer"]
+__all__ = ["Peer", "PeerBook", "ProbeState"]
 
 _log = logging.getLogger(__name__)
-
-
-def short_peer(peer_id: str) -> str:
-    """Return a peer's identity as people read it: its last letters."""
-    return f"...{peer_id[-6:]}"
-
-
-_WHAT_IT_DOES: dict[type[Exception], str] = {
-    PeerUnreachableError: "cannot be reached",
-    PeerTimeoutError: "does not answer",
-    PeerRefusedError: "refuses",
-    PeerCacheFullError: "has no room",
-    PeerNoSessionError: "gives no session",
-    PeerAnswerError: "answers wrongly",
-    PeerNotFiniteError: "answers wrongly",
-    PeerNondeterministicError: "is left out",
-    PeerDisagreesError: "is left out",
-}
-# What hivemind and libp2p put before the reason, each its own; the peer is named already.
-_DIALLING = re.compile(r"^(Connect failed\. msg=)?(failed to dial:? ?)*(\w+: )?")
-
-
-def error_text(error: Exception) -> str:
-    """Return a failure for a person to read: what the server does, and what came from it or from libp2p."""
-    text = str(error)
-    if isinstance(error, PeerUnreachableError) and "failed to dial" in text:
-        text = _DIALLING.sub("", text, count=1)
-    text = " ".join(text.split())
-    doing = _WHAT_IT_DOES.get(type(error))
-    return f"{doing} ({text})" if doing else f"{type(error).__name__}: {text}"
 
 
 @dataclass(slots=True)
@@ -202,32 +160,25 @@ class Peer:
         self.window.on_overtaken()
 
 
-class PeerBook(Mapping[str, Peer]):
-    """The peers that one connection met, by peer id. Used from its event loop; may be read from any thread."""
+class PeerBook(dict[str, Peer]):
+    """The peers that one connection met, by peer id. Used from its event loop; may be read from any thread.
+
+    settings, runtime: of the connection, for whoever works with its peers.
+    """
 
     def __init__(self, settings: SwarmSettings, runtime: Runtime | None = None):
+        super().__init__()
+        self.settings = settings
+        self.runtime = runtime or Runtime()
         self.model_limits = ModelLimits()
-        self._settings = settings
-        self._runtime = runtime or Runtime()
-        self._peers: dict[str, Peer] = {}
 
     def of(self, peer_id: str) -> Peer:
         """Return the peer, a new one where it was not met before."""
-        peer = self._peers.get(peer_id)
-        if peer is None:
-            peer = self._peers[peer_id] = Peer(peer_id, self._settings, self._runtime, self.model_limits)
-        return peer
+        return self.get(peer_id) or self.setdefault(
+            peer_id, Peer(peer_id, self.settings, self.runtime, self.model_limits)
+        )
 
     @property
     def retries(self) -> int:
         """Calls that failed and were made again."""
-        return sum(peer.retries for peer in list(self._peers.values()))
-
-    def __getitem__(self, peer_id: str) -> Peer:
-        return self._peers[peer_id]
-
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return iter(list(self._peers))
-
-    def __len__(self) -> int:
-        return len(self._peers)
+        return sum(peer.retries for peer in list(self.values()))

@@ -95,13 +95,12 @@ class SessionCache:
     turn: held while a server with a full cache is asked: two that ask at once are both refused.
     """
 
-    def __init__(self, server: str, runtime: Runtime, policy: CachePolicy = CachePolicy()):
+    def __init__(self, server: str, runtime: Runtime):
         """server: its name for messages."""
         self.notice: str | None = None
         self.turn = asyncio.Lock()
         self._server = server
         self._runtime = runtime
-        self._policy = policy
         self._open_sessions = 0
         self.ask_anew()
 
@@ -145,7 +144,7 @@ class SessionCache:
             self._note_beyond(need, self.most_free)
 
     def _back_off(self, need: int, words: str) -> None:
-        refusals, policy, now = self._refusals, self._policy, self._runtime.monotonic()
+        refusals, policy, now = self._refusals, CachePolicy, self._runtime.monotonic()
         if refusals.due_at <= now or not refusals.least:  # those that asked together are refused together
             refusals.delay = min(policy.longest_wait, max(policy.first_wait, 2 * refusals.delay))
             share = self._runtime.random.uniform(1 - policy.jitter, 1 + policy.jitter)
@@ -160,7 +159,7 @@ class SessionCache:
             return
         known.since = known.since if known.count else now
         known.count += 1
-        if known.count >= self._policy.min_contradictions and now - known.since >= self._policy.patience:
+        if known.count >= CachePolicy.min_contradictions and now - known.since >= CachePolicy.patience:
             self.on_locked(f"it says that {shown_free:,} tokens of its cache are free, and refuses {need:,}")
 
     def _note_beyond(self, need: int, most_free: int) -> None:
@@ -172,12 +171,12 @@ class SessionCache:
             self.notice = (
                 f"warning: a session needs {_tokens(need)} of the cache of server {self._server}, where {most_free:,} "
                 "are the most that were ever seen free. Such sessions fail on it unless that changes within "
-                f"{self._policy.patience:g} s."
+                f"{CachePolicy.patience:g} s."
             )
 
     def on_locked(self, words: str) -> str:
         """Note that the server opens no session, and goes on with all else. Returns why, for a person."""
-        self._closed_until = self._runtime.monotonic() + self._policy.locked_rest
+        self._closed_until = self._runtime.monotonic() + CachePolicy.locked_rest
         self._closed_for = f"{words}: its cache may be locked, which a restart of the server mends"
         self._contradictions.count = 0
         return self._closed_for
@@ -213,7 +212,7 @@ class SessionCache:
 
     def never_fits(self, need: int) -> str | None:
         """Return why a session that needs so much is not to be tried there any more; None: it is."""
-        beyond, patience = self._beyond, self._policy.patience
+        beyond, patience = self._beyond, CachePolicy.patience
         if self.most_free is None or need <= self.most_free or beyond.most_free != self.most_free:
             return None
         was_tried = beyond.asked_at - beyond.since >= patience

@@ -56,10 +56,9 @@ class CongestionWindow:
     min_rtt: the shortest round trip of a small question with nothing before it; 0 while none was asked.
     """
 
-    def __init__(self, policy: WindowPolicy = WindowPolicy()) -> None:
+    def __init__(self) -> None:
         self.in_flight = 0.0
         self.min_rtt = 0.0
-        self._policy = policy
         self._calls = 0  # in flight
         self._delivered = 0.0
         self._delivered_at = 0.0
@@ -84,15 +83,15 @@ class CongestionWindow:
 
     def limit(self, blocks: int) -> float:
         """Return the work that may be in flight, for calls of so many blocks."""
-        least = self._policy.min_calls * self._largest_call
-        bandwidth_delay = self._policy.bdp_gain * (self.rate or 0.0) * self.min_rtt
+        least = WindowPolicy.min_calls * self._largest_call
+        bandwidth_delay = WindowPolicy.bdp_gain * (self.rate or 0.0) * self.min_rtt
         # After a pause one more for each that is delivered: all at once would share the link, and all come late.
         grown = least + self._delivered_since_idle * self._largest_call
-        return max(least, min(least + bandwidth_delay, grown, float(self._policy.max_tokens * blocks)))
+        return max(least, min(least + bandwidth_delay, grown, float(WindowPolicy.max_tokens * blocks)))
 
     def has_room(self, work: float, blocks: int, hops: int = 1) -> bool:
         """Return whether to send this work now. hops: servers that it passes before an answer comes."""
-        return self._calls < self._policy.min_calls * hops or self.in_flight + work <= self.limit(blocks)
+        return self._calls < WindowPolicy.min_calls * hops or self.in_flight + work <= self.limit(blocks)
 
     def seconds_for(self, work: float, unmeasured: float) -> float:
         """Return when the answer to this work would come, after what is in flight, for comparing servers.
@@ -101,7 +100,7 @@ class CongestionWindow:
         unmeasured: seconds per work of a server that has not answered yet.
         """
         slowness = unmeasured if self.rate is None else 1 / self.rate
-        return max(0.0, self.min_rtt - self._policy.near_rtt) + (self.in_flight + work) * slowness
+        return max(0.0, self.min_rtt - WindowPolicy.near_rtt) + (self.in_flight + work) * slowness
 
     def send(self, work: float, now: float) -> SentCall:
         """Count a call as in flight; what is returned goes to `on_delivered` or `on_lost`."""
@@ -143,5 +142,5 @@ class CongestionWindow:
         while rates and rates[-1][1] <= rate:
             rates.pop()
         rates.append((now, rate))
-        while rates[0][0] < now - self._policy.rate_filter_seconds:
+        while rates[0][0] < now - WindowPolicy.rate_filter_seconds:
             rates.popleft()

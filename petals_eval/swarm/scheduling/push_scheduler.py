@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from petals_eval.config import SwarmSettings
 from petals_eval.errors import (
     PeerAnswerError,
     PeerCacheFullError,
@@ -18,7 +17,6 @@ from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.peers.window import CongestionWindow, SentCall
-from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.scheduling.admission import AdmissionQueues
 from petals_eval.swarm.scheduling.router import PacePolicy, Router
 from petals_eval.swarm.scheduling.tuning import PushChoice
@@ -66,10 +64,7 @@ class PushScheduler:
         queues: AdmissionQueues,
         choice: PushChoice,
         peers: PeerBook,
-        settings: SwarmSettings,
-        runtime: Runtime,
         on_failed: Callable[[Hop, PeerError], object],
-        policy: PushSchedulerPolicy = PushSchedulerPolicy(),
     ):
         """on_failed: told of a server that answered wrongly. Whatever else goes wrong in a session is not held against
         a server's ordinary calls, which follow at once: one that takes no sessions may still be the only one that holds
@@ -80,10 +75,8 @@ class PushScheduler:
         self._queues = queues
         self._choice = choice
         self._peers = peers
-        self._settings = settings
-        self._runtime = runtime
         self._on_failed = on_failed
-        self._policy = policy
+        self._settings, self._runtime = peers.settings, peers.runtime
         self._windows: dict[Span, CongestionWindow] = {}  # by the blocks of the route: whatever its hops
 
     async def push(self, activations: Activations, span: Span) -> list[tuple[Hop, Answer]]:
@@ -103,7 +96,7 @@ class PushScheduler:
                 has_room = self._settings.window or window.has_room(work, len(span), len(hops))
                 if has_room and self._has_cache(hops, activations):
                     break
-                await self._queues.wait_for_capacity(self._policy.look_again)
+                await self._queues.wait_for_capacity(PushSchedulerPolicy.look_again)
             patience = self._patience(hops, activations)
             whole = window.send(work, self._runtime.monotonic())
             sent = [self._count_sent(hop, activations) for hop in hops]
@@ -163,17 +156,16 @@ class PushScheduler:
         for hop in hops:
             reserved, left = self._peers.of(hop.peer_id).push_tokens_reserved, hop.server.record.cache_tokens_left
             need = activations.tokens * hop.blocks
-            if reserved and left is not None and reserved + need > self._policy.cache_share * left:
+            if reserved and left is not None and reserved + need > PushSchedulerPolicy.cache_share * left:
                 return False
         return True
 
     def _patience(self, hops: Sequence[Hop], activations: Activations) -> float:
         """Return the seconds until all must have answered."""
-        policy = self._policy
-        expected = policy.patience * sum(self._router.seconds_for(hop, activations.tokens) for hop in hops)
+        expected = PushSchedulerPolicy.patience * sum(self._router.seconds_for(hop, activations.tokens) for hop in hops)
         if any(self._peers.of(hop.peer_id).window.rate is None for hop in hops):
             expected = PacePolicy.first_patience
-        return min(self._settings.request_timeout, max(policy.min_patience, expected))
+        return min(self._settings.request_timeout, max(PushSchedulerPolicy.min_patience, expected))
 
     def _count_sent(self, hop: Hop, activations: Activations) -> SentCall:
         """Count it as in flight at a server, for whoever picks one."""
@@ -211,8 +203,8 @@ class PushScheduler:
             peer.retries += 1
         now = self._runtime.monotonic()
         if peer.push_rest_until <= now:  # those in flight together fail together
-            policy = self._policy
-            peer.push_rest = min(policy.longest_rest, max(policy.first_rest, 2 * peer.push_rest))
+            rest = max(PushSchedulerPolicy.first_rest, 2 * peer.push_rest)
+            peer.push_rest = min(PushSchedulerPolicy.longest_rest, rest)
             peer.push_rest_until = now + peer.push_rest
             _log.debug("%s: no pushes for %g s: %s", peer.name, peer.push_rest, error)
         self._choice.on_failed()

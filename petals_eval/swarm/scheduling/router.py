@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from petals_eval.config import SwarmSettings
 from petals_eval.errors import DeadlineError, MissingBlocksError
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.coverage import common_spans, first_few, what_is_missing
@@ -13,7 +12,6 @@ from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.directory.routing import Cost, Hop, RouteIndex, hold_all, next_hop, plan_route
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.peers.session_cache import CachePolicy, Wait
-from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.scheduling.admission import Admission, AdmissionQueues, RowAdmission, is_ready
 from petals_eval.swarm.trust.quarantine import Quarantine
 from petals_eval.swarm.wire.records import ServerRecord, Snapshot, SpanServer
@@ -76,25 +74,12 @@ class _PlannedAhead:
 class Router:
     """Used from the connection's event loop only; `waiting` and `waiting_for_caches` from any thread."""
 
-    def __init__(
-        self,
-        directory: Directory,
-        peers: PeerBook,
-        quarantine: Quarantine,
-        queues: AdmissionQueues,
-        settings: SwarmSettings,
-        runtime: Runtime,
-        pace: PacePolicy = PacePolicy(),
-        plan: PlanPolicy = PlanPolicy(),
-    ):
+    def __init__(self, directory: Directory, peers: PeerBook, quarantine: Quarantine, queues: AdmissionQueues):
         self._directory = directory
         self._peers = peers
         self._quarantine = quarantine
         self._queues = queues
-        self._settings = settings
-        self._runtime = runtime
-        self._pace = pace
-        self._plan_policy = plan
+        self._settings, self._runtime = peers.settings, peers.runtime
         self._waiting: dict[object, str] = {}
         self._waiting_for_caches: dict[object, str] = {}
         self._planned: _PlannedAhead | None = None
@@ -104,7 +89,7 @@ class Router:
     def seconds(self, server: SpanServer, blocks: int, tokens: int) -> float:
         """Return when the answer would come, by what was measured of the server, and before that by what it claims."""
         window = self._peers.of(server.peer_id).window
-        return self._pace.hop_overhead + window.seconds_for(float(tokens * blocks), self._claimed(server.record))
+        return PacePolicy.hop_overhead + window.seconds_for(float(tokens * blocks), self._claimed(server.record))
 
     def seconds_for(self, hop: Hop, tokens: int) -> float:
         """Return when the answer to a hop would come."""
@@ -113,8 +98,8 @@ class Router:
     def patience(self, hop: Hop, tokens: int) -> float:
         """Return the seconds after which a call is a straggler."""
         if self._peers.of(hop.peer_id).window.rate is None:
-            return self._pace.first_patience
-        return max(self._pace.min_patience, self._pace.patience * self.seconds_for(hop, tokens))
+            return PacePolicy.first_patience
+        return max(PacePolicy.min_patience, PacePolicy.patience * self.seconds_for(hop, tokens))
 
     def has_room(self, hop: Hop, tokens: int) -> bool:
         """Return whether the server's window has room for another call."""
@@ -124,8 +109,8 @@ class Router:
         """Return seconds per token and block. Petals servers measure `forward_rps` as they start: tokens a second for a
         block."""
         if not record.forward_rps:
-            return self._pace.unmeasured
-        return min(self._pace.slowest_claim, max(self._pace.quickest_claim, 1 / record.forward_rps))
+            return PacePolicy.unmeasured
+        return min(PacePolicy.slowest_claim, max(PacePolicy.quickest_claim, 1 / record.forward_rps))
 
     def _cost(self, tokens: int) -> Cost:
         return lambda server, blocks: self.seconds(server, blocks, tokens)
@@ -180,7 +165,7 @@ class Router:
                 every = list(self._directory.snapshot.servers.values())
                 if left <= 0:  # also with servers to try: two that fail in turns are never both left alone
                     raise self._deadline_error(rest, _waits(every, rest, admission))
-                if len(every) > self._plan_policy.few and (hop := self._ahead(rest, tokens, admission)):
+                if len(every) > PlanPolicy.few and (hop := self._ahead(rest, tokens, admission)):
                     return hop
                 refusals = {each.peer_id: error for each in every if (error := admission.refusal(each, rest))}
                 fitting = [server for server in every if server.peer_id not in refusals]
@@ -233,7 +218,7 @@ class Router:
             seconds = self.seconds
             index.plan(lambda each, blocks: seconds(each, blocks, tokens) if may_be_called(each) else math.inf)
             ended = self._runtime.monotonic()
-            until = ended + (ended - now) / self._plan_policy.max_share
+            until = ended + (ended - now) / PlanPolicy.max_share
             planned = self._planned = _PlannedAhead(index, snapshot, until)
 
         def fits(server: SpanServer) -> bool:

@@ -24,7 +24,6 @@ from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import Peer, PeerBook
-from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.transport.client import HopClient
 from petals_eval.swarm.transport.hop_session import HopSession
 from petals_eval.swarm.transport.opening import all_or_none
@@ -71,15 +70,13 @@ class RouteSession:
         find_hop: FindHop,
         on_failed: Callable[[Hop, PeerError], None],
         peers: PeerBook,
-        runtime: Runtime,
         *,
         span: Span,
         rows: int,
         max_length: int,
-        deadline: float,
     ):
         """
-        on_failed: told of each hop that could not be computed. deadline: seconds a step may wait for a server of a hop.
+        on_failed: told of each hop that could not be computed.
         """
         self.span = span
         self.rows, self.max_length = rows, max_length
@@ -88,8 +85,8 @@ class RouteSession:
         self._find_hop = find_hop
         self._on_failed = on_failed
         self._peers = peers
-        self._runtime = runtime
-        self._deadline = deadline
+        self._runtime = peers.runtime
+        self._deadline = peers.settings.deadline  # seconds a step may wait for a server of a hop
         self._position = 0
         self._prompts: torch.Tensor | None = None
         self._legs: list[_Leg] = []

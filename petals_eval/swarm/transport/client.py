@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 
-from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerError, PeerLimitError, PeerRefusedError, PeerUnreachableError
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
@@ -28,10 +27,10 @@ _log = logging.getLogger(__name__)
 class HopClient:
     """Computes hops on their servers. Used from the connection's event loop only."""
 
-    def __init__(self, transport: Transport, peers: PeerBook, settings: SwarmSettings):
+    def __init__(self, transport: Transport, peers: PeerBook):
         self._transport = transport
         self._peers = peers
-        self._opener = SessionOpener(transport, settings)
+        self._opener = SessionOpener(transport, peers.settings)
 
     def max_tokens(self, hop: Hop) -> int | None:
         """Return how many tokens the hop's server takes in one call; None: nothing is known."""

@@ -8,7 +8,6 @@ from functools import partial
 from hivemind.p2p import P2P, PeerID
 from hivemind.proto import runtime_pb2
 
-from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerUnreachableError
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
@@ -37,10 +36,10 @@ _log = logging.getLogger(__name__)
 class Libp2pTransport:
     """A `Transport` to the servers of one model. Used from the connection's event loop only."""
 
-    def __init__(self, p2p: P2P, dht_prefix: str, settings: SwarmSettings, peers: PeerBook):
+    def __init__(self, p2p: P2P, dht_prefix: str, peers: PeerBook):
         self._p2p = p2p
         self._prefix = dht_prefix
-        self._settings = settings
+        self._settings = settings = peers.settings
         self._peers = peers
         self._code = None if settings.wire is None else LOSSY_CODES[settings.wire]
         self._metadata = {code: messages.forward_metadata(settings.active_adapter, code) for code in {None, self._code}}

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerNondeterministicError
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
@@ -20,12 +19,10 @@ class Acceptance:
     audit: computes a share of the answers again; None: nothing is audited, as what an audit itself asks.
     """
 
-    def __init__(
-        self, peers: PeerBook, guard: DeterminismGuard, settings: SwarmSettings, audit: ReplicaAudit | None = None
-    ):
+    def __init__(self, peers: PeerBook, guard: DeterminismGuard, audit: ReplicaAudit | None = None):
         self._peers = peers
         self._guard = guard
-        self._settings = settings
+        self._settings = settings = peers.settings
         # On a lossy wire the code's own error would hide what is to be found.
         self._audit = None if settings.verify == 0 or settings.wire is not None else audit
 

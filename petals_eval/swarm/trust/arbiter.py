@@ -7,14 +7,12 @@ from typing import Protocol
 
 import torch
 
-from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerError, PeerTimeoutError
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.directory import DirectoryView
 from petals_eval.swarm.directory.routing import Hop, plan_route
 from petals_eval.swarm.peers.finding import TrustFinding, Witness
 from petals_eval.swarm.peers.peer import PeerBook
-from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.transport.client import HopClient
 from petals_eval.swarm.trust.recorded_call import RecordedCall
 from petals_eval.swarm.trust.tolerance import Kind, allowed, excess, relative_difference
@@ -68,23 +66,12 @@ class Arbiter:
     home: blocks at home, which are believed; None: there are none.
     """
 
-    def __init__(
-        self,
-        client: HopClient,
-        acceptance: Accepts,
-        directory: DirectoryView,
-        peers: PeerBook,
-        settings: SwarmSettings,
-        runtime: Runtime,
-        policy: ArbiterPolicy = ArbiterPolicy(),
-    ):
+    def __init__(self, client: HopClient, acceptance: Accepts, directory: DirectoryView, peers: PeerBook):
         self._client = client
         self._acceptance = acceptance
         self._directory = directory
         self._peers = peers
-        self._settings = settings
-        self._runtime = runtime
-        self._policy = policy
+        self._settings, self._runtime = peers.settings, peers.runtime
         self._at_home = asyncio.Lock()
         self.home: BlocksAtHome | None = None
 
@@ -114,7 +101,7 @@ class Arbiter:
         if wrong:
             return tuple(wrong)
         asked = {call.hop.peer_id, *_servers(other)}
-        for _ in range(self._policy.max_thirds):
+        for _ in range(ArbiterPolicy.max_thirds):
             third = await self._ask_replica(call, asked, unable)
             if third is None:
                 break
@@ -192,7 +179,7 @@ class Arbiter:
 
     async def _ask(self, call: RecordedCall) -> RecordedCall:
         """Put the call's question to its server, now. Raises PeerError."""
-        timeout = min(self._settings.request_timeout, self._policy.patience + 10 * call.seconds)
+        timeout = min(self._settings.request_timeout, ArbiterPolicy.patience + 10 * call.seconds)
         try:
             async with asyncio.timeout(timeout):
                 await self._acceptance.ready(call.hop, call.activations)

@@ -4,13 +4,11 @@ import asyncio
 from dataclasses import dataclass
 from typing import cast
 
-from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerDisagreesError
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.finding import TrustFinding
 from petals_eval.swarm.peers.peer import Peer, PeerBook
 from petals_eval.swarm.peers.sampling import Sampler
-from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.trust.arbiter import Arbiter, BlocksAtHome
 from petals_eval.swarm.trust.quarantine import Quarantine
 from petals_eval.swarm.trust.recorded_call import RecordedCall
@@ -52,23 +50,13 @@ class ReplicaAudit:
     computed: answers that came back.
     """
 
-    def __init__(
-        self,
-        arbiter: Arbiter,
-        peers: PeerBook,
-        quarantine: Quarantine,
-        settings: SwarmSettings,
-        runtime: Runtime,
-        policy: AuditPolicy = AuditPolicy(),
-    ):
+    def __init__(self, arbiter: Arbiter, peers: PeerBook, quarantine: Quarantine):
         self._arbiter = arbiter
         self._peers = peers
         self._quarantine = quarantine
-        self._settings = settings
-        self._runtime = runtime
-        self._policy = policy
+        self._settings, self._runtime = peers.settings, peers.runtime
         self._tasks: set[asyncio.Task[None]] = set()
-        self._turns = asyncio.Semaphore(policy.at_once)
+        self._turns = asyncio.Semaphore(AuditPolicy.at_once)
         self._done = self._impossible = 0
         self.computed = 0
 
@@ -91,7 +79,7 @@ class ReplicaAudit:
     async def start(self, peer: Peer, call: RecordedCall) -> None:
         """Start an audit; wait only where too many are under way."""
         self._start(peer, call)
-        if len(self._tasks) > self._policy.max_waiting:
+        if len(self._tasks) > AuditPolicy.max_waiting:
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
 
     async def settle(self) -> None:

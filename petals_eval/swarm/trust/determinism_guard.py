@@ -16,7 +16,7 @@ from petals_eval.errors import PeerLimitError, PeerNondeterministicError
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
-from petals_eval.swarm.peers.peer import Peer, PeerBook, ProbeState
+from petals_eval.swarm.peers.peer import Peer, ProbeState
 from petals_eval.swarm.tasks import Once, together
 from petals_eval.swarm.transport.client import HopClient
 from petals_eval.swarm.trust.determinism import difference, question_from
@@ -89,9 +89,8 @@ class DeterminismGuard:
     tokens_asked, tokens_computed: what the probes have cost so far, and what they were for.
     """
 
-    def __init__(self, client: HopClient, peers: PeerBook, quarantine: Quarantine, settings: SwarmSettings):
+    def __init__(self, client: HopClient, quarantine: Quarantine, settings: SwarmSettings):
         self._client = client
-        self._peers = peers
         self._quarantine = quarantine
         self._settings = settings
         self.tokens_asked = 0

@@ -22,10 +22,10 @@ class Quarantine:
     config_dropout: what the model's config at home says of dropout, for the warnings.
     """
 
-    def __init__(self, directory: DirectoryView, peers: PeerBook, *, allow_nondeterministic: bool):
+    def __init__(self, directory: DirectoryView, peers: PeerBook):
         self._directory = directory
         self._peers = peers
-        self._allow_nondeterministic = allow_nondeterministic
+        self._allow_nondeterministic = peers.settings.allow_nondeterministic
         self._notices: list[str] = []
         self._found: list[Peer] = []  # in order
         self.config_dropout: Mapping[str, float] = {}
