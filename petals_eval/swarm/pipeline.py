@@ -20,7 +20,7 @@ from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.finding import TrustFinding
 from petals_eval.swarm.peers.peer import PeerBook
-from petals_eval.swarm.scheduling.admission import AdmissionQueues, SessionAdmission
+from petals_eval.swarm.scheduling.admission import Admission, AdmissionQueues
 from petals_eval.swarm.scheduling.push_scheduler import PushScheduler
 from petals_eval.swarm.scheduling.router import HopDeadline, Router
 from petals_eval.swarm.scheduling.tuning import Delivery, Tuning
@@ -221,7 +221,7 @@ class Pipeline:
 
     def session(self, span: Span, rows: int, max_length: int) -> RouteSession:
         """Return an inference session on these blocks, for `rows` rows of up to `max_length` positions."""
-        admission = SessionAdmission(self.peers, rows, max_length)
+        admission = Admission(self.peers, rows, max_length, in_session=True)
 
         async def find_hop(rest: Span, tokens: int, give_up: float) -> Hop:
             return await self._router.find(rest, tokens, give_up, admission)
@@ -257,8 +257,9 @@ class Pipeline:
 
     def _waiting(self) -> str | None:
         """Return why nothing moves. Where some wait for room in a cache, others may go on."""
-        for_caches = self._router.waiting_for_caches
-        return self._router.waiting or (for_caches[0] if len(for_caches) >= max(1, self._under_way) else None)
+        waiting = self._router.waiting
+        for_caches = waiting.for_caches
+        return waiting.for_servers or (for_caches[0] if len(for_caches) >= max(1, self._under_way) else None)
 
 
 def _served(hop: Hop, answer: Answer) -> ServedHop:

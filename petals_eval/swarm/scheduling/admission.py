@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol
 
 from petals_eval.errors import MissingBlocksError, PetalsEvalError, RequestTooLargeError
 from petals_eval.swarm.peers.peer import Peer, PeerBook
@@ -18,7 +17,7 @@ from petals_eval.swarm.peers.session_cache import Wait
 from petals_eval.swarm.wire.records import SpanServer
 from petals_eval.swarm.wire.span import Span
 
-__all__ = ["Admission", "AdmissionQueues", "RowAdmission", "SessionAdmission", "is_ready"]
+__all__ = ["Admission", "AdmissionQueues"]
 
 
 class _Queue:
@@ -77,90 +76,72 @@ class AdmissionQueues:
         self._capacity = asyncio.Event()
 
 
-class Admission(Protocol):
-    """What to ask of a server about the blocks that are left of a route, from the one that is entered on."""
-
-    def refusal(self, server: SpanServer, rest: Span) -> PetalsEvalError | None:
-        """Return the error to raise where nobody else is left: the server never takes it. None: it may."""
-        ...
-
-    def wait(self, server: SpanServer, rest: Span) -> Wait | None:
-        """Return until when not to ask the server, and why; None: nothing speaks against it."""
-        ...
-
-
-def is_ready(admission: Admission, server: SpanServer, rest: Span) -> bool:
-    """Return whether the server may be asked now."""
-    wait = admission.wait(server, rest)
-    return wait is None or wait.is_over
-
-
 @dataclass(frozen=True, slots=True)
-class RowAdmission:
-    """Admission of rows of so many positions. A row of more than a call may hold takes a session of its own."""
+class Admission:
+    """Which servers take so many rows of so many positions, from the block that is entered on.
 
-    peers: PeerBook
-    positions: int
-
-    def refusal(self, server: SpanServer, rest: Span) -> PetalsEvalError | None:
-        peer = self.peers.of(server.peer_id)
-        if not self._goes_in_steps(peer):
-            return None
-        too_large = peer.limits.session_refusal(1, self.positions)
-        why = peer.cache.never_opens() or peer.cache.never_fits(self._need(server, rest))
-        if too_large is not None or why is None:
-            return too_large
-        return RequestTooLargeError(
-            f"an input holds {self.positions} tokens (prompt included), but server {peer.name} takes "
-            f"{peer.limits.per_call} in one call, and {why}: set a smaller max_length in the task"
-        )
-
-    def wait(self, server: SpanServer, rest: Span) -> Wait | None:
-        peer = self.peers.of(server.peer_id)
-        return peer.cache.wait(self._need(server, rest)) if self._goes_in_steps(peer) else None
-
-    def _goes_in_steps(self, peer: Peer) -> bool:
-        limit = peer.limits.per_call
-        return limit is not None and limit < self.positions
-
-    def _need(self, server: SpanServer, rest: Span) -> int:
-        return self.positions * _blocks(server, rest)
-
-
-@dataclass(frozen=True, slots=True)
-class SessionAdmission:
-    """Admission of an inference session with so many rows and positions."""
+    in_session: as one inference session. Otherwise in calls, where a row that is longer than a call may be takes a
+        session of its own.
+    """
 
     peers: PeerBook
     rows: int
     positions: int
+    in_session: bool = False
 
     def refusal(self, server: SpanServer, rest: Span) -> PetalsEvalError | None:
+        """Return the error to raise where nobody else is left: the server never takes it. None: it may.
+
+        rest: the blocks that are left of the route.
+        """
         peer = self.peers.of(server.peer_id)
-        too_large = peer.limits.session_refusal(self.rows, self.positions)
+        if not self._takes_session(peer):
+            return None
+        too_large = peer.limits.session_refusal(self._rows, self.positions)
         if too_large is not None:
             return too_large
-        if (closed := peer.cache.never_opens()) is not None:
+        closed, never = peer.cache.never_opens(), peer.cache.never_fits(self._need(server, rest))
+        if not self.in_session:
+            why = closed or never
+            if why is None:
+                return None
+            return RequestTooLargeError(
+                f"an input holds {self.positions} tokens (prompt included), but server {peer.name} takes "
+                f"{peer.limits.per_call} in one call, and {why}: set a smaller max_length in the task"
+            )
+        if closed is not None:
             span = server.span.common(rest) or rest
             return MissingBlocksError(
                 f"no server of blocks {span} opens a session for this client. Server {peer.name}: {closed}. Its blocks "
                 "compute all the same: call them without a session",
                 ((span.start, span.stop),),
             )
-        if (never := peer.cache.never_fits(self._need(server, rest))) is not None:
+        if never is not None:
             return RequestTooLargeError(
                 f"server {peer.name}: {never}: open the session with a smaller max_length or batch"
             )
         return None
 
     def wait(self, server: SpanServer, rest: Span) -> Wait | None:
-        return self.peers.of(server.peer_id).cache.wait(self._need(server, rest))
+        """Return until when not to ask the server, and why; None: nothing speaks against it."""
+        peer = self.peers.of(server.peer_id)
+        return peer.cache.wait(self._need(server, rest)) if self._takes_session(peer) else None
+
+    def is_ready(self, server: SpanServer, rest: Span) -> bool:
+        """Return whether the server may be asked now."""
+        wait = self.wait(server, rest)
+        return wait is None or wait.is_over
+
+    def _takes_session(self, peer: Peer) -> bool:
+        limit = peer.limits.per_call
+        return self.in_session or (limit is not None and limit < self.positions)
+
+    @property
+    def _rows(self) -> int:
+        return self.rows if self.in_session else 1
 
     def _need(self, server: SpanServer, rest: Span) -> int:
-        return self.rows * self.positions * _blocks(server, rest)
-
-
-def _blocks(server: SpanServer, rest: Span) -> int:
-    """Return the blocks that the server would compute next; 0 where it comes later in the route: what it is to compute
-    then depends on who comes before it."""
-    return min(server.span.stop, rest.stop) - rest.start if rest.start in server.span else 0
+        """Return the tokens of its cache that the blocks take which it would compute next; 0 where it comes later in
+        the route: what it is to compute then depends on who comes before it."""
+        blocks = min(server.span.stop, rest.stop) - rest.start if rest.start in server.span else 0
+        return self._rows * self.positions * blocks

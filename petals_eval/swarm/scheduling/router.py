@@ -1,23 +1,22 @@
 """The router: which server a micro-batch goes to next, among those in good standing, and the wait for one."""
 
 import asyncio
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from petals_eval.errors import DeadlineError, MissingBlocksError
 from petals_eval.swarm.activations import Activations
-from petals_eval.swarm.directory.coverage import common_spans, first_few, what_is_missing
 from petals_eval.swarm.directory.directory import Directory
-from petals_eval.swarm.directory.routing import Cost, Hop, RouteIndex, hold_all, next_hop, plan_route
+from petals_eval.swarm.directory.routing import Cost, Hop, hold_all, next_hop, plan_route
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.peers.session_cache import CachePolicy, Wait
-from petals_eval.swarm.scheduling.admission import Admission, AdmissionQueues, RowAdmission, is_ready
+from petals_eval.swarm.scheduling.admission import Admission, AdmissionQueues
+from petals_eval.swarm.scheduling.planned_routes import PlannedRoutes, PlanPolicy
+from petals_eval.swarm.scheduling.waiting import WaitingList, first_of
 from petals_eval.swarm.trust.quarantine import Quarantine
-from petals_eval.swarm.wire.records import ServerRecord, Snapshot, SpanServer
+from petals_eval.swarm.wire.records import ServerRecord, SpanServer
 from petals_eval.swarm.wire.span import Span
 
-__all__ = ["HopDeadline", "PacePolicy", "PlanPolicy", "Router"]
+__all__ = ["HopDeadline", "PacePolicy", "Router"]
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,6 @@ class PacePolicy:
     first_patience: float = 30.0
 
 
-@dataclass(frozen=True)
-class PlanPolicy:
-    """When routes are planned ahead.
-
-    few: servers of which every route is looked at anew for every micro-batch, which takes some tenths of a millisecond.
-    max_share: of the time that planning ahead may take with more of them (`directory.routing.RouteIndex`).
-    """
-
-    few: int = 64
-    max_share: float = 0.05
-
-
 @dataclass(slots=True)
 class HopDeadline:
     """When a hop of a micro-batch is given up, on the runtime's clock; None before its first turn in the queue."""
@@ -62,17 +49,8 @@ class HopDeadline:
     give_up: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _PlannedAhead:
-    """The ways on to a block in a snapshot. until: when to plan anew."""
-
-    index: RouteIndex
-    snapshot: Snapshot
-    until: float
-
-
 class Router:
-    """Used from the connection's event loop only; `waiting` and `waiting_for_caches` from any thread."""
+    """Used from the connection's event loop only; `waiting` from any thread."""
 
     def __init__(self, directory: Directory, peers: PeerBook, quarantine: Quarantine, queues: AdmissionQueues):
         self._directory = directory
@@ -80,9 +58,8 @@ class Router:
         self._quarantine = quarantine
         self._queues = queues
         self._settings, self._runtime = peers.settings, peers.runtime
-        self._waiting: dict[object, str] = {}
-        self._waiting_for_caches: dict[object, str] = {}
-        self._planned: _PlannedAhead | None = None
+        self.waiting = WaitingList(directory, peers)
+        self._planned = PlannedRoutes(peers.runtime)
 
     # -- what a server is expected to take
 
@@ -123,7 +100,7 @@ class Router:
         rest: the blocks that are left of the route. Raises MissingBlocksError or DeadlineError at the deadline, and
         what the servers that are left can never take.
         """
-        admission = RowAdmission(self._peers, activations.positions)
+        admission = Admission(self._peers, activations.rows, activations.positions)
         while True:
             async with self._queues.turn(rest.start):
                 # The deadline begins here: waiting in the queue is nobody's failure.
@@ -157,76 +134,54 @@ class Router:
     async def _find_or_wait(self, rest: Span, tokens: int, give_up: float, admission: Admission) -> Hop | Wait:
         """Like `find`, but where nothing is missing but room in a server's cache, return how long to wait for that:
         others need not."""
-        token = object()
         has_looked_again = False
-        try:
-            while True:
-                left = give_up - self._runtime.monotonic()
-                every = list(self._directory.snapshot.servers.values())
-                if left <= 0:  # also with servers to try: two that fail in turns are never both left alone
-                    raise self._deadline_error(rest, _waits(every, rest, admission))
-                if len(every) > PlanPolicy.few and (hop := self._ahead(rest, tokens, admission)):
-                    return hop
-                refusals = {each.peer_id: error for each in every if (error := admission.refusal(each, rest))}
-                fitting = [server for server in every if server.peer_id not in refusals]
-                if refusals and hold_all(every, rest) and not hold_all(fitting, rest):
-                    raise next(iter(refusals.values()))
-                servers = [server for server in fitting if self._peers.of(server.peer_id).may_be_called]
-                ready = [each for each in servers if is_ready(admission, each, rest)]
-                hop = next_hop(ready, rest, self._cost(tokens))
+        while True:
+            left = give_up - self._runtime.monotonic()
+            every = list(self._directory.snapshot.servers.values())
+            if left <= 0:  # also with servers to try: two that fail in turns are never both left alone
+                raise self.waiting.deadline_error(rest, _waits(every, rest, admission))
+            if len(every) > PlanPolicy.few and (hop := self._planned_hop(rest, tokens, admission)):
+                return hop
+            refusals = {each.peer_id: error for each in every if (error := admission.refusal(each, rest))}
+            fitting = [server for server in every if server.peer_id not in refusals]
+            if refusals and hold_all(every, rest) and not hold_all(fitting, rest):
+                raise next(iter(refusals.values()))
+            servers = [server for server in fitting if self._peers.of(server.peer_id).may_be_called]
+            ready = [each for each in servers if admission.is_ready(each, rest)]
+            hop = next_hop(ready, rest, self._cost(tokens))
+            if hop is not None:
+                return hop
+            if len(ready) < len(servers) and hold_all(servers, rest):
+                return first_of(_waits(servers, rest, admission), rest)
+            if hold_all(fitting, rest) and not hold_all(self._quarantine.trusted(), rest):
+                if not has_looked_again:  # somebody else may have come since
+                    has_looked_again = True
+                    await self._directory.refresh(older_than=self._settings.missing_update_period)
+                    continue
+                hop = self._quarantine.fallback_hop(fitting, rest)
                 if hop is not None:
                     return hop
-                if len(ready) < len(servers) and hold_all(servers, rest):
-                    return _first_of(_waits(servers, rest, admission), rest)
-                if hold_all(fitting, rest) and not hold_all(self._quarantine.trusted(), rest):
-                    if not has_looked_again:  # somebody else may have come since
-                        has_looked_again = True
-                        await self._directory.refresh(older_than=self._settings.missing_update_period)
-                        continue
-                    hop = self._quarantine.fallback_hop(fitting, rest)
-                    if hop is not None:
-                        return hop
-                self._waiting[token] = f"{self._what_is_missing(rest, left)}; deadline in {_minutes(left)}"
+            with self.waiting.server(rest, left):
                 await asyncio.sleep(min(left, self._settings.missing_update_period / 4))
                 await self._directory.refresh(older_than=self._settings.missing_update_period)
-        finally:
-            self._waiting.pop(token, None)
 
     async def _wait_for_cache(self, wait: Wait, give_up: float) -> None:
         """Wait until a server may be asked for room once more, or until `give_up`."""
-        token = object()
         left = max(0.0, give_up - self._runtime.monotonic())
-        self._waiting_for_caches[token] = f"{wait.why}; deadline in {_minutes(left)}"
-        try:
+        with self.waiting.cache(wait, left):
             # Not for longer than a full cache is left alone: somebody else may have come since.
             await asyncio.sleep(min(left, wait.seconds, CachePolicy.longest_wait))
-        finally:
-            del self._waiting_for_caches[token]
 
-    def _ahead(self, rest: Span, tokens: int, admission: Admission) -> Hop | None:
-        """Return the hop by a plan that may be a little old; None where it leads nowhere, which is then to be looked
-        into."""
-        snapshot, now = self._directory.snapshot, self._runtime.monotonic()
-        planned, may_be_called = self._planned, self._may_be_called
-        if (
-            planned is None
-            or planned.snapshot is not snapshot
-            or planned.index.stop != rest.stop
-            or now > planned.until
-        ):
-            index = RouteIndex(snapshot.servers.values(), rest.stop)
-            seconds = self.seconds
-            index.plan(lambda each, blocks: seconds(each, blocks, tokens) if may_be_called(each) else math.inf)
-            ended = self._runtime.monotonic()
-            until = ended + (ended - now) / PlanPolicy.max_share
-            planned = self._planned = _PlannedAhead(index, snapshot, until)
-
+    def _planned_hop(self, rest: Span, tokens: int, admission: Admission) -> Hop | None:
         def fits(server: SpanServer) -> bool:
             return (
-                may_be_called(server) and admission.refusal(server, rest) is None and is_ready(admission, server, rest)
+                self._may_be_called(server)
+                and admission.refusal(server, rest) is None
+                and admission.is_ready(server, rest)
             )
 
-        return planned.index.next_hop(rest.start, self._cost(tokens), is_usable=fits)
+        snapshot = self._directory.snapshot
+        return self._planned.next_hop(snapshot, rest, self._cost(tokens), self._may_be_called, fits)
 
     def _may_be_called(self, server: SpanServer) -> bool:
         return self._peers.of(server.peer_id).may_be_called
@@ -240,7 +195,7 @@ class Router:
 
     def free_replica(self, hop: Hop, activations: Activations) -> Hop | None:
         """Return the same blocks on the server that would be done soonest, of the others that could begin at once."""
-        admission, tokens = RowAdmission(self._peers, activations.positions), activations.tokens
+        admission, tokens = Admission(self._peers, activations.rows, activations.positions), activations.tokens
         free = [
             other
             for server in self._quarantine.trusted()
@@ -248,7 +203,7 @@ class Router:
             and hop.span.within(server.span)
             and self._may_be_called(server)
             and admission.refusal(server, hop.span) is None
-            and is_ready(admission, server, hop.span)
+            and admission.is_ready(server, hop.span)
             and self.has_room(other := Hop(server, hop.span), tokens)
         ]
         return min(free, key=lambda other: self.seconds_for(other, tokens), default=None)
@@ -257,46 +212,6 @@ class Router:
         """Return the servers (peer ids) of a block that are not quarantined."""
         return [server.peer_id for server in self._quarantine.trusted() if block in server.span]
 
-    # -- why nothing moves
-
-    @property
-    def waiting(self) -> str | None:
-        """Why nothing moves, or None."""
-        return next(iter(list(self._waiting.values())), None)
-
-    @property
-    def waiting_for_caches(self) -> tuple[str, ...]:
-        """What those wait for that only need room in a cache; others may go on."""
-        return tuple(self._waiting_for_caches.copy().values())
-
-    def _what_is_missing(self, rest: Span, left: float) -> str:
-        since = self._runtime.epoch() - (self._settings.deadline - left)
-        return what_is_missing(self._directory, self._peers, rest, since)
-
-    def _deadline_error(self, rest: Span, waits: list[Wait]) -> MissingBlocksError | DeadlineError:
-        """waits: for room in caches, which is what was lacking where no blocks are missing."""
-        absent = common_spans(self._directory.snapshot.missing(), rest)
-        for_caches = _first_of(waits, rest).why if waits and not absent else None
-        reason = for_caches or self._what_is_missing(rest, 0.0)
-        message = f"stopped at the deadline ({_duration(self._settings.deadline)}): {reason}"
-        if absent:
-            return MissingBlocksError(message, tuple((each.start, each.stop) for each in absent))
-        return DeadlineError(message)
-
 
 def _waits(servers: Iterable[SpanServer], rest: Span, admission: Admission) -> list[Wait]:
     return [wait for each in servers if (wait := admission.wait(each, rest)) is not None]
-
-
-def _first_of(waits: Sequence[Wait], rest: Span) -> Wait:
-    """Return until when the first server may not be asked, and what is known of them all."""
-    why = f"no server of blocks {rest} has room for a session now: {first_few(wait.why for wait in waits)}"
-    return Wait(min((wait.seconds for wait in waits if not wait.is_over), default=0.0), why)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60:02d}:{int(seconds) % 60:02d}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"

@@ -13,7 +13,8 @@ from hivemind.p2p import P2P
 from hivemind.proto import runtime_pb2
 
 from petals_eval.errors import PeerError, PeerUnreachableError
-from petals_eval.swarm.transport.rpc import MAX_ANSWER_OVERHEAD_BYTES, Answer, peer_errors, receive
+from petals_eval.swarm.transport.raw_stream import MAX_ANSWER_OVERHEAD_BYTES, receive
+from petals_eval.swarm.transport.rpc import Answer, peer_errors
 from petals_eval.swarm.wire import messages
 from petals_eval.swarm.wire.server_info import ServerInfo
 from petals_eval.swarm.wire.session_messages import NextServer, step_metadata

@@ -14,14 +14,8 @@ from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.peer import PeerBook, short_peer
 from petals_eval.swarm.transport.codec_negotiation import negotiate
 from petals_eval.swarm.transport.hop_session import HopSession
-from petals_eval.swarm.transport.rpc import (
-    MAX_ANSWER_OVERHEAD_BYTES,
-    Answer,
-    TransformerConnectionHandler,
-    open_stream,
-    peer_errors,
-    streamed,
-)
+from petals_eval.swarm.transport.raw_stream import MAX_ANSWER_OVERHEAD_BYTES, open_stream, streamed
+from petals_eval.swarm.transport.rpc import Answer, TransformerConnectionHandler, peer_errors
 from petals_eval.swarm.transport.transport import AskedInfo, kept_info
 from petals_eval.swarm.wire import messages
 from petals_eval.swarm.wire.codecs import LOSSY_CODES, LossyCode

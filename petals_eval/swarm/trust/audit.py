@@ -14,7 +14,7 @@ from petals_eval.swarm.trust.quarantine import Quarantine
 from petals_eval.swarm.trust.recorded_call import RecordedCall
 from petals_eval.swarm.wire.span import Span
 
-__all__ = ["AuditPolicy", "AuditProgress", "ReplicaAudit"]
+__all__ = ["AuditPolicy", "AuditProgress", "ReplicaAudit", "catch_probability"]
 
 
 @dataclass(frozen=True)
@@ -134,3 +134,27 @@ def _witness(finding: TrustFinding) -> str:
     if finding.witness == "home":
         return "the same blocks at home"
     return "itself when it was asked again" if finding.witness == "itself" else "two others"
+
+
+def catch_probability(p: float, n: int, share: float) -> float:
+    """Return the probability that a server is caught that corrupts each of its n micro-batches with probability p.
+
+    share: of its micro-batches that is checked, as `SwarmSettings.verify`.
+
+    One of the first two micro-batches is checked, each of the others with probability `share`, and where that comes to
+    none, one of them at the end of the run. A corrupted one that is checked is caught. With s = share, m = n - 1:
+
+        not caught = (1 - p) ((1 - s p)^m - p (1 - s)^m)     for n > 1;    1 - p for n = 1
+
+    A server that is also asked to check others can be caught there, too; that comes on top.
+
+    >>> round(catch_probability(1.0, 2, 0.02), 3), round(catch_probability(0.01, 1, 0.02), 3)
+    (1.0, 0.01)
+    >>> [round(catch_probability(0.1, n, 0.02), 2) for n in (2, 10, 100, 1000, 3000)]
+    [0.19, 0.19, 0.27, 0.88, 1.0]
+    """
+    if n < 1:
+        return 0.0
+    others = n - 1
+    missed = 1 - p if not others else (1 - p) * ((1 - share * p) ** others - p * (1 - share) ** others)
+    return 1 - missed
