@@ -6,16 +6,18 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from petals_eval.swarm.peers.caches import Wait
 
 from petals_eval.errors import DeadlineError, MissingBlocksError, PeerUnreachableError, RequestTooLargeError
-from petals_eval.swarm.scheduling.router import FEW
+from petals_eval.swarm.peers.session_cache import Wait
+from petals_eval.swarm.scheduling.router import PlanPolicy
 from petals_eval.swarm.wire.records import Snapshot
-from tests.swarm.fakes import FakeCalls, FakeDirectory, pipeline, server, set_pace
+from petals_eval.swarm.wire.span import Span
+from tests.support.fake_swarm import FakeDirectory, FakeTransport, pipeline, run, server, set_pace
 
 BLOCKS = 12
-SPANS = [(start, start + 3) for start in range(0, BLOCKS, 3)]
-MANY = [server(f"s{index}-{start}", start, end) for index in range(FEW) for start, end in SPANS]
+FEW = PlanPolicy.few
+SPANS = [Span(start, start + 3) for start in range(0, BLOCKS, 3)]
+MANY = [server(f"s{index}-{span.start}", span.start, span.stop) for index in range(FEW) for span in SPANS]
 
 
 @dataclass
@@ -25,102 +27,102 @@ class Admits:
     only: frozenset[str] | None = None
     full: frozenset[str] = frozenset()
 
-    def refusal(self, server, first, last):
+    def refusal(self, server, rest):
         return None if self.only is None or server.peer_id in self.only else RequestTooLargeError("too long")
 
-    def wait(self, server, first, last):
+    def wait(self, server, rest):
         return Wait(0.05, f"{server.peer_id} has no room") if server.peer_id in self.full else None
 
 
-def find(pipe, position=0, tokens=16, admission=Admits(), seconds=0.5):  # noqa: B008 - it does not change
+def find(pipe, start=0, tokens=16, admission=Admits(), seconds=0.5):  # noqa: B008 - it does not change
     give_up = time.monotonic() + seconds
-    return asyncio.run(pipe._finder.find(position, BLOCKS, tokens, give_up, admission))
+    return asyncio.run(pipe._router.find(Span(start, BLOCKS), tokens, give_up, admission))
 
 
 def test_the_quickest_of_many_is_found_and_what_it_was_found_slow_since_counts_at_once():
-    pipe = pipeline(FakeDirectory(BLOCKS, *MANY), FakeCalls())
+    pipe = pipeline(FakeDirectory(BLOCKS, *MANY), FakeTransport())
     for each in MANY:
         set_pace(pipe.peers, each.peer_id, 1e-3)
     set_pace(pipe.peers, "s7-0", 1e-4)
-    assert find(pipe).server.peer_id == "s7-0"
+    assert find(pipe).peer_id == "s7-0"
     set_pace(pipe.peers, "s9-0", 1e-6)
-    assert find(pipe).server.peer_id == "s9-0"  # by the same plan: the way on did not change
+    assert find(pipe).peer_id == "s9-0"  # by the same plan: the way on did not change
 
 
 def test_the_way_on_counts_among_many_too():
     """A quick server that leads to a slow one is no bargain."""
     detour = server("quick", 0, 2), server("slow", 2, 3)
-    pipe = pipeline(FakeDirectory(BLOCKS, *MANY, *detour), FakeCalls())
+    pipe = pipeline(FakeDirectory(BLOCKS, *MANY, *detour), FakeTransport())
     for each in (*MANY, *detour):
         set_pace(pipe.peers, each.peer_id, 1e-4)
     set_pace(pipe.peers, "quick", 1e-6)
     set_pace(pipe.peers, "slow", 1.0)
-    assert find(pipe).server.peer_id != "quick"
+    assert find(pipe).peer_id != "quick"
 
 
 def test_servers_that_fail_or_do_not_take_it_are_passed_over():
-    pipe = pipeline(FakeDirectory(BLOCKS, *MANY), FakeCalls())
+    pipe = pipeline(FakeDirectory(BLOCKS, *MANY), FakeTransport())
     for each in MANY:
-        if each.peer_id != "s3-0" and each.start == 0:
-            pipe.peers.failed(each.peer_id, PeerUnreachableError("gone"))
-    assert find(pipe).server.peer_id == "s3-0"
+        if each.peer_id != "s3-0" and each.span.start == 0:
+            pipe.peers.of(each.peer_id).on_failed(PeerUnreachableError("gone"))
+    assert find(pipe).peer_id == "s3-0"
 
     only = Admits(frozenset({"s5-3"}))
-    assert find(pipe, position=3, admission=only).server.peer_id == "s5-3"
+    assert find(pipe, start=3, admission=only).peer_id == "s5-3"
     with pytest.raises(RequestTooLargeError):
-        find(pipe, position=6, admission=only)
+        find(pipe, start=6, admission=only)
 
 
 @pytest.mark.parametrize("servers", [MANY, MANY[:8]], ids=["many", "few"])
 def test_servers_without_room_in_their_caches_are_passed_over_and_where_there_is_no_other_waited_for(servers):
-    pipe = pipeline(FakeDirectory(BLOCKS, *servers), FakeCalls())
-    first = [each.peer_id for each in servers if each.start == 0]
+    pipe = pipeline(FakeDirectory(BLOCKS, *servers), FakeTransport())
+    first = [each.peer_id for each in servers if each.span.start == 0]
     all_but_one = Admits(full=frozenset(first[1:]))
-    assert find(pipe, admission=all_but_one).server.peer_id == first[0]
+    assert find(pipe, admission=all_but_one).peer_id == first[0]
     with pytest.raises(DeadlineError, match=r"no server of blocks 0:12 has room for a session now: s0-0 has no room"):
         find(pipe, admission=Admits(full=frozenset(first)), seconds=0.2)
-    assert pipe._finder.waiting_for_caches == ()
+    assert pipe._router.waiting_for_caches == ()
 
 
 def test_blocks_that_nobody_holds_are_said_before_caches_that_are_full():
-    pipe = pipeline(FakeDirectory(BLOCKS, server("a", 0, 3)), FakeCalls())
+    pipe = pipeline(FakeDirectory(BLOCKS, server("a", 0, 3)), FakeTransport())
     with pytest.raises(MissingBlocksError, match="no server holds blocks 3:12"):
         find(pipe, admission=Admits(full=frozenset("a")), seconds=0.2)
 
 
 def test_a_new_look_at_the_directory_is_a_new_plan_and_a_hole_is_said():
     directory = FakeDirectory(BLOCKS, *MANY)
-    pipe = pipeline(directory, FakeCalls())
-    assert find(pipe).last == 3
-    left = {each.peer_id: each for each in MANY if each.start != 6}
+    pipe = pipeline(directory, FakeTransport())
+    assert find(pipe).span.stop == 3
+    left = {each.peer_id: each for each in MANY if each.span.start != 6}
     directory.snapshot = Snapshot(BLOCKS, left)
     with pytest.raises(MissingBlocksError, match="no server holds blocks 6:9"):
         find(pipe)
 
 
 def test_every_block_runs_once_on_a_swarm_of_many():
-    pipe = pipeline(FakeDirectory(BLOCKS, *MANY), FakeCalls())
-    hidden, hops = asyncio.run(pipe.forward(torch.zeros(2, 3, 4), None, 0, BLOCKS))
-    assert [(hop.first, hop.last) for hop in hops] == SPANS
+    pipe = pipeline(FakeDirectory(BLOCKS, *MANY), FakeTransport())
+    hidden, hops = run(pipe, torch.zeros(2, 3, 4), stop=BLOCKS)
+    assert [hop.span for hop in hops] == SPANS
     assert torch.equal(hidden, torch.full_like(hidden, float("1" * BLOCKS)))
 
 
 def test_a_search_looks_at_the_servers_of_one_block_and_plans_now_and_then():
-    pipe = pipeline(FakeDirectory(BLOCKS, *MANY), FakeCalls())
+    pipe = pipeline(FakeDirectory(BLOCKS, *MANY), FakeTransport())
     reckoned = 0
-    seconds = pipe._finder._seconds
+    seconds = pipe._router.seconds
 
     def counted(each, blocks, tokens):
         nonlocal reckoned
         reckoned += 1
         return seconds(each, blocks, tokens)
 
-    pipe._finder._seconds = counted
+    pipe._router.seconds = counted
     searches = 200
     for _ in range(searches):
         find(pipe)
     assert reckoned - searches * FEW <= searches * len(MANY) * 3 * 0.3, "as many as if each search had planned anew"
-    pipe._finder._planned = None
+    pipe._router._planned = None
     before = reckoned
     find(pipe)
     assert reckoned - before > FEW + len(MANY)
