@@ -223,7 +223,7 @@ class FakeTransport:
 
     calls, probes: what servers were sent, in order; probes are the determinism guard's, calls all else.
     sessions: every one that was opened. down: servers that cannot be reached; hanging: those that never answer.
-    on_call, on_session, on_info: called before an answer is given; what they raise is what the server does.
+    on_call, on_probe, on_session, on_info: called before an answer is given; what they raise is what the server does.
     seconds: that a call takes. max_in_flight, max_sessions: the most there were at once.
     """
 
@@ -237,6 +237,7 @@ class FakeTransport:
         self.down: set[str] = set()
         self.hanging: set[str] = set()
         self.on_call: Callable[[Hop, torch.Tensor], object] | None = None
+        self.on_probe: Callable[[Hop, torch.Tensor], object] | None = None
         self.on_session: Callable[[Hop, int, int], object] | None = None
         self.on_info: Callable[[str], object] | None = None
         self.info = ServerInfo("2.2.0", torch.float32, torch.float32, None)
@@ -264,8 +265,8 @@ class FakeTransport:
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         try:
             await self._reach(hop.peer_id)
-            if self.on_call is not None and not is_probe:
-                self.on_call(hop, activations.hidden)
+            if (hook := self.on_probe if is_probe else self.on_call) is not None:
+                hook(hop, activations.hidden)
         finally:
             self.in_flight -= 1
         return Answer(self.blocks.forward(hop, activations), self.seconds, 8, 8)
