@@ -80,7 +80,7 @@ class HopClient:
                 if isinstance(error, PeerLimitError) or not self._learn_per_call(peer, error, sent):
                     raise
             else:
-                return joined_answer(answers, dim=0)
+                return joined_answer(answers, dim=0, at_once=not in_steps)
 
     async def _in_steps(self, peer: Peer, hop: Hop, parts: Sequence[Activations], step: int) -> list[Answer]:
         """One session after the other: beside it another of this length may have no room."""
