@@ -1,6 +1,7 @@
 """A swarm without a network: it plugs in at the seam between "which server next" and "send it"."""
 
 import asyncio
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.transport.rpc import Answer
 from petals_eval.swarm.transport.transport import AskedInfo
 from petals_eval.swarm.wire.records import ServerRecord, ServerState, Snapshot, SpanServer
-from petals_eval.swarm.wire.server_info import ServerInfo
+from petals_eval.swarm.wire.server_info import SESSION_TENSORS, ServerInfo
 from petals_eval.swarm.wire.session_messages import NextServer
 from petals_eval.swarm.wire.span import Span
 
@@ -224,6 +225,7 @@ class FakeTransport:
     calls, probes: what servers were sent, in order; probes are the determinism guard's, calls all else.
     sessions: every one that was opened. down: servers that cannot be reached; hanging: those that never answer.
     on_call, on_probe, on_session, on_info: called before an answer is given; what they raise is what the server does.
+        Where `on_call` or `on_probe` returns an awaitable, it is awaited.
     seconds: that a call takes. max_in_flight, max_sessions: the most there were at once.
     """
 
@@ -240,7 +242,7 @@ class FakeTransport:
         self.on_probe: Callable[[Hop, torch.Tensor], object] | None = None
         self.on_session: Callable[[Hop, int, int], object] | None = None
         self.on_info: Callable[[str], object] | None = None
-        self.info = ServerInfo("2.2.0", torch.float32, torch.float32, None)
+        self.info = ServerInfo("2.2.0", torch.float32, torch.float32, None, session_tensors=SESSION_TENSORS)
         self.in_flight = self.max_in_flight = 0
         self.open_sessions = self.max_sessions = 0
         self._routes: dict[str, tuple[NextServer, ...]] = {}
@@ -266,7 +268,9 @@ class FakeTransport:
         try:
             await self._reach(hop.peer_id)
             if (hook := self.on_probe if is_probe else self.on_call) is not None:
-                hook(hop, activations.hidden)
+                waited_for = hook(hop, activations.hidden)
+                if inspect.isawaitable(waited_for):
+                    await waited_for
         finally:
             self.in_flight -= 1
         return Answer(self.blocks.forward(hop, activations), self.seconds, 8, 8)

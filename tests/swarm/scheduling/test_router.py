@@ -15,6 +15,7 @@ from petals_eval.swarm.wire.span import Span
 from tests.support.fake_swarm import FakeDirectory, FakeTransport, pipeline, run, server, set_pace
 
 BLOCKS = 12
+HIDDEN = torch.zeros(2, 3, 4)
 FEW = PlanPolicy.few
 SPANS = [Span(start, start + 3) for start in range(0, BLOCKS, 3)]
 MANY = [server(f"s{index}-{span.start}", span.start, span.stop) for index in range(FEW) for span in SPANS]
@@ -61,7 +62,7 @@ def test_the_way_on_counts_among_many_too():
 
 
 def test_servers_that_fail_or_do_not_take_it_are_passed_over():
-    pipe = pipeline(FakeDirectory(BLOCKS, *MANY), FakeTransport())
+    pipe = pipeline(FakeDirectory(BLOCKS, *MANY), FakeTransport(), min_backoff=30, max_backoff=30)
     for each in MANY:
         if each.peer_id != "s3-0" and each.span.start == 0:
             pipe.peers.of(each.peer_id).on_failed(PeerUnreachableError("gone"))
@@ -126,3 +127,33 @@ def test_a_search_looks_at_the_servers_of_one_block_and_plans_now_and_then():
     before = reckoned
     find(pipe)
     assert reckoned - before > FEW + len(MANY)
+
+
+@pytest.mark.parametrize(
+    ("slow", "fast", "chosen"),
+    [
+        (30_000.0, 400_000.0, "fast"),  # what the directory claims
+        (30_000.0, None, "fast"),  # no claim: a pace that lets it be tried
+        (1e12, 1e9, "slow"),  # claims beyond belief are all the same
+        (0.0, 400_000.0, "fast"),
+        (1e-9, None, "fast"),
+    ],
+)
+def test_before_anything_is_measured_work_goes_by_what_the_directory_claims(slow, fast, chosen):
+    transport = FakeTransport()
+    pipe = pipeline(
+        FakeDirectory(4, server("slow", 0, 4, forward_rps=slow), server("fast", 0, 4, forward_rps=fast)), transport
+    )
+    run(pipe, HIDDEN)
+    assert transport.calls[0].peer_id == chosen
+
+
+def test_what_was_measured_counts_more_than_any_claim():
+    transport = FakeTransport()
+    pipe = pipeline(
+        FakeDirectory(4, server("boasts", 0, 4, forward_rps=1e9), server("plain", 0, 4, forward_rps=1e5)), transport
+    )
+    set_pace(pipe.peers, "boasts", 1e-2)
+    set_pace(pipe.peers, "plain", 1e-3)
+    run(pipe, HIDDEN)
+    assert transport.calls[0].peer_id == "plain"
