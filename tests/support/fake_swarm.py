@@ -33,6 +33,11 @@ def server(name: str, start: int, stop: int, **fields: object) -> SpanServer:
     return SpanServer(name, Span(start, stop), record)
 
 
+def info(version: str | None = "2.2.0", dtype: torch.dtype = torch.float32, cache: int | None = None) -> ServerInfo:
+    """Return what a server says of itself. cache: tokens of one block that are free."""
+    return ServerInfo(version, dtype, dtype, cache, session_tensors=SESSION_TENSORS)
+
+
 def settings(**values: object) -> SwarmSettings:
     """Settings under which nothing takes long, and nothing is audited unless a test asks for it."""
     quick = {"min_backoff": 0.01, "max_backoff": 0.05, "missing_update_period": 0.02, "deadline": 0.3, "verify": 0}
@@ -226,7 +231,7 @@ class FakeTransport:
     sessions: every one that was opened. down: servers that cannot be reached; hanging: those that never answer.
     on_call, on_probe, on_session, on_info: called before an answer is given; what they raise is what the server does.
         Where `on_call` or `on_probe` returns an awaitable, it is awaited.
-    seconds: that a call takes. max_in_flight, max_sessions: the most there were at once.
+    info: what they all say of themselves. seconds: that a call takes. max_in_flight, max_sessions: the most there were at once.
     """
 
     def __init__(self, blocks: Blocks | None = None, *, seconds: float = 0.001):
@@ -242,7 +247,7 @@ class FakeTransport:
         self.on_probe: Callable[[Hop, torch.Tensor], object] | None = None
         self.on_session: Callable[[Hop, int, int], object] | None = None
         self.on_info: Callable[[str], object] | None = None
-        self.info = ServerInfo("2.2.0", torch.float32, torch.float32, None, session_tensors=SESSION_TENSORS)
+        self.info = info()
         self.in_flight = self.max_in_flight = 0
         self.open_sessions = self.max_sessions = 0
         self._routes: dict[str, tuple[NextServer, ...]] = {}

@@ -12,8 +12,11 @@ from petals_eval.local_swarm.faults import catalog as faults
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.local_swarm.server.sessions import Sessions
 from petals_eval.swarm import SwarmConnection, Work
-from petals_eval.swarm.scheduling import push_scheduler as push_calls
+from petals_eval.swarm.scheduling.push_scheduler import PushSchedulerPolicy
+from petals_eval.swarm.scheduling.router import PacePolicy
 from petals_eval.swarm.trust.determinism import difference
+from petals_eval.swarm.wire.span import Span
+from tests.support.tensors import close
 
 BLOCKS, HIDDEN = 5, 64
 SPANS = [(0, 2), (2, 3), (3, 4), (4, 5)]
@@ -48,13 +51,9 @@ def hidden_states(batch: int, seq: int) -> torch.Tensor:
     return torch.randn(batch, seq, HIDDEN, generator=torch.Generator().manual_seed(batch * 1000 + seq))
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
-
-
 def sent_to(blocks, swarm) -> list[int]:
     """Bytes of hidden states that left here in calls to each server."""
-    seen = blocks.histories
+    seen = blocks.peers
     return [seen[server.peer_id].bytes_sent if server.peer_id in seen else 0 for server in swarm.servers]
 
 
@@ -67,7 +66,7 @@ def test_the_same_numbers_and_each_hidden_state_leaves_here_once(swarm, ordinary
         first, *rest = sent_to(blocks, swarm)
         assert first == sum(4 * HIDDEN * rows * seq for rows, seq in shapes)
         assert rest == [0, 0, 0]
-        received = [blocks.histories[server.peer_id].bytes_received for server in swarm.servers]
+        received = [blocks.peers[server.peer_id].bytes_received for server in swarm.servers]
         assert received == [first] * 4
         assert blocks.status().retries == 0
 
@@ -78,8 +77,8 @@ def test_many_at_once_come_back_each_with_its_own_and_leave_no_cache_behind(swar
         found = {each.tag: each for each in blocks.stream(Work(*each, None) for each in enumerate(inputs))}
         assert sent_to(blocks, swarm)[1:] == [0, 0, 0]
         assert all(close(found[number].hidden, ordinary(hidden)) for number, hidden in enumerate(inputs))
-        assert all([(hop.first, hop.last) for hop in each.hops] == SPANS for each in found.values())
-        assert all(history.in_flight == 0 and history.flow.in_flight == 0 for history in blocks.histories.values())
+        assert all([(hop.span.start, hop.span.stop) for hop in each.hops] == SPANS for each in found.values())
+        assert all(peer.tokens_in_flight == 0 and peer.window.in_flight == 0 for peer in blocks.peers.values())
     end = time.monotonic() + 10
     while any(server._server.budget.used_bytes for server in swarm.servers) and time.monotonic() < end:
         time.sleep(0.05)
@@ -152,7 +151,7 @@ def test_a_full_cache_is_no_fault_of_the_server(realdata, ordinary):
         with blocks_over(full) as blocks:
             assert close(blocks(hidden), ordinary(hidden))
             assert sent_to(blocks, full) == [4 * hidden.numel()] * 4
-            assert all(history.failures == 0 for history in blocks.histories.values())
+            assert all(peer.failures == 0 for peer in blocks.peers.values())
             small = hidden_states(1, 8)
             assert close(blocks(small), ordinary(small))
 
@@ -189,12 +188,12 @@ def test_a_server_without_sessions_serves_on_the_ordinary_way(realdata, ordinary
 
 
 def test_a_push_that_is_lost_holds_nothing_up_and_what_came_before_it_counts(realdata, ordinary, monkeypatch):
-    monkeypatch.setattr(push_calls, "FIRST_PATIENCE", 1.0)
-    monkeypatch.setattr(push_calls, "LEAST_PATIENCE", 1.0)
+    monkeypatch.setattr(PacePolicy, "first_patience", 1.0)
     hidden = hidden_states(3, 9)
     hears = Sessions.receive
-    monkeypatch.setattr(Sessions, "receive", lambda self, request: self._span.first != 3 and hears(self, request))
+    monkeypatch.setattr(Sessions, "receive", lambda self, request: self._served.settings.span.start != 3 and hears(self, request))
     with swarm_of(realdata) as deaf, blocks_over(deaf) as blocks:
+        blocks._pipeline._pushes._policy = PushSchedulerPolicy(min_patience=1.0)
         started = time.monotonic()
         assert close(blocks(hidden), ordinary(hidden))
         assert time.monotonic() - started < 10
@@ -209,8 +208,8 @@ def test_a_server_that_dies_in_mid_push(realdata, ordinary):
     inputs = [hidden_states(2, 5 + number) for number in range(30)]
     with swarm_of(realdata, [*SPANS, SPANS[2]]) as dying, blocks_over(dying, min_backoff=0.1) as blocks:
         blocks(inputs[0])
-        route = blocks._pipeline._finder.plan(0, 5, 12)  # which of the two replicas is used depends on their paces
-        (victim,) = [each for each in dying.servers if each.peer_id == route[2].server.peer_id]
+        route = blocks._pipeline._router.plan(Span(0, 5), 12)  # which of the two replicas is used depends on their paces
+        (victim,) = [each for each in dying.servers if each.peer_id == route[2].peer_id]
         victim.switch(faults.Crash(after=1))
         found = {each.tag: each.hidden for each in blocks.stream(Work(*each, None) for each in enumerate(inputs))}
         give_up = time.monotonic() + 10
@@ -227,8 +226,8 @@ def test_answers_that_are_wrong_are_refused_and_held_against_the_server(realdata
         blocks(hidden)
         wrong.servers[2].switch(faults.NotFinite(at_most=1))
         assert close(blocks(hidden), ordinary(hidden))
-        history = blocks.histories[wrong.servers[2].peer_id]
-        assert history.failures == 1 and "not finite" in history.last_error
+        peer = blocks.peers[wrong.servers[2].peer_id]
+        assert peer.failures == 1 and "not finite" in peer.last_error
 
 
 @pytest.mark.parametrize("place", [0, 1, 3])
@@ -239,7 +238,7 @@ def test_training_mode_is_caught_when_pushing(realdata, place):
         with blocks_over(training, deadline=5.0) as blocks:
             with pytest.raises(MissingBlocksError, match="two answers"):
                 blocks(hidden_states(3, 9))
-            assert blocks.histories[training.servers[place].peer_id].is_left_out
+            assert blocks.peers[training.servers[place].peer_id].is_quarantined
 
 
 def test_pushed_answers_are_checked_against_others(realdata, ordinary):
@@ -250,7 +249,7 @@ def test_pushed_answers_are_checked_against_others(realdata, ordinary):
             for number in range(8):
                 blocks(hidden_states(2, 10 + number))
             blocks.settle()
-            assert blocks.histories[lying.servers[2].peer_id].is_left_out
+            assert blocks.peers[lying.servers[2].peer_id].is_quarantined
             assert sent_to(blocks, lying)[1] == 0  # it was a pushed answer that was found out
             hidden = hidden_states(2, 30)
             assert close(blocks(hidden), ordinary(hidden))
@@ -264,6 +263,6 @@ def test_no_push_is_left_when_the_run_is_interrupted(realdata):
         next(stream)
         stream.close()
         end = time.monotonic() + 10
-        while any(history.in_flight for history in blocks.histories.values()) and time.monotonic() < end:
+        while any(peer.tokens_in_flight for peer in blocks.peers.values()) and time.monotonic() < end:
             time.sleep(0.05)
-        assert all(history.in_flight == 0 for history in blocks.histories.values())
+        assert all(peer.tokens_in_flight == 0 for peer in blocks.peers.values())
