@@ -97,7 +97,9 @@ def test_a_row_that_fits_a_call_needs_no_room_in_a_cache(peers):
     peer.limits.per_call = 7
     assert admission.refusal(A, Span(0, 4)) is None and admission.wait(A, Span(0, 4)) is None
     peer.limits.per_call = 6
-    with pytest.raises(RequestTooLargeError, match=r"holds 7 tokens .* takes 6 in one call, and its sessions have anoth"):
+    with pytest.raises(
+        RequestTooLargeError, match=r"holds 7 tokens .* takes 6 in one call, and its sessions have anoth"
+    ):
         raise admission.refusal(A, Span(0, 4))
 
 
