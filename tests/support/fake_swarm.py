@@ -231,7 +231,8 @@ class FakeTransport:
     sessions: every one that was opened. down: servers that cannot be reached; hanging: those that never answer.
     on_call, on_probe, on_session, on_info: called before an answer is given; what they raise is what the server does.
         Where `on_call` or `on_probe` returns an awaitable, it is awaited.
-    info: what they all say of themselves. seconds: that a call takes. max_in_flight, max_sessions: the most there were at once.
+    info: what they all say of themselves. seconds: that a call takes.
+    max_in_flight, max_sessions: the most there were at once.
     """
 
     def __init__(self, blocks: Blocks | None = None, *, seconds: float = 0.001):

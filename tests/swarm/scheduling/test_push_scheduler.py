@@ -443,7 +443,7 @@ def test_a_limit_learnt_from_a_push_is_no_reason_to_rest(transport, words, limit
         await push_one(pipe)
         peer = pipe.peers.of("b")
         assert (peer.retries, peer.failures, peer.push_rest_until, peer.limits.per_call) == (0, 0, 0.0, limit)
-        hidden, _ = await forward(pipe, SMALL[:1], stop=3)
+        await forward(pipe, SMALL[:1], stop=3)
         assert [each.is_step for each in transport.calls[-3:]] == [True] * 3, "what is smaller is pushed"
 
     simulate(transport, go)
