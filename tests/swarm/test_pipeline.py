@@ -32,7 +32,7 @@ def simulate(
     return run_in_virtual_time(everything)[0]
 
 
-async def forward_hidden(pipe: Pipeline) -> object:
+async def forward_hidden(pipe: Pipeline) -> tuple[torch.Tensor, tuple[ServedHop, ...]]:
     return await forward(pipe, HIDDEN)
 
 
@@ -99,11 +99,11 @@ def test_work_goes_on_from_the_hop_that_failed():
 
 
 def test_missing_blocks_end_at_the_deadline_and_are_named():
-    pipe = pipeline(FakeDirectory(8, server("a", 0, 3), server("b", 6, 8)), FakeTransport())
+    directory = FakeDirectory(8, server("a", 0, 3), server("b", 6, 8))
     with pytest.raises(
         MissingBlocksError, match=r"deadline \(0.3 s\): no server holds blocks 3:6 \(since .* 2 servers"
     ):
-        run(pipe, HIDDEN, stop=8)
+        simulate(directory, FakeTransport(), lambda pipe: forward(pipe, HIDDEN, stop=8))
 
 
 def test_a_server_that_comes_back_ends_the_waiting():
@@ -115,7 +115,7 @@ def test_a_server_that_comes_back_ends_the_waiting():
             directory.snapshot = Snapshot(4, both)
 
     directory.on_refresh = appear
-    hidden, _ = run(pipeline(directory, FakeTransport(), deadline=5.0), HIDDEN)
+    (hidden, _), _ = simulate(directory, FakeTransport(), forward_hidden, deadline=5.0)
     assert torch.equal(hidden, torch.full_like(HIDDEN, 1111.0))
 
 
@@ -126,9 +126,8 @@ def test_servers_that_all_fail_end_at_the_deadline_with_their_reason():
         raise PeerRefusedError("out of memory")
 
     transport.on_call = fail
-    pipe = pipeline(FakeDirectory(4, server("a", 0, 4)), transport)
     with pytest.raises(DeadlineError, match=r"every server of blocks 0:4 fails .*out of memory"):
-        run(pipe, HIDDEN)
+        simulate(FakeDirectory(4, server("a", 0, 4)), transport, forward_hidden)
     assert 2 <= len(transport.calls) < 40  # tried again, each time after a longer while
 
 
@@ -189,7 +188,7 @@ def test_blocks_that_nobody_holds_and_blocks_whose_servers_fail_are_told_apart()
     with pytest.raises(
         MissingBlocksError, match=r"no server holds blocks 4:6 .*; every server of blocks 0:2 fails: \.\.\.a: .*gone\)$"
     ) as caught:
-        run(pipeline(directory, transport, min_backoff=30, max_backoff=30), HIDDEN, stop=6)
+        simulate(directory, transport, lambda pipe: forward(pipe, HIDDEN, stop=6), min_backoff=30, max_backoff=30)
     assert caught.value.missing == ((4, 6),)
 
 
@@ -258,5 +257,5 @@ def test_a_server_that_speaks_of_its_cache_though_none_is_needed_fails_as_any_ot
 
     transport.on_call = refuse
     with pytest.raises(DeadlineError, match=r"every server of blocks 0:4 fails .*refuses \(Could not allocate"):
-        run(pipeline(FakeDirectory(4, server("a", 0, 4)), transport), HIDDEN)
+        simulate(FakeDirectory(4, server("a", 0, 4)), transport, forward_hidden)
     assert len(transport.calls) < 20

@@ -7,7 +7,7 @@ what they find out; this one decides nothing but whether a server may be called.
 import asyncio
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,7 +226,7 @@ class PeerBook(Mapping[str, Peer]):
     def __getitem__(self, peer_id: str) -> Peer:
         return self._peers[peer_id]
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[str]:
         return iter(list(self._peers))
 
     def __len__(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from petals_eval.errors import MissingBlocksError, PeerRefusedError, RequestTooLargeError
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.peer import PeerBook
+from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.scheduling.admission import AdmissionQueues, RowAdmission, SessionAdmission, is_ready
 from petals_eval.swarm.wire.span import Span
 from tests.support.fake_swarm import FakeDirectory, FakeTransport, pipeline, run, server, settings
@@ -135,6 +136,22 @@ def test_a_session_is_refused_where_its_server_opens_none_or_none_so_large(peers
     error = SessionAdmission(peers, 1, 7).refusal(A, Span(2, 8))
     assert isinstance(error, MissingBlocksError) and error.missing == ((2, 4),)
     assert "no server of blocks 2:4 opens a session for this client" in str(error)
+
+
+def test_a_session_that_never_had_room_is_refused_after_half_a_minute_of_asking():
+    now = 1000.0
+    peers = PeerBook(settings(), Runtime(monotonic=lambda: now))
+    cache, admission = peers.of("a").cache, SessionAdmission(peers, 2, 7)
+    cache.observe_free(30)  # of 56 that it needs
+    while now < 1031:
+        assert admission.refusal(A, Span(0, 4)) is None
+        cache.on_full(56, FULL)
+        now += 1
+    with pytest.raises(
+        RequestTooLargeError, match=r"56 tokens .* 30 are the most .* with a smaller max_length or batch"
+    ):
+        raise admission.refusal(A, Span(0, 4))
+    assert admission.refusal(A, Span(0, 2)) is None, "of two blocks it would fit"
 
 
 def test_a_session_waits_for_room_for_all_its_rows(peers):
