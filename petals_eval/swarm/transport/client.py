@@ -19,6 +19,7 @@ from petals_eval.swarm.transport.hop_session import HopSession
 from petals_eval.swarm.transport.opening import SessionOpener
 from petals_eval.swarm.transport.rpc import Answer, joined_answer
 from petals_eval.swarm.transport.transport import Transport
+from petals_eval.swarm.wire.server_info import may_push
 
 __all__ = ["HopClient"]
 
@@ -110,6 +111,12 @@ class HopClient:
             return await self._opener.open(peer, hop, rows, positions)
         except PeerRefusedError as error:
             raise self.explain_session(hop, error, rows, positions) from error
+
+    async def check_push(self, hop: Hop) -> None:
+        """Raise PeerError where the hop's server is to open no session for us, or does not push on what it is pushed."""
+        version = (await self._opener.check(self._peers.of(hop.peer_id), hop)).version
+        if not may_push(version):
+            raise PeerRefusedError(f"petals {version or 'of no version'} does not push on what it was pushed")
 
     async def step(
         self,

@@ -98,7 +98,7 @@ def test_nothing_is_sent_where_a_session_is_refused(transport, index):
 def test_servers_that_do_not_push_on_what_they_are_pushed_are_told_of(transport, version):
     transport.info = info(version=version)
     pushed, _ = push_over(transport)
-    assert not pushed.answers and not transport.calls and pushed.at == 0
+    assert not pushed.answers and not transport.sessions and pushed.at == 0
     assert isinstance(pushed.error, PeerRefusedError) and "does not push on what it was pushed" in str(pushed.error)
 
 
