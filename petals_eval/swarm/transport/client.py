@@ -113,7 +113,7 @@ class HopClient:
             raise self.explain_session(hop, error, rows, positions) from error
 
     async def check_push(self, hop: Hop) -> None:
-        """Raise PeerError where the hop's server is to open no session for us, or does not push on what it is pushed."""
+        """Raise PeerError where the hop's server opens no session for us, or does not push on what it is pushed."""
         version = (await self._opener.check(self._peers.of(hop.peer_id), hop)).version
         if not may_push(version):
             raise PeerRefusedError(f"petals {version or 'of no version'} does not push on what it was pushed")
