@@ -21,7 +21,6 @@ from tests.support.fake_swarm import (
     run,
     run_all,
     server,
-    settings,
 )
 from tests.support.tensors import hidden_states
 from tests.support.virtual_time import run_in_virtual_time
@@ -141,7 +140,7 @@ def test_after_being_caught_a_server_is_refused_whatever_was_decided_before():
     transport = fake_transport()
     transport.blocks.dropout["d"] = {0: 0.1}
     pipe = swarm(transport, server("d", 0, 4), max_tokens_per_call=96)
-    acceptance = Acceptance(pipe.peers, pipe.guard, settings())
+    acceptance = Acceptance(pipe.peers, pipe.guard)
     hop = Hop(server("d", 0, 4), Span(0, 4))
 
     async def twice():
