@@ -1,4 +1,4 @@
-"""A workaround for hivemind 1.1: an answer that comes as its call is cancelled must not end the reader of all answers."""
+"""A workaround for hivemind 1.1: an answer that comes as its call is cancelled must not end the reader of them all."""
 
 import asyncio
 from uuid import UUID
