@@ -142,6 +142,8 @@ class Pipeline:
                     patience = None
                     replica = self._router.free_replica(hop, activations)
                     if replica is not None:
+                        slow, other = (self.peers.of(each.peer_id).name for each in (hop, replica))
+                        _log.debug("blocks %s: nothing from %s in time, %s is asked, too", hop.span, slow, other)
                         under_way[self._start(replica, activations, give_up)] = replica
                 for call in done:
                     asked = under_way.pop(call)

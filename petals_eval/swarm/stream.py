@@ -125,8 +125,8 @@ class MicroBatchStream(Generic[T]):
         self._started = 0  # written by the event loop alone
         self._producer_paused = False
         self.in_flight = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._wake: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # while `run` does
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def has_room(self) -> bool:
         """Return whether to make and send another micro-batch now."""
@@ -158,8 +158,8 @@ class MicroBatchStream(Generic[T]):
         self.in_flight += 1
         self._sent += 1
         self._nbytes += nbytes
-        if self._loop is not None and self._wake is not None:
-            self._loop.call_soon_threadsafe(self._wake.set)
+        if (loop := self._loop) is not None:
+            loop.call_soon_threadsafe(self._start_sent)
 
     def take(self, returned: Returned[T]) -> Computed[T] | Failed[T]:
         """Count a micro-batch as no longer in flight, and return what came of it."""
@@ -169,25 +169,26 @@ class MicroBatchStream(Generic[T]):
 
     async def run(self) -> None:
         """Send what is handed over, until cancelled."""
-        self._loop = asyncio.get_running_loop()
-        wake = self._wake = asyncio.Event()
-        tasks: set[asyncio.Task[None]] = set()
         listeners = self._pipeline.queues.listeners
         async with self._pipeline.streaming():
             listeners.add(self._resume_producer)
+            self._loop = asyncio.get_running_loop()
             try:
-                while True:
-                    wake.clear()
-                    while self._outbox:
-                        task = asyncio.create_task(self._run_one(self._outbox.popleft()))
-                        self._started += 1
-                        tasks.add(task)
-                        task.add_done_callback(tasks.discard)
-                    await wake.wait()
+                self._start_sent()
+                await self._loop.create_future()
             finally:
+                self._loop = None
                 listeners.discard(self._resume_producer)
-                for task in tasks:
+                for task in self._tasks:
                     task.cancel()
+
+    def _start_sent(self) -> None:
+        """Start whatever was sent: in a task each, from the event loop itself, so that `run` need not be woken."""
+        while self._outbox and self._loop is not None:
+            task = self._loop.create_task(self._run_one(self._outbox.popleft()))
+            self._started += 1
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _run_one(self, queued: _Queued[T]) -> None:
         result: Computed[T] | Failed[T]

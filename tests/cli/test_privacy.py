@@ -1,6 +1,7 @@
 """Nothing of the user's in any file of a run folder: it can be shared as it is."""
 
 import getpass
+import logging
 import shutil
 import socket
 from pathlib import Path
@@ -68,6 +69,28 @@ def test_no_token_and_no_path_is_in_any_file_of_a_run(
     # What may be known is there, so the search looks at the right files.
     assert b"stories260K-hf" in files["manifest.json"] and b"questions.txt" in files["manifest.json"]
     assert b"mine" in files["journal.sqlite"]
+
+
+def test_no_text_and_no_token_is_in_any_event_of_the_log(
+    stage: Stage, own_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the finest level, with a server that fails on the way."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    caplog.set_level(logging.DEBUG, "petals_eval")
+    rows = stage.trec.read_text(encoding="latin-1").splitlines()[:40]
+    (own_folder / "questions.txt").write_text("\n".join(rows) + "\n")
+    with LocalSwarm(stage.model, spans=[(0, 4), (4, 5), (4, 5)], dht_prefix="stories260K-hf", mode="thread") as swarm:
+        _kill_after_some(swarm, monkeypatch)
+        command = stage.run("--tokens-per-micro-batch", 200, "--token", TOKEN, data=own_folder / "questions.txt")
+        command[command.index(stage.peer)] = swarm.initial_peers[0]
+        assert invoke(*command).code == 0
+    events = caplog.text
+    assert "blocks 0:4 to ..." in events and "asked twice" in events  # the search looks at the right events
+    assert TOKEN not in events
+    for row in rows:
+        question = row.split(" ", 1)[1]
+        assert question not in events
+        assert not any(word in events for word in question.split() if len(word) > 9)
 
 
 def _kill_after_some(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:

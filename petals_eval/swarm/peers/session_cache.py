@@ -13,6 +13,7 @@ session that fits when others end and to one that never will. They are told apar
 """
 
 import asyncio
+import logging
 import math
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.wire.records import ServerRecord
 
 __all__ = ["CachePolicy", "SessionCache", "Wait"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ class SessionCache:
             refusals.due_at = now + refusals.delay * share
         refusals.least = min(need, refusals.least or need)
         refusals.words = words
+        until = refusals.due_at - now
+        _log.debug("%s: no session of %d tokens now (%s); asked again in %.2f s", self._server, need, words, until)
 
     def _count_contradiction(self, need: int, shown_free: int | None) -> None:
         known, now = self._contradictions, self._runtime.monotonic()
@@ -179,11 +184,13 @@ class SessionCache:
         self._closed_until = self._runtime.monotonic() + CachePolicy.locked_rest
         self._closed_for = f"{words}: its cache may be locked, which a restart of the server mends"
         self._contradictions.count = 0
+        _log.debug("%s: no session for %g s: %s", self._server, CachePolicy.locked_rest, words)
         return self._closed_for
 
     def on_incompatible(self, words: str) -> None:
         """Note that this client cannot use the server's sessions."""
         self._closed_until, self._closed_for = math.inf, words
+        _log.debug("%s: no session, ever: %s", self._server, words)
 
     # -- whether to ask
 

@@ -193,12 +193,13 @@ class PushScheduler:
         if pushed.error is None or pushed.at is None:
             return
         hop, error = hops[pushed.at], pushed.error
+        peer = self._peers.of(hop.peer_id)
+        _log.debug("%s: push given up, %d of %d hops done: %s", peer.name, len(pushed.answers), len(hops), error)
         if isinstance(error, PeerAnswerError | PeerDistrustedError):
             self._on_failed(hop, error)
             return
         if isinstance(error, PeerLimitError):
             return  # it pushes what is smaller
-        peer = self._peers.of(hop.peer_id)
         if not isinstance(error, PeerCacheFullError | PeerNoSessionError):
             peer.retries += 1
         now = self._runtime.monotonic()
@@ -206,7 +207,7 @@ class PushScheduler:
             rest = max(PushSchedulerPolicy.first_rest, 2 * peer.push_rest)
             peer.push_rest = min(PushSchedulerPolicy.longest_rest, rest)
             peer.push_rest_until = now + peer.push_rest
-            _log.debug("%s: no pushes for %g s: %s", peer.name, peer.push_rest, error)
+            _log.debug("%s: no pushes for %g s", peer.name, peer.push_rest)
         self._choice.on_failed()
 
 

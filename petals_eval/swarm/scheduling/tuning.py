@@ -134,6 +134,7 @@ class MicroBatchSize:
             self._direction = 1 / self._direction
         else:
             self._return_to, self.bytes, self.is_on_trial = self.bytes, other, True
+            _log.debug("micro-batches of %d KiB are tried, in place of %d KiB", other >> 10, self._return_to >> 10)
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,7 @@ class PushChoice:
             self.pause()
             if self._rest <= 0:
                 self.is_on, self.is_on_trial = not self.is_on, True
+                _log.debug("%s is tried", "pushing" if self.is_on else "sending hop by hop")
         elif rate > policy.better * self._rate:
             self._rate, self._next_rest = rate, 2 * policy.first_rest
             self._go(self.is_on, self._next_rest)

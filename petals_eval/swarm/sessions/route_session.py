@@ -5,6 +5,7 @@ another server or on the same one, whenever its cache is lost or cannot be rolle
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,8 @@ from petals_eval.swarm.trust.recorded_call import RecordedCall
 from petals_eval.swarm.wire.span import Span
 
 __all__ = ["MAX_HELD_SECONDS", "RouteSession"]
+
+_log = logging.getLogger(__name__)
 
 MAX_HELD_SECONDS = 5.0
 """How long the other servers' caches are held while a hop that is replaced in mid-session waits for room."""
@@ -221,6 +224,8 @@ class RouteSession:
     async def _leave(self, leg: _Leg, error: PeerError) -> None:
         """Give up a session that failed, and its server as well unless it only said how much it takes in a step."""
         was_open = leg.session is not None
+        name = self._peers.of(leg.hop.peer_id).name
+        _log.debug("%s: session on blocks %s ends at position %d: %s", name, leg.hop.span, self._position, error)
         await leg.close()
         if not (was_open and isinstance(error, PeerLimitError)):
             self._legs.remove(leg)

@@ -6,6 +6,7 @@ answers wrongly the same position as it is. If that works it is the code's fault
 from then on.
 """
 
+import logging
 from collections.abc import Awaitable, Callable
 
 from petals_eval.errors import PeerAnswerError, PeerRefusedError
@@ -15,6 +16,8 @@ from petals_eval.swarm.wire.codecs import LossyCode
 from petals_eval.swarm.wire.server_info import ServerInfo, dtype_name
 
 __all__ = ["TryOut", "negotiate"]
+
+_log = logging.getLogger(__name__)
 
 TryOut = Callable[[LossyCode | None], Awaitable[Answer]]
 """Sends one position under a code, or as it is for None."""
@@ -29,6 +32,7 @@ async def negotiate(peer: Peer, code: LossyCode, info: ServerInfo, try_out: TryO
     async def ask() -> LossyCode | None:
         peer.codec_refusal = await _reason_against(code, info, try_out)
         peer.has_taken_codec = peer.codec_refusal is None
+        _log.debug("%s: %s", peer.name, f"takes {code.name}" if peer.has_taken_codec else peer.codec_refusal)
         return code if peer.has_taken_codec else None
 
     return peer.codec.answer if peer.codec.is_answered else await peer.codec.get(ask)

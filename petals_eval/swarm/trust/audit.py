@@ -1,6 +1,7 @@
 """The replica audit: a share of the answers is computed again elsewhere, beside the work and never in its way."""
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,6 +16,8 @@ from petals_eval.swarm.trust.recorded_call import RecordedCall
 from petals_eval.swarm.wire.span import Span
 
 __all__ = ["AuditPolicy", "AuditProgress", "ReplicaAudit", "catch_probability"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class ReplicaAudit:
             if peer.is_quarantined:
                 return
             found = await self._arbiter.check(call)
+        outcome = "nobody could compute it again" if found is None else "differs" if found else "agrees"
+        _log.debug("%s: audit of blocks %s: %s", peer.name, call.hop.span, outcome)
         if found is None:
             self._impossible += 1
             peer.samplers[call.hop.server.span].on_failed()

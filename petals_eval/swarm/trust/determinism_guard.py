@@ -6,6 +6,7 @@ Where that could be it, the blocks are asked one by one: rounding stays what it 
 no longer thinned by what the others do.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ from petals_eval.swarm.trust.tolerance import SAME_SERVER
 from petals_eval.swarm.wire.span import Span
 
 __all__ = ["AskedTwice", "DeterminismGuard", "ask_twice"]
+
+_log = logging.getLogger(__name__)
 
 _FIRST_DUE_AT = 1024
 """Tokens a server has computed when it is probed again for the first time: about a micro-batch."""
@@ -117,6 +120,10 @@ class DeterminismGuard:
         asked = await ask_twice(self._client, hop, question)
         peer.window.observe_rtt(asked.seconds)
         self.tokens_asked += asked.tokens
+        _log.debug(
+            "%s: blocks %s asked twice: difference %.2g, rounding explains %g; %.3f s",
+            *(peer.name, hop.span, asked.difference, asked.allowed, asked.seconds),
+        )
         if not asked.is_alike:
             error = PeerNondeterministicError(
                 f"it gave two answers to one question (difference {asked.difference:.2g}, rounding explains "

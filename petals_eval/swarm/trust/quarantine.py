@@ -1,5 +1,6 @@
 """Servers whose answers cannot be counted on: left out, told of, and used again only where the settings allow it."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -14,6 +15,8 @@ from petals_eval.swarm.wire.records import SpanServer
 from petals_eval.swarm.wire.span import Span, spans_text
 
 __all__ = ["Quarantine"]
+
+_log = logging.getLogger(__name__)
 
 
 class Quarantine:
@@ -71,6 +74,7 @@ class Quarantine:
             return  # told already, or cleared: whoever it disagrees with has been caught in the meantime
         is_first = all(self._peers.of(other).finding is None for other in finding.others)
         self._note(peer, finding)
+        _log.debug("%s: disputed on blocks %s (difference %.2g)", peer.name, finding.blocks, finding.difference)
         if is_first:  # one warning names them all
             self._warn_of(finding, others=0)
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -131,6 +132,7 @@ def may_roll_back(version: str | None) -> bool:
     return _line_of(version) is None or may_push(version)
 
 
+@lru_cache(maxsize=256)  # asked of every server for every micro-batch
 def may_push(version: str | None) -> bool:
     """Return whether a server of this version of petals, as it says, passes on what it is pushed: from 2.3.0 on.
 
