@@ -108,6 +108,7 @@ class MicroBatchStream(Generic[T]):
         span: Span,
         window: int | None,
         deliver: Callable[[Returned[T] | None], object],
+        policy: StreamPolicy = StreamPolicy(),
     ):
         """
         window: micro-batches in flight at most; None: as many as the servers' own windows take, and those that wait for
@@ -119,6 +120,7 @@ class MicroBatchStream(Generic[T]):
         self._span = span
         self._window = window
         self._deliver = deliver
+        self._policy = policy
         self._outbox: deque[_Queued[T]] = deque()
         self._nbytes = 0
         self._sent = 0
@@ -132,8 +134,8 @@ class MicroBatchStream(Generic[T]):
         """Return whether to make and send another micro-batch now."""
         if self._window is not None:
             return self.in_flight < self._window
-        if self.in_flight >= StreamPolicy.max_micro_batches or (
-            self._nbytes >= StreamPolicy.max_bytes and self.in_flight
+        if self.in_flight >= self._policy.max_micro_batches or (
+            self._nbytes >= self._policy.max_bytes and self.in_flight
         ):
             return False  # until one is back
         self._producer_paused = True  # before looking: whoever leaves a queue after the look resumes the producer
@@ -144,8 +146,8 @@ class MicroBatchStream(Generic[T]):
         """Return whether so many micro-batches wait that another would only fill the memory."""
         queues, for_the_loop = self._pipeline.queues, self._sent - self._started
         return (
-            queues.length(self._span.start) + for_the_loop >= StreamPolicy.max_queued_first
-            or queues.waiting + for_the_loop >= StreamPolicy.max_queued_total
+            queues.length(self._span.start) + for_the_loop >= self._policy.max_queued_first
+            or queues.waiting + for_the_loop >= self._policy.max_queued_total
         )
 
     def send(self, work: Work[T]) -> None:

@@ -6,6 +6,7 @@ what they find out; this one decides nothing but whether a server may be called.
 
 import asyncio
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,25 +161,35 @@ class Peer:
         self.window.on_overtaken()
 
 
-class PeerBook(dict[str, Peer]):
+class PeerBook(Mapping[str, Peer]):
     """The peers that one connection met, by peer id. Used from its event loop; may be read from any thread.
 
     settings, runtime: of the connection, for whoever works with its peers.
     """
 
     def __init__(self, settings: SwarmSettings, runtime: Runtime | None = None):
-        super().__init__()
         self.settings = settings
         self.runtime = runtime or Runtime()
         self.model_limits = ModelLimits()
+        self._peers: dict[str, Peer] = {}
 
     def of(self, peer_id: str) -> Peer:
         """Return the peer, a new one where it was not met before."""
-        return self.get(peer_id) or self.setdefault(
-            peer_id, Peer(peer_id, self.settings, self.runtime, self.model_limits)
-        )
+        peer = self._peers.get(peer_id)
+        if peer is None:
+            peer = self._peers[peer_id] = Peer(peer_id, self.settings, self.runtime, self.model_limits)
+        return peer
 
     @property
     def retries(self) -> int:
         """Calls that failed and were made again."""
-        return sum(peer.retries for peer in list(self.values()))
+        return sum(peer.retries for peer in self.values())
+
+    def __getitem__(self, peer_id: str) -> Peer:
+        return self._peers[peer_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._peers))
+
+    def __len__(self) -> int:
+        return len(self._peers)

@@ -34,6 +34,9 @@ class Admits:
     def wait(self, server, rest):
         return Wait(0.05, f"{server.peer_id} has no room") if server.peer_id in self.full else None
 
+    def is_ready(self, server, rest):
+        return server.peer_id not in self.full
+
 
 def find(pipe, start=0, tokens=16, admission=Admits(), seconds=0.5):  # noqa: B008 - it does not change
     give_up = time.monotonic() + seconds
