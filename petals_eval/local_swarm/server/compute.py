@@ -35,9 +35,9 @@ class SpanThread:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
 
     def _run(self, work: Work) -> torch.Tensor:
-        first, last = work.span.start, work.span.stop
+        span = work.span
         if work.cache is None:
-            return self.blocks.forward(work.hidden, work.prompts, first=first, last=last)
+            return self.blocks.forward(work.hidden, work.prompts, first=span.start, last=span.stop)
         chunk = self._chunk_length(work.hidden, work.cache.get_seq_length())
         outputs = []
         for start in range(0, work.hidden.shape[1], chunk):
@@ -45,11 +45,11 @@ class SpanThread:
             prompts = None
             if work.prompts is not None and start < work.prompts.shape[2]:
                 prompts = work.prompts[:, :, start : start + chunk]
-            outputs.append(self.blocks.forward(hidden, prompts, first=first, last=last, cache=work.cache))
+            outputs.append(self.blocks.forward(hidden, prompts, first=span.start, last=span.stop, cache=work.cache))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _chunk_length(self, hidden: torch.Tensor, cached: int) -> int:
-        """Positions whose attention weights over all positions so far fit into `max_chunk_bytes`, as Petals reckons."""
+        """Return how many positions have attention weights that fit into `max_chunk_bytes`, as Petals reckons."""
         batch, seq, _ = hidden.shape
         per_position = self.blocks.attention_heads * batch * self.blocks.dtype.itemsize * (cached + seq)
         return max(1, self.max_chunk_bytes // per_position)
