@@ -80,7 +80,7 @@ def test_the_making_goes_on_when_a_line_gets_shorter(loop):
     calls = HeldUpCalls("second")
     flight = flight_over(loop, calls)
     sent = send_all(flight, 100)
-    loop.run(_set(calls.let_go), 5.0)
+    loop.start_task_soon(_set, calls.let_go).result(5.0)
     assert send_all(flight, 100 - sent) == 100 - sent
     flight.close()
 
