@@ -193,7 +193,9 @@ def test_a_push_that_is_lost_holds_nothing_up_and_what_came_before_it_counts(rea
     monkeypatch.setattr(push_calls, "LEAST_PATIENCE", 1.0)
     hidden = hidden_states(3, 9)
     hears = Sessions.receive
-    monkeypatch.setattr(Sessions, "receive", lambda self, request: self._span.first != 3 and hears(self, request))
+    monkeypatch.setattr(
+        Sessions, "receive", lambda self, request: self._served.settings.start != 3 and hears(self, request)
+    )
     with swarm_of(realdata) as deaf, blocks_over(deaf) as blocks:
         started = time.monotonic()
         assert close(blocks(hidden), ordinary(hidden))
