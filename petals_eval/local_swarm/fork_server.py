@@ -110,7 +110,7 @@ def main(line: socket.socket, model_type: str) -> None:
     for name in (*_IMPORTS, f"transformers.models.{model_type}.modeling_{model_type}"):
         with suppress(ModuleNotFoundError):  # an unknown family: the server says so in better words
             importlib.import_module(name)
-    # The kernel buries what ends here: servers, and the daemons of servers that were killed.
+    # The kernel reaps what ends here: servers, and the daemons of servers that were killed.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

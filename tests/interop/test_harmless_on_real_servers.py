@@ -101,7 +101,7 @@ def test_two_of_ours_that_want_a_full_cache_at_once_leave_it_to_others(swarm, th
 def clients_to_kill(swarm) -> Iterator[Callable[[], psutil.Process]]:
     """Starts a client that opens one session after the other, in a process of its own."""
     settings = {"initial_peers": swarm.initial_peers, "dht_prefix": TINY, "blocks": BLOCKS, "hidden": HIDDEN}
-    nursery = subprocess.Popen(
+    fork_server = subprocess.Popen(
         [sys.executable, "-m", "tests.interop.session_clients", json.dumps(settings)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -110,16 +110,16 @@ def clients_to_kill(swarm) -> Iterator[Callable[[], psutil.Process]]:
     )
 
     def start() -> psutil.Process:
-        nursery.stdin.write("\n")
-        nursery.stdin.flush()
-        return psutil.Process(int(nursery.stdout.readline()))
+        fork_server.stdin.write("\n")
+        fork_server.stdin.flush()
+        return psutil.Process(int(fork_server.stdout.readline()))
 
     try:
         yield start
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(nursery.pid, signal.SIGKILL)
-        nursery.communicate()
+            os.killpg(fork_server.pid, signal.SIGKILL)
+        fork_server.communicate()
 
 
 def test_a_client_killed_at_random_moments_leaves_no_cache_behind(swarm, third, request):

@@ -5,15 +5,8 @@ import torch
 
 from petals_eval.model import LocalModel, load_adapter
 from petals_eval.tasks.requests import Request
-from tests.model.reference import (
-    TOKENS,
-    causal_lm,
-    classifier,
-    close,
-    full_logits,
-    local_answers,
-    make_adapter,
-)
+from tests.model.reference import TOKENS, causal_lm, classifier, full_logits, local_answers, make_adapter
+from tests.support.tensors import close
 from tests.support.tiny_models import FAMILIES, make_tiny
 
 KINDS = ("none", "ptune", "deep_ptune")

@@ -36,7 +36,7 @@ from petals_eval.local_swarm.faults.catalog import (
 from petals_eval.local_swarm.work import Compute, Middleware, Work
 from petals_eval.model.blocks import BlockSpan
 
-__all__ = ["FaultInjector", "wait_for_ever"]
+__all__ = ["FaultInjector", "wait_forever"]
 
 F = TypeVar("F", bound=Fault)
 
@@ -164,9 +164,9 @@ class FaultInjector:
         asked = work.hidden.contiguous().view(torch.uint8).numpy().tobytes()
         if self.hits_call(Crash, asked):
             await self._crash()
-            await wait_for_ever()
+            await wait_forever()
         if self.hangs("before") or self.hits_call(InfoOnly):
-            await wait_for_ever()
+            await wait_forever()
         if refusal := self.hits_call(Refuse, asked):
             raise RuntimeError(refusal[0].text or _ERRORS[refusal[0].reason])
         if stale := self.active(StaleRecord):
@@ -217,7 +217,7 @@ class FaultInjector:
             return message
         if self.hits_call(Reset):
             await self._reset(remote)
-            await wait_for_ever()
+            await wait_forever()
         message = copy.copy(message)
         if cut := self.hits_call(Truncated):
             message.buffer = message.buffer[: int(len(message.buffer) * cut[0].share_left)]
@@ -236,7 +236,7 @@ class FaultInjector:
         return message
 
 
-async def wait_for_ever() -> None:
+async def wait_forever() -> None:
     """Wait until the task is cancelled, as the answer of a call that hangs."""
     await asyncio.Event().wait()
 

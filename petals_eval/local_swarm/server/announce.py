@@ -23,7 +23,7 @@ from petals_eval.swarm.wire.messages import block_uid
 from petals_eval.swarm.wire.records import MODELS_KEY, ServerRecord, ServerState
 from petals_eval.swarm.wire.span import Span
 
-__all__ = ["announce", "nobody"]
+__all__ = ["absent_peer_id", "announce"]
 
 _MIN_LIFETIME = 3.0
 """Seconds that a record lives at least: peers whose clocks differ by more refuse each other (hivemind's limit)."""
@@ -60,7 +60,7 @@ async def announce(
         if state is ServerState.ONLINE and faults.active_in_record(JoiningForEver):
             state = ServerState.JOINING
         if faults.active_in_record(RecordWithoutServer):
-            peers.append(nobody(peers[0]))
+            peers.append(absent_peer_id(peers[0]))
     # The keys are those of the record that clients read. Their validation is left out: a lie must go out as it is.
     record = ServerRecord.model_construct(
         start_block=span.start,
@@ -94,7 +94,7 @@ async def announce(
     await asyncio.gather(*stores)
 
 
-def nobody(peer_id: str) -> str:
+def absent_peer_id(peer_id: str) -> str:
     """Return the identity (base58) of a peer that does not exist, drawn from that of one that does."""
     sha256_multihash = b"\x12\x20"
     digest = hashlib.sha256(PeerID.from_base58(peer_id).to_bytes()).digest()

@@ -29,6 +29,7 @@ __all__ = ["BlockServer"]
 _OFFLINE_TIMEOUT = 5.0
 """Seconds that announcing OFFLINE may take: a swarm that goes down as well must not hold up the end."""
 _MEASURED_TOKENS = 64
+"""Tokens of the forward pass by which the throughput is measured."""
 
 
 class BlockServer:

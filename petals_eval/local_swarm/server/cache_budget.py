@@ -12,8 +12,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from petals_eval.swarm.tasks import retrieve_exception
-
 __all__ = ["AllocationFailed", "CacheBudget"]
 
 
@@ -34,6 +32,7 @@ class CacheBudget:
 
     @property
     def bytes_left(self) -> int:
+        """The bytes that nobody has reserved."""
         return self.total_bytes - self.used_bytes
 
     @asynccontextmanager
@@ -87,6 +86,6 @@ class CacheBudget:
 
     def _free(self, allocating: "asyncio.Task[None]", size: int) -> None:
         """Give back what a session was given, which may be after its end."""
-        if not allocating.cancelled() and retrieve_exception(allocating) is None:
+        if not allocating.cancelled() and allocating.exception() is None:
             self.used_bytes -= size
             self._freed.set()

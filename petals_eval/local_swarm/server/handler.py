@@ -15,7 +15,7 @@ from hivemind.utils.streaming import combine_from_streaming, split_for_streaming
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 from petals_eval.local_swarm.faults.catalog import OtherLayout, VersionLie
-from petals_eval.local_swarm.faults.injector import wait_for_ever
+from petals_eval.local_swarm.faults.injector import wait_forever
 from petals_eval.local_swarm.server.messages import decoded, given, read_metadata, unpacked
 from petals_eval.local_swarm.server.served_span import ServedSpan
 from petals_eval.local_swarm.server.sessions import Sessions
@@ -23,6 +23,9 @@ from petals_eval.local_swarm.work import Work
 from petals_eval.swarm.transport.rpc import TransformerConnectionHandler
 
 __all__ = ["BlockHandler"]
+
+_ANNOUNCED_LENGTH = 2048
+"""Tokens of the hidden states in rpc_info's schemas, as Petals writes them; no limit for anybody."""
 
 
 class BlockHandler(ServicerBase):
@@ -33,7 +36,7 @@ class BlockHandler(ServicerBase):
         self._sessions = Sessions(served, lambda peer, request: self.get_stub(p2p, peer).rpc_push(request))
 
     async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
-        """Version and cache left; for the uid of a block also the tensors it takes and gives."""
+        """Return the version and the cache left; for the uid of a block also the tensors that it takes and gives."""
         blocks, budget, faults = self._served.blocks, self._served.budget, self._served.faults
         if request.uid and request.uid not in self._served.uids:
             raise KeyError(request.uid)
@@ -45,7 +48,11 @@ class BlockHandler(ServicerBase):
         }
         if request.uid:
             hidden = BatchTensorDescriptor(
-                1, 2048, blocks.hidden_size, dtype=blocks.dtype, compression=runtime_pb2.CompressionType.NONE
+                1,
+                _ANNOUNCED_LENGTH,
+                blocks.hidden_size,
+                dtype=blocks.dtype,
+                compression=runtime_pb2.CompressionType.NONE,
             )
             prompts = BatchTensorDescriptor((), dtype=blocks.dtype)
             hypo_ids = BatchTensorDescriptor((), dtype=torch.int64)
@@ -60,18 +67,18 @@ class BlockHandler(ServicerBase):
         return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
 
     async def rpc_forward(self, request: runtime_pb2.ExpertRequest, context: P2PContext) -> runtime_pb2.ExpertResponse:
-        """Hidden states and deep prompts in one message, hidden states in one message back."""
+        """Take hidden states and deep prompts in one message, and return hidden states in one."""
         with self._served.faults.call_in_flight():
             async with asyncio.timeout(self._served.settings.request_timeout):
                 answer = await self._forward("rpc_forward", request, request.tensors, context)
                 if self._served.faults.hangs("middle"):
-                    await wait_for_ever()
+                    await wait_forever()
                 return runtime_pb2.ExpertResponse(tensors=[answer])
 
     async def rpc_forward_stream(
         self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
     ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
-        """The same in parts of at most 4 MiB, each way."""
+        """Do what `rpc_forward` does, in messages of at most 4 MiB each way."""
         async with asyncio.timeout(self._served.settings.request_timeout):
             opening: runtime_pb2.ExpertRequest | None = None
             parts: list[list[runtime_pb2.Tensor]] = []  # of each tensor; the first of them carries its header
@@ -92,7 +99,7 @@ class BlockHandler(ServicerBase):
                 for part in split_for_streaming(answer, len(answer.buffer) // 2 if hangs else DEFAULT_MAX_MSG_SIZE):
                     yield runtime_pb2.ExpertResponse(tensors=[part])
                     if hangs:
-                        await wait_for_ever()
+                        await wait_forever()
 
     async def _forward(
         self,
@@ -118,13 +125,13 @@ class BlockHandler(ServicerBase):
     async def rpc_inference(
         self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
     ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
-        """A session with a key-value cache: a step in each message, a response for each step."""
+        """Run a session with a key-value cache: a step in each message, a response to each step."""
         async with aclosing(self._sessions.infer(requests, str(context.remote_id))) as responses:
             async for response in responses:
                 yield response
 
     async def rpc_push(self, request: runtime_pb2.ExpertRequest, context: P2PContext) -> runtime_pb2.ExpertResponse:
-        """A step of a session of this server's, from the server before it."""
+        """Take a step of one of this server's sessions from the server before it."""
         self._sessions.receive(request)
         return runtime_pb2.ExpertResponse()
 

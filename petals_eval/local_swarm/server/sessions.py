@@ -16,11 +16,10 @@ from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 
 from petals_eval.local_swarm.faults.catalog import LockedCache, OtherLayout
-from petals_eval.local_swarm.faults.injector import wait_for_ever
+from petals_eval.local_swarm.faults.injector import wait_forever
 from petals_eval.local_swarm.server.messages import decoded, given, read_metadata, unpacked
 from petals_eval.local_swarm.server.served_span import ServedSpan
 from petals_eval.local_swarm.work import Work
-from petals_eval.swarm.tasks import retrieve_exception
 from petals_eval.swarm.wire.messages import chain_uid
 from petals_eval.swarm.wire.server_info import SESSION_TENSORS
 from petals_eval.swarm.wire.span import Span
@@ -61,7 +60,7 @@ class Sessions:
             if layout := faults.hits_call(OtherLayout):
                 raise ValueError(f"expected {layout[0].tensors} tensors in a step, found {len(opening.tensors)}")
             if faults.hits_call(LockedCache):
-                await wait_for_ever()
+                await wait_forever()
             async with (
                 self._served.budget.reserve(session.cache_bytes, timeout),
                 aclosing(self._steps(opening, requests, metadata.get("session_id"))) as steps,
@@ -72,7 +71,7 @@ class Sessions:
                         output = await self._served.compute(work) if work.hidden.numel() else work.hidden
                         answer = await self._served.answer(output, {}, remote)
                         if faults.hangs("middle"):
-                            await wait_for_ever()
+                            await wait_forever()
                     if work.prompts is None:
                         self._push_on(request, answer, step)
                     yield runtime_pb2.ExpertResponse(tensors=[answer])
@@ -158,7 +157,7 @@ class Sessions:
     def _pushed_on(self, task: "asyncio.Task[None]") -> None:
         """Forget a push that has ended. One that failed loses nothing: the client sends the step as well."""
         self._pushing.discard(task)
-        if (error := retrieve_exception(task)) is not None:
+        if not task.cancelled() and (error := task.exception()) is not None:
             logger.debug("a push failed: %r", error)
 
 
@@ -181,7 +180,7 @@ class _Session:
 
     @property
     def cache_bytes(self) -> int:
-        """Room that its keys and values take."""
+        """The bytes that its keys and values take."""
         return self._batch * self._max_length * self._served.blocks.cache_bytes_per_token * len(self._span)
 
     def work(self, request: runtime_pb2.ExpertRequest, step: dict[str, Any]) -> Work:
@@ -212,9 +211,9 @@ class _Session:
     def _checked_length(self, max_length: Any) -> int:
         if not isinstance(max_length, int):
             raise ValueError(f"rpc_inference metadata must contain int max_length, got {max_length!r}")
-        most = self._served.settings.session_tokens
-        if not 0 <= max_length <= most:
-            raise ValueError(f"Cannot allocate KV cache for {max_length} tokens, max = {most}")
+        limit = self._served.settings.session_tokens
+        if not 0 <= max_length <= limit:
+            raise ValueError(f"Cannot allocate KV cache for {max_length} tokens, max = {limit}")
         return max_length
 
     def _roll_back(self, position: Any) -> None:

@@ -10,7 +10,7 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PHandlerError
 from petals_eval.errors import MachineError
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.faults import catalog as f
-from petals_eval.local_swarm.server.announce import nobody
+from petals_eval.local_swarm.server.announce import absent_peer_id
 from petals_eval.model.blocks import BlockSpan
 from tests.support.tensors import hidden_states
 from tests.support.tiny_models import make_tiny
@@ -337,7 +337,7 @@ def test_records(client, server):
 
 def test_a_record_without_a_server(client, server):
     server.switch(f.RecordWithoutServer())
-    invented = nobody(server.peer_id)
+    invented = absent_peer_id(server.peer_id)
     assert set(client.record("tiny.0")) == {server.peer_id, invented}
     with pytest.raises(Exception):  # noqa: B017 - hivemind raises what the daemon says
         client.run(client.stub(invented).rpc_forward(request(SPAN, states())), SOON)
