@@ -9,6 +9,7 @@ import torch
 
 from petals_eval.errors import DeadlineError, MissingBlocksError, PeerUnreachableError, RequestTooLargeError
 from petals_eval.swarm.peers.session_cache import Wait
+from petals_eval.swarm.scheduling.planned_routes import PlannedRoutes
 from petals_eval.swarm.scheduling.router import PlanPolicy
 from petals_eval.swarm.wire.records import Snapshot
 from petals_eval.swarm.wire.span import Span
@@ -85,7 +86,7 @@ def test_servers_without_room_in_their_caches_are_passed_over_and_where_there_is
     assert find(pipe, admission=all_but_one).peer_id == first[0]
     with pytest.raises(DeadlineError, match=r"no server of blocks 0:12 has room for a session now: s0-0 has no room"):
         find(pipe, admission=Admits(full=frozenset(first)), seconds=0.2)
-    assert pipe._router.waiting_for_caches == ()
+    assert pipe._router.waiting.for_caches == ()
 
 
 def test_blocks_that_nobody_holds_are_said_before_caches_that_are_full():
@@ -126,7 +127,7 @@ def test_a_search_looks_at_the_servers_of_one_block_and_plans_now_and_then():
     for _ in range(searches):
         find(pipe)
     assert reckoned - searches * FEW <= searches * len(MANY) * 3 * 0.3, "as many as if each search had planned anew"
-    pipe._router._planned = None
+    pipe._router._planned = PlannedRoutes(pipe.peers.runtime)
     before = reckoned
     find(pipe)
     assert reckoned - before > FEW + len(MANY)
