@@ -34,7 +34,6 @@ from petals_eval.swarm.trust.audit import ReplicaAudit
 from petals_eval.swarm.trust.determinism_guard import DeterminismGuard
 from petals_eval.swarm.trust.non_finite import raise_if_input_overflows
 from petals_eval.swarm.trust.quarantine import Quarantine
-from petals_eval.swarm.trust.recorded_call import RecordedCall
 from petals_eval.swarm.wire.span import Span
 
 __all__ = ["Pipeline", "ServedHop", "SwarmStatus"]
@@ -80,9 +79,10 @@ class Pipeline:
         self._client = client = HopClient(transport, peers)
         self.quarantine = Quarantine(directory, peers)
         self.guard = DeterminismGuard(client, self.quarantine, peers.settings)
-        arbiter = Arbiter(client, Acceptance(peers, self.guard), directory, peers)
+        unaudited = Acceptance(client, peers, self.guard)
+        arbiter = Arbiter(unaudited.run, directory, peers)
         self.audit = ReplicaAudit(arbiter, peers, self.quarantine)
-        self._acceptance = accept = Acceptance(peers, self.guard, self.audit)
+        self._acceptance = accept = Acceptance(client, peers, self.guard, self.audit)
         self.queues = queues = AdmissionQueues()
         self.tuning = Tuning(peers.settings, peers.runtime)
         self._router = router = Router(directory, peers, self.quarantine, queues)
@@ -192,21 +192,11 @@ class Pipeline:
         peer = self.peers.of(hop.peer_id)
         try:
             async with asyncio.timeout(give_up - self._runtime.monotonic()):
-                return await self._run_accepted(hop, activations.entering(hop.span.start, hop.span.stop))
+                answer = await self._acceptance.run(hop, activations.entering(hop.span.start, hop.span.stop))
         except TimeoutError as error:
             began_with = peer.first_error_in_a_row if peer.is_failing else ""
             before = f"; before: {began_with}" if began_with else ""
             raise PeerTimeoutError(f"nothing by the deadline{before}") from error
-
-    async def _run_accepted(self, hop: Hop, activations: Activations) -> Answer:
-        """Every ordinary answer passes here. Raises PeerError."""
-        peer = self.peers.of(hop.peer_id)
-        await self._acceptance.ready(hop, activations)
-        peer.window.mark_started(self._runtime.monotonic())
-        answer = await self._client.run(hop, activations)
-        limit = peer.limits.per_call
-        step = limit if limit is not None and activations.positions > limit else None
-        await self._acceptance.accept(RecordedCall(hop, activations, answer.hidden, step, answer.seconds))
         peer.on_succeeded(
             hop.server.span, tokens=activations.tokens, sent=answer.bytes_sent, received=answer.bytes_received
         )

@@ -1,6 +1,7 @@
 """A swarm without a network: it plugs in at the seam between "which server next" and "send it"."""
 
 import asyncio
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.transport.rpc import Answer
 from petals_eval.swarm.transport.transport import AskedInfo
 from petals_eval.swarm.wire.records import ServerRecord, ServerState, Snapshot, SpanServer
-from petals_eval.swarm.wire.server_info import ServerInfo
+from petals_eval.swarm.wire.server_info import SESSION_TENSORS, ServerInfo
 from petals_eval.swarm.wire.session_messages import NextServer
 from petals_eval.swarm.wire.span import Span
 
@@ -30,6 +31,11 @@ PEER = "/ip4/127.0.0.1/tcp/1/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY"
 def server(name: str, start: int, stop: int, **fields: object) -> SpanServer:
     record = ServerRecord.model_validate({"state": ServerState.ONLINE, "throughput": 1.0, **fields})
     return SpanServer(name, Span(start, stop), record)
+
+
+def info(version: str | None = "2.2.0", dtype: torch.dtype = torch.float32, cache: int | None = None) -> ServerInfo:
+    """Return what a server says of itself. cache: tokens of one block that are free."""
+    return ServerInfo(version, dtype, dtype, cache, session_tensors=SESSION_TENSORS)
 
 
 def settings(**values: object) -> SwarmSettings:
@@ -223,8 +229,10 @@ class FakeTransport:
 
     calls, probes: what servers were sent, in order; probes are the determinism guard's, calls all else.
     sessions: every one that was opened. down: servers that cannot be reached; hanging: those that never answer.
-    on_call, on_session, on_info: called before an answer is given; what they raise is what the server does.
-    seconds: that a call takes. max_in_flight, max_sessions: the most there were at once.
+    on_call, on_probe, on_session, on_info: called before an answer is given; what they raise is what the server does.
+        Where `on_call` or `on_probe` returns an awaitable, it is awaited.
+    info: what they all say of themselves. seconds: that a call takes.
+    max_in_flight, max_sessions: the most there were at once.
     """
 
     def __init__(self, blocks: Blocks | None = None, *, seconds: float = 0.001):
@@ -237,9 +245,10 @@ class FakeTransport:
         self.down: set[str] = set()
         self.hanging: set[str] = set()
         self.on_call: Callable[[Hop, torch.Tensor], object] | None = None
+        self.on_probe: Callable[[Hop, torch.Tensor], object] | None = None
         self.on_session: Callable[[Hop, int, int], object] | None = None
         self.on_info: Callable[[str], object] | None = None
-        self.info = ServerInfo("2.2.0", torch.float32, torch.float32, None)
+        self.info = info()
         self.in_flight = self.max_in_flight = 0
         self.open_sessions = self.max_sessions = 0
         self._routes: dict[str, tuple[NextServer, ...]] = {}
@@ -264,8 +273,10 @@ class FakeTransport:
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         try:
             await self._reach(hop.peer_id)
-            if self.on_call is not None and not is_probe:
-                self.on_call(hop, activations.hidden)
+            if (hook := self.on_probe if is_probe else self.on_call) is not None:
+                waited_for = hook(hop, activations.hidden)
+                if inspect.isawaitable(waited_for):
+                    await waited_for
         finally:
             self.in_flight -= 1
         return Answer(self.blocks.forward(hop, activations), self.seconds, 8, 8)

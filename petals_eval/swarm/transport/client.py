@@ -18,6 +18,7 @@ from petals_eval.swarm.transport.hop_session import HopSession
 from petals_eval.swarm.transport.opening import SessionOpener
 from petals_eval.swarm.transport.rpc import Answer, joined_answer
 from petals_eval.swarm.transport.transport import Transport
+from petals_eval.swarm.wire.server_info import may_push
 
 __all__ = ["HopClient"]
 
@@ -79,7 +80,7 @@ class HopClient:
                 if isinstance(error, PeerLimitError) or not self._learn_per_call(peer, error, sent):
                     raise
             else:
-                return joined_answer(answers, dim=0)
+                return joined_answer(answers, dim=0, at_once=not in_steps)
 
     async def _in_steps(self, peer: Peer, hop: Hop, parts: Sequence[Activations], step: int) -> list[Answer]:
         """One session after the other: beside it another of this length may have no room."""
@@ -109,6 +110,12 @@ class HopClient:
             return await self._opener.open(peer, hop, rows, positions)
         except PeerRefusedError as error:
             raise self.explain_session(hop, error, rows, positions) from error
+
+    async def check_push(self, hop: Hop) -> None:
+        """Raise PeerError where the hop's server opens no session for us, or does not push on what it is pushed."""
+        version = (await self._opener.check(self._peers.of(hop.peer_id), hop)).version
+        if not may_push(version):
+            raise PeerRefusedError(f"petals {version or 'of no version'} does not push on what it was pushed")
 
     async def step(
         self,

@@ -17,7 +17,7 @@ from petals_eval.swarm.peers.limits import says_cache_is_full
 from petals_eval.swarm.peers.peer import Peer
 from petals_eval.swarm.transport.hop_session import HopSession
 from petals_eval.swarm.transport.transport import Transport, ask_info, kept_info
-from petals_eval.swarm.wire.server_info import other_layout
+from petals_eval.swarm.wire.server_info import ServerInfo, other_layout
 
 __all__ = ["SessionOpener", "all_or_none"]
 
@@ -35,7 +35,7 @@ class SessionOpener:
         Raises PeerCacheFullError where there is no room now, PeerNoSessionError where the server opens none that is for
         us, and other PeerErrors for what fails.
         """
-        await self._refuse_closed(peer, hop)
+        await self.check(peer, hop)
         peer.cache.observe_record(hop.server.record)
         need = rows * positions * hop.blocks
         if not peer.cache.is_full(need):
@@ -45,15 +45,21 @@ class SessionOpener:
                 raise PeerCacheFullError(peer.cache.why_full(need))
             return await self._reserve(peer, hop, rows, positions, await self._look(peer, hop, need))
 
-    async def _refuse_closed(self, peer: Peer, hop: Hop) -> None:
-        """Raise PeerNoSessionError where no session is to be opened, which costs the server nothing."""
-        layout = other_layout(await kept_info(self._transport, peer, hop.span.start, self._settings))
+    async def check(self, peer: Peer, hop: Hop) -> ServerInfo:
+        """Return what the server says of itself, asked once.
+
+        Raises PeerNoSessionError where no session is to be opened, which costs the server nothing, and other PeerErrors
+        where it cannot be asked.
+        """
+        info = await kept_info(self._transport, peer, hop.span.start, self._settings)
+        layout = other_layout(info)
         if layout is not None:
             peer.cache.on_incompatible(layout)
             raise PeerNoSessionError(layout)
         closed = peer.cache.wait(0)  # for so little nothing but a lost lock is waited for
         if closed is not None:
             raise PeerNoSessionError(closed.why)
+        return info
 
     async def _look(self, peer: Peer, hop: Hop, need: int) -> int | None:
         """Return what is free now, as the server says.

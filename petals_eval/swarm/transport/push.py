@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from petals_eval.errors import PeerError, PeerRefusedError
+from petals_eval.errors import PeerError
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.tasks import retrieve_exception
@@ -19,7 +19,6 @@ from petals_eval.swarm.transport.client import HopClient
 from petals_eval.swarm.transport.hop_session import HopSession
 from petals_eval.swarm.transport.opening import all_or_none
 from petals_eval.swarm.transport.rpc import Answer, peer_errors
-from petals_eval.swarm.wire.server_info import may_push
 from petals_eval.swarm.wire.session_messages import NextServer
 
 __all__ = ["Pushed", "push"]
@@ -46,6 +45,11 @@ async def push(client: HopClient, hops: Sequence[Hop], activations: Activations,
     """
     rows, positions = activations.rows, activations.positions
     sessions: list[HopSession] = []
+    for at, hop in enumerate(hops):  # before anybody reserves cache for it
+        try:
+            await client.check_push(hop)
+        except PeerError as error:
+            return Pushed((), error, at)
     for at, opened in enumerate(await all_or_none([client.open_session(hop, rows, positions) for hop in hops])):
         if isinstance(opened, PeerError):
             return Pushed((), client.explain_push(hops[at], opened, rows, positions), at)
@@ -64,11 +68,6 @@ async def _through(
     tasks: list[asyncio.Task[Answer]] = []
     at = 0
     try:
-        for at, session in enumerate(sessions):  # noqa: B007 - it says who failed
-            if not may_push(session.info.version):
-                version = session.info.version or "of no version"
-                raise PeerRefusedError(f"petals {version} does not push on what it was pushed")
-        at = 0
         with peer_errors(timeout):
             async with asyncio.timeout(timeout):
                 route = [

@@ -28,13 +28,17 @@ class Answer:
     bytes_received: int
 
 
-def joined_answer(answers: Sequence[Answer], dim: int) -> Answer:
-    """Return the answers to parts as one, joined along rows (`dim` 0) or positions (1)."""
+def joined_answer(answers: Sequence[Answer], dim: int, *, at_once: bool = False) -> Answer:
+    """Return the answers to parts as one, joined along rows (`dim` 0) or positions (1).
+
+    at_once: whether they were asked for together, and not one after the other.
+    """
     if len(answers) == 1:
         return answers[0]
+    seconds = [answer.seconds for answer in answers]
     return Answer(
         torch.cat([answer.hidden for answer in answers], dim=dim),
-        sum(answer.seconds for answer in answers),
+        max(seconds) if at_once else sum(seconds),
         sum(answer.bytes_sent for answer in answers),
         sum(answer.bytes_received for answer in answers),
     )

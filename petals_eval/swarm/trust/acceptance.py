@@ -6,6 +6,8 @@ from petals_eval.errors import PeerNondeterministicError
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.peer import Peer, PeerBook
+from petals_eval.swarm.transport.client import HopClient
+from petals_eval.swarm.transport.rpc import Answer
 from petals_eval.swarm.trust.audit import ReplicaAudit
 from petals_eval.swarm.trust.determinism_guard import DeterminismGuard
 from petals_eval.swarm.trust.recorded_call import RecordedCall
@@ -19,12 +21,28 @@ class Acceptance:
     audit: computes a share of the answers again; None: nothing is audited, as what an audit itself asks.
     """
 
-    def __init__(self, peers: PeerBook, guard: DeterminismGuard, audit: ReplicaAudit | None = None):
+    def __init__(self, client: HopClient, peers: PeerBook, guard: DeterminismGuard, audit: ReplicaAudit | None = None):
+        self._client = client
         self._peers = peers
         self._guard = guard
         self._settings = settings = peers.settings
         # On a lossy wire the code's own error would hide what is to be found.
         self._audit = None if settings.verify == 0 or settings.wire is not None else audit
+
+    async def run(self, hop: Hop, activations: Activations, positions_per_step: int | None = None) -> Answer:
+        """Run what enters the hop's first block through its blocks, as `HopClient.run`, and accept the answer.
+
+        Raises PeerError.
+        """
+        peer = self._peers.of(hop.peer_id)
+        await self.ready(hop, activations)
+        peer.window.mark_started(self._peers.runtime.monotonic())
+        answer = await self._client.run(hop, activations, positions_per_step=positions_per_step)
+        limit = peer.limits.per_call
+        if positions_per_step is None and limit is not None and activations.positions > limit:
+            positions_per_step = limit
+        await self.accept(RecordedCall(hop, activations, answer.hidden, positions_per_step, answer.seconds))
+        return answer
 
     async def ready(self, hop: Hop, activations: Activations) -> None:
         """Return once the hop's server has shown that it runs in evaluation mode. Raises PeerError.

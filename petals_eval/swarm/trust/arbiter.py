@@ -1,7 +1,7 @@
 """The arbiter computes a call again elsewhere, and where the answers differ finds out who is wrong."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,13 +13,13 @@ from petals_eval.swarm.directory.directory import DirectoryView
 from petals_eval.swarm.directory.routing import Hop, plan_route
 from petals_eval.swarm.peers.finding import TrustFinding, Witness
 from petals_eval.swarm.peers.peer import PeerBook
-from petals_eval.swarm.transport.client import HopClient
+from petals_eval.swarm.transport.rpc import Answer
 from petals_eval.swarm.trust.recorded_call import RecordedCall
 from petals_eval.swarm.trust.tolerance import Kind, allowed, excess, relative_difference
 from petals_eval.swarm.wire.records import SpanServer
 from petals_eval.swarm.wire.span import Span
 
-__all__ = ["Accepts", "Arbiter", "ArbiterPolicy", "BlocksAtHome"]
+__all__ = ["Arbiter", "ArbiterPolicy", "BlocksAtHome", "RunHop"]
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,9 @@ class BlocksAtHome(Protocol):
         ...
 
 
-class Accepts(Protocol):
-    """What a server and its answer must pass (`acceptance.Acceptance`)."""
-
-    async def ready(self, hop: Hop, activations: Activations) -> None: ...
-
-    async def accept(self, call: RecordedCall) -> None: ...
-
-
+RunHop = Callable[[Hop, Activations, int | None], Awaitable[Answer]]
+"""Runs activations through a hop's blocks, in steps of so many positions or in one call, and accepts the answer
+(`acceptance.Acceptance.run`). Raises PeerError."""
 ReplicaAnswer = tuple[RecordedCall, ...]
 """The same blocks as some call's, on one server or on several in a row."""
 
@@ -66,9 +61,8 @@ class Arbiter:
     home: blocks at home, which are believed; None: there are none.
     """
 
-    def __init__(self, client: HopClient, acceptance: Accepts, directory: DirectoryView, peers: PeerBook):
-        self._client = client
-        self._acceptance = acceptance
+    def __init__(self, run: RunHop, directory: DirectoryView, peers: PeerBook):
+        self._run = run
         self._directory = directory
         self._peers = peers
         self._settings, self._runtime = peers.settings, peers.runtime
@@ -182,13 +176,10 @@ class Arbiter:
         timeout = min(self._settings.request_timeout, ArbiterPolicy.patience + 10 * call.seconds)
         try:
             async with asyncio.timeout(timeout):
-                await self._acceptance.ready(call.hop, call.activations)
-                answer = await self._client.run(call.hop, call.activations, positions_per_step=call.positions_per_step)
-                answered = replace(call, answer=answer.hidden)
-                await self._acceptance.accept(answered)
+                answer = await self._run(call.hop, call.activations, call.positions_per_step)
         except TimeoutError as error:
             raise PeerTimeoutError(f"no answer to a check within {timeout:g} s") from error
-        return answered
+        return replace(call, answer=answer.hidden)
 
     # -- blocks at home
 

@@ -1,22 +1,32 @@
 """Servers that push to each other: the same bits, sent once, and the ordinary way whenever that does not work."""
 
+import asyncio
 import contextlib
+import itertools
 import time
 
 import pytest
 import torch
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import MissingBlocksError
+from petals_eval.errors import MissingBlocksError, PeerAnswerError, PeerRefusedError, PeerUnreachableError
 from petals_eval.local_swarm.faults import catalog as faults
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.local_swarm.server.sessions import Sessions
 from petals_eval.swarm import SwarmConnection, Work
-from petals_eval.swarm.scheduling import push_scheduler as push_calls
+from petals_eval.swarm.scheduling.push_scheduler import PushSchedulerPolicy
+from petals_eval.swarm.scheduling.router import PacePolicy
 from petals_eval.swarm.trust.determinism import difference
+from petals_eval.swarm.wire.span import Span
+from tests.support.fake_swarm import FakeDirectory, FakeTransport, forward, info, pipeline, server
+from tests.support.tensors import close
+from tests.support.virtual_time import run_in_virtual_time
 
 BLOCKS, HIDDEN = 5, 64
 SPANS = [(0, 2), (2, 3), (3, 4), (4, 5)]
+PUSHES = "2.3.0.dev2"
+SMALL = torch.zeros(2, 3, 4)
+FULL = "Could not allocate 7000 bytes immediately: out of memory"
 
 
 @contextlib.contextmanager
@@ -48,13 +58,9 @@ def hidden_states(batch: int, seq: int) -> torch.Tensor:
     return torch.randn(batch, seq, HIDDEN, generator=torch.Generator().manual_seed(batch * 1000 + seq))
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
-
-
 def sent_to(blocks, swarm) -> list[int]:
     """Bytes of hidden states that left here in calls to each server."""
-    seen = blocks.histories
+    seen = blocks.peers
     return [seen[server.peer_id].bytes_sent if server.peer_id in seen else 0 for server in swarm.servers]
 
 
@@ -67,7 +73,7 @@ def test_the_same_numbers_and_each_hidden_state_leaves_here_once(swarm, ordinary
         first, *rest = sent_to(blocks, swarm)
         assert first == sum(4 * HIDDEN * rows * seq for rows, seq in shapes)
         assert rest == [0, 0, 0]
-        received = [blocks.histories[server.peer_id].bytes_received for server in swarm.servers]
+        received = [blocks.peers[server.peer_id].bytes_received for server in swarm.servers]
         assert received == [first] * 4
         assert blocks.status().retries == 0
 
@@ -78,8 +84,8 @@ def test_many_at_once_come_back_each_with_its_own_and_leave_no_cache_behind(swar
         found = {each.tag: each for each in blocks.stream(Work(*each, None) for each in enumerate(inputs))}
         assert sent_to(blocks, swarm)[1:] == [0, 0, 0]
         assert all(close(found[number].hidden, ordinary(hidden)) for number, hidden in enumerate(inputs))
-        assert all([(hop.first, hop.last) for hop in each.hops] == SPANS for each in found.values())
-        assert all(history.in_flight == 0 and history.flow.in_flight == 0 for history in blocks.histories.values())
+        assert all([(hop.span.start, hop.span.stop) for hop in each.hops] == SPANS for each in found.values())
+        assert all(peer.tokens_in_flight == 0 and peer.window.in_flight == 0 for peer in blocks.peers.values())
     end = time.monotonic() + 10
     while any(server._server.budget.used_bytes for server in swarm.servers) and time.monotonic() < end:
         time.sleep(0.05)
@@ -152,7 +158,7 @@ def test_a_full_cache_is_no_fault_of_the_server(realdata, ordinary):
         with blocks_over(full) as blocks:
             assert close(blocks(hidden), ordinary(hidden))
             assert sent_to(blocks, full) == [4 * hidden.numel()] * 4
-            assert all(history.failures == 0 for history in blocks.histories.values())
+            assert all(peer.failures == 0 for peer in blocks.peers.values())
             small = hidden_states(1, 8)
             assert close(blocks(small), ordinary(small))
 
@@ -189,12 +195,17 @@ def test_a_server_without_sessions_serves_on_the_ordinary_way(realdata, ordinary
 
 
 def test_a_push_that_is_lost_holds_nothing_up_and_what_came_before_it_counts(realdata, ordinary, monkeypatch):
-    monkeypatch.setattr(push_calls, "FIRST_PATIENCE", 1.0)
-    monkeypatch.setattr(push_calls, "LEAST_PATIENCE", 1.0)
+    monkeypatch.setattr(PacePolicy, "first_patience", 1.0)
     hidden = hidden_states(3, 9)
     hears = Sessions.receive
-    monkeypatch.setattr(Sessions, "receive", lambda self, request: self._span.first != 3 and hears(self, request))
+
+    def hear(self: Sessions, request: object) -> None:
+        if self._served.settings.span.start != 3:
+            hears(self, request)
+
+    monkeypatch.setattr(Sessions, "receive", hear)
     with swarm_of(realdata) as deaf, blocks_over(deaf) as blocks:
+        blocks._pipeline._pushes._policy = PushSchedulerPolicy(min_patience=1.0)
         started = time.monotonic()
         assert close(blocks(hidden), ordinary(hidden))
         assert time.monotonic() - started < 10
@@ -209,8 +220,10 @@ def test_a_server_that_dies_in_mid_push(realdata, ordinary):
     inputs = [hidden_states(2, 5 + number) for number in range(30)]
     with swarm_of(realdata, [*SPANS, SPANS[2]]) as dying, blocks_over(dying, min_backoff=0.1) as blocks:
         blocks(inputs[0])
-        route = blocks._pipeline._finder.plan(0, 5, 12)  # which of the two replicas is used depends on their paces
-        (victim,) = [each for each in dying.servers if each.peer_id == route[2].server.peer_id]
+        route = blocks._pipeline._router.plan(
+            Span(0, 5), 12
+        )  # which of the two replicas is used depends on their paces
+        (victim,) = [each for each in dying.servers if each.peer_id == route[2].peer_id]
         victim.switch(faults.Crash(after=1))
         found = {each.tag: each.hidden for each in blocks.stream(Work(*each, None) for each in enumerate(inputs))}
         give_up = time.monotonic() + 10
@@ -227,8 +240,8 @@ def test_answers_that_are_wrong_are_refused_and_held_against_the_server(realdata
         blocks(hidden)
         wrong.servers[2].switch(faults.NotFinite(at_most=1))
         assert close(blocks(hidden), ordinary(hidden))
-        history = blocks.histories[wrong.servers[2].peer_id]
-        assert history.failures == 1 and "not finite" in history.last_error
+        peer = blocks.peers[wrong.servers[2].peer_id]
+        assert peer.failures == 1 and "not finite" in peer.last_error
 
 
 @pytest.mark.parametrize("place", [0, 1, 3])
@@ -239,7 +252,7 @@ def test_training_mode_is_caught_when_pushing(realdata, place):
         with blocks_over(training, deadline=5.0) as blocks:
             with pytest.raises(MissingBlocksError, match="two answers"):
                 blocks(hidden_states(3, 9))
-            assert blocks.histories[training.servers[place].peer_id].is_left_out
+            assert blocks.peers[training.servers[place].peer_id].is_quarantined
 
 
 def test_pushed_answers_are_checked_against_others(realdata, ordinary):
@@ -250,7 +263,7 @@ def test_pushed_answers_are_checked_against_others(realdata, ordinary):
             for number in range(8):
                 blocks(hidden_states(2, 10 + number))
             blocks.settle()
-            assert blocks.histories[lying.servers[2].peer_id].is_left_out
+            assert blocks.peers[lying.servers[2].peer_id].is_quarantined
             assert sent_to(blocks, lying)[1] == 0  # it was a pushed answer that was found out
             hidden = hidden_states(2, 30)
             assert close(blocks(hidden), ordinary(hidden))
@@ -264,6 +277,200 @@ def test_no_push_is_left_when_the_run_is_interrupted(realdata):
         next(stream)
         stream.close()
         end = time.monotonic() + 10
-        while any(history.in_flight for history in blocks.histories.values()) and time.monotonic() < end:
+        while any(peer.tokens_in_flight for peer in blocks.peers.values()) and time.monotonic() < end:
             time.sleep(0.05)
-        assert all(history.in_flight == 0 for history in blocks.histories.values())
+        assert all(peer.tokens_in_flight == 0 for peer in blocks.peers.values())
+
+
+# -- which routes push, and what is made of what goes wrong, without a network
+
+
+def route(**fields):
+    return [server(name, block, block + 1, version=PUSHES, **fields) for block, name in enumerate("abc")]
+
+
+@pytest.fixture
+def transport():
+    transport = FakeTransport()
+    transport.info = info(version=PUSHES)
+    return transport
+
+
+def simulate(transport, go, *, servers=None, **values):
+    """Run `go(pipe)` in virtual time over three servers that push to each other; return the pipeline."""
+
+    async def everything(runtime):
+        directory = FakeDirectory(3, *(servers or route()))
+        pipe = pipeline(directory, transport, runtime=runtime, **{"push": "always", "deadline": 60, **values})
+        await go(pipe)
+        return pipe
+
+    return run_in_virtual_time(everything)[0]
+
+
+async def push_one(pipe):
+    hidden, hops = await forward(pipe, SMALL, stop=3)
+    assert torch.equal(hidden, torch.full_like(SMALL, 111.0))
+    assert [hop.peer_id for hop in hops] == ["a", "b", "c"]
+
+
+def failing(name, error):
+    def fail(hop, *asked):
+        if hop.peer_id == name:
+            raise error
+
+    return fail
+
+
+def test_a_route_on_which_all_push_is_given_one_micro_batch_once(transport):
+    pipe = simulate(transport, push_one)
+    assert [(each.peer_id, each.is_step) for each in transport.calls] == [("a", True), ("b", True), ("c", True)]
+    assert all((peer.calls, peer.tokens) == (1, 6) for peer in pipe.peers.values())
+    assert all(peer.tokens_in_flight == peer.push_tokens_reserved == 0 for peer in pipe.peers.values())
+    assert all(peer.window.in_flight == 0 and peer.window.rate for peer in pipe.peers.values())
+
+
+@pytest.mark.parametrize("unfit", ["limit", "session", "cache", "resting", "version", "one hop"])
+def test_a_route_is_not_asked_to_push_what_one_of_it_does_not_take(transport, unfit):
+    servers = route()
+    if unfit == "version":
+        servers[1] = server("b", 1, 2, version="2.2.0.post1")
+    if unfit == "one hop":
+        servers = [server("a", 0, 3, version=PUSHES)]
+
+    async def go(pipe):
+        peer = pipe.peers.of("b")
+        if unfit == "limit":
+            peer.limits.per_call = 5
+        if unfit == "session":
+            peer.limits.learn_per_session(PeerRefusedError("Cannot allocate KV cache for 3 tokens, max = 2"), 2, 3)
+        if unfit == "cache":
+            peer.cache.on_full(6, "out of memory")
+        if unfit == "resting":
+            peer.push_rest_until = 1.0
+        hidden, _ = await forward(pipe, SMALL, stop=3)
+        assert torch.equal(hidden, torch.full_like(SMALL, 111.0))
+
+    simulate(transport, go, servers=servers)
+    assert not transport.sessions and transport.calls
+
+
+def test_pushes_wait_for_room_in_caches_that_others_use_too(transport):
+    """Of `cache_tokens_left`, which counts keys and values apart, a quarter: here two micro-batches of six tokens."""
+
+    async def go(pipe):
+        await asyncio.gather(*(push_one(pipe) for _ in range(8)))
+
+    simulate(transport, go, servers=route(cache_tokens_left=48), window=40)
+    assert len(transport.sessions) == 3 * 8 and transport.max_sessions == 3 * 2
+    assert all(call.is_step for call in transport.calls)
+
+
+def test_a_micro_batch_that_would_fill_a_cache_alone_is_pushed_alone(transport):
+    async def go(pipe):
+        await asyncio.gather(*(push_one(pipe) for _ in range(3)))
+
+    simulate(transport, go, servers=route(cache_tokens_left=8), window=40)
+    assert len(transport.sessions) == 3 * 3 and transport.max_sessions == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "retries"),
+    [(PeerUnreachableError("gone"), 1), (PeerRefusedError("no"), 1), (PeerRefusedError(FULL), 0)],
+    ids=["unreachable", "refused", "full"],
+)
+def test_a_server_that_gives_no_session_is_asked_to_push_ever_more_seldom_and_computes_all_the_same(
+    transport, error, retries
+):
+    asked = []
+
+    def refuse(hop, rows, positions):
+        if hop.peer_id == "b":
+            asked.append(asyncio.get_running_loop().time())
+            raise error
+
+    transport.on_session = refuse
+
+    async def go(pipe):
+        for _ in range(80):
+            await push_one(pipe)
+            await asyncio.sleep(1.0)
+
+    pipe = simulate(transport, go)
+    gaps = [after - before for before, after in itertools.pairwise(asked)]
+    assert gaps == pytest.approx([5, 10, 20, 40], abs=1.5)
+    peer = pipe.peers.of("b")
+    assert peer.failures == 0 and peer.calls == 80 and peer.retries == retries * len(asked)
+    assert transport.open_sessions == 0
+
+
+def test_a_push_that_works_again_ends_the_rest(transport):
+    async def go(pipe):
+        transport.on_session = failing("b", PeerRefusedError("no"))
+        await push_one(pipe)
+        peer = pipe.peers.of("b")
+        assert (peer.push_rest, peer.push_rest_until > 0) == (5.0, True)
+        transport.on_session = None
+        await asyncio.sleep(6)
+        await push_one(pipe)
+        assert (peer.push_rest, peer.push_rest_until) == (0.0, 0.0)
+
+    simulate(transport, go)
+
+
+def test_those_that_fail_together_make_one_rest(transport):
+    transport.on_session = failing("b", PeerRefusedError("no"))
+
+    async def go(pipe):
+        await asyncio.gather(*(push_one(pipe) for _ in range(4)))
+        assert pipe.peers.of("b").push_rest == 5.0
+
+    simulate(transport, go)
+
+
+@pytest.mark.parametrize(
+    ("words", "limit"),
+    [("Task size greater than max_batch_size (4)", 4), ("Cannot allocate KV cache for 3 tokens, max = 2", None)],
+)
+def test_a_limit_learnt_from_a_push_is_no_reason_to_rest(transport, words, limit):
+    def refuse(hop, hidden):
+        if hop.peer_id == "b" and transport.calls[-1].is_step and hidden.shape[:2] == (2, 3):
+            raise PeerRefusedError(words)
+
+    transport.on_call = refuse
+
+    async def go(pipe):
+        await push_one(pipe)
+        peer = pipe.peers.of("b")
+        assert (peer.retries, peer.failures, peer.push_rest_until, peer.limits.per_call) == (0, 0, 0.0, limit)
+        await forward(pipe, SMALL[:1], stop=3)
+        assert [each.is_step for each in transport.calls[-3:]] == [True] * 3, "what is smaller is pushed"
+
+    simulate(transport, go)
+
+
+def test_an_answer_that_is_wrong_is_held_against_its_server(transport):
+    wrong = [True]
+
+    def answer(hop, hidden):
+        if hop.peer_id == "b" and wrong:
+            wrong.clear()
+            raise PeerAnswerError("expected (2, 3, 4), found (2, 3, 5)")
+
+    transport.on_call = answer
+    pipe = simulate(transport, push_one, min_backoff=1.0)
+    peer = pipe.peers.of("b")
+    assert peer.failures == 1 and peer.push_rest == 0.0
+    assert pipe.peers.of("a").calls == 1, "its answer counts"
+
+
+def test_a_push_that_is_lost_is_given_up_after_three_times_what_it_should_take(transport):
+    async def go(pipe):
+        for _ in range(5):
+            await push_one(pipe)
+        transport.on_call = lambda hop, hidden: asyncio.sleep(3600) if transport.calls[-1].is_step else None
+        began = asyncio.get_running_loop().time()
+        await push_one(pipe)
+        assert 3.0 <= asyncio.get_running_loop().time() - began < 3.5
+
+    simulate(transport, go)
