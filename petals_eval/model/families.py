@@ -21,7 +21,7 @@ class Family:
     eps_field, blocks_field, hidden_field, positions_field: the config's names for the norm's epsilon, the number of
         blocks, the hidden size and the context in tokens (None: the family has no such limit).
     prefix_from: whether the DHT prefix comes from the whole hub name `owner/name` or from `name` alone.
-    prefix_suffix: what the DHT prefix ends with (section 2 of the wire's description; dots become dashes).
+    prefix_suffix: what the DHT prefix ends with; dots become dashes (`swarm/wire/PROTOCOL.md`, section 2).
     """
 
     model_type: str

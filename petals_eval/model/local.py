@@ -203,7 +203,8 @@ class LocalPart(nn.Module, ABC):
         """Return the input of the first block: prompts, then the text's embeddings.
 
         input_ids: int64 (batch, seq). Returns (batch, prefix + seq, hidden) in the model's dtype.
-        BLOOM's prompts come before its embedding layernorm, which then norms them too (section 6 of the wire).
+        BLOOM's prompts come before its embedding layernorm, which then norms them too (`swarm/wire/PROTOCOL.md`,
+        section 6).
 
         Raises ModelError if a token is outside the vocabulary, AdapterError if the prompts are another model's.
         """

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from petals_eval.swarm.connection import SwarmConnection
+    from petals_eval.swarm.micro_batch import Computed, Work
     from petals_eval.swarm.pipeline import ServedHop, SwarmStatus
-    from petals_eval.swarm.remote_sequential import Computed, RemoteSequential, Work
+    from petals_eval.swarm.remote_sequential import RemoteSequential
     from petals_eval.swarm.sessions.inference_session import InferenceSession
 
 __all__ = ["Computed", "InferenceSession", "RemoteSequential", "ServedHop", "SwarmConnection", "SwarmStatus", "Work"]
@@ -17,7 +18,8 @@ __all__ = ["Computed", "InferenceSession", "RemoteSequential", "ServedHop", "Swa
 _HOMES = {
     "SwarmConnection": "connection",
     **dict.fromkeys(("ServedHop", "SwarmStatus"), "pipeline"),
-    **dict.fromkeys(("Computed", "RemoteSequential", "Work"), "remote_sequential"),
+    **dict.fromkeys(("Computed", "Work"), "micro_batch"),
+    "RemoteSequential": "remote_sequential",
     "InferenceSession": "sessions.inference_session",
 }
 

@@ -13,11 +13,12 @@ from petals_eval.errors import CallerError, ExampleError
 from petals_eval.swarm.activations import Activations, refuse_gradients
 from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.event_loop import EventLoop
+from petals_eval.swarm.micro_batch import Computed, Failed, Work
 from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.pipeline import Pipeline, SwarmStatus
 from petals_eval.swarm.sessions.inference_session import InferenceSession
-from petals_eval.swarm.stream import BlockingStream, Computed, Failed, Work
+from petals_eval.swarm.stream import BlockingStream
 from petals_eval.swarm.trust.arbiter import BlocksAtHome
 from petals_eval.swarm.trust.audit import AuditProgress
 from petals_eval.swarm.wire.codecs import LOSSY_CODES
@@ -25,7 +26,7 @@ from petals_eval.swarm.wire.messages import itemsize_of
 from petals_eval.swarm.wire.records import Snapshot
 from petals_eval.swarm.wire.span import Span
 
-__all__ = ["Computed", "RemoteSequential", "Work"]
+__all__ = ["RemoteSequential"]
 
 T = TypeVar("T")
 

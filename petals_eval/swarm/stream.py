@@ -12,14 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import torch
-
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.event_loop import EventLoop
-from petals_eval.swarm.pipeline import Pipeline, ServedHop
+from petals_eval.swarm.micro_batch import Computed, Failed, Work
+from petals_eval.swarm.pipeline import Pipeline
 from petals_eval.swarm.wire.span import Span
 
-__all__ = ["BlockingStream", "Computed", "Failed", "MicroBatchStream", "Returned", "StreamPolicy", "Work"]
+__all__ = ["BlockingStream", "MicroBatchStream", "Returned", "StreamPolicy"]
 
 T = TypeVar("T")
 
@@ -41,40 +40,6 @@ class StreamPolicy:
     max_queued_total: int = 32
     max_bytes: int = 64 << 20
     max_micro_batches: int = 256
-
-
-@dataclass(frozen=True, eq=False)
-class Work(Generic[T]):
-    """A micro-batch to be computed.
-
-    hidden: (rows, positions, hidden size). prompts: (blocks, rows or 1, prefix, hidden size), or None.
-    made_for: the micro-batch size in force when it was made (`swarm.scheduling.tuning`); None: of another size.
-    """
-
-    tag: T
-    hidden: torch.Tensor
-    prompts: torch.Tensor | None
-    made_for: int | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Computed(Generic[T]):
-    """A micro-batch that was computed.
-
-    hidden: (rows, positions, hidden size) in the last server's dtype. hops: who computed it, in order.
-    """
-
-    tag: T
-    hidden: torch.Tensor
-    hops: tuple[ServedHop, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Failed(Generic[T]):
-    """A micro-batch that was not computed, and why."""
-
-    tag: T
-    error: Exception
 
 
 @dataclass(frozen=True, eq=False)

@@ -87,10 +87,3 @@ def test_the_path_of_a_micro_batch_is_short():
     files = listed_files()
     assert len(files) == len(set(files)) <= MAX_FILES
     assert sum(len((PACKAGE / file).read_text(encoding="utf-8").splitlines()) for file in files) <= MAX_LINES
-
-
-def test_every_file_that_the_readme_names_is_there():
-    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
-    root = PACKAGE.parents[1]
-    for name in re.findall(r"`([\w/]+\.(?:py|md))`", text) + re.findall(r"\]\(([\w/]+\.md)\)", text):
-        assert (PACKAGE / name).is_file() or (root / name).is_file(), name

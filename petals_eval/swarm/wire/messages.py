@@ -2,7 +2,7 @@
 
 Tensors travel as `runtime_pb2.Tensor`; a forward call names its blocks by uids joined with spaces and carries
 `[hidden_states, prompts]`; metadata is msgpack with tuples as an extension type. The same holds for Petals 2.2.0 and
-2.3.0.dev2 (PROTOCOL.md beside this file).
+2.3.0.dev2 (PROTOCOL.md beside this file, sections 1 and 4).
 """
 
 import math

@@ -1,6 +1,7 @@
 """What servers claim in the DHT: records are validated and spans derived from them. No I/O.
 
-Source: the layout of `petals.data_structures.ServerInfo.to_tuple()` in Petals 2.2.0 and 2.3.0.dev2.
+Source: the layout of `petals.data_structures.ServerInfo.to_tuple()` in Petals 2.2.0 and 2.3.0.dev2 (PROTOCOL.md
+beside this file, section 2).
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,7 @@
-"""What a server says of itself when it is asked (rpc_info), and what follows from that. No I/O."""
+"""What a server says of itself when it is asked (rpc_info), and what follows from that. No I/O.
+
+Source: PROTOCOL.md beside this file, sections 3, 5 and 9.
+"""
 
 import re
 from collections.abc import Mapping

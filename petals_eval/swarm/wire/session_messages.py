@@ -1,4 +1,4 @@
-"""The metadata of inference sessions on the Petals wire. No I/O."""
+"""The metadata of inference sessions on the Petals wire (PROTOCOL.md beside this file, sections 5 and 10). No I/O."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

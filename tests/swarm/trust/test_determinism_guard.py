@@ -140,7 +140,7 @@ def test_after_being_caught_a_server_is_refused_whatever_was_decided_before():
     transport = fake_transport()
     transport.blocks.dropout["d"] = {0: 0.1}
     pipe = swarm(transport, server("d", 0, 4), max_tokens_per_call=96)
-    acceptance = Acceptance(pipe.peers, pipe.guard)
+    acceptance = Acceptance(pipe._client, pipe.peers, pipe.guard)
     hop = Hop(server("d", 0, 4), Span(0, 4))
 
     async def twice():
@@ -150,7 +150,7 @@ def test_after_being_caught_a_server_is_refused_whatever_was_decided_before():
                 with pytest.raises(PeerNondeterministicError):
                     await acceptance.ready(hop, activations)
                 with pytest.raises(PeerNondeterministicError):
-                    await pipe._run_accepted(hop, activations)
+                    await acceptance.run(hop, activations)
 
     asyncio.run(twice())
     assert (len(transport.probes), len(transport.calls)) == (2, 0)
@@ -165,7 +165,7 @@ def test_a_server_caught_while_it_computes_loses_the_answer():
 
     async def once():
         with pytest.raises(PeerNondeterministicError):
-            await pipe._run_accepted(hop, Activations(hidden_states(4, 20, SIZE)))
+            await pipe._acceptance.run(hop, Activations(hidden_states(4, 20, SIZE)))
 
     asyncio.run(once())
     assert len(transport.calls) == 1

@@ -1,0 +1,46 @@
+"""Micro-batches as a caller of a stream has them: what it sends, and what it gets back. Data alone."""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from petals_eval.swarm.pipeline import ServedHop
+
+__all__ = ["Computed", "Failed", "Work"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Work(Generic[T]):
+    """A micro-batch to be computed.
+
+    hidden: (rows, positions, hidden size). prompts: (blocks, rows or 1, prefix, hidden size), or None.
+    made_for: the micro-batch size in force when it was made (`swarm.scheduling.tuning`); None: of another size.
+    """
+
+    tag: T
+    hidden: torch.Tensor
+    prompts: torch.Tensor | None
+    made_for: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Computed(Generic[T]):
+    """A micro-batch that was computed.
+
+    hidden: (rows, positions, hidden size) in the last server's dtype. hops: who computed it, in order.
+    """
+
+    tag: T
+    hidden: torch.Tensor
+    hops: tuple[ServedHop, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Failed(Generic[T]):
+    """A micro-batch that was not computed, and why."""
+
+    tag: T
+    error: Exception
