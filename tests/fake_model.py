@@ -11,7 +11,7 @@ from petals_eval.errors import DeadlineError, RequestTooLargeError
 from petals_eval.remote_model import RequestAnswer
 from petals_eval.swarm import ServedHop, SwarmStatus
 from petals_eval.tasks import ClassificationTask
-from tests.swarm.fakes import settings
+from tests.support.fake_swarm import settings
 
 ROWS = 6
 TASK = ClassificationTask(name="tiny", text="{text}", label_column="label", label_names=("bad", "good"))
