@@ -9,11 +9,11 @@ from tests.model.reference import (
     TOKENS,
     causal_lm,
     classifier,
-    close,
     full_logits,
     local_answers,
     make_adapter,
 )
+from tests.support.tensors import close
 from tests.support.tiny_models import FAMILIES, make_tiny
 
 KINDS = ("none", "ptune", "deep_ptune")
