@@ -1,8 +1,8 @@
 """What a run costs the servers, counted at real Petals 2.2.0 servers: the table of the README, each number within its
 bound. `pytest -s` prints the numbers.
 
-Pushing has its bounds in tests/swarm/scheduling/test_push_scheduler.py, on the stub: 2.2.0 does not push. Killed clients are in
-test_harmless_on_real_servers.py.
+Pushing has its bounds in tests/swarm/scheduling/test_push_scheduler.py, on the stub: 2.2.0 does not push. Killed
+clients are in test_harmless_on_real_servers.py.
 """
 
 import contextlib
@@ -129,7 +129,7 @@ def test_a_row_in_steps_reserves_what_it_uses_for_as_long_as_it_takes(swarm, obs
     assert audited == (1 if verify else 0)
     assert sessions == rows * (1 + audited) == sum(each.calls["rpc_inference.close"] for each in seen)
     assert max(each.most_reserved for each in seen) == need, "one at a time on a server"
-    assert reserved <= need * seconds * (2 if checked else 1)
+    assert reserved <= need * seconds * (2 if audited else 1)
     assert [free_tokens(observer, server) for server in swarm.servers] == [BLOCKS * TOKENS] * 2
 
 
