@@ -15,6 +15,7 @@ from petals_eval.health.canary import segments_of
 from petals_eval.health.census import claims_in
 from petals_eval.swarm.directory.routing import RouteIndex, hold_all, next_hop, plan_route
 from petals_eval.swarm.wire.records import Announcement, Snapshot, SpanServer, read_snapshot
+from petals_eval.swarm.wire.span import Span
 
 PERIOD = 240.0
 
@@ -83,31 +84,31 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     def cost(server: SpanServer, blocks: int) -> float:
         return 0.05 + per_token.get(server.peer_id, 1e-4) * blocks * 1024
 
-    last = options.blocks
-    spans = [(server.start, server.end) for server in servers]
-    index = RouteIndex(servers, last)
+    stop = options.blocks
+    spans = [server.span for server in servers]
+    index = RouteIndex(servers, stop)
     index.plan(cost)
 
     def repeated(name: str, function: Callable[[], object], per: int = 1) -> float:
         return timed(name, function, options.repeats, per)
 
     return {
-        "refresh": repeated("refresh: records to servers", lambda: read_snapshot(announcements, last)),
+        "refresh": repeated("refresh: records to servers", lambda: read_snapshot(announcements, stop)),
         "census": repeated("health: records to claims", lambda: claims_in(announcements, 0.0)),
         "segments": repeated("health: cut the model where spans begin and end", lambda: segments_of(spans)),
-        "index": repeated("after a refresh: index the servers by block", lambda: RouteIndex(servers, last)),
+        "index": repeated("after a refresh: index the servers by block", lambda: RouteIndex(servers, stop)),
         "replan": repeated("after a refresh: cheapest way on from every block", lambda: index.plan(cost)),
         "pick": repeated(
             "pick a server for a micro-batch, indexed (mean over the blocks)",
-            lambda: [index.next_hop(block, cost) for block in range(last)],
-            per=last,
+            lambda: [index.next_hop(block, cost) for block in range(stop)],
+            per=stop,
         ),
         "route": repeated("a whole route, indexed", lambda: index.route(0, cost)),
-        "plan_route": repeated("plan_route, not indexed", lambda: plan_route(servers, 0, last, cost)),
+        "plan_route": repeated("plan_route, not indexed", lambda: plan_route(servers, Span(0, stop), cost)),
         "next_hop": repeated(
-            "next_hop from the middle of the model, not indexed", lambda: next_hop(servers, last // 2, last, cost)
+            "next_hop from the middle of the model, not indexed", lambda: next_hop(servers, Span(stop // 2, stop), cost)
         ),
-        "hold_all": repeated("hold_all: do all together hold the model?", lambda: hold_all(servers, 0, last)),
+        "hold_all": repeated("hold_all: do all together hold the model?", lambda: hold_all(servers, Span(0, stop))),
         "missing": repeated("missing: which blocks nobody holds", snapshot.missing),
     }
 

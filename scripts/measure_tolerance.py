@@ -5,7 +5,6 @@
 Loads stories260K and makes tiny models of other families; a minute of one processor. Prints the largest of all cases.
 """
 
-import copy
 import os
 import sys
 import tempfile
@@ -48,8 +47,7 @@ def nf4(weight: torch.Tensor) -> torch.Tensor:
 
 
 def changed(span: BlockSpan, weights: Callable[[torch.Tensor], torch.Tensor], inputs: bool = False) -> BlockSpan:
-    span = copy.deepcopy(span)
-    span._views = {(span.first, span.last): span._model}
+    span = span.copied()
     for module in span._model.modules():
         if isinstance(module, nn.Linear):
             module.weight.data = weights(module.weight.data)
@@ -65,20 +63,20 @@ def eager(span: BlockSpan) -> BlockSpan:
 
 
 def cases(folder: Path, blocks: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Blocks first:last and the hidden states before them."""
+    """Blocks start:stop and the hidden states before them."""
     draws = torch.Generator().manual_seed(0)
     local = LocalModel.from_pretrained(str(folder))
     ids = torch.randint(3, local.config.vocab_size, (ROWS, POSITIONS), generator=draws)
     ids[:, 0] = 1
     with torch.inference_mode():
-        start = local.embed(ids, None).float()
+        entering = local.embed(ids, None).float()
     span = BlockSpan.load(str(folder), 0, blocks, FLOAT)
-    yield 0, blocks, start
-    yield 0, 1, start
-    yield blocks // 2, blocks, span.forward(start, first=0, last=blocks // 2)
-    yield blocks - 1, blocks, span.forward(start, first=0, last=blocks - 1)
-    yield 0, blocks, 30 * start
-    yield blocks - 1, blocks, 100 * start
+    yield 0, blocks, entering
+    yield 0, 1, entering
+    yield blocks // 2, blocks, span.forward(entering, start=0, stop=blocks // 2)
+    yield blocks - 1, blocks, span.forward(entering, start=0, stop=blocks - 1)
+    yield 0, blocks, 30 * entering
+    yield blocks - 1, blocks, 100 * entering
 
 
 def pairs(folder: Path, blocks: int, has_kernels: bool) -> Iterator[tuple[str, torch.dtype, BlockSpan, BlockSpan]]:
@@ -106,9 +104,9 @@ def main() -> None:
             models[family] = (make_tiny(family, Path(temporary) / family, hidden=64, blocks=8), 8)
         for name, (folder, blocks) in models.items():
             kinds = list(pairs(folder, blocks, has_kernels=name not in ("bloom", "falcon")))
-            for first, last, question in cases(folder, blocks):
+            for start, stop, question in cases(folder, blocks):
                 for kind, dtype, one, other in kinds:
-                    answers = [span.forward(question, first=first, last=last) for span in (one, other)]
+                    answers = [span.forward(question, start=start, stop=stop) for span in (one, other)]
                     found = measure(question, *answers, unit=1.0, last_bit=LAST_BIT[dtype])
                     tokens = (answers[0] - answers[1]).float().norm(dim=-1) / answers[0].float().norm(dim=-1)
                     whole = float((answers[0] - answers[1]).float().norm() / answers[0].float().norm())

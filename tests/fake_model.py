@@ -10,8 +10,9 @@ from petals_eval.data import DataSource
 from petals_eval.errors import DeadlineError, RequestTooLargeError
 from petals_eval.remote_model import RequestAnswer
 from petals_eval.swarm import ServedHop, SwarmStatus
+from petals_eval.swarm.wire.span import Span
 from petals_eval.tasks import ClassificationTask
-from tests.swarm.fakes import settings
+from tests.support.fake_swarm import PEER
 
 ROWS = 6
 TASK = ClassificationTask(name="tiny", text="{text}", label_column="label", label_names=("bad", "good"))
@@ -49,7 +50,7 @@ class FakeModel:
             pooling_note=lambda input_ids, adapter: None,
         )
         self.blocks = SimpleNamespace(
-            settings=settings(**swarm_settings),
+            settings=petals_eval.SwarmSettings(initial_peers=(PEER,), **swarm_settings),
             dht_prefix="tiny",
             status=lambda: SwarmStatus(0, ("a",), None),
             settle=lambda on_tick: on_tick(),
@@ -74,7 +75,7 @@ class FakeModel:
 
 def answers_of(name, requests, answer=(0.0, 1.0)):
     for request in requests:
-        yield RequestAnswer(request, torch.tensor(answer), (ServedHop(name, 0, 4, "2.2.0", "float32", None),))
+        yield RequestAnswer(request, torch.tensor(answer), (ServedHop(name, Span(0, 4), "2.2.0", "float32", None),))
 
 
 def write_rows(path, words=(1,) * ROWS):

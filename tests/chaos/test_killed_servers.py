@@ -120,7 +120,7 @@ def quiet(files, tmp_path_factory):
 
 def in_flight(model, server):
     """Tokens the server is working on for this client."""
-    return model.blocks._pipeline.peers.of(server.peer_id).in_flight
+    return model.blocks._pipeline.peers.of(server.peer_id).tokens_in_flight
 
 
 def freeze(server):

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from petals_eval.local_swarm import LocalSwarm
-from petals_eval.swarm.transport.client import RemoteCalls
+from petals_eval.swarm.scheduling import push_scheduler
+from petals_eval.swarm.transport.libp2p import Libp2pTransport
 from tests.cli.conftest import Stage
 from tests.cli.invoking import invoke
 
@@ -153,13 +154,13 @@ def test_the_default_folder_is_new_each_time(stage: Stage) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Every call of a block, at the only place where the client makes one."""
     made: list[object] = []
-    real = RemoteCalls.forward
+    real = Libp2pTransport.call
 
-    def forward(self: RemoteCalls, hop: object, *rest: object, **how: object) -> object:
+    def call(self: Libp2pTransport, hop: object, *rest: object, **how: object) -> object:
         made.append(hop)
         return real(self, hop, *rest, **how)
 
-    monkeypatch.setattr(RemoteCalls, "forward", forward)
+    monkeypatch.setattr(Libp2pTransport, "call", call)
     return made
 
 
@@ -278,14 +279,14 @@ def test_several_addresses_after_one_flag_or_in_one_variable(stage: Stage) -> No
 
 def test_pushing_gives_the_reference_score(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     came_through = []
-    push = RemoteCalls.push
+    push = push_scheduler.push
 
-    async def counted(self, hops, hidden, timeout):
-        pushed = await push(self, hops, hidden, timeout)
+    async def counted(client, hops, activations, timeout):
+        pushed = await push(client, hops, activations, timeout)
         came_through.append(len(pushed.answers) == len(hops) == 3)
         return pushed
 
-    monkeypatch.setattr(RemoteCalls, "push", counted)
+    monkeypatch.setattr(push_scheduler, "push", counted)
     outcome = invoke(*stage.run("--out", "r", "--push", "always", adapter="trec-ptune"))
     assert outcome.code == 0
     assert read_json(Path("r/metrics.json"))["metrics"]["accuracy"]["value"] == 0.7180

@@ -3,13 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
-from petals_eval.swarm.trust.unequal import UnequalServer
 
 from petals_eval.errors import DeadlineError, RunFolderError
 from petals_eval.swarm import SwarmStatus
+from petals_eval.swarm.peers.finding import TrustFinding
+from petals_eval.swarm.wire.span import Span
 from tests.fake_model import ROWS, FakeModel, answers_of, write_rows
 from tests.fake_model import evaluate as evaluate_rows
-from tests.swarm.fakes import server
+from tests.support.fake_swarm import server
 
 
 @pytest.fixture
@@ -32,7 +33,9 @@ def test_what_is_kept_counts_every_adapter_also_while_the_first_is_computed_agai
     """A server is caught once both adapters are scored, and nobody else holds its blocks."""
     adapters = [SimpleNamespace(name=name, kind="ptune", sha256=name, prefix_length=0) for name in ("first", "second")]
     model = FakeModel(adapters=adapters)
-    caught = SwarmStatus(0, ("a",), None, unequal=(UnequalServer(server("a", 0, 4), 0.1),))
+    caught = SwarmStatus(
+        0, ("a",), None, findings=(TrustFinding(server("a", 0, 4), "nondeterministic", Span(0, 4), 0.1),)
+    )
     compute = model.compute
 
     def compute_until_caught(requests, adapter, **options):

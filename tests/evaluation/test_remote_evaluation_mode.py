@@ -120,7 +120,7 @@ def test_sessions_ask_too(realdata):
             answer = session.step(hidden)
             for _ in range(5):  # a row longer than a call may be
                 assert torch.allclose(model.blocks(hidden), answer, atol=1e-5)
-            assert {each.server.peer_id for each in model.blocks.status().unequal} <= {dropping.peer_id}
+            assert {each.server.peer_id for each in model.blocks.status().findings} <= {dropping.peer_id}
         swarm.servers[0].stop()
         with trec_model(realdata, swarm) as model, model.blocks.inference_session(32) as session:
             for compute in (session.step, model.blocks):

@@ -29,13 +29,13 @@ def test_a_server_that_lies_is_named_and_nothing_of_its_is_counted(realdata, tmp
         liar = swarm.add_server((0, 5), faults=(fault,))
         with trec_model(realdata, swarm) as model:
             result = evaluate_trec(realdata, model, tmp_path / "run", progress=progress, limit=EXAMPLES)
-            checks = model.blocks.checks()
+            audits = model.blocks.audit_progress()
         assert liar.fault_counts()[fault.name].in_flight > 0
     assert predictions(tmp_path / "run") == quiet
     (found,) = result.noisy_servers
     assert (found.peer_id, found.is_used) == (liar.peer_id, False)
     assert found.verdict == "liar" or not getattr(fault, "repeats", True)
-    assert checks.done >= 2
+    assert audits.done >= 2
     assert len(progress.lines) == 1, progress.lines
     (warning,) = progress.lines
     assert liar.peer_id[-6:] in warning
@@ -80,9 +80,9 @@ def test_honest_servers_of_any_dtype_accuse_nobody(realdata, tmp_path):
         swarm.add_server((0, 5), dtype="float16")
         with trec_model(realdata, swarm, verify=0.5, verify_local=(1, 4)) as model:
             result = evaluate_trec(realdata, model, tmp_path / "run", limit=EXAMPLES)
-            checks = model.blocks.checks()
+            audits = model.blocks.audit_progress()
     assert result.noisy_servers == ()
-    assert checks.done > 0.3 * checks.computed
+    assert audits.done > 0.3 * audits.computed
     assert "disputed" not in predictions(tmp_path / "run")
 
 

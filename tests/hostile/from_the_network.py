@@ -14,23 +14,24 @@ import msgpack
 import torch
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
-from hivemind.utils.tensor_descr import BatchTensorDescriptor
 from hivemind.utils.timed_storage import ValueWithExpiration
 
 from petals_eval.errors import PeerError
 from petals_eval.health.census import claims_in
 from petals_eval.swarm.directory.dht import read_announcements
-from petals_eval.swarm.transport.rpc import as_peer_errors, receive, streamed
-from petals_eval.swarm.wire import codecs
-from petals_eval.swarm.wire import messages as wire
-from petals_eval.swarm.wire import msgpack_reader as untrusted
+from petals_eval.swarm.transport.rpc import peer_errors, receive, streamed
+from petals_eval.swarm.wire import codecs, messages
+from petals_eval.swarm.wire.codecs import READABLE
+from petals_eval.swarm.wire.msgpack_reader import bound_hivemind
 from petals_eval.swarm.wire.records import Announcement, read_snapshot
+from petals_eval.swarm.wire.server_info import may_roll_back, other_layout, read_info
+from tests.support.rpc_info import info as rpc_info
 
 PEER = "12D3KooWHdduK3xuXojcDqUBywcuLzygJjMv9zAMFptPRwfLsKui"
 SHAPE = (2, 3, 4)
 LIMIT = 4096  # bytes of a frame
 _VALUES = math.prod(SHAPE)
-_CODES = (0, *codecs.LOSSY, 99)
+_CODES = (0, *READABLE, 99)
 _NAMES = ("float32", "bfloat16", "float16", "int64", "float64", "", "object", "float32\n")
 
 
@@ -58,37 +59,37 @@ def _message(data: bytes) -> runtime_pb2.Tensor:
 
 
 def tensor(data: bytes) -> None:
-    """swarm.wire.decode_tensor"""
+    """swarm.wire.messages.decode_tensor"""
     dtype = (torch.float32, torch.bfloat16, torch.float16)[len(data) % 3]
     try:
-        with as_peer_errors(1):
+        with peer_errors(1):
             message = _message(data)
             code = _CODES[:5][data[-1] % 5] if data else 0
-            found = wire.decode_tensor(message, SHAPE, dtype, code)
+            found = messages.decode_tensor(message, SHAPE, dtype, code)
     except PeerError:
         return
     _expect(found.shape == SHAPE and found.dtype is dtype, "another tensor than was asked for")
 
 
 def answer(data: bytes) -> None:
-    """swarm.wire.read_answer: unary, streamed and of a session."""
+    """swarm.wire.messages.read_answer: unary, streamed and of a session."""
     try:
-        with as_peer_errors(1):
+        with peer_errors(1):
             response = runtime_pb2.ExpertResponse.FromString(data)
-            found = wire.read_answer(response.tensors, SHAPE, torch.float32)
+            found = messages.read_answer(response.tensors, SHAPE, torch.float32)
     except PeerError:
         return
     _expect(found.shape == SHAPE and bool(found.isfinite().all()), "another tensor than was asked for")
 
 
 def codec(data: bytes) -> None:
-    """swarm.codecs.decode, with the right number of bytes more often than not."""
+    """swarm.wire.codecs.decode, with the right number of bytes more often than not."""
     code = _CODES[(data[0] if data else 0) % len(_CODES)]
-    length = {1: 2 * _VALUES, 2: 2 * _VALUES}.get(code, 8 + 1024 + _VALUES + (12 if code == codecs.LOSSY[3] else 0))
+    length = {1: 2 * _VALUES, 2: 2 * _VALUES}.get(code, 8 + 1024 + _VALUES + (12 if code == READABLE[3] else 0))
     content = data[1:]
     if data[1:2] < b"\xe0":
         content = (content * (length // max(1, len(content)) + 1))[:length]
-        counts = {codecs.LOSSY[3]: (1, 256)}.get(code, (256,)) if len(data) % 2 else ()
+        counts = {READABLE[3]: (1, 256)}.get(code, (256,)) if len(data) % 2 else ()
         content = b"".join(count.to_bytes(8, "little") for count in counts) + content[8 * len(counts) :]
     try:
         found = codecs.decode(runtime_pb2.Tensor(compression=code, size=SHAPE, buffer=content), SHAPE)
@@ -98,20 +99,20 @@ def codec(data: bytes) -> None:
 
 
 def info(data: bytes) -> None:
-    """swarm.wire.read_info, and what is made of it."""
+    """swarm.wire.server_info.read_info, and what is made of it."""
     try:
-        found = wire.read_info(data)
+        found = read_info(data)
     except PeerError as error:
         _expect(_is_plain(str(error)), "words that move the cursor")
         return
     _expect(found.version is None or _is_plain(found.version), "words that move the cursor")
-    wire.may_roll_back(found.version)
-    wire.other_layout(found)
-    wire.encode_for(found, torch.zeros(1, 1, 4))
+    may_roll_back(found.version)
+    other_layout(found)
+    messages.encode_for(found, torch.zeros(1, 1, 4))
 
 
 def record(data: bytes) -> None:
-    """swarm.records and health's reading of the same announcements. The decoder is hivemind's, within our bounds."""
+    """swarm.wire.records and health's reading of the same announcements, decoded by hivemind within our bounds."""
     try:
         value = MSGPackSerializer.loads(data)
     except Exception:  # noqa: BLE001 - hivemind decodes, and catches whatever it raises
@@ -121,13 +122,13 @@ def record(data: bytes) -> None:
     snapshot = read_snapshot(found, 4)
     claims_in(found, now=0.0)
     for server in snapshot.servers.values():
-        _expect(0 <= server.start < server.end <= 4, "a span outside of the model")
+        _expect(0 <= server.span.start < server.span.stop <= 4, "a span outside of the model")
         said = (server.record.version, server.record.public_name, server.record.torch_dtype, server.record.quant_type)
         _expect(all(word is None or _is_plain(word) for word in said), "words that move the cursor")
 
 
 def announcements(data: bytes) -> None:
-    """swarm.directory.read_announcements: what lies in the DHT under a block's key."""
+    """swarm.directory.dht.read_announcements: what lies in the DHT under a block's key."""
     try:
         value = MSGPackSerializer.loads(data)
     except Exception:  # noqa: BLE001 - hivemind decodes, and catches whatever it raises
@@ -150,14 +151,14 @@ class _Stored:
 
 
 def frame(data: bytes) -> None:
-    """swarm.rpc.receive and .streamed: hivemind's framing of messages."""
+    """swarm.transport.rpc.receive and .streamed: hivemind's framing of messages."""
 
     async def read(receiving: Callable[[asyncio.StreamReader], Any]) -> None:
         reader = asyncio.StreamReader()
         reader.feed_data(data)
         reader.feed_eof()
         try:
-            with as_peer_errors(1):
+            with peer_errors(1):
                 await receiving(reader)
         except PeerError as error:
             _expect(_is_plain(str(error)), "words that move the cursor")
@@ -199,26 +200,19 @@ def _framed(content: bytes, mark: bytes = b"\0") -> bytes:
     return mark + len(content).to_bytes(8, "big") + content
 
 
-def _info_seed() -> bytes:
-    described = BatchTensorDescriptor(1, 64, dtype=torch.bfloat16)
-    fields = {"version": "2.2.0", "cache_tokens_available": 10, "forward_schema": ((described,), {})}
-    schemas = {"outputs_schema": (described,), "inference_schema": ((described,) * 3, {})}
-    return MSGPackSerializer.dumps({**fields, **schemas})
-
-
-_ANSWER = runtime_pb2.ExpertResponse(tensors=[wire.encode_tensor(torch.ones(SHAPE))]).SerializeToString()
+_ANSWER = runtime_pb2.ExpertResponse(tensors=[messages.encode_tensor(torch.ones(SHAPE))]).SerializeToString()
 _RECORD = MSGPackSerializer.dumps(
     (2, 1.5, {"start_block": 0, "end_block": 2, "version": "2.2.0", "adapters": ("a",), "next_pings": {"x": 0.1}})
 )
-_CODED = [codecs.encode(torch.ones(SHAPE), code) for code in (codecs.LOSSY[0], codecs.LOSSY[1], codecs.LOSSY[3])]
+_CODED = [codecs.encode(torch.ones(SHAPE), code) for code in (READABLE[0], READABLE[1], READABLE[3])]
 
-untrusted.bound_hivemind()  # as every connection does
+bound_hivemind()  # as every connection does
 
 TARGETS: dict[str, Target] = {
     "tensor": Target(
         tensor,
         (
-            b"\0" + wire.encode_tensor(torch.ones(SHAPE)).SerializeToString(),
+            b"\0" + messages.encode_tensor(torch.ones(SHAPE)).SerializeToString(),
             b"\xff\0\0\x40" + bytes(4 * _VALUES),
             *(b"\0" + coded.SerializeToString() for coded in _CODED),
         ),
@@ -227,7 +221,7 @@ TARGETS: dict[str, Target] = {
     "codec": Target(
         codec, (*(bytes([kind]) + b"\xff" + each.buffer for kind, each in enumerate(_CODED, 1)), b"\1\0\0")
     ),
-    "info": Target(info, (_info_seed(), msgpack.packb({}))),
+    "info": Target(info, (rpc_info(), msgpack.packb({}))),
     "record": Target(record, (_RECORD, MSGPackSerializer.dumps([0, 1.0]))),
     "announcements": Target(announcements, (_RECORD, MSGPackSerializer.dumps({PEER: (2, 1.0, {})}))),
     "frame": Target(frame, (_framed(_ANSWER), _framed(b"\n\2no", b"\1"), _framed(_ANSWER) * 3)),

@@ -9,19 +9,22 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError, P2PHandlerE
 from hivemind.proto import runtime_pb2
 from hivemind.proto.p2pd_pb2 import RPCError
 from hivemind.utils.serializer import MSGPackSerializer
-from petals_eval.swarm.trust.unequal import UnequalServer, stop_text, warning_text
 from safetensors.torch import save_file
 
 from petals_eval.cli.exit_codes import run_command
 from petals_eval.errors import AdapterError, DeadlineError, PeerError
-from petals_eval.swarm.peers.peer import in_words
-from petals_eval.swarm.transport.rpc import as_peer_errors, receive
-from petals_eval.swarm.wire import messages as wire
+from petals_eval.swarm.peers.finding import TrustFinding
+from petals_eval.swarm.peers.peer import error_text
+from petals_eval.swarm.transport.rpc import peer_errors, receive
+from petals_eval.swarm.trust.finding_text import stop_text, warning_text
+from petals_eval.swarm.wire import messages
 from petals_eval.swarm.wire.records import Announcement, ServerRecord, SpanServer, read_snapshot
+from petals_eval.swarm.wire.server_info import read_info
+from petals_eval.swarm.wire.span import Span
 from petals_eval.text import printable
 from tests.hostile.from_files import TARGETS, _adapter
-from tests.swarm.fakes import FakeCalls, FakeDirectory, pipeline
-from tests.swarm.test_wire import info
+from tests.support.fake_swarm import FakeDirectory, FakeTransport, pipeline, run
+from tests.support.rpc_info import info
 
 EVIL = (
     "\x1b[31mred\x1b]0;title\x07\r\nerror: forged\u202egnp\u2028\x85# head <b>x</b> [bold]b[/bold] | `c` \u200b\x9b2J"
@@ -36,12 +39,12 @@ def is_one_line_of_words(text: str) -> bool:
 RECORD = ServerRecord.from_wire(
     (2, 1.0, {"version": EVIL, "public_name": EVIL, "torch_dtype": EVIL, "quant_type": EVIL, "start_block": 0})
 )
-SERVER = SpanServer("12D3KooWEvil", 0, 4, RECORD)
+SERVER = SpanServer("12D3KooWEvil", Span(0, 4), RECORD)
 
 
-@pytest.mark.parametrize("verdict", ["noisy", "liar", "disputed"])
-def test_notices_and_the_reason_to_stop(verdict, caplog):
-    caught = UnequalServer(SERVER, 0.5, verdict=verdict, others=("12D3KooWOther",), blocks=(0, 4))
+@pytest.mark.parametrize("status", ["nondeterministic", "wrong", "disputed"])
+def test_notices_and_the_reason_to_stop(status, caplog):
+    caught = TrustFinding(SERVER, status, Span(0, 4), 0.5, others=("12D3KooWOther",))
     notice = warning_text(caught, 1, {"hidden_dropout": 0.1})
     assert is_one_line_of_words(notice)
     for line in stop_text("0:4", [caught], {}).split("\n"):
@@ -53,9 +56,9 @@ def test_notices_and_the_reason_to_stop(verdict, caplog):
 
 @pytest.mark.parametrize("kind", [P2PHandlerError, P2PDaemonError, ValueError, OSError])
 def test_what_a_peer_says_of_its_error(kind):
-    with pytest.raises(PeerError) as caught, as_peer_errors(1):
+    with pytest.raises(PeerError) as caught, peer_errors(1):
         raise kind(EVIL)
-    assert is_one_line_of_words(str(caught.value)) and is_one_line_of_words(in_words(caught.value))
+    assert is_one_line_of_words(str(caught.value)) and is_one_line_of_words(error_text(caught.value))
 
 
 def test_an_error_in_a_stream():
@@ -71,16 +74,15 @@ def test_an_error_in_a_stream():
 
 
 def test_why_a_run_ends_at_its_deadline():
-    calls = FakeCalls()
+    transport = FakeTransport()
 
     def refuse(hop, hidden):
-        with as_peer_errors(1):
+        with peer_errors(1):
             raise P2PHandlerError(EVIL)
 
-    calls.on_call = refuse
-    pipe = pipeline(FakeDirectory(4, SERVER), calls)
+    transport.on_call = refuse
     with pytest.raises(DeadlineError) as caught:
-        asyncio.run(pipe.forward(torch.zeros(1, 2, 4), None, 0, 4))
+        run(pipeline(FakeDirectory(4, SERVER), transport), torch.zeros(1, 2, 4))
     assert is_one_line_of_words(str(caught.value)) and "error: forged" in str(caught.value)
 
 
@@ -94,18 +96,18 @@ def test_why_a_run_ends_at_its_deadline():
 )
 def test_a_tensor_that_is_refused(message):
     with pytest.raises(PeerError) as caught:
-        wire.read_answer([message], (2, 3), torch.float32)
+        messages.read_answer([message], (2, 3), torch.float32)
     assert is_one_line_of_words(str(caught.value)) and len(str(caught.value)) <= 200
 
 
 def test_what_a_server_says_of_itself():
-    assert is_one_line_of_words(wire.read_info(info(version=EVIL)).version or "")
+    assert is_one_line_of_words(read_info(info(version=EVIL)).version or "")
     for changes in ({"forward_schema": EVIL}, {"outputs_schema": (EVIL,)}):
         with pytest.raises(PeerError) as caught:
-            wire.read_info(info(**changes))
+            read_info(info(**changes))
         assert is_one_line_of_words(str(caught.value))
     with pytest.raises(PeerError) as caught:
-        wire.read_info(MSGPackSerializer.dumps({EVIL: EVIL}))
+        read_info(MSGPackSerializer.dumps({EVIL: EVIL}))
     assert is_one_line_of_words(str(caught.value))
 
 

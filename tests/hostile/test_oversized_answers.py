@@ -18,10 +18,14 @@ from petals_eval.errors import PeerError
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.faults.catalog import Oversized
 from petals_eval.swarm import SwarmConnection
+from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
-from petals_eval.swarm.transport.client import RemoteCalls
-from petals_eval.swarm.wire.records import ServerRecord, ServerState, SpanServer
-from tests.swarm.test_wire import info
+from petals_eval.swarm.peers.peer import PeerBook
+from petals_eval.swarm.transport.client import HopClient
+from petals_eval.swarm.transport.libp2p import Libp2pTransport
+from petals_eval.swarm.wire.span import Span
+from tests.support.fake_swarm import server
+from tests.support.rpc_info import info
 
 MIB = 1 << 20
 NAME = "TransformerConnectionHandler"
@@ -118,22 +122,22 @@ def test_an_answer_beyond_any_use_is_cut_off(path, hostile):
     for the unary answer, which its daemon would have to take whole."""
     maddrs = [str(each) for each in hostile.portal.call(hostile.p2p.get_visible_maddrs)]
     settings = SwarmSettings(initial_peers=tuple(maddrs), request_timeout=10.0, connect_timeout=10.0)
-    record = ServerRecord(state=ServerState.ONLINE, throughput=1.0)
-    hop = Hop(SpanServer(hostile.p2p.peer_id.to_base58(), 0, 2, record), 0, 2)
+    hop = Hop(server(hostile.p2p.peer_id.to_base58(), 0, 2), Span(0, 2))
     if path == "unary":
         hostile.megabytes = 32
     with SwarmConnection.connect(settings) as connection:
-        calls = RemoteCalls(connection.p2p, "m", settings)
+        peers = PeerBook(settings)
+        transport = Libp2pTransport(connection.p2p, "m", settings, peers)
 
         async def ask() -> None:
             if path == "session":
-                session = await calls.session(hop, 1, 16)
+                session = await HopClient(transport, peers, settings).open_session(hop, 1, 16)
                 try:
                     await session.step(HIDDEN)
                 finally:
                     await session.close()
             else:
-                await calls.forward(hop, HIDDEN if path == "unary" else LARGE, None)
+                await transport.call(hop, Activations(HIDDEN if path == "unary" else LARGE))
 
         async def measured() -> None:
             watching = asyncio.create_task(growth.watch())
@@ -145,7 +149,7 @@ def test_an_answer_beyond_any_use_is_cut_off(path, hostile):
         growth = Growth(connection)
         started = time.monotonic()
         with pytest.raises(PeerError) as refused:
-            connection.run(measured)
+            connection.loop.run(measured)
         seconds = time.monotonic() - started
     here, daemon = (grown / MIB for grown in growth.grown)
     print(
@@ -163,14 +167,13 @@ def test_a_server_of_a_run_that_answers_at_sixteen_times_the_size_is_refused(rea
     hidden = torch.randn(4, 100, 64, generator=torch.Generator().manual_seed(0))
     spans = {"spans": [(0, 5)], "max_batch_size": 8192}  # above one MiB of hidden states, to be streamed
     with LocalSwarm(realdata / "stories260K-hf", mode="thread", **spans) as swarm:
-        server = swarm.servers[0]
+        oversized = swarm.servers[0]
         settings = SwarmSettings(initial_peers=tuple(swarm.initial_peers))
-        record = ServerRecord(state=ServerState.ONLINE, throughput=1.0)
-        hop = Hop(SpanServer(server.peer_id, 0, 5, record), 0, 5)
+        hop = Hop(server(oversized.peer_id, 0, 5), Span(0, 5))
         with SwarmConnection.connect(settings) as connection:
-            calls = RemoteCalls(connection.p2p, swarm.dht_prefix, settings)
-            server.switch(Oversized(times=16))
+            transport = Libp2pTransport(connection.p2p, swarm.dht_prefix, settings, PeerBook(settings))
+            oversized.switch(Oversized(times=16))
             for states, says in ((hidden, "values, found"), (hidden.repeat(11, 1, 1), "at most|goes on after")):
                 with pytest.raises(PeerError, match=says):
-                    connection.run(calls.forward, hop, states, None)
-        assert server.fault_counts()["oversized"].in_flight == 2
+                    connection.loop.run(transport.call, hop, Activations(states))
+        assert oversized.fault_counts()["oversized"].in_flight == 2

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import petals_eval
+from petals_eval.swarm import RemoteSequential
 from tests.interop.conftest import BOUNDED, STORIES, in_one_call
 from tests.interop.petals_folders import block_states
 from tests.interop.real_petals import RealPetalsSwarm
@@ -11,6 +12,16 @@ from tests.support.real_swarm import connect
 
 # Largest difference allowed, and mean, of the states after five blocks and three hops; in deviations of these states.
 TOLERANCES = {"float16": (5e-3, 1e-3), "blockwise8": (0.4, 0.03), "uniform8": (5.0, 0.1)}
+
+
+def takers(blocks: RemoteSequential) -> set[str]:
+    """Who took the code."""
+    return {peer.peer_id for peer in blocks.peers.values() if peer.has_taken_codec}
+
+
+def refusals(blocks: RemoteSequential) -> dict[str, str]:
+    """Who did not, and why."""
+    return {peer.peer_id: peer.codec_refusal for peer in blocks.peers.values() if peer.codec_refusal is not None}
 
 
 def some_tokens(rows: int, seq: int) -> torch.Tensor:
@@ -23,10 +34,10 @@ def test_each_code_there_and_back(stories, stories_dir, wire):
     with connect(stories, wire=wire, **BOUNDED) as connection:
         blocks = connection.remote_sequential(STORIES, 5)
         moved = blocks(entering) - leaving
-        histories = blocks.histories.values()
-        sent, received = (sum(getattr(each, name) for each in histories) for name in ("bytes_sent", "bytes_received"))
-        assert blocks.wires.lossless == {}
-        assert blocks.wires.taken_by == {server.peer_id for server in stories.servers}
+        peers = blocks.peers.values()
+        sent, received = (sum(getattr(each, name) for each in peers) for name in ("bytes_sent", "bytes_received"))
+        assert refusals(blocks) == {}
+        assert takers(blocks) == {server.peer_id for server in stories.servers}
     largest, mean = TOLERANCES[wire]
     deviation = float(leaving.std())
     print(wire, float(moved.abs().max()) / deviation, float(moved.abs().mean()) / deviation)
@@ -49,9 +60,9 @@ def test_bfloat16_servers(stories_dir):
                 blocks = connection.remote_sequential(STORIES, 5)
                 moved = in_one_call(blocks, entering).float() - leaving
                 if wire == "float16":
-                    assert blocks.wires.lossless == {peer_id: "it computes in bfloat16: float16 saves nothing"}
+                    assert refusals(blocks) == {peer_id: "it computes in bfloat16: float16 saves nothing"}
                 else:
-                    assert blocks.wires.taken_by == {peer_id}
+                    assert takers(blocks) == {peer_id}
                     assert "rpc_forward_stream(" in swarm.servers[0].log()
             print(wire, float(moved.abs().mean()) / deviation)
             assert float(moved.abs().mean()) <= (TOLERANCES[wire][1] + 0.02) * deviation

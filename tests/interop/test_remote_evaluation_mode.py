@@ -40,7 +40,7 @@ def accused(swarm, blocks: int, hidden: torch.Tensor) -> list:
     answers, found = [], []
     for remote, states in runs(swarm, blocks, hidden):
         answers.append(remote(states))
-        found += remote.status().unequal
+        found += remote.status().findings
     assert all(torch.equal(answer, answers[0]) for answer in answers)
     return found
 
@@ -52,9 +52,9 @@ def test_a_bloom_with_hidden_dropout_is_caught_in_every_run(tmp_path):
             with pytest.raises(MissingBlocksError, match=r"gave two answers to one question") as caught:
                 remote(hidden)
             assert caught.value.missing == ((0, 3),)
-            (unequal,) = remote.status().unequal
-            assert unequal.server.peer_id == swarm.servers[0].peer_id
-            assert 0.2 < unequal.difference < 1.4
+            (finding,) = remote.status().findings
+            assert finding.server.peer_id == swarm.servers[0].peer_id
+            assert 0.2 < finding.difference < 1.4
 
 
 def test_the_same_bloom_without_dropout_is_never_accused(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 import petals_eval
 from petals_eval.errors import RequestTooLargeError
-from petals_eval.swarm.transport.hop_session import proves_rolling_back
+from petals_eval.swarm.transport.rolling_back import proves_rolling_back
 from petals_eval.tasks.requests import Request
 from tests.interop.petals_folders import block_states, make_petals_tiny
 from tests.interop.real_petals import RealPetalsSwarm
@@ -114,9 +114,9 @@ def test_rolling_back_never_changes_an_answer(swarm, folder, is_believed_newer, 
         proofs.append(await proves_rolling_back(session, hidden_size))
         return proofs[-1]
 
-    monkeypatch.setattr("petals_eval.swarm.transport.client.proves_rolling_back", prove)
+    monkeypatch.setattr("petals_eval.swarm.transport.rolling_back.proves_rolling_back", prove)
     if is_believed_newer:
-        monkeypatch.setattr("petals_eval.swarm.wire.messages.may_roll_back", lambda version: True)
+        monkeypatch.setattr("petals_eval.swarm.transport.rolling_back.may_roll_back", lambda version: True)
     input_ids, others = some_tokens(2, 12), some_tokens(2, 12, seed=1)
     prompts = deep_prompts()
     with connect(swarm, deadline=60) as connection:

@@ -21,7 +21,7 @@ def run(connection, prefix, hidden, home=None):
     for part in hidden:
         remote(part)
     remote.settle()
-    return remote.status().unequal, remote.checks()
+    return remote.status().findings, remote.audit_progress()
 
 
 def micro_batches(folder):
@@ -41,9 +41,9 @@ def test_petals_servers_and_the_stubs_do_not_accuse_each_other(stories_dir):
     ):
         done = 0
         for number in range(RUNS):
-            accused, checks = run(connection, STORIES, hidden, home if number % 2 else None)
+            accused, audits = run(connection, STORIES, hidden, home if number % 2 else None)
             assert accused == ()
-            done += checks.done
+            done += audits.done
     assert done >= 2 * RUNS
 
 
@@ -55,4 +55,4 @@ def test_a_stub_that_adds_noise_is_named_by_petals_servers(stories_dir):
         connect(ours, verify=0.5, **BOUNDED) as connection,
     ):
         accused, _ = run(connection, STORIES, micro_batches(stories_dir))
-        assert [(each.server.peer_id, each.verdict) for each in accused] == [(ours.servers[0].peer_id, "liar")]
+        assert [(each.server.peer_id, each.status) for each in accused] == [(ours.servers[0].peer_id, "wrong")]

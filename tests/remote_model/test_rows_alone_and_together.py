@@ -165,8 +165,8 @@ def test_longrope_rows_go_to_a_server_that_takes_them_in_one_call_and_nobody_is_
             for each in model.compute(requests, tokens_per_micro_batch=1):
                 assert close(each.answer, alone(folder, model.local, None, each.request.input_ids))
             model.blocks.settle()
-            assert model.blocks.status().unequal == ()
-            assert model.blocks.checks().impossible > 0
+            assert model.blocks.status().findings == ()
+            assert model.blocks.audit_progress().impossible > 0
 
 
 @pytest.mark.parametrize("family", ROTARY_FAMILIES)

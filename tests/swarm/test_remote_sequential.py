@@ -1,46 +1,28 @@
-"""RemoteSequential over a real swarm on loopback: exact, without gradients, and gone without a trace."""
+"""RemoteSequential over a real swarm on loopback: exact and without gradients."""
 
 import gc
-import os
-import subprocess
-import sys
-import threading
 import weakref
 
-import psutil
 import pytest
 import torch
 
-from petals_eval.config import SwarmSettings
-from petals_eval.errors import (
-    CallerError,
-    ConfigError,
-    GradientError,
-    MissingBlocksError,
-    SwarmError,
-    SwarmUnreachableError,
-)
-from petals_eval.local_swarm.launcher import LocalSwarm
-from petals_eval.swarm import SwarmConnection, Work
+from petals_eval.errors import CallerError, GradientError, MissingBlocksError
+from petals_eval.swarm import Work
+from tests.support.real_swarm import connect, stories_swarm
 
 BLOCKS, HIDDEN = 5, 64
 
 
 @pytest.fixture(scope="module")
 def swarm(realdata):
-    with LocalSwarm(realdata / "stories260K-hf", spans=[(0, 3), (2, 5), (4, 5)], mode="thread") as running:
+    with stories_swarm(realdata, [(0, 3), (2, 5), (4, 5)]) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def connection(swarm):
-    with SwarmConnection.connect(SwarmSettings(initial_peers=tuple(swarm.initial_peers), deadline=5.0)) as open_one:
-        yield open_one
-
-
-@pytest.fixture(scope="module")
-def blocks(swarm, connection):
-    return connection.remote_sequential(swarm.dht_prefix, BLOCKS)
+def blocks(swarm):
+    with connect(swarm, deadline=5.0) as connection:
+        yield connection.remote_sequential(swarm.dht_prefix, BLOCKS)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +33,7 @@ def reference(realdata):
     model = AutoModel.from_pretrained(realdata / "stories260K-hf").eval()
     model.norm = torch.nn.Identity()
 
-    def run(hidden, prompts=None, first=0, last=BLOCKS):
+    def run(hidden, prompts=None, start=0, stop=BLOCKS):
         def add(index):
             def hook(module, arguments, keywords):
                 states = arguments[0].clone()
@@ -61,7 +43,7 @@ def reference(realdata):
             return hook
 
         layers = model.layers
-        model.layers = torch.nn.ModuleList(list(layers)[first:last])
+        model.layers = torch.nn.ModuleList(list(layers)[start:stop])
         hooks = []
         if prompts is not None:
             hooks = [
@@ -108,12 +90,12 @@ def test_deep_prompts_shared_and_per_row(blocks, reference):
 def test_slices(blocks, reference):
     hidden = hidden_states(2, 5)
     assert (len(blocks), len(blocks[1:4]), len(blocks[-1]), len(blocks[2:2])) == (5, 3, 1, 0)
-    assert close(blocks[1:4](hidden), reference(hidden, first=1, last=4))
+    assert close(blocks[1:4](hidden), reference(hidden, start=1, stop=4))
     assert close(blocks[3:](blocks[:3](hidden)), reference(hidden))
-    assert close(blocks[1:][1](hidden), reference(hidden, first=2, last=3))
+    assert close(blocks[1:][1](hidden), reference(hidden, start=2, stop=3))
     assert torch.equal(blocks[2:2](hidden), hidden)
     prompts = torch.randn(2, 1, 3, HIDDEN)
-    assert close(blocks[1:3](hidden, prompts), reference(hidden, prompts, first=1, last=3))
+    assert close(blocks[1:3](hidden, prompts), reference(hidden, prompts, start=1, stop=3))
 
 
 def test_dtype_and_shape_come_back_as_they_went(blocks):
@@ -197,8 +179,7 @@ def test_no_activation_outlives_its_micro_batch(blocks):
 
 
 def test_missing_blocks_end_at_the_deadline(swarm):
-    settings = SwarmSettings(initial_peers=tuple(swarm.initial_peers), deadline=0.5)
-    with SwarmConnection.connect(settings) as connection:
+    with connect(swarm, deadline=0.5) as connection:
         blocks = connection.remote_sequential(swarm.dht_prefix, BLOCKS + 2)
         with pytest.raises(MissingBlocksError, match="no server holds blocks 5:7") as caught:
             blocks(hidden_states(1, 2))
@@ -209,73 +190,7 @@ def test_missing_blocks_end_at_the_deadline(swarm):
 
 
 def test_an_unknown_lora_adapter_has_no_servers(swarm):
-    peers = tuple(swarm.initial_peers)
-    settings = SwarmSettings(initial_peers=peers, deadline=0.3, active_adapter="nobody/has-this")
-    with SwarmConnection.connect(settings) as connection:
+    with connect(swarm, deadline=0.3, active_adapter="nobody/has-this") as connection:
         blocks = connection.remote_sequential(swarm.dht_prefix, BLOCKS)
         with pytest.raises(MissingBlocksError, match=r"blocks 0:5.*does not announce adapter nobody/has"):
             blocks(hidden_states(1, 2))
-
-
-def test_an_unreachable_swarm_is_said_with_its_addresses():
-    gone = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWP1bRyizj6yjYNioEgopT6Q5r7Vht1o5Qb2dMbiXJ9byx"
-    with pytest.raises(SwarmUnreachableError, match=r"no initial peer answered:\s+/ip4/127.0.0.1/tcp/9/"):
-        SwarmConnection.connect(SwarmSettings(initial_peers=(gone,), startup_timeout=5))
-    assert not [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if child.name() == "p2pd" and gone in " ".join(child.cmdline())
-    ]
-
-
-@pytest.mark.parametrize("address", ["localhost:31337", "/ip4/1.2.3.4/tcp/1", "", "/ip4/1.2.3.4/tcp/1/p2p/nonsense"])
-def test_a_wrong_address_is_the_callers_mistake(address):
-    with pytest.raises(ConfigError, match="multiaddress"):
-        SwarmSettings(initial_peers=(address,))
-
-
-def test_a_closed_connection_says_so(swarm):
-    connection = SwarmConnection.connect(SwarmSettings(initial_peers=tuple(swarm.initial_peers)))
-    blocks = connection.remote_sequential(swarm.dht_prefix, BLOCKS)
-    connection.close()
-    connection.close()
-    with pytest.raises(SwarmError, match="closed"):
-        blocks(hidden_states(1, 2))
-
-
-def test_the_loop_refuses_to_wait_for_itself(connection, blocks):
-    async def inside():
-        return connection.run(blocks._directory.refresh)
-
-    with pytest.raises(RuntimeError, match="event loop thread"):
-        connection.run(inside)
-
-
-def test_leaving_without_close_leaves_no_daemon_and_no_traceback(swarm):
-    """A script that forgets close(), or fails, ends at once all the same."""
-    script = f"""
-import torch
-from petals_eval.config import SwarmSettings
-from petals_eval.swarm import SwarmConnection
-connection = SwarmConnection.connect(SwarmSettings(initial_peers={tuple(swarm.initial_peers)!r}))
-blocks = connection.remote_sequential({swarm.dht_prefix!r}, {BLOCKS})
-print(blocks(torch.zeros(1, 2, {HIDDEN})).shape)
-print([child.pid for child in __import__("psutil").Process().children(recursive=True)])
-"""
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=os.environ)
-    assert ended.returncode == 0
-    assert "Traceback" not in ended.stderr, ended.stderr
-    pids = eval(ended.stdout.splitlines()[-1])
-    assert pids
-    _, still = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=5)
-    assert not still
-
-
-def test_connections_end_their_threads_and_daemons(swarm):
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    threads = threading.active_count()
-    for _ in range(3):
-        with SwarmConnection.connect(SwarmSettings(initial_peers=tuple(swarm.initial_peers))) as connection:
-            connection.remote_sequential(swarm.dht_prefix, BLOCKS)(hidden_states(1, 2))
-    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
-    assert threading.active_count() <= threads

@@ -24,18 +24,18 @@ def hidden():
     return hidden_states(3, POSITIONS, seed=1)
 
 
-def stepwise(span, hidden, steps=STEPS, *, first=None, last=None, cache=None):
-    first = span.first if first is None else first
-    last = span.last if last is None else last
-    cache = cache or SessionCache(last - first, POSITIONS, first - span.first)
+def stepwise(span, hidden, steps=STEPS, *, start=None, stop=None, cache=None):
+    start = span.start if start is None else start
+    stop = span.stop if stop is None else stop
+    cache = cache or SessionCache(stop - start, POSITIONS, start - span.start)
     outputs = []
     for part in hidden.split(steps, dim=1):
-        outputs.append(span.forward(part, start=first, stop=last, cache=cache))
+        outputs.append(span.forward(part, start=start, stop=stop, cache=cache))
     return torch.cat(outputs, dim=1)
 
 
 def test_steps_equal_one_forward(folder, hidden):
-    spans = [BlockSpan.load(str(folder), first, last) for first, last in ((0, 1), (1, 4))]
+    spans = [BlockSpan.load(str(folder), start, stop) for start, stop in ((0, 1), (1, 4))]
     output = hidden
     for span in spans:
         output = stepwise(span, output)
@@ -44,7 +44,7 @@ def test_steps_equal_one_forward(folder, hidden):
 
 def test_steps_of_part_of_a_span(folder, hidden):
     span = BlockSpan.load(str(folder), 0, BLOCKS)
-    output = stepwise(span, stepwise(span, hidden, last=1), first=1)
+    output = stepwise(span, stepwise(span, hidden, stop=1), start=1)
     assert distance(output, Reference(folder).forward(hidden)) < 1e-5
 
 

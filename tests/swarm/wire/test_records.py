@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_eval.errors import ConfigError
-from petals_eval.swarm.wire.records import Announcement, Choice, ServerRecord, ServerState, read_snapshot
-from tests.swarm.fakes import settings
+from petals_eval.swarm.wire.records import Announcement, ServerFilter, ServerRecord, ServerState, read_snapshot
+from petals_eval.swarm.wire.span import Span
+from tests.support.fake_swarm import settings
 
 FULL = {
     "start_block": 0,
@@ -48,7 +49,7 @@ def test_the_words_of_a_stranger_are_safe_to_show_and_short():
     words = "2.2.0\x1b]0;owned\x07\u202e\n" + "x" * 10_000
     record = ServerRecord.from_wire((2, 1.0, {"version": words, "quant_type": words, "torch_dtype": words}))
     for shown in (record.version, record.quant_type, record.torch_dtype):
-        assert shown.startswith("2.2.0 ]0;owned")
+        assert shown.startswith("2.2.0\ufffd]0;owned")
         assert shown.isprintable()
         assert len(shown) == 80
 
@@ -99,7 +100,7 @@ def test_only_online_servers_that_are_chosen_count():
         announce(0, "plain", (2, 1.0, {**FULL, "adapters": []})),
     ]
     assert set(read_snapshot(announcements, 3).servers) == {"online", "plain"}
-    chosen = read_snapshot(announcements, 3, Choice(active_adapter="some/lora"))
+    chosen = read_snapshot(announcements, 3, ServerFilter(active_adapter="some/lora"))
     assert set(chosen.servers) == {"online"}
     assert chosen.left_out["plain"][1] == "does not announce adapter some/lora"
 
@@ -107,11 +108,11 @@ def test_only_online_servers_that_are_chosen_count():
 @pytest.mark.parametrize(
     ("choice", "used", "reason"),
     [
-        (Choice(dtype="float32"), {"a", "b"}, "computes in bfloat16, not float32"),
-        (Choice(quant="none"), {"a"}, "quantises with nf4, not none"),
-        (Choice(allow=("a", "...c")), {"a", "c"}, "is not among the allowed servers"),
-        (Choice(deny=("b",)), {"a", "c", "silent"}, "is denied"),
-        (Choice(dtype="bfloat16", quant="none"), set(), "computes in unknown, not bfloat16"),
+        (ServerFilter(dtype="float32"), {"a", "b"}, "computes in bfloat16, not float32"),
+        (ServerFilter(quant="none"), {"a"}, "quantises with nf4, not none"),
+        (ServerFilter(allow=("a", "...c")), {"a", "c"}, "is not among the allowed servers"),
+        (ServerFilter(deny=("b",)), {"a", "c", "silent"}, "is denied"),
+        (ServerFilter(dtype="bfloat16", quant="none"), set(), "computes in unknown, not bfloat16"),
     ],
 )
 def test_whom_to_use(choice, used, reason):
@@ -145,22 +146,22 @@ def test_a_server_that_moved_counts_where_its_newest_record_says():
         ],
         6,
     )
-    assert (snapshot.servers["a"].start, snapshot.servers["a"].end) == (4, 6)
-    assert snapshot.missing() == ((0, 4),)
+    assert snapshot.servers["a"].span == Span(4, 6)
+    assert snapshot.missing() == (Span(0, 4),)
 
 
 def test_without_a_span_the_keys_count():
     snapshot = read_snapshot([announce(block, "a", (2, 1.0)) for block in (1, 2)], 4)
-    assert (snapshot.servers["a"].start, snapshot.servers["a"].end) == (1, 3)
-    assert snapshot.missing() == ((0, 1), (3, 4))
-    assert snapshot.missing(without=frozenset({"a"})) == ((0, 4),)
+    assert snapshot.servers["a"].span == Span(1, 3)
+    assert snapshot.missing() == (Span(0, 1), Span(3, 4))
+    assert snapshot.missing(without=frozenset({"a"})) == (Span(0, 4),)
 
 
 def test_a_span_outside_the_model_is_cut_or_dropped():
     long = {"start_block": 2, "end_block": 10**18}
     beyond = {"start_block": 9, "end_block": 12}
     snapshot = read_snapshot([announce(2, "a", (2, 1.0, long)), announce(2, "b", (2, 1.0, beyond))], 4)
-    assert (snapshot.servers["a"].start, snapshot.servers["a"].end) == (2, 4)
+    assert snapshot.servers["a"].span == Span(2, 4)
     assert snapshot.dropped == 1
 
 
@@ -173,5 +174,5 @@ def test_the_newest_record_that_can_be_read_counts():
         announce(0, "b", (2, 1.0, bad), 10.0),
     ]
     snapshot = read_snapshot(announcements, 3)
-    assert (snapshot.servers["a"].start, snapshot.servers["a"].end) == (0, 2)
+    assert snapshot.servers["a"].span == Span(0, 2)
     assert (set(snapshot.servers), snapshot.dropped) == ({"a"}, 2)

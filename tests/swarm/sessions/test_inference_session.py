@@ -4,21 +4,22 @@ import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
-from petals_eval.config import SwarmSettings
 from petals_eval.errors import CallerError, DeadlineError, GradientError, RequestTooLargeError
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.remote_model import RemoteModel
-from petals_eval.swarm import SwarmConnection
-from petals_eval.swarm.peers import caches as cache_book
-from petals_eval.swarm.transport.hop_session import proves_rolling_back
-from petals_eval.swarm.wire import messages as wire
+from petals_eval.swarm.peers import peer
+from petals_eval.swarm.peers.session_cache import CachePolicy, SessionCache
+from petals_eval.swarm.transport.rolling_back import proves_rolling_back
 from petals_eval.tasks.requests import Request
 from tests.model.reference import classifier, full_logits, make_adapter
+from tests.support import real_swarm
 from tests.support.tiny_models import make_tiny
+from tests.support.waiting import until
 
 BLOCKS, HIDDEN, PREFIX = 4, 32, 3
 
@@ -60,7 +61,7 @@ def start(model, spans, **options):
 
 def connect(swarm, **settings):
     quick = {"min_backoff": 0.05, "max_backoff": 0.2, "missing_update_period": 0.2, "deadline": 10.0}
-    return SwarmConnection.connect(SwarmSettings(initial_peers=tuple(swarm.initial_peers), **{**quick, **settings}))
+    return real_swarm.connect(swarm, **{**quick, **settings})
 
 
 def hidden_states(batch: int, seq: int, seed: int = 0) -> torch.Tensor:
@@ -86,13 +87,6 @@ def in_steps(session, hidden: torch.Tensor, *lengths: int, prompts=None) -> torc
 
 def cache_in_use(swarm) -> int:
     return sum(server._server.budget.used_bytes for server in swarm.servers if server.is_alive())
-
-
-def wait_for(condition, seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_many_steps_are_one_forward(blocks):
@@ -142,7 +136,7 @@ def test_whether_a_server_rolls_back_is_found_out_once(swarm, line, monkeypatch)
         proofs.append(await proves_rolling_back(session, hidden_size))
         return proofs[-1]
 
-    monkeypatch.setattr("petals_eval.swarm.transport.client.proves_rolling_back", prove)
+    monkeypatch.setattr("petals_eval.swarm.transport.rolling_back.proves_rolling_back", prove)
     with connect(swarm) as connection:
         blocks = connection.remote_sequential(swarm.dht_prefix, BLOCKS)
         for _ in range(2):
@@ -151,12 +145,6 @@ def test_whether_a_server_rolls_back_is_found_out_once(swarm, line, monkeypatch)
                 session.position = 2
                 session.step(hidden_states(1, 1))
     assert proofs == {"2.3.0": [True] * 2, "newer": [True] * 2, "lies": [False] * 2, "2.2.0": []}[line]  # two servers
-
-
-def test_old_versions_are_not_even_asked():
-    assert not wire.may_roll_back("2.2.0.post1")
-    assert not wire.may_roll_back("1.1.5")
-    assert all(wire.may_roll_back(version) for version in ("2.3.0.dev2", "2.3.0", "2.10", "3.0", "unheard of", None))
 
 
 def test_hypo_ids_reorder_the_rows(blocks):
@@ -242,7 +230,7 @@ def test_closing_leaves_nothing_open(swarm):
             return len(asyncio.all_tasks())
 
         blocks(hidden_states(1, 1))
-        before = connection.run(tasks)
+        before = connection.loop.run(tasks)
         with blocks.inference_session(16) as session:
             session.step(torch.empty(1, 0, HIDDEN))  # reserves
             assert len(session.servers) == 2
@@ -251,7 +239,7 @@ def test_closing_leaves_nothing_open(swarm):
             session.position = 1
             session.step(hidden_states(1, 4))
         assert cache_in_use(swarm) == 0
-        assert connection.run(tasks) == before
+        assert connection.loop.run(tasks) == before
     assert threading.active_count() <= threads
     assert not any(server._server.handler._sessions._pushed for server in swarm.servers)
 
@@ -262,7 +250,7 @@ def test_leaving_without_closing_ends_the_sessions_with_the_connection(swarm):
         session.step(hidden_states(1, 4))
         assert cache_in_use(swarm) > 0
     session.close()
-    wait_for(lambda: cache_in_use(swarm) == 0)
+    until(lambda: cache_in_use(swarm) == 0, 5.0)
 
 
 def test_a_server_that_dies_in_mid_session_is_replaced_with_equal_answers(model):
@@ -314,7 +302,7 @@ def test_a_server_that_ends_idle_sessions_is_asked_anew(model):
         blocks = connection.remote_sequential(swarm.dht_prefix, BLOCKS)
         with blocks.inference_session(16) as session:
             session.step(hidden[:, :4])
-            wait_for(lambda: cache_in_use(swarm) == 0)
+            until(lambda: cache_in_use(swarm) == 0, 5.0)
             close(session.step(hidden[:, 4:]), blocks(hidden)[:, 4:])
 
 
@@ -359,14 +347,14 @@ def test_a_session_longer_than_any_may_be_fails_at_once_with_the_numbers(model):
 
 def test_a_session_larger_than_any_cache_ever_was_is_told_of_at_once_and_fails_a_while_later(model, monkeypatch):
     """A server says "out of memory" to it as to one that has to wait."""
-    monkeypatch.setattr(cache_book, "PATIENCE", 1.5)
+    monkeypatch.setattr(peer, "SessionCache", partial(SessionCache, policy=CachePolicy(patience=1.5)))
     options = {"max_batch_size": 32, "inference_max_length": 99, "attn_cache_tokens": 60}
     with start(model, [(0, 4), (0, 4)], **options) as swarm, connect(swarm, deadline=60) as connection:
         blocks = connection.remote_sequential(swarm.dht_prefix, BLOCKS)
         started = time.monotonic()
         with ThreadPoolExecutor(1) as pool:
             row = pool.submit(blocks, hidden_states(1, 70))
-            wait_for(lambda: blocks.status().notices and blocks.status().waiting, 1.0)
+            until(lambda: blocks.status().notices and blocks.status().waiting, 1.0)
             assert "needs 280 tokens" in blocks.status().notices[0] and "240 are the most" in blocks.status().notices[0]
             assert "needs 280 tokens" in blocks.status().waiting and "240 are the most" in blocks.status().waiting
             text = (
