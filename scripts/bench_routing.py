@@ -15,6 +15,7 @@ from petals_eval.health.canary import segments_of
 from petals_eval.health.census import claims_in
 from petals_eval.swarm.directory.routing import RouteIndex, hold_all, next_hop, plan_route
 from petals_eval.swarm.wire.records import Announcement, Snapshot, SpanServer, read_snapshot
+from petals_eval.swarm.wire.span import Span
 
 PERIOD = 240.0
 
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         return 0.05 + per_token.get(server.peer_id, 1e-4) * blocks * 1024
 
     last = options.blocks
-    spans = [(server.start, server.end) for server in servers]
+    spans = [server.span for server in servers]
     index = RouteIndex(servers, last)
     index.plan(cost)
 
@@ -103,11 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             per=last,
         ),
         "route": repeated("a whole route, indexed", lambda: index.route(0, cost)),
-        "plan_route": repeated("plan_route, not indexed", lambda: plan_route(servers, 0, last, cost)),
+        "plan_route": repeated("plan_route, not indexed", lambda: plan_route(servers, Span(0, last), cost)),
         "next_hop": repeated(
-            "next_hop from the middle of the model, not indexed", lambda: next_hop(servers, last // 2, last, cost)
+            "next_hop from the middle of the model, not indexed", lambda: next_hop(servers, Span(last // 2, last), cost)
         ),
-        "hold_all": repeated("hold_all: do all together hold the model?", lambda: hold_all(servers, 0, last)),
+        "hold_all": repeated("hold_all: do all together hold the model?", lambda: hold_all(servers, Span(0, last))),
         "missing": repeated("missing: which blocks nobody holds", snapshot.missing),
     }
 

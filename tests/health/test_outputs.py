@@ -18,7 +18,7 @@ from petals_eval.health.live import RouteTimes
 from petals_eval.health.metrics import Tally, exposition
 from petals_eval.health.page import page
 from petals_eval.health.terminal import print_report
-from tests.health.fakes import FakeServer, FakeSwarm, report_on
+from tests.support.fake_health import FakeServer, FakeSwarm, report_on
 
 EVIL = "<script>alert(1)</script>\"'&\x1b[31m\u202e\n# HELP x"
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from petals_eval.swarm.peers.caches import LOCKED_REST
 
 from petals_eval.errors import (
     PeerAnswerError,
@@ -17,9 +16,11 @@ from petals_eval.health import FINDINGS, Level, Verdict
 from petals_eval.health.findings import finding, from_forward_error
 from petals_eval.health.live import RouteTimes
 from petals_eval.health.locked import LockedServers
+from petals_eval.swarm.peers.session_cache import CachePolicy
 from petals_eval.swarm.wire import messages as wire
 from petals_eval.swarm.wire.records import Announcement
-from tests.health.fakes import HIDDEN, FakeBlocks, FakeServer, FakeSwarm, findings, raising, report_on, server_of
+from petals_eval.swarm.wire.server_info import ServerInfo
+from tests.support.fake_health import HIDDEN, FakeBlocks, FakeServer, FakeSwarm, findings, raising, report_on, server_of
 
 WHOLE = {"good": (0, 4), "other": (0, 4)}
 
@@ -29,7 +30,7 @@ def good() -> dict[str, FakeServer]:
 
 
 def info_of(**fields: object):
-    return lambda block: wire.ServerInfo(
+    return lambda block: ServerInfo(
         **{
             "version": "2.2.0",
             "input_dtype": torch.float32,
@@ -112,12 +113,6 @@ def test_what_cannot_be_found_has_no_name() -> None:
     assert set(FINDINGS) == set(FAULTS) | of_models | elsewhere
 
 
-@pytest.fixture
-def at_once(monkeypatch):
-    """A server that refuses a session is asked again without a pause."""
-    monkeypatch.setattr("petals_eval.health.probing._PAUSES", (0.0,) * 3)
-
-
 def refusing(times: int):
     def session(number: int) -> None:
         if number <= times:
@@ -141,30 +136,30 @@ def refusing(times: int):
         (FakeServer(0, 4, session=refusing(9), answer=raising(REFUSED)), 0, {"info-ok-forward-fails"}),
     ],
 )
-def test_whether_a_session_opens_is_asked_where_it_should(server, asked, found, at_once) -> None:
+def test_whether_a_session_opens_is_asked_where_it_should(server, asked, found) -> None:
     swarm = FakeSwarm(4, one=server)
-    report = report_on(swarm)
+    report = report_on(swarm, in_virtual_time=True)
     assert findings(report, "one") == found
     assert swarm.sessions["one"] == asked and swarm.open_sessions == 0
     report_on(swarm, level="info")
     assert swarm.sessions["one"] == asked
 
 
-def test_a_server_that_opens_no_session_says_what_it_said(at_once) -> None:
-    report = report_on(FakeSwarm(4, one=FakeServer(0, 4, session=refusing(9))))
+def test_a_server_that_opens_no_session_says_what_it_said() -> None:
+    report = report_on(FakeSwarm(4, one=FakeServer(0, 4, session=refusing(9))), in_virtual_time=True)
     (found,) = server_of(report, "one").findings
     assert "100 tokens of its cache are free" in found.detail and "out of memory" in found.detail
     assert server_of(report, "one").probes["forward"] == "passed", "it computes all the same"
 
 
-def test_a_server_that_opened_no_session_is_not_asked_again_for_a_while(at_once) -> None:
+def test_a_server_that_opened_no_session_is_not_asked_again_for_a_while() -> None:
     now = 0.0
     locked = LockedServers(lambda: now)
     swarm = FakeSwarm(4, one=FakeServer(0, 4, session=raising(PeerNoSessionError("its cache may be locked"))))
     for _ in range(5):
         assert findings(report_on(swarm, locked=locked)) == {"opens-no-session"}
     assert swarm.sessions["one"] == 1
-    now = LOCKED_REST
+    now = CachePolicy.locked_rest
     swarm.servers["one"] = FakeServer(0, 4)  # restarted
     for _ in range(2):
         assert findings(report_on(swarm, locked=locked)) == set()
@@ -269,14 +264,8 @@ def test_adapters_are_asked_for_and_tried() -> None:
     assert findings(report, "good") == {"adapter-not-announced"} and findings(report, "lora") == set()
 
     broken = FakeSwarm(4, **good(), lora=FakeServer(0, 4, record={"adapters": ["me/lora"]}))
-    asked = broken.with_adapter
-    broken.with_adapter = lambda name: _Refusing() if name else asked(name)
+    broken.refused_adapters = {"me/lora"}
     assert findings(report_on(broken)) == {"adapter-fails"}
-
-
-class _Refusing:
-    async def forward(self, *_: object) -> object:
-        raise PeerRefusedError("KeyError('adapter not found')")
 
 
 def test_a_server_with_a_small_limit_is_asked_less_and_compared_all_the_same() -> None:

@@ -20,8 +20,8 @@ from petals_eval.health import HealthReport, HealthSettings, Verdict
 from petals_eval.health.history import DAY, History
 from petals_eval.health.live import RouteTimes
 from petals_eval.health.serving import HealthServer, Monitor, address_of, serve_health
-from tests.health.fakes import FakeServer, FakeSwarm, report_on
-from tests.swarm.fakes import PEER
+from tests.support.fake_health import FakeServer, FakeSwarm, report_on
+from tests.support.fake_swarm import PEER
 
 ROOT = Path(__file__).resolve().parents[2]
 
