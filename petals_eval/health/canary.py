@@ -32,9 +32,6 @@ class CanaryPolicy:
     max_segments: int = 8
 
 
-_POLICY = CanaryPolicy()
-
-
 def canary_for(span: Span, hidden_size: int, positions: int) -> torch.Tensor:
     """Return hidden states (rows, positions, hidden size) in float32.
 
@@ -43,9 +40,9 @@ def canary_for(span: Span, hidden_size: int, positions: int) -> torch.Tensor:
     """
     seed = hash((span, hidden_size, positions)) % 2**63
     random = torch.Generator().manual_seed(seed)
-    largest = torch.empty(_POLICY.max_rows, positions, 1).expand(_POLICY.max_rows, positions, hidden_size)
+    largest = torch.empty(CanaryPolicy.max_rows, positions, 1).expand(CanaryPolicy.max_rows, positions, hidden_size)
     rows, positions, _ = question_from(largest).shape
-    return _POLICY.scale * torch.randn(rows, positions, hidden_size, generator=random, dtype=torch.float32)
+    return CanaryPolicy.scale * torch.randn(rows, positions, hidden_size, generator=random, dtype=torch.float32)
 
 
 def segments_of(spans: Iterable[Span]) -> tuple[Span, ...]:
@@ -69,4 +66,4 @@ def shared_segments(span: Span, segments: Sequence[Span], holders: Sequence[int]
         for index, (segment, count) in enumerate(zip(segments, holders, strict=True))
         if count > 1 and segment.within(span)
     ]
-    return tuple(sorted(segment for _, segment in sorted(shared)[: _POLICY.max_segments]))
+    return tuple(sorted(segment for _, segment in sorted(shared)[: CanaryPolicy.max_segments]))

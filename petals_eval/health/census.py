@@ -49,9 +49,6 @@ class CensusPolicy:
     blocks_at_once: int = 64
 
 
-_POLICY = CensusPolicy()
-
-
 @dataclass(frozen=True, slots=True)
 class AnnouncedModel:
     """A DHT prefix with what its servers say of the model."""
@@ -110,16 +107,16 @@ def read_models(entries: Mapping[Any, Any]) -> tuple[list[AnnouncedModel], int]:
         num_blocks = value.get("num_blocks") if isinstance(value, dict) else None
         if (
             not isinstance(prefix, str)
-            or not 0 < len(prefix) <= _POLICY.max_name_length
+            or not 0 < len(prefix) <= CensusPolicy.max_name_length
             or not isinstance(num_blocks, int)
             or isinstance(num_blocks, bool)
-            or not 0 < num_blocks <= _POLICY.max_blocks
-            or len(models) >= _POLICY.max_models
+            or not 0 < num_blocks <= CensusPolicy.max_blocks
+            or len(models) >= CensusPolicy.max_models
         ):
             malformed += 1
             continue
         url = value.get("repository")
-        repository = printable(url, longest=_POLICY.max_name_length) if isinstance(url, str) else None
+        repository = printable(url, longest=CensusPolicy.max_name_length) if isinstance(url, str) else None
         models.append(AnnouncedModel(prefix, num_blocks, repository))
     return sorted(models, key=lambda model: model.prefix), malformed
 
@@ -134,13 +131,13 @@ async def take_census(dht: DHTNode, model: AnnouncedModel, now: float) -> Census
 
 async def count_blocks(dht: DHTNode, prefix: str) -> int:
     """Return how many blocks a model has whose name nobody announces: as far as there are records."""
-    step = _POLICY.blocks_at_once
-    for start in range(0, _POLICY.max_blocks, step):
+    step = CensusPolicy.blocks_at_once
+    for start in range(0, CensusPolicy.max_blocks, step):
         uids = {wire.block_uid(prefix, block): block for block in range(start, start + step)}
         found, _ = await read_announcements(dht, uids)
         if len({each.block for each in found}) < step:
             return max((each.block + 1 for each in found), default=start)
-    return _POLICY.max_blocks
+    return CensusPolicy.max_blocks
 
 
 def claims_in(announcements: Iterable[Announcement], now: float) -> tuple[tuple[ServerClaim, ...], int]:

@@ -1,7 +1,7 @@
 """What is different between two looks at the same swarm, in words. Pure."""
 
 from petals_eval.health.results import HealthReport, ModelHealth
-from petals_eval.swarm.peers.peer import short_peer
+from petals_eval.swarm.peers.peer_text import short_peer
 from petals_eval.text import printable
 
 __all__ = ["changes"]

@@ -13,7 +13,7 @@ from petals_eval.errors import (
 from petals_eval.health.results import Finding, Verdict
 from petals_eval.health.settings import Level
 from petals_eval.swarm.peers.finding import TrustFinding
-from petals_eval.swarm.peers.peer import error_text
+from petals_eval.swarm.peers.peer_text import error_text
 from petals_eval.text import printable
 
 __all__ = ["FINDINGS", "Meaning", "finding", "from_forward_error", "from_info_error", "from_trust"]

@@ -55,9 +55,8 @@ class LiveNetwork:
         self._connection = connection
         self._prefix = prefix
 
-    def transport(self, adapter: str | None, peers: PeerBook) -> Libp2pTransport:
-        settings = self._connection.settings.model_copy(update={"active_adapter": adapter})
-        return Libp2pTransport(self._connection.p2p, self._prefix, settings, peers)
+    def transport(self, peers: PeerBook) -> Libp2pTransport:
+        return Libp2pTransport(self._connection.p2p, self._prefix, peers)
 
     async def is_connected(self, peer_id: str) -> bool:
         return any(peer.peer_id.to_base58() == peer_id for peer in await self._connection.p2p.list_peers())

@@ -12,7 +12,7 @@ from petals_eval.health.history import Uptime
 from petals_eval.health.results import Finding, HealthReport, ModelHealth, ServerHealth, Verdict
 from petals_eval.health.style import STYLE
 from petals_eval.health.terminal import coverage_text, seconds_text
-from petals_eval.swarm.peers.peer import short_peer
+from petals_eval.swarm.peers.peer_text import short_peer
 from petals_eval.text import printable
 
 __all__ = ["page"]

@@ -16,7 +16,8 @@ from petals_eval.health.settings import HealthSettings, Level
 from petals_eval.health.verdict import of_server
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
-from petals_eval.swarm.peers.peer import PeerBook, error_text
+from petals_eval.swarm.peers.peer import PeerBook
+from petals_eval.swarm.peers.peer_text import error_text
 from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.transport.client import HopClient
 from petals_eval.swarm.transport.hop_session import HopSession
@@ -50,8 +51,8 @@ class ProbePolicy:
 class Network(Protocol):
     """How probes reach the servers of one model."""
 
-    def transport(self, adapter: str | None, peers: PeerBook) -> Transport:
-        """Return a way to call them that has them compute with this LoRA adapter; None: with none."""
+    def transport(self, peers: PeerBook) -> Transport:
+        """Return a way to call them under the settings of a peer book."""
         ...
 
     async def is_connected(self, peer_id: str) -> bool:
@@ -183,22 +184,19 @@ class Prober:
         settings: HealthSettings,
         locked: LockedServers | None = None,
         runtime: Runtime | None = None,
-        policy: ProbePolicy = ProbePolicy(),
     ):
         """locked: servers that opened no session in looks before this one."""
         self._network = network
         self._model = Span(0, num_blocks)
         self._settings = settings
         self._locked = locked or LockedServers()
-        self._policy = policy
         self._count = _Count()
-        self._swarm_settings = settings.for_swarm()
-        self._peers = PeerBook(self._swarm_settings, runtime)
-        self._transport = self._transport_with(settings.active_adapter)
-        self._client = HopClient(self._transport, self._peers, self._swarm_settings)
+        self._peers = PeerBook(settings.for_swarm(), runtime)
+        self._transport = self._transport_to(self._peers)
+        self._client = HopClient(self._transport, self._peers)
 
-    def _transport_with(self, adapter: str | None) -> Transport:
-        return _CountingTransport(self._network.transport(adapter, self._peers), self._count)
+    def _transport_to(self, peers: PeerBook) -> Transport:
+        return _CountingTransport(self._network.transport(peers), self._count)
 
     @property
     def traffic(self) -> Traffic:
@@ -223,7 +221,7 @@ class Prober:
                 text = f"old records still name block {left[0]}" + (f" and {len(left) - 1} more" if left[1:] else "")
                 probe.add_finding(finding("stale-record", text))
         period = self._settings.announce_period
-        if claim.remaining < self._policy.min_remaining * period:
+        if claim.remaining < ProbePolicy.min_remaining * period:
             text = f"last announced {record_age(claim.remaining, period) or 0:.0f} s ago, every {period:.0f} s is "
             probe.add_finding(finding("stale-record", f"{text}usual; it ends in {claim.remaining:.0f} s"))
         wanted = self._settings.active_adapter
@@ -302,10 +300,10 @@ class Prober:
         """Let one of its blocks compute with LoRA adapters that it announces."""
         hop = Hop(probe.server, Span(block, block + 1))
         question = Activations(self._canary(hop, hidden_size).hidden[:1])
-        for adapter in probe.server.record.adapters[: self._policy.max_adapters]:
-            client = HopClient(self._transport_with(adapter), self._peers, self._swarm_settings)
+        for adapter in probe.server.record.adapters[: ProbePolicy.max_adapters]:
+            peers = PeerBook(self._peers.settings.model_copy(update={"active_adapter": adapter}), self._peers.runtime)
             try:
-                await client.run(hop, question, may_step=False)
+                await HopClient(self._transport_to(peers), peers).run(hop, question, may_step=False)
             except PeerError as error:
                 probe.add_finding(finding("adapter-fails", f"{adapter}: {error}"))
 
@@ -331,7 +329,7 @@ class Prober:
         """Raises PeerError, but for a full cache."""
         refusal = ""
         start = probe.server.span.start
-        for pause in self._policy.session_pauses:
+        for pause in ProbePolicy.session_pauses:
             await asyncio.sleep(pause)
             info = (await self._ask_info(probe.server.peer_id, start)).info
             if other_layout(info) or not info.cache_tokens_available:

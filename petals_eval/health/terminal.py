@@ -5,7 +5,7 @@ from rich.text import Text
 
 from petals_eval.health.results import Finding, HealthReport, ModelHealth, ServerHealth, Verdict
 from petals_eval.health.settings import Level
-from petals_eval.swarm.peers.peer import short_peer
+from petals_eval.swarm.peers.peer_text import short_peer
 from petals_eval.text import printable
 
 __all__ = ["coverage_text", "print_report", "route_text", "seconds_text", "summary_text"]

@@ -118,8 +118,8 @@ class FakeSwarm:
     def network(self, prefix: str) -> "FakeSwarm":
         return self
 
-    def transport(self, adapter: str | None, peers: PeerBook) -> "_HealthTransport":
-        self.transports.append(_HealthTransport(self, adapter))
+    def transport(self, peers: PeerBook) -> "_HealthTransport":
+        self.transports.append(_HealthTransport(self, peers.settings.active_adapter))
         return self.transports[-1]
 
     async def is_connected(self, peer_id: str) -> bool:
