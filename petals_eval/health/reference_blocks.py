@@ -6,15 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from petals_eval.errors import ConfigError
-from petals_eval.health.compare import Ballot, agree
+from petals_eval.health.compare import Ballot, compare
 from petals_eval.health.settings import HealthSettings
 from petals_eval.model.blocks import BlockSpan
-from petals_eval.swarm.activations import Activations
-from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.finding import TrustFinding
 from petals_eval.swarm.runtime import InThread
 from petals_eval.swarm.trust.arbiter import BlocksAtHome
-from petals_eval.swarm.trust.recorded_call import RecordedCall
+from petals_eval.swarm.trust.tolerance import Kind
 from petals_eval.swarm.wire.span import Span
 
 __all__ = ["ReferenceBlocks", "load_reference_blocks"]
@@ -41,12 +39,15 @@ class ReferenceBlocks:
         span = ballot.span
         compute = functools.partial(self.blocks.forward, start=span.start, stop=span.stop)
         hidden = await in_thread(compute, ballot.question, None)
+        kind = Kind.of(hidden.dtype, None)
         found = []
         for camp in ballot.camps:
-            mine = RecordedCall(Hop(camp.speaker.hop.server, span), Activations(ballot.question), hidden)
-            apart, allowed = agree(ballot.question, mine, camp.speaker, len(span))
-            if apart > allowed:
-                found += [TrustFinding(server, "wrong", span, apart, witness="home") for server in camp.servers]
+            apart = compare(ballot.question, camp.speaker, hidden, kind)
+            if apart is not None:
+                found += [
+                    TrustFinding(server, "wrong", span, apart.difference, apart.excess, witness="home")
+                    for server in camp.servers
+                ]
         return tuple(found)
 
 
