@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from petals_eval.health.settings import Level
+from petals_eval.swarm.wire.span import Span
 
 __all__ = ["SCHEMA_VERSION", "Finding", "HealthReport", "ModelHealth", "ServerHealth", "Traffic", "Verdict"]
 
@@ -87,6 +88,11 @@ class ServerHealth:
     compared: int
     findings: tuple[Finding, ...]
     verdict: Verdict
+
+    @property
+    def span(self) -> Span:
+        """The blocks it claims."""
+        return Span(self.start, self.end)
 
 
 @dataclass(frozen=True, slots=True)
