@@ -1,4 +1,4 @@
-"""What is different between two looks at the same swarm, in words. Pure."""
+"""What is different between two looks at the same swarm, in words. No I/O."""
 
 from petals_eval.health.results import HealthReport, ModelHealth
 from petals_eval.swarm.peers.peer_text import short_peer
@@ -8,7 +8,7 @@ __all__ = ["changes"]
 
 
 def changes(before: HealthReport, now: HealthReport) -> list[str]:
-    """One line for each change that a person would want to be told; none when all is as it was."""
+    """Return a line for each change that a person would want to be told; none when all is as it was."""
     old = {model.name: model for model in before.models}
     new = {model.name: model for model in now.models}
     lines = [f"{printable(name, longest=80)}: no longer announced" for name in old if name not in new]

@@ -163,6 +163,8 @@ class _CountingTransport:
 
 @dataclass(slots=True)
 class _Count:
+    """Calls that were made, and bytes of their messages."""
+
     calls: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0

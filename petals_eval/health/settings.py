@@ -41,6 +41,7 @@ class Level(IntEnum):
 
     @property
     def text(self) -> str:
+        """Its name as people write it."""
         return self.name.lower()
 
 
