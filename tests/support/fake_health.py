@@ -1,9 +1,10 @@
 """A swarm at the seam of a look: no network; each server is a few lines of what it says and computes."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from petals_eval.errors import PeerError, PeerRefusedError
 from petals_eval.health.census import AnnouncedModel, Census, claims_in
 from petals_eval.health.check import ProbeRun, probe_swarm
+from petals_eval.health.live import RouteTimes
 from petals_eval.health.locked import LockedServers
 from petals_eval.health.reference_blocks import ReferenceBlocks
 from petals_eval.health.results import HealthReport
@@ -26,6 +28,8 @@ from tests.support.fake_swarm import PEER, FakeTransport
 from tests.support.virtual_time import run_in_virtual_time
 
 HIDDEN = 32
+EVIL = "<script>alert(1)</script>\"'&\x1b[31m\u202e\n# HELP x"
+REFUSED = PeerRefusedError("RuntimeError('boom')")
 INFO_BYTES = 776  # of a stub's real answer to rpc_info
 
 
@@ -169,6 +173,20 @@ class _HealthTransport(FakeTransport):
             swarm.in_flight[peer_id] -= 1
 
 
+def good() -> dict[str, FakeServer]:
+    return {name: FakeServer(0, 4) for name in ("good", "other")}
+
+
+def info_of(**fields: object) -> Callable[[int], ServerInfo]:
+    """Return what says the usual, but for these fields."""
+    info = ServerInfo("2.2.0", torch.float32, torch.float32, 5, HIDDEN, SESSION_TENSORS)
+    return lambda block: replace(info, **fields)
+
+
+def noisy(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden + 0.3 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3))
+
+
 def report_on(
     swarm: FakeSwarm,
     *,
@@ -189,6 +207,15 @@ def report_on(
 
     run = run_in_virtual_time(look)[0] if in_virtual_time else asyncio.run(look(Runtime()))
     return run.report(0.0, 1.0, {} if route is None else {model.census.model.prefix: route for model in run.models})
+
+
+def clean_report() -> HealthReport:
+    swarm = FakeSwarm(4, a=FakeServer(0, 4), b=FakeServer(0, 2))
+    return replace(report_on(swarm, level="route", route=RouteTimes(0.1, 10.0)), time=time.time())
+
+
+def broken_report() -> HealthReport:
+    return replace(report_on(FakeSwarm(4, b=FakeServer(0, 2))), time=time.time())
 
 
 def raising(error: PeerError) -> Callable:
