@@ -6,7 +6,6 @@ and the later half, honest servers reach 0.68 of it for float32 in TF32 and not,
 for float32 and float16. Noise of 1% of the answer is at 2.2 at least.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -85,13 +84,17 @@ class Ballot:
         if len(self.camps) < 2:
             return ()
         voters = self.voters
-        largest = max(self.camps, key=lambda camp: len(camp.servers)).servers
-        if len(largest) * 2 > len(voters):
-            return tuple(self._finding(server, "wrong", largest) for server in voters if server not in largest)
-        return tuple(self._finding(server, "disputed", voters) for server in voters)
+        largest = max(self.camps, key=lambda camp: len(camp.servers))
+        names = tuple(server.peer_id for server in largest.servers)
+        if len(names) * 2 > len(voters):
+            odd = (server for camp in self.camps if camp is not largest for server in camp.servers)
+            return tuple(self._finding(server, "wrong", names) for server in odd)
+        names = tuple(server.peer_id for server in voters)
+        return tuple(
+            self._finding(each, "disputed", tuple(name for name in names if name != each.peer_id)) for each in voters
+        )
 
-    def _finding(self, server: SpanServer, status: Status, others: Iterable[SpanServer]) -> TrustFinding:
-        names = tuple(other.peer_id for other in others if other is not server)
+    def _finding(self, server: SpanServer, status: Status, others: tuple[str, ...]) -> TrustFinding:
         apart = self._furthest
         is_used = status == "disputed"
-        return TrustFinding(server, status, self.span, apart.difference, apart.excess, names, is_used=is_used)
+        return TrustFinding(server, status, self.span, apart.difference, apart.excess, others, is_used=is_used)

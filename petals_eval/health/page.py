@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from petals_eval.health.findings import FINDINGS
 from petals_eval.health.history import Uptime
@@ -57,8 +56,8 @@ def _percent(share: float) -> str:
 
 
 def _safe(value: object) -> object:
-    """Make what an expression gives printable; Jinja escapes it then. Markup is the template's own."""
-    return value if isinstance(value, Markup) else printable(str(value), longest=300)
+    """Make what an expression gives printable; Jinja escapes it then. Markup, the template's own, stays."""
+    return value if hasattr(value, "__html__") else printable(str(value), longest=300)
 
 
 _ENVIRONMENT = Environment(
