@@ -45,6 +45,7 @@ STRANGERS = "note: on the public swarm the canaries are work for strangers' mach
 @flags_of(HealthSettings)
 @flags_of(LookSettings)
 def health(**flags: Any) -> int:
+    """Run the command; return its exit code."""
     if ("initial_peers" in flags) == ("public_swarm" in flags):
         raise ConfigError("expected exactly one swarm: --initial-peers MADDR or --public-swarm")
     look = LookSettings(**{key: flags.pop(key) for key in set(keys_of(LookSettings).values()) & flags.keys()})
@@ -81,7 +82,7 @@ def _show(report: "HealthReport", look: LookSettings) -> None:
 
 
 def _watch(settings: HealthSettings, look: LookSettings) -> int:
-    """Look until Ctrl-C. The first look in full, then what changed; with --json a line each, in full."""
+    """Look until Ctrl-C. Show the first look in full, then what changed; with --json a line each, in full."""
     from petals_eval.health.changes import changes
     from petals_eval.health.locked import LockedServers
 

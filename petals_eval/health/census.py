@@ -10,26 +10,43 @@ from hivemind.dht.node import DHTNode
 
 from petals_eval.swarm.directory.dht import LOOK_TIMEOUT, read_announcements
 from petals_eval.swarm.wire import messages as wire
-from petals_eval.swarm.wire.records import MODELS_KEY, Announcement, ServerRecord, ServerState, newest_readable
+from petals_eval.swarm.wire.records import (
+    MODELS_KEY,
+    Announcement,
+    ServerRecord,
+    ServerState,
+    SpanServer,
+    newest_readable,
+)
+from petals_eval.swarm.wire.span import Span, joined
 from petals_eval.text import printable
 
 __all__ = [
     "AnnouncedModel",
     "Census",
-    "Claim",
-    "age",
+    "ServerClaim",
     "announced_models",
     "claims_in",
     "count_blocks",
     "read_models",
+    "record_age",
     "take_census",
 ]
 
-MOST_BLOCKS = 1000
-"""Of a model: a stranger may announce any number, and each block is a key to ask the DHT for."""
-_MOST_MODELS = 100
-_LONGEST_NAME = 200  # characters
-_STEP = 64  # blocks looked at together where nobody says how many there are
+
+@dataclass(frozen=True)
+class CensusPolicy:
+    """What is believed of announcements at most: a stranger may announce anything.
+
+    max_blocks: of a model; each is a key to ask the DHT for. max_models: of a swarm.
+    max_name_length: characters of a model's name, and of the address of its repository.
+    blocks_at_once: that are looked up together where nobody says how many there are.
+    """
+
+    max_blocks: int = 1000
+    max_models: int = 100
+    max_name_length: int = 200
+    blocks_at_once: int = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +59,14 @@ class AnnouncedModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
-    """What one server says of itself. remaining: seconds until its newest record ends.
+class ServerClaim:
+    """What one server says of itself.
 
-    start, end: the span it names, not cut to the model. found: blocks under which its newest record lies; left: blocks
-    under which older ones still lie.
+    server: with the span it names, which may reach beyond the model or be empty. remaining: seconds until its newest
+    record ends. found: blocks under which that record lies; left: blocks under which older ones still lie.
     """
 
-    peer_id: str
-    start: int
-    end: int
-    record: ServerRecord
+    server: SpanServer
     remaining: float
     found: tuple[int, ...]
     left: tuple[int, ...]
@@ -60,15 +74,18 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Census:
-    """Everybody who claims to serve a model, but for those that have said goodbye. malformed: records of nobody."""
+    """The servers that claim to serve a model, without those that have said goodbye.
+
+    malformed: how many records cannot be read.
+    """
 
     model: AnnouncedModel
-    claims: tuple[Claim, ...]
+    claims: tuple[ServerClaim, ...]
     malformed: int = 0
 
 
 async def announced_models(dht: DHTNode) -> tuple[list[AnnouncedModel], int]:
-    """Every model that servers announce, by name, and how many entries cannot be read.
+    """Return every model that servers announce, by name, and how many entries cannot be read.
 
     Models whose prefix begins with an underscore are private: servers do not announce them.
     """
@@ -83,23 +100,23 @@ async def announced_models(dht: DHTNode) -> tuple[list[AnnouncedModel], int]:
 
 
 def read_models(entries: Mapping[Any, Any]) -> tuple[list[AnnouncedModel], int]:
-    """Entries `{prefix: {"num_blocks": int, "repository": url or None}}`, and how many are none."""
+    """Read entries `{prefix: {"num_blocks": int, "repository": url or None}}`; return how many are none, too."""
     models: list[AnnouncedModel] = []
     malformed = 0
     for prefix, value in entries.items():
         num_blocks = value.get("num_blocks") if isinstance(value, dict) else None
         if (
             not isinstance(prefix, str)
-            or not 0 < len(prefix) <= _LONGEST_NAME
+            or not 0 < len(prefix) <= CensusPolicy.max_name_length
             or not isinstance(num_blocks, int)
             or isinstance(num_blocks, bool)
-            or not 0 < num_blocks <= MOST_BLOCKS
-            or len(models) >= _MOST_MODELS
+            or not 0 < num_blocks <= CensusPolicy.max_blocks
+            or len(models) >= CensusPolicy.max_models
         ):
             malformed += 1
             continue
         url = value.get("repository")
-        repository = printable(url, longest=_LONGEST_NAME) if isinstance(url, str) else None
+        repository = printable(url, longest=CensusPolicy.max_name_length) if isinstance(url, str) else None
         models.append(AnnouncedModel(prefix, num_blocks, repository))
     return sorted(models, key=lambda model: model.prefix), malformed
 
@@ -113,17 +130,18 @@ async def take_census(dht: DHTNode, model: AnnouncedModel, now: float) -> Census
 
 
 async def count_blocks(dht: DHTNode, prefix: str) -> int:
-    """How many blocks a model has whose name nobody announces: as far as there are records."""
-    for start in range(0, MOST_BLOCKS, _STEP):
-        uids = {wire.block_uid(prefix, block): block for block in range(start, start + _STEP)}
+    """Return how many blocks a model has whose name nobody announces: as far as there are records."""
+    step = CensusPolicy.blocks_at_once
+    for start in range(0, CensusPolicy.max_blocks, step):
+        uids = {wire.block_uid(prefix, block): block for block in range(start, start + step)}
         found, _ = await read_announcements(dht, uids)
-        if len({each.block for each in found}) < _STEP:
+        if len({each.block for each in found}) < step:
             return max((each.block + 1 for each in found), default=start)
-    return MOST_BLOCKS
+    return CensusPolicy.max_blocks
 
 
-def claims_in(announcements: Iterable[Announcement], now: float) -> tuple[tuple[Claim, ...], int]:
-    """One claim for each server that is ONLINE or JOINING, by its newest record, and how many records are none."""
+def claims_in(announcements: Iterable[Announcement], now: float) -> tuple[tuple[ServerClaim, ...], int]:
+    """Return a claim for each server that is ONLINE or JOINING, by its newest record, and how many records are none."""
     by_peer: dict[str, list[Announcement]] = {}
     for each in announcements:
         if each.expiration > now:
@@ -137,22 +155,22 @@ def claims_in(announcements: Iterable[Announcement], now: float) -> tuple[tuple[
         ends = max(each.expiration for each in found)
         # The records of one announcement are stored together and end at the same moment; a second allows for rounding.
         current = sorted(each.block for each in found if each.expiration > ends - 1)
-        start, end = _span(record, current)
         older = tuple(sorted(each.block for each in found if each.expiration <= ends - 1))
-        claims.append(Claim(peer_id, start, end, record, ends - now, tuple(current), older))
-    return tuple(sorted(claims, key=lambda claim: (claim.start, claim.end, claim.peer_id))), dropped
+        server = SpanServer(peer_id, _span(record, current), record)
+        claims.append(ServerClaim(server, ends - now, tuple(current), older))
+    return tuple(sorted(claims, key=lambda claim: (claim.server.span, claim.server.peer_id))), dropped
 
 
-def _span(record: ServerRecord, blocks: list[int]) -> tuple[int, int]:
+def _span(record: ServerRecord, blocks: list[int]) -> Span:
     if record.start_block is not None and record.end_block is not None:
-        return record.start_block, record.end_block
-    end = blocks[0] + 1
-    while end in blocks:
-        end += 1
-    return blocks[0], end
+        return Span(record.start_block, record.end_block)
+    return joined(blocks)[0]
 
 
-def age(remaining: float, announce_period: float) -> float | None:
-    """Seconds since a server announced itself: records live for two periods. None where its period must be longer."""
-    found = 2 * announce_period - remaining
-    return found if found > -1 and math.isfinite(found) else None
+def record_age(remaining: float, announce_period: float) -> float | None:
+    """Return the seconds since a server announced itself: records live for two periods.
+
+    None where its period must be longer than `announce_period`.
+    """
+    age = 2 * announce_period - remaining
+    return age if age > -1 and math.isfinite(age) else None

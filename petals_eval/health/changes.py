@@ -1,14 +1,14 @@
-"""What is different between two looks at the same swarm, in words. Pure."""
+"""What is different between two looks at the same swarm, in words. No I/O."""
 
 from petals_eval.health.results import HealthReport, ModelHealth
-from petals_eval.swarm.peers.peer import short_peer
+from petals_eval.swarm.peers.peer_text import short_peer
 from petals_eval.text import printable
 
 __all__ = ["changes"]
 
 
 def changes(before: HealthReport, now: HealthReport) -> list[str]:
-    """One line for each change that a person would want to be told; none when all is as it was."""
+    """Return a line for each change that a person would want to be told; none when all is as it was."""
     old = {model.name: model for model in before.models}
     new = {model.name: model for model in now.models}
     lines = [f"{printable(name, longest=80)}: no longer announced" for name in old if name not in new]
@@ -30,17 +30,17 @@ def _of_model(old: ModelHealth, new: ModelHealth) -> list[str]:
     before = {server.peer_id: server for server in old.servers}
     after = {server.peer_id: server for server in new.servers}
     for peer_id in before.keys() - after.keys():
-        lines.append(f"{short_peer(peer_id)} left (blocks {before[peer_id].start}:{before[peer_id].end})")
+        lines.append(f"{short_peer(peer_id)} left (blocks {before[peer_id].span})")
     for peer_id, server in after.items():
         named = short_peer(peer_id)
         if peer_id not in before:
-            lines.append(f"{named} came (blocks {server.start}:{server.end}), {server.verdict.value}")
+            lines.append(f"{named} came (blocks {server.span}), {server.verdict.value}")
             known: dict[str, str] = {}
         else:
             was = before[peer_id]
             known = {each.name: each.detail for each in was.findings}
-            if (was.start, was.end) != (server.start, server.end):
-                lines.append(f"{named} moved from blocks {was.start}:{was.end} to {server.start}:{server.end}")
+            if was.span != server.span:
+                lines.append(f"{named} moved from blocks {was.span} to {server.span}")
             if was.verdict is not server.verdict:
                 lines.append(f"{named} {was.verdict.value} -> {server.verdict.value}")
         found = {each.name: each.detail for each in server.findings}

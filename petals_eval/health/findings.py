@@ -12,15 +12,20 @@ from petals_eval.errors import (
 )
 from petals_eval.health.results import Finding, Verdict
 from petals_eval.health.settings import Level
-from petals_eval.swarm.peers.peer import in_words
+from petals_eval.swarm.peers.finding import TrustFinding
+from petals_eval.swarm.peers.peer_text import error_text
 from petals_eval.text import printable
 
-__all__ = ["FINDINGS", "Kind", "finding", "from_forward_error", "from_info_error"]
+__all__ = ["FINDINGS", "Meaning", "finding", "from_forward_error", "from_info_error", "from_trust"]
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """implies: the best verdict of a server, or of a model, that has such a finding."""
+class Meaning:
+    """What the name of a finding means.
+
+    implies: the best verdict of a server, or of a model, that has such a finding.
+    level: the probe that finds it.
+    """
 
     meaning: str
     implies: Verdict
@@ -28,56 +33,71 @@ class Kind:
 
 
 _BROKEN, _UNKNOWN, _DEGRADED = Verdict.BROKEN, Verdict.UNKNOWN, Verdict.DEGRADED
+_RECORD, _INFO, _FORWARD, _ROUTE = Level
 
-FINDINGS: dict[str, Kind] = {
+FINDINGS: dict[str, Meaning] = {
     # of a model
-    "not-announced": Kind("nobody announces this model", _BROKEN, Level.RECORD),
-    "missing-blocks": Kind("no usable server holds some of the blocks", _BROKEN, Level.RECORD),
-    "thin-blocks": Kind("some blocks have fewer servers than --min-replicas", _DEGRADED, Level.RECORD),
-    "malformed-records": Kind("records under the model's keys that cannot be read", _DEGRADED, Level.RECORD),
-    "route-fails": Kind("a canary did not get through all blocks", _BROKEN, Level.ROUTE),
+    "not-announced": Meaning("nobody announces this model", _BROKEN, _RECORD),
+    "missing-blocks": Meaning("no usable server holds some of the blocks", _BROKEN, _RECORD),
+    "thin-blocks": Meaning("some blocks have fewer servers than --min-replicas", _DEGRADED, _RECORD),
+    "malformed-records": Meaning("records under the model's keys that cannot be read", _DEGRADED, _RECORD),
+    "route-fails": Meaning("a canary did not get through all blocks", _BROKEN, _ROUTE),
     # of a server's record
-    "joining": Kind("it announces that it is still loading its blocks", _DEGRADED, Level.RECORD),
-    "stale-record": Kind("its record was not renewed in time, or old ones live on", _DEGRADED, Level.RECORD),
-    "wrong-span": Kind("it does not hold all the blocks that its record names", _BROKEN, Level.RECORD),
-    "adapter-not-announced": Kind("it does not announce the LoRA adapter asked for", _DEGRADED, Level.RECORD),
+    "joining": Meaning("it announces that it is still loading its blocks", _DEGRADED, _RECORD),
+    "stale-record": Meaning("its record was not renewed in time, or old ones live on", _DEGRADED, _RECORD),
+    "wrong-span": Meaning("it does not hold all the blocks that its record names", _BROKEN, _RECORD),
+    "adapter-not-announced": Meaning("it does not announce the LoRA adapter asked for", _DEGRADED, _RECORD),
     # of what it says itself
-    "record-without-server": Kind("nobody in the swarm knows an address of it", _BROKEN, Level.INFO),
-    "unreachable": Kind("it has addresses, and no connection to them could be made", _BROKEN, Level.INFO),
-    "no-answer": Kind("it is connected and did not answer in time", _BROKEN, Level.INFO),
-    "not-a-server": Kind("a peer is there that does not speak the protocol of a Petals server", _BROKEN, Level.INFO),
-    "info-refused": Kind("it answers rpc_info with an error", _BROKEN, Level.INFO),
-    "info-unreadable": Kind("its answer to rpc_info cannot be read", _BROKEN, Level.INFO),
-    "dtype-mismatch": Kind("it computes in another dtype than its record says", _DEGRADED, Level.INFO),
-    "version-mismatch": Kind("it runs another version than its record says", _DEGRADED, Level.INFO),
-    "hidden-size-mismatch": Kind("its hidden size is not that of the model", _BROKEN, Level.INFO),
-    "probe-error": Kind("petals-eval failed while looking at it: please report this", _UNKNOWN, Level.INFO),
+    "record-without-server": Meaning("nobody in the swarm knows an address of it", _BROKEN, _INFO),
+    "unreachable": Meaning("it has addresses, and no connection to them could be made", _BROKEN, _INFO),
+    "no-answer": Meaning("it is connected and did not answer in time", _BROKEN, _INFO),
+    "not-a-server": Meaning("a peer is there that does not speak the protocol of a Petals server", _BROKEN, _INFO),
+    "info-refused": Meaning("it answers rpc_info with an error", _BROKEN, _INFO),
+    "info-unreadable": Meaning("its answer to rpc_info cannot be read", _BROKEN, _INFO),
+    "dtype-mismatch": Meaning("it computes in another dtype than its record says", _DEGRADED, _INFO),
+    "version-mismatch": Meaning("it runs another version than its record says", _DEGRADED, _INFO),
+    "hidden-size-mismatch": Meaning("its hidden size is not that of the model", _BROKEN, _INFO),
+    "probe-error": Meaning("petals-eval failed while looking at it: please report this", _UNKNOWN, _INFO),
     # of what it computes
-    "info-ok-forward-fails": Kind("it answers rpc_info, and fails to compute", _BROKEN, Level.FORWARD),
-    "not-finite": Kind("its answer holds NaN or infinity", _BROKEN, Level.FORWARD),
-    "wrong-shape": Kind("its answer has another shape than the question", _BROKEN, Level.FORWARD),
-    "wrong-answer": Kind("its answer is not what rpc_info promised: dtype, count or size", _BROKEN, Level.FORWARD),
-    "adapter-fails": Kind("it fails to compute with a LoRA adapter that it announces", _DEGRADED, Level.FORWARD),
-    "nondeterministic": Kind("two answers to one question: its blocks run in training mode", _BROKEN, Level.FORWARD),
-    "disagrees-with-replica": Kind("most other servers of these blocks compute something else", _BROKEN, Level.FORWARD),
-    "disagrees-with-home": Kind("blocks at home compute something else (--verify-local)", _BROKEN, Level.FORWARD),
-    "opens-no-session": Kind("it computes, says its cache has room, and opens no session", _DEGRADED, Level.FORWARD),
-    "disputed": Kind("servers of these blocks disagree, and there is no majority", _UNKNOWN, Level.FORWARD),
+    "info-ok-forward-fails": Meaning("it answers rpc_info, and fails to compute", _BROKEN, _FORWARD),
+    "not-finite": Meaning("its answer holds NaN or infinity", _BROKEN, _FORWARD),
+    "wrong-shape": Meaning("its answer has another shape than the question", _BROKEN, _FORWARD),
+    "wrong-answer": Meaning("its answer is not what rpc_info promised: dtype, count or size", _BROKEN, _FORWARD),
+    "adapter-fails": Meaning("it fails to compute with a LoRA adapter that it announces", _DEGRADED, _FORWARD),
+    "nondeterministic": Meaning("two answers to one question: its blocks run in training mode", _BROKEN, _FORWARD),
+    "disagrees-with-replica": Meaning("most other servers of these blocks compute something else", _BROKEN, _FORWARD),
+    "disagrees-with-home": Meaning("blocks at home compute something else (--verify-local)", _BROKEN, _FORWARD),
+    "opens-no-session": Meaning("it computes, says its cache has room, and opens no session", _DEGRADED, _FORWARD),
+    "disputed": Meaning("servers of these blocks disagree, and there is no majority", _UNKNOWN, _FORWARD),
 }  # fmt: skip
 
 
 def finding(name: str, detail: str, *, level: Level | None = None) -> Finding:
-    """A finding of this name. detail: may hold a peer's words."""
+    """Return a finding of this name. detail: may hold a peer's words."""
     kind = FINDINGS[name]
     return Finding(name, printable(detail, longest=300), kind.implies, kind.level if level is None else level)
 
 
+def from_trust(found: TrustFinding, *, voters: int, answers: int) -> Finding:
+    """Return what a comparison says of a server.
+
+    voters: servers that were compared. answers: that they gave, alike ones counted once.
+    """
+    blocks, apart = f"blocks {found.blocks}", f"(difference {found.difference:.2g})"
+    if found.witness == "home":
+        return finding("disagrees-with-home", f"{blocks} at home give another answer {apart}")
+    if found.status == "disputed":
+        return finding("disputed", f"{blocks}: {voters} servers give {answers} answers {apart}")
+    agreeing = f"{len(found.others)} of {voters} servers agree on another answer {apart}"
+    return finding("disagrees-with-replica", f"{blocks}: {agreeing}")
+
+
 def from_info_error(error: PeerError, blocks: str, *, is_connected: bool) -> Finding:
-    """What a failed rpc_info says of a server.
+    """Return what a failed rpc_info says of a server.
 
     blocks: those its record names. is_connected: whether there is a connection to the peer now.
     """
-    text, words = str(error).lower(), in_words(error)
+    text, words = str(error).lower(), error_text(error)
     if isinstance(error, PeerUnreachableError) and _knows_no_address(text):
         return finding("record-without-server", words)
     if "protocol not supported" in text or "protocols not supported" in text:
@@ -94,8 +114,8 @@ def from_info_error(error: PeerError, blocks: str, *, is_connected: bool) -> Fin
 
 
 def from_forward_error(error: PeerError, blocks: str) -> Finding:
-    """What a failed canary says of a server that answered rpc_info. blocks: those asked, for the message."""
-    words = f"blocks {blocks}: {in_words(error)}"
+    """Return what a failed canary says of a server that answered rpc_info. blocks: those asked, for the message."""
+    words = f"blocks {blocks}: {error_text(error)}"
     if isinstance(error, PeerAnswerError):
         if isinstance(error, PeerNotFiniteError):
             return finding("not-finite", words)
@@ -106,13 +126,13 @@ def from_forward_error(error: PeerError, blocks: str) -> Finding:
 
 
 def _knows_no_address(text: str) -> bool:
-    """libp2p's words, in lower case, for a peer that neither we nor the swarm know an address of, and for an identity
-    that no peer can have."""
+    """Return whether libp2p says that neither we nor the swarm know an address of the peer, or that no peer can have
+    such an identity. text: its words, in lower case."""
     not_known = ("routing: not found", "no addresses", "failed to find any peer")
     not_an_identity = ("length greater than remaining number of bytes", "multihash")
     return any(words in text for words in not_known + not_an_identity)
 
 
 def _does_not_hold(text: str) -> bool:
-    """Petals looks the block up in a dictionary by its uid."""
+    """Return whether a server says so: Petals looks the block up in a dictionary by its uid."""
     return "keyerror" in text or "does not serve" in text

@@ -1,4 +1,4 @@
-"""Looks of the last days in SQLite: what uptime is reckoned from."""
+"""The history keeps the looks of the last days in SQLite; uptime is reckoned from it."""
 
 import sqlite3
 import threading
@@ -13,7 +13,8 @@ from petals_eval.health.results import HealthReport, Verdict
 __all__ = ["DAY", "History", "Uptime"]
 
 DAY = 86400.0
-_KEPT = 7 * DAY
+"""Seconds of a day."""
+_MAX_AGE = 7 * DAY  # of a look that is kept
 _SLOTS = 48  # of a day, half an hour each
 
 
@@ -31,7 +32,7 @@ class Uptime:
 
 
 class History:
-    """One table; a row for each model of each look. Safe to use from several threads.
+    """One table with a row for each model of each look. Safe to use from several threads.
 
     Raises MachineError where the file cannot be used.
     """
@@ -40,7 +41,7 @@ class History:
         """path: None keeps it in memory."""
         self._path = path
         self._lock = threading.Lock()
-        with self._blaming():
+        with self._machine_errors():
             self._database = sqlite3.connect(":memory:" if path is None else path, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute(
@@ -50,6 +51,7 @@ class History:
             self._database.commit()
 
     def add(self, report: HealthReport) -> None:
+        """Keep what a look found."""
         rows = [
             (report.time, model.name, model.verdict.value, bytes(min(count, 255) for count in model.replicas))
             for model in report.models
@@ -57,19 +59,22 @@ class History:
         self._write(report.time, rows)
 
     def add_failure(self, time: float) -> None:
-        """A look that could not reach the swarm: every model seen in the last day is unknown then."""
-        with self._lock, self._blaming():
+        """Keep that a look could not reach the swarm: every model seen in the last day is unknown then."""
+        with self._lock, self._machine_errors():
             found = self._database.execute("SELECT DISTINCT model FROM looks WHERE time > ?", (time - DAY,)).fetchall()
         self._write(time, [(time, name, Verdict.UNKNOWN.value, b"") for (name,) in found])
 
     def _write(self, time: float, rows: list[tuple[float, str, str, bytes]]) -> None:
-        with self._lock, self._blaming(), self._database:
+        with self._lock, self._machine_errors(), self._database:
             self._database.executemany("INSERT INTO looks VALUES (?, ?, ?, ?)", rows)
-            self._database.execute("DELETE FROM looks WHERE time < ?", (time - _KEPT,))
+            self._database.execute("DELETE FROM looks WHERE time < ?", (time - _MAX_AGE,))
 
     def uptime(self, model: str, num_blocks: int, now: float) -> Uptime:
-        """now: seconds since the epoch. A look that did not reach the swarm says nothing about its blocks."""
-        with self._lock, self._blaming():
+        """Return a model's uptime. now: seconds since the epoch.
+
+        A look that did not reach the swarm says nothing about its blocks.
+        """
+        with self._lock, self._machine_errors():
             rows = self._database.execute(
                 "SELECT time, verdict, replicas FROM looks WHERE model = ? AND time > ? AND time <= ? ORDER BY time",
                 (model, now - DAY, now),
@@ -88,11 +93,12 @@ class History:
         return Uptime(len(rows), tuple(count / looks for count in held) if looks else (), tuple(slots))
 
     def close(self) -> None:
+        """Close the file."""
         with self._lock:
             self._database.close()
 
     @contextmanager
-    def _blaming(self) -> Iterator[None]:
+    def _machine_errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:

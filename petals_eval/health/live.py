@@ -10,40 +10,30 @@ from typing import TYPE_CHECKING
 import torch
 from hivemind.utils.timed_storage import get_dht_time
 
-from petals_eval.config import SwarmSettings
 from petals_eval.errors import PetalsEvalError
 from petals_eval.health.canary import canary_for
 from petals_eval.health.census import AnnouncedModel, Census, announced_models, count_blocks, take_census
 from petals_eval.health.findings import finding
 from petals_eval.health.results import Finding
-from petals_eval.health.settings import HealthSettings
 from petals_eval.swarm.connection import SwarmConnection
-from petals_eval.swarm.transport.client import RemoteCalls
+from petals_eval.swarm.peers.peer import PeerBook
+from petals_eval.swarm.transport.libp2p import Libp2pTransport
+from petals_eval.swarm.wire.span import Span
 
 if TYPE_CHECKING:
     from petals_eval.swarm.remote_sequential import RemoteSequential
 
-__all__ = ["LiveSwarm", "RouteTimes", "try_route"]
+__all__ = ["LiveNetwork", "LiveSwarm", "RouteTimes", "try_route"]
 
 
 class LiveSwarm:
-    """Over a connection made for this look: one that is kept open says nothing about who can be reached."""
+    """A `check.Swarm` over libp2p.
+
+    Its connection is made for this look: one that is kept open says nothing about who can be reached.
+    """
 
     def __init__(self, connection: SwarmConnection):
         self._connection = connection
-
-    @staticmethod
-    def settings(health: HealthSettings) -> SwarmSettings:
-        """How to connect for a look."""
-        return SwarmSettings(
-            initial_peers=health.initial_peers,
-            active_adapter=health.active_adapter,
-            startup_timeout=health.startup_timeout,
-            connect_timeout=health.connect_timeout,
-            request_timeout=health.call_timeout,
-            deadline=health.time_limit,
-            verify=0.0,  # replicas are held against each other by the level before the route
-        )
 
     async def models(self) -> tuple[list[AnnouncedModel], int]:
         return await announced_models(self._connection.dht)
@@ -54,20 +44,19 @@ class LiveSwarm:
     async def census(self, model: AnnouncedModel) -> Census:
         return await take_census(self._connection.dht, model, get_dht_time())
 
-    def calls(self, prefix: str) -> "LiveCalls":
-        return LiveCalls(self._connection, prefix)
+    def network(self, prefix: str) -> "LiveNetwork":
+        return LiveNetwork(self._connection, prefix)
 
 
-class LiveCalls:
-    """Calls to the servers of one model."""
+class LiveNetwork:
+    """The servers of one model over libp2p."""
 
     def __init__(self, connection: SwarmConnection, prefix: str):
         self._connection = connection
         self._prefix = prefix
 
-    def with_adapter(self, adapter: str | None) -> RemoteCalls:
-        settings = self._connection.settings.model_copy(update={"active_adapter": adapter})
-        return RemoteCalls(self._connection.p2p, self._prefix, settings)
+    def transport(self, peers: PeerBook) -> Libp2pTransport:
+        return Libp2pTransport(self._connection.p2p, self._prefix, peers)
 
     async def is_connected(self, peer_id: str) -> bool:
         return any(peer.peer_id.to_base58() == peer_id for peer in await self._connection.p2p.list_peers())
@@ -75,7 +64,10 @@ class LiveCalls:
 
 @dataclass(frozen=True, slots=True)
 class RouteTimes:
-    """seconds: of a canary through all blocks, over connections that were there already."""
+    """How quick a canary went through all blocks over connections that were there already.
+
+    seconds: it took. tokens_per_second: of that canary.
+    """
 
     seconds: float
     tokens_per_second: float
@@ -84,15 +76,15 @@ class RouteTimes:
 def try_route(
     connection: SwarmConnection, model: AnnouncedModel, hidden_size: int, positions: int, timeout: float
 ) -> RouteTimes | Finding | None:
-    """A canary through all blocks, the way a run sends it, and once more with the clock on.
+    """Send a canary through all blocks, the way a run sends it, and once more with the clock on.
 
-    None where the time ran out first, which says nothing about the swarm.
+    Returns None where the time ran out first, which says nothing about the swarm. timeout: seconds.
     """
-    hidden = canary_for((0, model.num_blocks), hidden_size, positions)
+    hidden = canary_for(Span(0, model.num_blocks), hidden_size, positions)
     outcome: Future[float] = Future()
     blocks = connection.remote_sequential(model.prefix, model.num_blocks)
     # In a thread: a call that hangs ends with the connection, and must not outlast the time limit.
-    threading.Thread(target=_run, args=(blocks, hidden, outcome), daemon=True, name="health route").start()
+    threading.Thread(target=_time_route, args=(blocks, hidden, outcome), daemon=True, name="health route").start()
     try:
         seconds = outcome.result(timeout)
     except FutureTimeoutError:
@@ -102,7 +94,7 @@ def try_route(
     return RouteTimes(seconds, hidden.shape[0] * hidden.shape[1] / max(1e-6, seconds))
 
 
-def _run(blocks: "RemoteSequential", hidden: torch.Tensor, outcome: "Future[float]") -> None:
+def _time_route(blocks: "RemoteSequential", hidden: torch.Tensor, outcome: "Future[float]") -> None:
     try:
         with torch.inference_mode():
             blocks(hidden)

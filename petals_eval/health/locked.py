@@ -4,22 +4,26 @@ import time
 from collections.abc import Callable
 
 from petals_eval.health.results import Finding
-from petals_eval.swarm.peers.caches import LOCKED_REST
+from petals_eval.swarm.peers.session_cache import CachePolicy
 
 __all__ = ["LockedServers"]
 
 
 class LockedServers:
-    """What was found of them, for LOCKED_REST seconds each: every try leaves a thread there that waits for ever."""
+    """Keeps what was found of them for `CachePolicy.locked_rest` seconds.
+
+    Every try leaves a thread on such a server that waits for ever.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._found: dict[str, tuple[float, Finding]] = {}
 
     def add(self, peer_id: str, found: Finding) -> None:
+        """Remember what was found of a server just now."""
         self._found[peer_id] = self._clock(), found
 
     def known(self, peer_id: str) -> Finding | None:
-        """What was found, while the server is not to be asked again."""
+        """Return what was found, while the server is not to be asked again."""
         at, found = self._found.get(peer_id, (0.0, None))
-        return found if found is not None and self._clock() - at < LOCKED_REST else None
+        return found if found is not None and self._clock() - at < CachePolicy.locked_rest else None

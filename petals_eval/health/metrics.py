@@ -17,19 +17,23 @@ __all__ = ["CONTENT_TYPE_LATEST", "Tally", "exposition"]
 
 @dataclass(slots=True)
 class Tally:
-    """Of an exporter since it began. up: whether the last look reached the swarm."""
+    """What an exporter counted since it began.
+
+    looks, failures: at the swarm, and those of them that could not reach it. calls, bytes_sent, bytes_received: of all
+    looks. changes: of the verdict, by model. up: whether the last look reached the swarm.
+    """
 
     looks: int = 0
     failures: int = 0
     calls: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
-    changes: dict[str, int] = field(default_factory=dict)  # of verdict, by model
+    changes: dict[str, int] = field(default_factory=dict)
     up: bool = False
 
 
 def exposition(report: HealthReport | None, tally: Tally) -> bytes:
-    """What Prometheus scrapes. report: the last one, or None before the first."""
+    """Return what Prometheus scrapes. report: the last one, or None before the first."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Report(report, tally))
     return generate_latest(registry)

@@ -1,51 +1,58 @@
 """Blocks at home as a judge: what they compute is right, whatever most servers say."""
 
-import asyncio
 import functools
 from dataclasses import dataclass
 
 import torch
 
 from petals_eval.errors import ConfigError
-from petals_eval.health.canary import Segment
-from petals_eval.health.compare import Answered, Votes, agree
+from petals_eval.health.compare import Ballot, compare
 from petals_eval.health.settings import HealthSettings
 from petals_eval.model.blocks import BlockSpan
+from petals_eval.swarm.peers.finding import TrustFinding
+from petals_eval.swarm.runtime import InThread
 from petals_eval.swarm.trust.arbiter import BlocksAtHome
+from petals_eval.swarm.trust.tolerance import Kind
+from petals_eval.swarm.wire.span import Span
 
-__all__ = ["Home", "load_home"]
+__all__ = ["ReferenceBlocks", "load_reference_blocks"]
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
-    """Blocks first:last of one model in this process, and the hidden size of the model."""
+class ReferenceBlocks:
+    """Some blocks of one model in this process. prefix: its DHT prefix. hidden_size: of the model."""
 
     prefix: str
     blocks: BlocksAtHome
     hidden_size: int
 
     @property
-    def span(self) -> Segment:
-        return self.blocks.start, self.blocks.stop
+    def span(self) -> Span:
+        """The blocks."""
+        return Span(self.blocks.start, self.blocks.stop)
 
-    async def contradicted(self, segment: Segment, ballot: Votes) -> dict[str, float]:
-        """Servers that compute something else than the blocks at home, each with how far apart (`compare.agree`).
+    async def findings(self, ballot: Ballot, in_thread: InThread) -> tuple[TrustFinding, ...]:
+        """Return the servers of a ballot that compute something else than these blocks. ballot: of a span within them.
 
-        Only those count whose answers the tolerance cannot explain. segment: within `span`.
+        Only those count whose answers the tolerance cannot explain.
         """
-        compute = functools.partial(self.blocks.forward, start=segment[0], stop=segment[1])
-        hidden = await asyncio.to_thread(compute, ballot.question, None)
-        mine = Answered("home", hidden, None)
-        contradicted: dict[str, float] = {}
+        span = ballot.span
+        compute = functools.partial(self.blocks.forward, start=span.start, stop=span.stop)
+        hidden = await in_thread(compute, ballot.question, None)
+        kind = Kind.of(hidden.dtype, None)
+        found = []
         for camp in ballot.camps:
-            apart, allowed = agree(ballot.question, mine, camp.speaker, ballot.blocks)
-            if apart > allowed:
-                contradicted |= dict.fromkeys(camp.members, apart)
-        return contradicted
+            apart = compare(ballot.question, camp.speaker, hidden, kind)
+            if apart is not None:
+                found += [
+                    TrustFinding(server, "wrong", span, apart.difference, apart.excess, witness="home")
+                    for server in camp.servers
+                ]
+        return tuple(found)
 
 
-def load_home(settings: HealthSettings) -> Home | None:
-    """The blocks the settings ask for, or None. Loaded once in a process, however often it looks.
+def load_reference_blocks(settings: HealthSettings) -> ReferenceBlocks | None:
+    """Return the blocks the settings ask for, or None. They are loaded once in a process, however often it looks.
 
     Raises ConfigError, and ModelError when there is no such model or it has no such blocks.
     """
@@ -58,10 +65,10 @@ def load_home(settings: HealthSettings) -> Home | None:
     if settings.active_adapter is not None:
         raise ConfigError("blocks at home have no LoRA adapter: leave --active-adapter or --verify-local out")
     blocks = _load(settings.model, *settings.verify_local)
-    return Home(settings.models[0], blocks, blocks.hidden_size)
+    return ReferenceBlocks(settings.models[0], blocks, blocks.hidden_size)
 
 
 @functools.lru_cache(maxsize=1)
-def _load(model: str, first: int, last: int) -> BlockSpan:
+def _load(model: str, start: int, stop: int) -> BlockSpan:
     # float32: the servers' own dtype is theirs to round to
-    return BlockSpan.load(model, first, last, torch.float32)
+    return BlockSpan.load(model, start, stop, torch.float32)

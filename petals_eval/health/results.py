@@ -1,4 +1,4 @@
-"""What a look at a swarm's health found: typed, frozen, and as JSON.
+"""The report of a look at a swarm's health: typed, frozen, and as JSON.
 
 The JSON is versioned by `schema_version`. A field may be added under the same version; one that is renamed, removed or
 given another meaning raises it.
@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from petals_eval.health.settings import Level
+from petals_eval.swarm.wire.span import Span
 
 __all__ = ["SCHEMA_VERSION", "Finding", "HealthReport", "ModelHealth", "ServerHealth", "Traffic", "Verdict"]
 
@@ -26,6 +27,7 @@ class Verdict(StrEnum):
 
     @property
     def badness(self) -> int:
+        """How bad it is: its place in the order."""
         return list(Verdict).index(self)
 
     @property
@@ -52,10 +54,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class ServerHealth:
-    """One server of one model: what it claims, and what was seen.
+    """One server of one model: what it claims, and what was seen of it.
 
     state: claimed, "online" or "joining". seen: "answers", "unreachable", "silent", "fails" or "not asked".
-    start, end: blocks start:end as claimed. dtype, version: claimed; dtype_seen, version_seen: from rpc_info.
+    start, end: the blocks it claims, end exclusive. dtype, version: claimed; dtype_seen, version_seen: from rpc_info.
     quant_type, adapters, using_relay, throughput (tokens/s), cache_tokens_left: claimed.
     cache_tokens_seen: from rpc_info.
     round_trip: seconds of an rpc_info over a connection that is there already.
@@ -88,10 +90,15 @@ class ServerHealth:
     findings: tuple[Finding, ...]
     verdict: Verdict
 
+    @property
+    def span(self) -> Span:
+        """The blocks it claims."""
+        return Span(self.start, self.end)
+
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes of the messages to and from servers, without what libp2p adds, and calls."""
+    """Calls to servers, and bytes of their messages without what libp2p adds."""
 
     calls: int = 0
     bytes_sent: int = 0
@@ -100,12 +107,12 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class ModelHealth:
-    """One model.
+    """One model as a look found it.
 
     level: the probe that was asked for. replicas: by block, servers that may be used as far as they were asked.
-    claimed: the same by the records alone. missing: spans no such server holds. findings: of the model itself.
-    has_route: whether servers that answered hold all blocks between them; None where none was asked.
-    route_seconds: of a canary all the way. route_tokens_per_second: of that canary.
+    claimed: the same by the records alone. missing: spans (first block, last block + 1) that no such server holds.
+    findings: of the model itself. has_route: whether servers that answered hold all blocks between them; None where
+    none was asked. route_seconds: of a canary all the way. route_tokens_per_second: of that canary.
     """
 
     name: str
@@ -138,14 +145,16 @@ class ModelHealth:
 
     @property
     def all_findings(self) -> tuple[tuple["ServerHealth | None", Finding], ...]:
+        """What was found of the model itself (with no server) and of its servers."""
         own: list[tuple[ServerHealth | None, Finding]] = [(None, finding) for finding in self.findings]
         return tuple(own + [(server, finding) for server in self.servers for finding in server.findings])
 
 
 @dataclass(frozen=True, slots=True)
 class HealthReport:
-    """A look at a swarm. time: seconds since the epoch, when it began; seconds: how long it took.
+    """What a look at a swarm found.
 
+    time: when it began, in seconds since the epoch. seconds: how long it took.
     notes: what is worth knowing and is nobody's fault.
     """
 
@@ -159,10 +168,11 @@ class HealthReport:
 
     @property
     def exit_code(self) -> int:
+        """The exit code of the command."""
         return self.verdict.exit_code
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for `json.dumps`; no NaN and no infinity among them."""
+        """Return plain values for `json.dumps`; no NaN and no infinity among them."""
         values: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **_plain(self)}
         for model, found in zip(self.models, values["models"], strict=True):
             found["blocks_covered"] = model.covered

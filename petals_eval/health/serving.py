@@ -13,7 +13,7 @@ from typing import Any
 
 from petals_eval.errors import ConfigError, MachineError, SwarmError
 from petals_eval.health.changes import changes
-from petals_eval.health.check import check as look
+from petals_eval.health.check import check as check_once
 from petals_eval.health.history import History
 from petals_eval.health.locked import LockedServers
 from petals_eval.health.metrics import CONTENT_TYPE_LATEST, Tally, exposition
@@ -23,11 +23,11 @@ from petals_eval.health.settings import HealthSettings
 
 __all__ = ["HealthServer", "Monitor", "address_of", "serve_health"]
 
-_OVERDUE = 3  # periods after which a monitor that has not looked is not well itself
+_OVERDUE_PERIODS = 3  # after which a monitor that has not looked is not well itself
 
 
 def address_of(text: str) -> tuple[str, int]:
-    """Where to listen. Without a host that is this machine alone. Raises ConfigError.
+    """Return the host and the port to listen at. Without a host that is this machine alone. Raises ConfigError.
 
     >>> address_of(":9090"), address_of("0.0.0.0:9090"), address_of("[::1]:80")
     (('127.0.0.1', 9090), ('0.0.0.0', 9090), ('::1', 80))
@@ -39,7 +39,7 @@ def address_of(text: str) -> tuple[str, int]:
 
 
 class Monitor:
-    """Looks every so often; what it saw last is there for any thread."""
+    """Looks at a swarm every so often, and keeps what it saw last, for any thread to read."""
 
     def __init__(
         self,
@@ -49,12 +49,15 @@ class Monitor:
         say: Callable[[str], object],
         check: Callable[[HealthSettings], HealthReport] | None = None,
     ):
-        """check: takes a look. None: over the network, remembering what is not to be asked each time."""
+        """
+        every: seconds between the beginnings of two looks. say: tells a person what changed.
+        check: takes a look. None: over the network, remembering what is not to be asked each time.
+        """
         self._settings = settings
         self._every = every
         self._history = history
         self._say = say
-        self._check = check or partial(look, locked=LockedServers())
+        self._check = check or partial(check_once, locked=LockedServers())
         self._lock = threading.Lock()
         self._report: HealthReport | None = None
         self._error: str | None = None
@@ -62,13 +65,14 @@ class Monitor:
         self._tally = Tally()
 
     def look_until(self, stop: threading.Event) -> None:
+        """Look again and again until the event is set."""
         while not stop.is_set():
             began = time.monotonic()
             self.look()
             stop.wait(max(0.0, self._every - (time.monotonic() - began)))
 
     def look(self) -> None:
-        """One look. A swarm that cannot be reached is a result like any other."""
+        """Look once. A swarm that cannot be reached is a result like any other."""
         now = time.time()
         try:
             report = self._check(self._settings)
@@ -106,7 +110,7 @@ class Monitor:
             tally.changes[model.name] = tally.changes.get(model.name, 0) + changed
 
     def state(self) -> dict[str, Any]:
-        """For /api/v1/state: the report of the last look that reached the swarm, and whether the last one did."""
+        """Return the report of the last look that reached the swarm, and whether the last one did (/api/v1/state)."""
         with self._lock:
             report, error = self._report, self._error
         return {
@@ -117,6 +121,7 @@ class Monitor:
         }
 
     def page(self) -> str:
+        """Return the HTML page."""
         now = time.time()
         with self._lock:
             report, error = self._report, self._error
@@ -126,14 +131,15 @@ class Monitor:
         return page(report, uptimes, error=error, reload=self._every)
 
     def metrics(self) -> bytes:
+        """Return what Prometheus scrapes."""
         with self._lock:
             return exposition(self._report if self._tally.up else None, self._tally)
 
     def is_well(self) -> bool:
-        """Whether it still looks: about itself, not about the swarm."""
+        """Return whether it still looks: this is about itself, not about the swarm."""
         with self._lock:
             silent = time.monotonic() - self._ended
-        return silent < _OVERDUE * self._every + 2 * self._settings.time_limit + self._settings.startup_timeout
+        return silent < _OVERDUE_PERIODS * self._every + 2 * self._settings.time_limit + self._settings.startup_timeout
 
 
 class HealthServer(ThreadingHTTPServer):
@@ -185,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Who asked for what is nobody's business here."""
+        """Log nothing: who asked for what is nobody's business here."""
 
 
 def serve_health(

@@ -41,6 +41,7 @@ class Level(IntEnum):
 
     @property
     def text(self) -> str:
+        """Its name as people write it."""
         return self.name.lower()
 
 
@@ -91,6 +92,18 @@ class HealthSettings(Settings):
     connect_timeout: Seconds = same_as(SwarmSettings, "connect_timeout", group=BUDGET)
     call_timeout: Seconds = option(30.0, "Time for one canary.", BUDGET, "SECONDS")
     startup_timeout: Seconds = same_as(SwarmSettings, "startup_timeout")
+
+    def for_swarm(self) -> SwarmSettings:
+        """Return the settings of the connection for a look."""
+        return SwarmSettings(
+            initial_peers=self.initial_peers,
+            active_adapter=self.active_adapter,
+            startup_timeout=self.startup_timeout,
+            connect_timeout=self.connect_timeout,
+            request_timeout=self.call_timeout,
+            deadline=self.time_limit,
+            verify=0.0,  # replicas are held against each other by the level before the route
+        )
 
 
 class LookSettings(Settings):

@@ -3,18 +3,18 @@
 from rich.console import Console
 from rich.text import Text
 
-from petals_eval.health.results import Finding, HealthReport, ModelHealth, ServerHealth, Verdict
+from petals_eval.health.results import Finding, HealthReport, ModelHealth, ServerHealth, Traffic, Verdict
 from petals_eval.health.settings import Level
-from petals_eval.swarm.peers.peer import short_peer
-from petals_eval.text import printable
+from petals_eval.swarm.peers.peer_text import short_peer
+from petals_eval.text import plural, printable
 
-__all__ = ["coverage_text", "print_report", "route_text", "seconds_text", "summary_text"]
+__all__ = ["coverage_text", "megabytes", "print_report", "route_text", "seconds_text", "summary_text"]
 
 _COLOURS = {Verdict.HEALTHY: "green", Verdict.DEGRADED: "yellow", Verdict.UNKNOWN: "magenta", Verdict.BROKEN: "red"}
 _BARS = "▁▂▃▄▅▆▇█"
-_MOST_SERVERS = 200  # lines of one model; --json and --html have all
+_MAX_SERVERS = 200  # lines of one model; --json and --html have all
 _HEADINGS = ("server", "blocks", "verdict", "petals", "dtype", "trip", "claims", "canary", "cache left", "announced")
-_NUMBERS = 5  # the first column that is set to the right
+_FIRST_RIGHT_COLUMN = 5  # from here on columns are set to the right
 
 
 def print_report(report: HealthReport, console: Console) -> None:
@@ -26,19 +26,19 @@ def print_report(report: HealthReport, console: Console) -> None:
 
 
 def summary_text(report: HealthReport) -> str:
+    """Return the verdict on the swarm with what was asked and what it cost, and the notes."""
     count = sum(len(model.servers) for model in report.models)
-    traffic = report.traffic
-    megabytes = (traffic.bytes_sent + traffic.bytes_received) / 1e6
     text = (
-        f"{report.verdict.value}: {_several(len(report.models), 'model')}, {_several(count, 'server')}, "
+        f"{report.verdict.value}: {plural(len(report.models), 'model')}, {plural(count, 'server')}, "
         f"asked up to level {report.level.text} in {report.seconds:.1f} s "
-        f"({_several(traffic.calls, 'call')}, {megabytes:.1f} MB)"
+        f"({plural(report.traffic.calls, 'call')}, {megabytes(report.traffic):.1f} MB)"
     )
     return "\n".join([text, *(f"note: {printable(note)}" for note in report.notes)])
 
 
-def _several(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+def megabytes(traffic: Traffic) -> float:
+    """Return the megabytes of all messages, in both directions."""
+    return (traffic.bytes_sent + traffic.bytes_received) / 1e6
 
 
 def _head(model: ModelHealth) -> Text:
@@ -57,20 +57,23 @@ def _head(model: ModelHealth) -> Text:
 
 
 def coverage_text(model: ModelHealth) -> str:
+    """Return how many blocks have a server, and which has the fewest."""
     text = f"{model.covered}/{model.num_blocks} blocks"
     thinnest = model.thinnest
     if thinnest is not None:
-        text += f", thinnest: block {thinnest[0]} ({_several(thinnest[1], 'server')})"
+        text += f", thinnest: block {thinnest[0]} ({plural(thinnest[1], 'server')})"
     return text
 
 
 def route_text(model: ModelHealth) -> str:
+    """Return how quick a canary went through all blocks."""
     speed = model.route_tokens_per_second or 0
     return f"a canary all the way: {seconds_text(model.route_seconds)}, {speed:,.0f} tok/s one call after the other"
 
 
 def seconds_text(seconds: float | None) -> str:
-    """
+    """Return a time for a person to read.
+
     >>> seconds_text(None), seconds_text(0.0123), seconds_text(2.5)
     ('-', '12 ms', '2.5 s')
     """
@@ -80,7 +83,7 @@ def seconds_text(seconds: float | None) -> str:
 
 
 def _bar(model: ModelHealth, width: int) -> list[Text]:
-    """A character a block, as high as it has servers; ✗ where it has none."""
+    """Return lines with a character a block, as high as it has servers; ✗ where it has none."""
     if not model.replicas:
         return []
     most = max(*model.replicas, 1)
@@ -93,12 +96,12 @@ def _bar(model: ModelHealth, width: int) -> list[Text]:
             height = _BARS[max(0, round(count / most * len(_BARS)) - 1)] if count else "✗"
             line.append(height, style="green" if count > 1 else "yellow" if count else "bold red")
         lines.append(line)
-    lines[-1].append(f"  {min(model.replicas)} to {_several(max(model.replicas), 'server')} a block", style="dim")
+    lines[-1].append(f"  {min(model.replicas)} to {plural(max(model.replicas), 'server')} a block", style="dim")
     return lines
 
 
 def _servers(model: ModelHealth) -> list[Text]:
-    shown = model.servers[:_MOST_SERVERS]
+    shown = model.servers[:_MAX_SERVERS]
     if not shown:
         return []
     rows = [_HEADINGS, *(_row(server) for server in shown)]
@@ -117,7 +120,7 @@ def _servers(model: ModelHealth) -> list[Text]:
 
 def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
     padded = (
-        cell.rjust(width) if column >= _NUMBERS else cell.ljust(width)
+        cell.rjust(width) if column >= _FIRST_RIGHT_COLUMN else cell.ljust(width)
         for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
     )
     return "  ".join(padded)
@@ -129,7 +132,7 @@ def _row(server: ServerHealth) -> tuple[str, ...]:
     name = f" {printable(server.public_name, longest=24)}" if server.public_name else ""
     return (
         f"{short_peer(server.peer_id)}{name}",
-        f"{server.start}:{server.end}",
+        str(server.span),
         server.verdict.value,
         printable(server.version_seen or server.version or "?", longest=16),
         printable(dtype if quant in (None, "none") else f"{dtype} {quant}", longest=20),

@@ -19,16 +19,20 @@ So the records' word, and an answer to rpc_info, never make anything healthy: at
 verdict is unknown.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from petals_eval.health.results import Finding, ServerHealth, Verdict
 from petals_eval.health.settings import Level
+from petals_eval.swarm.wire.span import Span, joined, spans_text
 
-__all__ = ["covering", "missing_spans", "of_model", "of_server", "of_swarm", "replicas"]
+__all__ = ["NOT_BROKEN", "missing_spans", "of_model", "of_server", "of_swarm", "replicas"]
+
+NOT_BROKEN = frozenset(Verdict) - {Verdict.BROKEN}
+"""Verdicts of servers that may be used as far as they were asked."""
 
 
 def of_server(findings: Iterable[Finding], has_computed: bool) -> Verdict:
-    """has_computed: whether its whole span answered a canary."""
+    """Return the verdict on a server. has_computed: whether its whole span answered a canary."""
     implied = [each.implies for each in findings]
     if not has_computed and Verdict.BROKEN not in implied:
         return Verdict.DEGRADED if any(each.name == "joining" for each in findings) else Verdict.UNKNOWN
@@ -36,24 +40,26 @@ def of_server(findings: Iterable[Finding], has_computed: bool) -> Verdict:
 
 
 def of_swarm(models: Iterable[Verdict]) -> Verdict:
+    """Return the verdict on a swarm, given those on its models."""
     found = list(models)
     return worst(found) if found else Verdict.BROKEN
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return the worst of the verdicts; healthy where there is none."""
     return max(verdicts, key=lambda each: each.badness, default=Verdict.HEALTHY)
 
 
 def of_model(
     num_blocks: int, servers: Sequence[ServerHealth], findings: Sequence[Finding], level: Level, tried_route: bool
 ) -> tuple[Verdict, str]:
-    """The verdict on a model, and why. findings: its own, without those of its servers."""
-    possible = missing_spans(replicas(num_blocks, servers, {Verdict.HEALTHY, Verdict.DEGRADED, Verdict.UNKNOWN}))
+    """Return the verdict on a model, and why. findings: its own, without those of its servers."""
+    possible = missing_spans(replicas(num_blocks, servers, NOT_BROKEN))
     fatal = next((each for each in findings if each.implies is Verdict.BROKEN), None)
     if fatal is not None:
         return Verdict.BROKEN, fatal.detail
     if possible or num_blocks == 0:
-        return Verdict.BROKEN, f"no usable server holds blocks {covering(possible)}"
+        return Verdict.BROKEN, f"no usable server holds blocks {spans_text(possible)}"
     proven = missing_spans(replicas(num_blocks, servers, {Verdict.HEALTHY, Verdict.DEGRADED}))
     if proven:
         return Verdict.UNKNOWN, _why_unknown(servers, level, proven)
@@ -68,16 +74,16 @@ def of_model(
     return Verdict.HEALTHY, f"all {num_blocks} blocks compute"
 
 
-def _why_unknown(servers: Sequence[ServerHealth], level: Level, unproven: Sequence[tuple[int, int]]) -> str:
+def _why_unknown(servers: Sequence[ServerHealth], level: Level, unproven: Sequence[Span]) -> str:
     if level < Level.FORWARD:
         return f"no server was asked to compute (level {level.text})"
     disputed = any(each.name == "disputed" for server in servers for each in server.findings)
     reason = "servers disagree, and no majority says who is right" if disputed else "not every server was asked in time"
-    return f"blocks {covering(unproven)}: {reason}"
+    return f"blocks {spans_text(unproven)}: {reason}"
 
 
-def replicas(num_blocks: int, servers: Iterable[ServerHealth], verdicts: set[Verdict]) -> tuple[int, ...]:
-    """Servers of each block that are ONLINE and have one of these verdicts."""
+def replicas(num_blocks: int, servers: Iterable[ServerHealth], verdicts: Container[Verdict]) -> tuple[int, ...]:
+    """Return how many servers of each block are ONLINE and have one of these verdicts."""
     counts = [0] * num_blocks
     for server in servers:
         if server.state == "online" and server.verdict in verdicts:
@@ -86,18 +92,6 @@ def replicas(num_blocks: int, servers: Iterable[ServerHealth], verdicts: set[Ver
     return tuple(counts)
 
 
-def missing_spans(counts: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Blocks that nobody holds, as (first, last + 1)."""
-    spans: list[tuple[int, int]] = []
-    for block, count in enumerate(counts):
-        if count:
-            continue
-        if spans and spans[-1][1] == block:
-            spans[-1] = (spans[-1][0], block + 1)
-        else:
-            spans.append((block, block + 1))
-    return tuple(spans)
-
-
-def covering(spans: Iterable[tuple[int, int]]) -> str:
-    return " ".join(f"{first}:{last}" for first, last in spans)
+def missing_spans(counts: Iterable[int]) -> tuple[Span, ...]:
+    """Return the blocks that nobody holds. counts: how many servers hold each."""
+    return joined(block for block, count in enumerate(counts) if not count)

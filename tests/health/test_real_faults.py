@@ -9,8 +9,8 @@ from petals_eval.local_swarm import LocalSwarm
 from petals_eval.swarm.wire.records import ServerState
 from tests.health import hostile
 from tests.health.conftest import STORIES
-from tests.health.fakes import findings, server_of
 from tests.health.hostile import UNKNOWN_PEER, HostileSwarm
+from tests.support.fake_health import findings, server_of
 
 
 def test_twenty_looks_at_a_clean_swarm_find_nothing(clean_swarm: LocalSwarm) -> None:

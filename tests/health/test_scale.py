@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 
 from petals_eval.health import Verdict
-from tests.health.fakes import HIDDEN, FakeServer, FakeSwarm, report_on
+from petals_eval.swarm.wire.span import Span
+from tests.support.fake_health import HIDDEN, FakeServer, FakeSwarm, report_on
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = 80
@@ -47,7 +48,7 @@ def test_the_canary_of_a_large_model_stays_below_a_megabyte_a_call() -> None:
     from petals_eval.health.canary import canary_for
 
     for hidden_size in (64, 4096, 8192, 16384):
-        canary = canary_for((0, 2), hidden_size, 16)
+        canary = canary_for(Span(0, 2), hidden_size, 16)
         assert canary.numel() * 4 <= 2**20
         assert canary.numel() >= 16 * HIDDEN
 

@@ -10,7 +10,7 @@ from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.faults import catalog as f
 from petals_eval.local_swarm.handles import LocalServer
 from tests.health.conftest import STORIES
-from tests.health.fakes import findings, server_of
+from tests.support.fake_health import findings, server_of
 
 NAMES: dict[str, list] = {
     "info-ok-forward-fails": [f.InfoOnly(), f.Hang(), f.Refuse(reason="overload"), f.Reset()],

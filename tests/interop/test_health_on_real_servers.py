@@ -4,7 +4,7 @@ from pathlib import Path
 
 from petals_eval.health import Verdict, check_health
 from tests.health import hostile
-from tests.health.fakes import findings, server_of
+from tests.support.fake_health import findings, server_of
 from tests.health.hostile import HostileSwarm
 from tests.interop.conftest import STORIES
 from tests.interop.real_petals import RealPetalsSwarm

@@ -21,3 +21,8 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) 
     """Whether all differ by less than `tolerance` of the largest expected value."""
     assert found.shape == expected.shape
     return bool((found.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max())
+
+
+def tf32(values: torch.Tensor) -> torch.Tensor:
+    """float32 values rounded to the 10 bits of mantissa that a GPU keeps of them where it multiplies in TF32."""
+    return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)

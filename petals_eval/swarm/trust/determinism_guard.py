@@ -53,6 +53,11 @@ class AskedTwice:
         """Whether the answers are the same but for rounding."""
         return self.difference <= self.allowed
 
+    @property
+    def text(self) -> str:
+        """What a person is told of answers that are not alike."""
+        return f"two answers to one question (difference {self.difference:.2g}, rounding explains {self.allowed:g})"
+
 
 async def ask_twice(client: HopClient, hop: Hop, question: Activations) -> AskedTwice:
     """Ask the hop's blocks one question twice, and where rounding could explain a difference, block by block.
@@ -125,11 +130,7 @@ class DeterminismGuard:
             *(peer.name, hop.span, asked.difference, asked.allowed, asked.seconds),
         )
         if not asked.is_alike:
-            error = PeerNondeterministicError(
-                f"it gave two answers to one question (difference {asked.difference:.2g}, rounding explains "
-                f"{asked.allowed:g})",
-                asked.difference,
-            )
+            error = PeerNondeterministicError(f"it gave {asked.text}", asked.difference)
             self._quarantine.add(hop, error)
             raise error
 
