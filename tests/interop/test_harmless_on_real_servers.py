@@ -20,9 +20,9 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import DeadlineError
 from petals_eval.health import Verdict, check_health
 from petals_eval.swarm import SwarmConnection
-from tests.support.fake_health import findings, server_of
 from tests.interop.petals_folders import make_petals_tiny
 from tests.interop.real_petals import RealPetalsSwarm
+from tests.support.fake_health import findings, server_of
 from tests.support.wire_client import WireClient, WireSession, chain
 
 BLOCKS, HIDDEN, TOKENS = 3, 32, 256

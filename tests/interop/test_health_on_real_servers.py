@@ -4,10 +4,10 @@ from pathlib import Path
 
 from petals_eval.health import Verdict, check_health
 from tests.health import hostile
-from tests.support.fake_health import findings, server_of
 from tests.health.hostile import HostileSwarm
 from tests.interop.conftest import STORIES
 from tests.interop.real_petals import RealPetalsSwarm
+from tests.support.fake_health import findings, server_of
 
 
 def test_real_servers_alone_are_healthy(stories: RealPetalsSwarm) -> None:
