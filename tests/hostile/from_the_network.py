@@ -19,7 +19,8 @@ from hivemind.utils.timed_storage import ValueWithExpiration
 from petals_eval.errors import PeerError
 from petals_eval.health.census import claims_in
 from petals_eval.swarm.directory.dht import read_announcements
-from petals_eval.swarm.transport.rpc import peer_errors, receive, streamed
+from petals_eval.swarm.transport.raw_stream import receive, streamed
+from petals_eval.swarm.transport.rpc import peer_errors
 from petals_eval.swarm.wire import codecs, messages
 from petals_eval.swarm.wire.codecs import READABLE
 from petals_eval.swarm.wire.msgpack_reader import bound_hivemind

@@ -15,7 +15,8 @@ from petals_eval.cli.exit_codes import run_command
 from petals_eval.errors import AdapterError, DeadlineError, PeerError
 from petals_eval.swarm.peers.finding import TrustFinding
 from petals_eval.swarm.peers.peer import error_text
-from petals_eval.swarm.transport.rpc import peer_errors, receive
+from petals_eval.swarm.transport.raw_stream import receive
+from petals_eval.swarm.transport.rpc import peer_errors
 from petals_eval.swarm.trust.finding_text import stop_text, warning_text
 from petals_eval.swarm.wire import messages
 from petals_eval.swarm.wire.records import Announcement, ServerRecord, SpanServer, read_snapshot

@@ -127,11 +127,11 @@ def test_an_answer_beyond_any_use_is_cut_off(path, hostile):
         hostile.megabytes = 32
     with SwarmConnection.connect(settings) as connection:
         peers = PeerBook(settings)
-        transport = Libp2pTransport(connection.p2p, "m", settings, peers)
+        transport = Libp2pTransport(connection.p2p, "m", peers)
 
         async def ask() -> None:
             if path == "session":
-                session = await HopClient(transport, peers, settings).open_session(hop, 1, 16)
+                session = await HopClient(transport, peers).open_session(hop, 1, 16)
                 try:
                     await session.step(HIDDEN)
                 finally:
@@ -171,7 +171,7 @@ def test_a_server_of_a_run_that_answers_at_sixteen_times_the_size_is_refused(rea
         settings = SwarmSettings(initial_peers=tuple(swarm.initial_peers))
         hop = Hop(server(oversized.peer_id, 0, 5), Span(0, 5))
         with SwarmConnection.connect(settings) as connection:
-            transport = Libp2pTransport(connection.p2p, swarm.dht_prefix, settings, PeerBook(settings))
+            transport = Libp2pTransport(connection.p2p, swarm.dht_prefix, PeerBook(settings))
             oversized.switch(Oversized(times=16))
             for states, says in ((hidden, "values, found"), (hidden.repeat(11, 1, 1), "at most|goes on after")):
                 with pytest.raises(PeerError, match=says):

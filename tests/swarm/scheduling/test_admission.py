@@ -9,7 +9,7 @@ from petals_eval.errors import MissingBlocksError, PeerRefusedError, RequestTooL
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.runtime import Runtime
-from petals_eval.swarm.scheduling.admission import AdmissionQueues, RowAdmission, SessionAdmission, is_ready
+from petals_eval.swarm.scheduling.admission import Admission, AdmissionQueues
 from petals_eval.swarm.wire.span import Span
 from tests.support.fake_swarm import FakeDirectory, FakeTransport, pipeline, run, server, settings
 from tests.support.virtual_time import run_in_virtual_time
@@ -92,7 +92,7 @@ def test_a_cache_that_is_full_for_the_moment_is_waited_for():
 
 
 def test_a_row_that_fits_a_call_needs_no_room_in_a_cache(peers):
-    peer, admission = peers.of("a"), RowAdmission(peers, 7)
+    peer, admission = peers.of("a"), Admission(peers, 2, 7)
     peer.cache.on_incompatible("its sessions have another layout")
     assert admission.refusal(A, Span(0, 4)) is None and admission.wait(A, Span(0, 4)) is None  # no limit is known
     peer.limits.per_call = 7
@@ -105,22 +105,22 @@ def test_a_row_that_fits_a_call_needs_no_room_in_a_cache(peers):
 
 
 def test_a_row_in_steps_waits_for_the_cache_that_its_blocks_need(peers):
-    peer, admission = peers.of("a"), RowAdmission(peers, 7)
+    peer, admission = peers.of("a"), Admission(peers, 2, 7)
     peer.limits.per_call = 3
     peer.cache.on_full(7 * 2, FULL)
-    assert not is_ready(admission, A, Span(0, 2))
-    assert is_ready(admission, A, Span(0, 1)), "one block takes half of it"
-    assert is_ready(admission, A, Span(3, 8)), "of these it holds one"
-    assert is_ready(admission, server("a", 4, 8), Span(0, 8)), "what it is to compute is not known yet"
+    assert not admission.is_ready(A, Span(0, 2))
+    assert admission.is_ready(A, Span(0, 1)), "one block takes half of it"
+    assert admission.is_ready(A, Span(3, 8)), "of these it holds one"
+    assert admission.is_ready(server("a", 4, 8), Span(0, 8)), "what it is to compute is not known yet"
 
 
 def test_a_row_that_never_fits_is_refused_with_both_numbers(peers):
-    peer, admission = peers.of("a"), RowAdmission(peers, 7)
+    peer, admission = peers.of("a"), Admission(peers, 2, 7)
     peer.limits.per_call = 3
     assert admission.refusal(A, Span(0, 4)) is None
     assert peer.limits.learn_per_session(TOO_LONG, 1, 7)
     assert "has a cache for 5" in str(admission.refusal(A, Span(0, 4)))
-    assert RowAdmission(peers, 5).refusal(A, Span(0, 4)) is None
+    assert Admission(peers, 2, 5).refusal(A, Span(0, 4)) is None
 
 
 # -- sessions
@@ -128,12 +128,12 @@ def test_a_row_that_never_fits_is_refused_with_both_numbers(peers):
 
 def test_a_session_is_refused_where_its_server_opens_none_or_none_so_large(peers):
     peer = peers.of("a")
-    assert SessionAdmission(peers, 2, 7).refusal(A, Span(0, 4)) is None
+    assert Admission(peers, 2, 7, in_session=True).refusal(A, Span(0, 4)) is None
     peer.limits.learn_per_session(TOO_LONG, 2, 7)
-    assert isinstance(SessionAdmission(peers, 2, 7).refusal(A, Span(0, 4)), RequestTooLargeError)
-    assert SessionAdmission(peers, 1, 7).refusal(A, Span(0, 4)) is None, "limits are known by rows"
+    assert isinstance(Admission(peers, 2, 7, in_session=True).refusal(A, Span(0, 4)), RequestTooLargeError)
+    assert Admission(peers, 1, 7, in_session=True).refusal(A, Span(0, 4)) is None, "limits are known by rows"
     peer.cache.on_incompatible("its sessions have another layout")
-    error = SessionAdmission(peers, 1, 7).refusal(A, Span(2, 8))
+    error = Admission(peers, 1, 7, in_session=True).refusal(A, Span(2, 8))
     assert isinstance(error, MissingBlocksError) and error.missing == ((2, 4),)
     assert "no server of blocks 2:4 opens a session for this client" in str(error)
 
@@ -141,7 +141,7 @@ def test_a_session_is_refused_where_its_server_opens_none_or_none_so_large(peers
 def test_a_session_that_never_had_room_is_refused_after_half_a_minute_of_asking():
     now = 1000.0
     peers = PeerBook(settings(), Runtime(monotonic=lambda: now))
-    cache, admission = peers.of("a").cache, SessionAdmission(peers, 2, 7)
+    cache, admission = peers.of("a").cache, Admission(peers, 2, 7, in_session=True)
     cache.observe_free(30)  # of 56 that it needs
     while now < 1031:
         assert admission.refusal(A, Span(0, 4)) is None
@@ -156,9 +156,9 @@ def test_a_session_that_never_had_room_is_refused_after_half_a_minute_of_asking(
 
 def test_a_session_waits_for_room_for_all_its_rows(peers):
     peers.of("a").cache.on_full(2 * 7 * 4, FULL)
-    assert not is_ready(SessionAdmission(peers, 2, 7), A, Span(0, 4))
-    assert is_ready(SessionAdmission(peers, 1, 7), A, Span(0, 4))
-    assert "out of memory" in SessionAdmission(peers, 2, 7).wait(A, Span(0, 4)).why
+    assert not Admission(peers, 2, 7, in_session=True).is_ready(A, Span(0, 4))
+    assert Admission(peers, 1, 7, in_session=True).is_ready(A, Span(0, 4))
+    assert "out of memory" in Admission(peers, 2, 7, in_session=True).wait(A, Span(0, 4)).why
 
 
 # -- queues

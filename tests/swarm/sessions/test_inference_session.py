@@ -4,7 +4,6 @@ import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ import torch
 from petals_eval.errors import CallerError, DeadlineError, GradientError, RequestTooLargeError
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.remote_model import RemoteModel
-from petals_eval.swarm.peers import peer
-from petals_eval.swarm.peers.session_cache import CachePolicy, SessionCache
+from petals_eval.swarm.peers.session_cache import CachePolicy
 from petals_eval.swarm.transport.rolling_back import proves_rolling_back
 from petals_eval.tasks.requests import Request
 from tests.model.reference import classifier, full_logits, make_adapter
@@ -347,7 +345,7 @@ def test_a_session_longer_than_any_may_be_fails_at_once_with_the_numbers(model):
 
 def test_a_session_larger_than_any_cache_ever_was_is_told_of_at_once_and_fails_a_while_later(model, monkeypatch):
     """A server says "out of memory" to it as to one that has to wait."""
-    monkeypatch.setattr(peer, "SessionCache", partial(SessionCache, policy=CachePolicy(patience=1.5)))
+    monkeypatch.setattr(CachePolicy, "patience", 1.5)
     options = {"max_batch_size": 32, "inference_max_length": 99, "attn_cache_tokens": 60}
     with start(model, [(0, 4), (0, 4)], **options) as swarm, connect(swarm, deadline=60) as connection:
         blocks = connection.remote_sequential(swarm.dht_prefix, BLOCKS)

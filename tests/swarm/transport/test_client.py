@@ -36,7 +36,7 @@ def in_steps(transport: FakeTransport) -> list[tuple[str, int, int, list[int]]]:
 def client_over(transport: FakeTransport, **values: object) -> tuple[HopClient, PeerBook]:
     chosen = settings(**values)
     peers = PeerBook(chosen)
-    return HopClient(transport, peers, chosen), peers
+    return HopClient(transport, peers), peers
 
 
 def compute(client: HopClient, hidden: torch.Tensor, prompts: torch.Tensor | None = None, **how: object):

@@ -16,7 +16,7 @@ from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.local_swarm.server import sessions
 from petals_eval.swarm.peers.limits import says_cache_is_full
 from petals_eval.swarm.sessions import route_session
-from petals_eval.swarm.transport.rpc import open_stream
+from petals_eval.swarm.transport.raw_stream import open_stream
 from petals_eval.swarm.wire.span import Span
 from tests.support import real_swarm
 from tests.support.tiny_models import make_tiny

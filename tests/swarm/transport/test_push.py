@@ -38,7 +38,7 @@ def push_over(transport: FakeTransport, timeout: float = 10.0) -> tuple[Pushed, 
     async def everything(runtime):
         chosen = settings()
         peers = PeerBook(chosen, runtime)
-        pushed = await push(HopClient(transport, peers, chosen), HOPS, Activations(HIDDEN), timeout)
+        pushed = await push(HopClient(transport, peers), HOPS, Activations(HIDDEN), timeout)
         await asyncio.sleep(60)
         return pushed, peers
 
@@ -125,7 +125,7 @@ def test_a_push_that_is_given_up_closes_its_sessions(transport):
 
     async def everything(runtime):
         chosen = settings()
-        client = HopClient(transport, PeerBook(chosen, runtime), chosen)
+        client = HopClient(transport, PeerBook(chosen, runtime))
         pushing = asyncio.create_task(push(client, HOPS, Activations(HIDDEN), 600))
         await asyncio.sleep(1)
         assert transport.open_sessions == 3

@@ -11,7 +11,8 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerAnswerError, PeerRefusedError
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.swarm import SwarmConnection
-from petals_eval.swarm.transport.rpc import peer_errors, receive, streamed
+from petals_eval.swarm.transport.raw_stream import receive, streamed
+from petals_eval.swarm.transport.rpc import peer_errors
 
 
 def test_a_call_over_one_mebibyte_streams(realdata):
