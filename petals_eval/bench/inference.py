@@ -97,7 +97,7 @@ def _rate(sessions: list[_Session], batch: int, steps: int) -> float:
 
 
 def _session(target: BenchTarget, hidden: torch.Tensor, prompts: torch.Tensor | None, new_tokens: int) -> _Session:
-    """Return one session; hidden (batch, prompt + 1, hidden): the prompt, and the position that every later step sends."""
+    """Run a session. hidden (batch, prompt + 1, hidden): the prompt, and the position that every later step sends."""
     length = hidden.shape[1] - 1
     steps = []
     started = time.perf_counter()

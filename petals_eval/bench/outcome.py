@@ -109,7 +109,7 @@ def inference_row(point: InferencePoint) -> str:
 
 
 def failure_text(case: Case, reason: str) -> str:
-    """Return a row of either table."""
+    """Return the row of a combination that was not measured, for either table."""
     return f"{_case(case)} not measured: {reason}"
 
 

@@ -162,7 +162,9 @@ def _load_parquet(path: Path) -> Table:
 
 
 def load_json(paths: Sequence[Path], encoding: str = "utf-8") -> Table:
-    """Return the objects of these files, one after the other. Rows of several files have no lines: one number is not enough.
+    """Return the objects of these files, one after the other.
+
+    Rows of several files have no lines: one number is not enough.
 
     Raises DataError for what is no object, with its line (see `read_objects`), UnicodeError and OSError.
     """
@@ -189,7 +191,7 @@ def _load_text(source: DataSource, path: Path, kind: FileFormat) -> Table:
 
 
 def _stored(name: str, width: int, rows: Iterator[tuple[int | None, Sequence[str | None]]]) -> "Dataset":
-    """Return a memory-mapped table of these rows, each a line number and `width` cells. `name` is the file's in messages."""
+    """Return these rows, each a line number and `width` cells, memory-mapped. name: of the file, for messages."""
     import datasets
     import pyarrow as pa
 
@@ -260,7 +262,7 @@ def _lines(file: IO[str], delimiter: str = "") -> Iterator[tuple[int, str]]:
 
 
 def _is_blank(line: str, delimiter: str = "") -> bool:
-    """Return whether a line is none for pandas: blanks and tabs alone, unless these are delimiters between empty fields."""
+    """Return whether pandas skips a line: blanks and tabs alone, unless these are delimiters between empty fields."""
     return not line.strip(" \t\r\n") and (not delimiter or delimiter not in line)
 
 

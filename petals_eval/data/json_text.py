@@ -36,7 +36,7 @@ class WrittenFloat(float):
 
 
 def value_of(text: str) -> Any:
-    """Return the value of a JSON text as Python has it: an int for a whole number, a `WrittenFloat` for every other number."""
+    """Return the value of a JSON text: a whole number as an int, every other number as a `WrittenFloat`."""
     # Only -0 needs a function for every whole number; a date looks like it and costs a little time.
     decoder = _decoder if "-0" in text else _quick_decoder
     return decoder.raw_decode(text)[0]
@@ -168,7 +168,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(written: str) -> int | float:
-    """Return every whole number but -0 has one spelling in JSON."""
+    """Return a whole number; of these, -0 alone has a second spelling in JSON."""
     return WrittenFloat(written) if written == "-0" else int(written)
 
 

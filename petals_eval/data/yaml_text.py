@@ -49,7 +49,7 @@ class _Loader(yaml.SafeLoader):
         return str(super().resolve(kind, value, implicit))
 
     def construct_plain(self, node: yaml.ScalarNode) -> Plain | None:
-        """Return where nothing is written there is nothing; an empty text has quotes."""
+        """Return what is written, or None where nothing is: an empty text has quotes."""
         return Plain(node.value) if node.value else None
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -79,7 +79,7 @@ _Loader.add_constructor(_PLAIN, _Loader.construct_plain)
 
 
 def read_yaml(text: str, same_key: Callable[[str], str] = str) -> Any:
-    """Return the values in a text: a scalar without quotes is a `Plain`, whatever it looks like, or None for nothing at all.
+    """Return the values in a text, or None for none. A scalar without quotes is a `Plain`, whatever it looks like.
 
     same_key: what it makes of two keys of one mapping tells whether they are the same key.
     Raises ValueError, whose message says what is wrong and, where known, in which line.

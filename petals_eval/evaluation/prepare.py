@@ -168,7 +168,7 @@ def prepare_run(settings: RunSettings) -> Prepared:
     swarms: list[LocalSwarm] = []
 
     def open_side() -> LocalSide:
-        from petals_eval.remote_model import default_dht_prefix, load_local
+        from petals_eval.remote_model import check_home_blocks, default_dht_prefix, load_local
 
         local, adapters = load_local(settings.model, settings.adapter, **options)
         if settings.local_swarm is None:
@@ -176,7 +176,10 @@ def prepare_run(settings: RunSettings) -> Prepared:
         else:
             swarms.append(_local_swarm(settings))
             prefix = swarms[0].dht_prefix
-        return LocalSide(local, adapters, settings, prefix)
+        side = LocalSide(local, adapters, settings, prefix)
+        if settings.verify_local is not None:
+            check_home_blocks(settings.verify_local, side)
+        return side
 
     prepared = prepare(
         open_side,

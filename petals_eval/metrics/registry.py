@@ -36,7 +36,7 @@ class MetricSpec:
     score: str | None = None
 
     def names(self, label_names: Sequence[str]) -> list[str]:
-        """Return what `measure` will give."""
+        """Return the names of the metrics that `measure` gives."""
         return [self.name] if self.score is None else [f"{self.score}[{label}]" for label in label_names]
 
 

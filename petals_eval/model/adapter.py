@@ -102,7 +102,7 @@ class AdapterReader:
         return next((name for name in names if name in self.names), None)
 
     def matrix(self, name: str, expected: str, columns: int) -> torch.Tensor:
-        """Return the tensor `name`, finite and of shape (rows, columns), as stored. `expected` says the shape in words."""
+        """Return the tensor `name`, finite and of shape (rows, columns), as stored. expected: the shape in words."""
         tensor = self._take(name)
         if tensor.ndim != 2 or tensor.shape[1] != columns or tensor.shape[0] == 0:
             raise AdapterError(

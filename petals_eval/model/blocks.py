@@ -17,7 +17,7 @@ from petals_eval.model.families import Family
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig
 
-__all__ = ["DTYPES", "BlockSpan"]
+__all__ = ["DTYPES", "BlockSpan", "check_blocks"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,11 +58,7 @@ class BlockSpan:
         """
         with _LOADING, isolated_arithmetic():
             checkpoint = Checkpoint.open(model, revision=revision, token=token, cache_dir=cache_dir)
-            num_blocks = checkpoint.family.num_blocks(checkpoint.config)
-            if not 0 <= first < last <= num_blocks:
-                raise ModelError(
-                    f"expected a span within 0:{num_blocks}, the blocks of {checkpoint.name}, found {first}:{last}"
-                )
+            check_blocks(first, last, checkpoint.family.num_blocks(checkpoint.config), checkpoint.name)
             dtype = dtype or checkpoint.config.dtype or torch.float32
             return cls(_base_model(checkpoint, first, last, dtype), checkpoint, first, last, dtype)
 
@@ -180,6 +176,12 @@ class BlockSpan:
         return self._views[first, last]
 
 
+def check_blocks(first: int, last: int, num_blocks: int, model: str) -> None:
+    """Raise ModelError where a model of so many blocks has no blocks first:last."""
+    if not 0 <= first < last <= num_blocks:
+        raise ModelError(f"expected a span within 0:{num_blocks}, the blocks of {model}, found {first}:{last}")
+
+
 def _base_model(checkpoint: Checkpoint, first: int, last: int, dtype: torch.dtype) -> nn.Module:
     """Hugging Face's base model with blocks first:last and nothing around them."""
     from transformers import AutoModel
@@ -199,7 +201,7 @@ def _base_model(checkpoint: Checkpoint, first: int, last: int, dtype: torch.dtyp
 
 
 def _adds(prompt: torch.Tensor) -> Any:
-    """Return a hook that adds a deep prompt (batch or 1, prefix, hidden) to the hidden states on their way into a block."""
+    """Return a hook that adds a deep prompt (batch or 1, prefix, hidden) to the hidden states that enter a block."""
 
     def add(block: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden = args[0].clone()  # the caller's tensor, or a residual somebody still needs

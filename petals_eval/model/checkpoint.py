@@ -60,7 +60,7 @@ class Checkpoint:
         return self._tensors().names()
 
     def find(self, *names: str) -> torch.Tensor | None:
-        """Return the tensor under the first of these names that the checkpoint has, or None. Only its shard is opened."""
+        """Return the tensor under the first of these names that there is, or None. Only its shard is opened."""
         weights = self._tensors()
         held = set(weights.names())
         for name in names:

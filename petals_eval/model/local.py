@@ -131,8 +131,10 @@ class LocalPart(nn.Module, ABC):
         return self.embeddings.weight.device
 
     def own_label_names(self, adapter: Adapter | None) -> tuple[str, ...] | None:
-        """Return what the model's config calls the outputs of the class head, in order; None where that head is the adapter's,
-        or the config has only the names that transformers makes up (LABEL_0, ...)."""
+        """Return what the model's config calls the outputs of the class head, in order.
+
+        None where that head is the adapter's, or the config has only the names that transformers makes up.
+        """
         names = getattr(self.config, "id2label", None)
         if not names or not self.uses_own_head(adapter):
             return None
@@ -170,8 +172,11 @@ class LocalPart(nn.Module, ABC):
         return self.own_pooling if adapter is None or adapter.head_weight is None else adapter.pooling
 
     def _pad_token_id(self) -> int | None:
-        """Return the padding token by the model's config, as classifiers know it. Where a rule was chosen that needs one, the
-        tokenizer's will do, and then the token that ends a text: most who have none choose that one."""
+        """Return the padding token by the model's config, as classifiers know it.
+
+        Where a rule was chosen that needs one, the tokenizer's will do, and then the token that ends a text: most who
+        have none choose that one.
+        """
         pad: int | None = getattr(self.config, "pad_token_id", None)
         if pad is None and self.pooling not in (None, "last"):
             pad = getattr(self.tokenizer, "pad_token_id", None)
@@ -517,7 +522,7 @@ def _is_tied(config: Any) -> bool:
 
 
 def _config_dtype(config: Any) -> torch.dtype | None:
-    """Return the dtype that a config names: `dtype` since transformers 5, `torch_dtype` before, as a dtype or as its name."""
+    """Return the dtype that a config names: in `dtype` since transformers 5, in `torch_dtype` before."""
     named = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     dtype = getattr(torch, named, None) if isinstance(named, str) else named
     return dtype if isinstance(dtype, torch.dtype) else None

@@ -215,7 +215,7 @@ def _is_one_archive(file: Path | io.BytesIO) -> bool:
 
 
 def _flatten(objects: list[Any], path: Path, error: type[CallerError]) -> dict[str, torch.Tensor]:
-    """Return the tensors of unpickled objects by name: modules give `name.weight`, dictionaries within give `name.key`."""
+    """Return the tensors of unpickled objects: those of modules as `name.weight`, of dictionaries as `name.key`."""
     tensors: dict[str, torch.Tensor] = {}
     for index, value in enumerate(objects):
         if isinstance(value, nn.Module) and index < len(_BARE_MODULES):
@@ -227,7 +227,7 @@ def _flatten(objects: list[Any], path: Path, error: type[CallerError]) -> dict[s
 
 
 def _named(values: dict[Any, Any], depth: int, path: Path, error: type[CallerError]) -> dict[str, torch.Tensor]:
-    """Return all tensors in `values` and in the dictionaries within, but what trainers keep beside the weights."""
+    """Return all tensors in `values` and in the dictionaries within, without what trainers keep beside the weights."""
     found: dict[str, torch.Tensor] = {}
     for key, item in values.items():
         name = str(key)

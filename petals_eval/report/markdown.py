@@ -107,7 +107,7 @@ def _wire(wire: WireRecord | None) -> str:
 
 
 def _wrong(servers: Sequence[NoisyServer]) -> str:
-    """Return those that were held against others."""
+    """Return a section on the servers whose answers differ from those of others, or nothing."""
     wrong = [each for each in servers if each.verdict != "noisy"]
     if not wrong:
         return ""

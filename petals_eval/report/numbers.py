@@ -71,7 +71,7 @@ def counts_of(result: AdapterResult) -> dict[str, str]:
 
 
 def counts_line(result: AdapterResult) -> str:
-    """Return the same in one line."""
+    """Return what `counts_of` counts in one line."""
     return " · ".join(f"{count} {what}" for what, count in counts_of(result).items())
 
 

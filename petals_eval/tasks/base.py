@@ -41,7 +41,7 @@ class Task(Protocol):
         ...
 
     def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
-        """Return the examples, in the order of the rows, made as they are asked for. Raises DataError, which names the row."""
+        """Yield the examples in the order of the rows, made as they are asked for. Raises DataError with the row."""
         ...
 
     def predict(self, example: Example, answers: "Sequence[torch.Tensor]") -> Prediction:

@@ -34,7 +34,7 @@ _CHUNK_ROWS = 256
 
 
 def _spelled_keys(mapping: Any) -> Any:
-    """Return a label_map compares text, but a Python program may write its keys as numbers and truth values."""
+    """Return a label_map with its keys as texts, as they are compared; Python may give numbers and truth values."""
     if not isinstance(mapping, Mapping):
         return mapping
     if None in mapping:
