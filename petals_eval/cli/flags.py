@@ -2,11 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Collection
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from petals_eval.validation import member_types
 
 __all__ = ["flags_of", "keys_of"]
 
@@ -56,8 +58,8 @@ def keys_of(settings: type[BaseModel]) -> dict[str, str]:
 
 def _annotation(name: str, field: FieldInfo) -> Any:
     shown = _shown(field)
-    kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if kind in (bool, int, float)]
-    kind: Any = kinds[0] if kinds else str
+    members = set(member_types(field.annotation))
+    kind: Any = next((kind for kind in (bool, int, float) if kind in members), str)
     if shown["metavar"] is not None and shown["metavar"].endswith("...") and "," not in shown["metavar"]:
         kind = list[str]
     flag = typer.Option(

@@ -5,15 +5,15 @@ A scalar without quotes stays the text that it is. By the rules of YAML 1.1 `no`
 says whether it is a number: its type makes one of the text, or says that it cannot.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from inspect import isclass
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, SecretStr
 
-from petals_eval.validation import shorten
+from petals_eval.validation import member_types, shorten
 
 __all__ = ["MOST_BYTES", "MOST_VALUES", "Plain", "read_yaml", "resolve_nulls"]
 
@@ -111,7 +111,7 @@ def resolve_nulls(value: Any, expected: Any) -> Any:
     expected: the pydantic model that the values are for, or the type of one value. Where that takes text but no None
         (a key of `label_map`, a label, the name of a column), `null` and `~` are text like any other.
     """
-    kinds = list(_kinds(expected))
+    kinds = list(member_types(expected))
     if isinstance(value, Plain):
         takes_text = any(kind in (Any, str, SecretStr) or get_origin(kind) is Literal for kind in kinds)
         return None if value in _NULLS and (NoneType in kinds or not takes_text) else str(value)
@@ -126,18 +126,6 @@ def resolve_nulls(value: Any, expected: Any) -> Any:
         inside = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), Any)
         return [resolve_nulls(inner, inside) for inner in value]
     return value
-
-
-def _kinds(expected: Any) -> Iterator[Any]:
-    """Yield the types that a union stands for, without what `Annotated` says of them."""
-    origin = get_origin(expected)
-    if origin is Annotated:
-        yield from _kinds(get_args(expected)[0])
-    elif origin in (Union, UnionType):
-        for kind in get_args(expected):
-            yield from _kinds(kind)
-    else:
-        yield expected
 
 
 def _text(key: Any) -> Any:
