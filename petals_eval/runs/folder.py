@@ -174,8 +174,8 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A run that failed before it scored anything leaves nothing: corrected, it may use the same folder.
-        abandoned = isinstance(error, Exception) and not self.resumed and self._holds_nothing()
+        # A run that ended before it scored anything leaves nothing: corrected, it may use the same folder.
+        abandoned = error is not None and not self.resumed and self._holds_nothing()
         try:
             self.journal.__exit__(kind, error, trace)
             if abandoned:
