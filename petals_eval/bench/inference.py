@@ -92,7 +92,7 @@ def measure_inference(target: BenchTarget, case: InferenceCase, settings: Infere
 
 
 def _rate(sessions: list[_Session], batch: int, steps: int) -> float:
-    """Positions per second after the prompts, of sessions side by side."""
+    """Return the positions per second after the prompts, of sessions side by side."""
     return len(sessions) * batch * steps / max(sum(session.steps) for session in sessions)
 
 

@@ -44,7 +44,7 @@ def _version(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `petals-eval`: runs `arguments` (default: those of the process) and exits.
+    """Run `petals-eval` with `arguments` (None: those of the process) and exit.
 
     Exit codes: see petals_eval.cli.exit_codes.run_command.
     """

@@ -43,7 +43,7 @@ def value_of(text: str) -> Any:
 
 
 def read_objects(file: IO[str], name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Each object of a file: the line where it begins (from 1), its JSON text, and its value as `value_of` has it.
+    """Yield each object of a file: the line where it begins (from 1), its JSON text, and its value by `value_of`.
 
     The objects stand one a line, one after the other with or without blanks between them, or in one array; each may
     take several lines. Memory is bounded by the longest line and the largest object. `name` is the file's in messages.
@@ -157,7 +157,7 @@ class _Reader:
 
 
 class _KeyGivenTwiceError(ValueError):
-    """Its argument is the key."""
+    """An object has one key twice. Its argument is the key."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Plain(str):
 
 
 class _Loader(yaml.SafeLoader):
-    """It knows no type but text: only a tag such as `!!int`, which somebody wrote on purpose, makes another one.
+    """A loader that knows no type but text: only a tag such as `!!int`, which somebody wrote on purpose, makes another.
 
     same_key: two keys that it spells alike are one key.
     """
@@ -53,7 +53,7 @@ class _Loader(yaml.SafeLoader):
         return Plain(node.value) if node.value else None
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Keys given twice are found here: later, merged ones (`<<`) are among them, which a mapping may override."""
+        """Refuse a key given twice. Later, merged keys (`<<`), which a mapping may override, would be among them."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
@@ -65,7 +65,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merged keys are copied while they are read, so that they have to be counted here."""
+        """Count merged keys, which are copied while they are read."""
         try:
             super().flatten_mapping(node)
         except yaml.constructor.ConstructorError as error:

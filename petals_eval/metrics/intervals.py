@@ -29,7 +29,7 @@ Floats = NDArray[np.float64]
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95%, in [0, 1].
+    """Return Wilson's score interval of a share, 95%, in [0, 1].
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927),
     without continuity correction.
@@ -48,7 +48,7 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 
 def affordable(work_per_resample: int) -> int:
-    """Resamples that fit into `WORK`: at most `RESAMPLES`, at least `FEWEST`.
+    """Return how many resamples fit into `WORK`: at most `RESAMPLES`, at least `FEWEST`.
 
     >>> affordable(10_000), affordable(400_000), affordable(50_000_000)
     (1000, 250, 100)
@@ -87,12 +87,12 @@ class Tallies:
 
     @property
     def total(self) -> Floats:
-        """(resamples,) number of examples."""
+        """The number of examples, (resamples,)."""
         return self.labelled.sum(axis=1)
 
     @classmethod
     def of(cls, labels: NDArray[np.int64], predictions: NDArray[np.int64], n_labels: int) -> "Tallies":
-        """Of the examples themselves: one row."""
+        """Return the tallies of the examples themselves: one row."""
         cells, counts = _cells(labels, predictions, n_labels)
         return cls._of_draws(counts[None, :], cells, n_labels)
 
@@ -100,7 +100,7 @@ class Tallies:
     def resampled(
         cls, labels: NDArray[np.int64], predictions: NDArray[np.int64], n_labels: int, seed: int
     ) -> "Tallies":
-        """Of `RESAMPLES` resamples."""
+        """Return the tallies of `RESAMPLES` resamples."""
         cells, counts = _cells(labels, predictions, n_labels)
         random = np.random.default_rng([seed, 0])
         at_once = max(1, 4_000_000 // len(cells))  # many labels: bounds memory, changes no draw
@@ -145,6 +145,6 @@ def row_weights(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]
 
 
 def resampled_means(columns: Floats, seed: int) -> Floats:
-    """(resamples, m) means over the resamples of `columns` (n, m); `affordable(n)` resamples."""
+    """Return (resamples, m) means over the resamples of `columns` (n, m); `affordable(n)` resamples."""
     n = len(columns)
     return np.stack([weights @ columns for weights in row_weights(n, affordable(n), seed)]) / n

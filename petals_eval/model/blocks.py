@@ -68,7 +68,7 @@ class BlockSpan:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the whole model."""
+        """How many blocks the whole model has."""
         return self.family.num_blocks(self.config)
 
     @property
@@ -77,7 +77,7 @@ class BlockSpan:
 
     @property
     def key_value_heads(self) -> int:
-        """Heads whose keys and values a cache holds: fewer than the attention heads under grouped queries."""
+        """How many heads' keys and values a cache holds: fewer than the attention heads under grouped queries."""
         if self.config.model_type == "falcon":
             if self.config.multi_query and not self.config.new_decoder_architecture:
                 return 1
@@ -90,7 +90,7 @@ class BlockSpan:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Keys and values of one token in one block."""
+        """The size of the keys and values of one token in one block."""
         return 2 * self.key_value_heads * self.head_size * self.dtype.itemsize
 
     def drop_out(self, p: float) -> None:
@@ -115,7 +115,7 @@ class BlockSpan:
         return other
 
     def shuffled(self, seed: int) -> "BlockSpan":
-        """Blocks of the same sizes and other weights: the rows of each matrix in another order, drawn by `seed`."""
+        """Return blocks of other weights: each matrix has its rows in another order, which `seed` draws."""
         other = self.copied()
         draws = torch.Generator().manual_seed(seed)
         for parameter in _blocks_of(other._model, self.family).parameters():
@@ -183,7 +183,7 @@ def check_blocks(first: int, last: int, num_blocks: int, model: str) -> None:
 
 
 def _base_model(checkpoint: Checkpoint, first: int, last: int, dtype: torch.dtype) -> nn.Module:
-    """Hugging Face's base model with blocks first:last and nothing around them."""
+    """Load Hugging Face's base model with blocks first:last and nothing around them."""
     from transformers import AutoModel
 
     family, config = checkpoint.family, _sliced(checkpoint.config, first, last)

@@ -69,7 +69,7 @@ class Checkpoint:
         return None
 
     def read(self, *names: str) -> torch.Tensor:
-        """As `find`, but raises ModelError, naming the keys expected and found, if none of them is there."""
+        """Return what `find` does. Raises ModelError, which names the keys expected and found, if there is none."""
         tensor = self.find(*names)
         if tensor is None:
             raise ModelError(

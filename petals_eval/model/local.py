@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., hidden) of any floating dtype -> the same shape and dtype."""
+        """Return (..., hidden) normed, in the dtype that it comes in."""
         wide = hidden.float()
         scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * scaled.to(hidden.dtype)
@@ -110,11 +110,11 @@ class LocalPart(nn.Module, ABC):
 
     @abstractmethod
     def _class_logits(self, normed: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
-        """Normed (rows, hidden) -> (rows, labels) float32 on the CPU. Raises AdapterError if there is no class head."""
+        """Return scores (rows, labels), float32 on the CPU, of normed (rows, hidden). Raises AdapterError: no head."""
 
     @abstractmethod
     def _lm_logits(self, normed: torch.Tensor) -> torch.Tensor:
-        """Normed (rows, hidden) -> (rows, vocabulary). Raises ModelError if there is no LM head."""
+        """Return logits (rows, vocabulary) of normed (rows, hidden). Raises ModelError if there is no LM head."""
 
     @abstractmethod
     def _lm_vocabulary(self) -> int:
@@ -256,7 +256,7 @@ class LocalPart(nn.Module, ABC):
     def _log_likelihoods(
         self, hidden: torch.Tensor, batch: MicroBatch[R], rows: list[int], prefix: int
     ) -> dict[int, torch.Tensor]:
-        """For each row (targets,) float32: log softmax of the LM head's logits, at each target's position and token."""
+        """Return (targets,) float32 for each row: the LM head's log softmax at each target's position and token."""
         vocabulary = self._lm_vocabulary()
         # Label words all ask about one position: it goes through the head once.
         places: dict[tuple[int, int], int] = {}
@@ -277,7 +277,7 @@ class LocalPart(nn.Module, ABC):
         return dict(zip(rows, values.split(counts), strict=True))
 
     def _scores(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """(places, hidden) and int64 (n, 2) of place and token -> (n,) float32 log-likelihoods, on the CPU."""
+        """Return (n,) float32 log-likelihoods, on the CPU, for (places, hidden) and int64 (n, 2) of place and token."""
         values = torch.empty(wanted.shape[0], dtype=torch.float32, device="cpu")
         step = max(1, _LOGITS_AT_ONCE // self._lm_vocabulary())
         for start in range(0, hidden.shape[0], step):
@@ -404,7 +404,7 @@ class LocalModel(LocalPart):
         return functional.linear(normed.float(), weight.to(self.device, torch.float32), bias).cpu()
 
     def _class_head(self, adapter: Adapter | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(labels, hidden) and (labels,) or None: the adapter's, or else the model's own."""
+        """Return (labels, hidden) and (labels,) or None: the adapter's head, or else the model's own."""
         if adapter is not None and adapter.head_weight is not None:
             self._check_width(adapter.name, "head", adapter.head_weight)
             return adapter.head_weight, adapter.head_bias

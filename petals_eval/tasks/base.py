@@ -27,12 +27,12 @@ class Task(Protocol):
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """In the order of the head's outputs."""
+        """The names of the labels, in the order of the head's outputs."""
         ...
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names that `petals_eval.metrics` knows."""
+        """The names of metrics that `petals_eval.metrics` knows."""
         ...
 
     @property
