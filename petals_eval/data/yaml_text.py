@@ -15,10 +15,10 @@ from pydantic import BaseModel, SecretStr
 
 from petals_eval.validation import member_types, shorten
 
-__all__ = ["MOST_BYTES", "MOST_VALUES", "Plain", "read_yaml", "resolve_nulls"]
+__all__ = ["MAX_CHARACTERS", "MAX_VALUES", "Plain", "read_yaml", "resolve_nulls"]
 
-MOST_BYTES = 1 << 20
-MOST_VALUES = 100_000
+MAX_CHARACTERS = 1 << 20
+MAX_VALUES = 100_000
 """Each alias counts as what it stands for: ten lines of them can stand for a thousand million values, and whoever shows
 or checks those is busy for hours."""
 
@@ -71,8 +71,8 @@ class _Loader(yaml.SafeLoader):
         except yaml.constructor.ConstructorError as error:
             error.problem = f"{error.problem}; << has a meaning of its own, and as text it stands in quotes"
             raise
-        if len(node.value) > MOST_VALUES:
-            raise yaml.constructor.ConstructorError(None, None, f"more than {MOST_VALUES:,} keys", node.start_mark)
+        if len(node.value) > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, f"more than {MAX_VALUES:,} keys", node.start_mark)
 
 
 _Loader.add_constructor(_PLAIN, _Loader.construct_plain)
@@ -84,8 +84,8 @@ def read_yaml(text: str, same_key: Callable[[str], str] = str) -> Any:
     same_key: what it makes of two keys of one mapping tells whether they are the same key.
     Raises ValueError, whose message says what is wrong and, where known, in which line.
     """
-    if len(text) > MOST_BYTES:
-        raise ValueError(f"more than {MOST_BYTES:,} characters")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"more than {MAX_CHARACTERS:,} characters")
     try:
         loader = _Loader(text, same_key)
         try:
@@ -133,7 +133,7 @@ def _text(key: Any) -> Any:
 
 
 def _count(values: Any) -> None:
-    """Raises ValueError above MOST_VALUES; a value that contains itself has no end."""
+    """Raises ValueError above MAX_VALUES; a value that contains itself has no end."""
     waiting, seen = [values], 0
     while waiting:
         value = waiting.pop()
@@ -142,5 +142,5 @@ def _count(values: Any) -> None:
             waiting += [*value.keys(), *value.values()]
         elif isinstance(value, list | tuple | set):
             waiting += value
-        if seen + len(waiting) > MOST_VALUES:
-            raise ValueError(f"more than {MOST_VALUES:,} values, where each alias counts as what it stands for")
+        if seen + len(waiting) > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES:,} values, where each alias counts as what it stands for")

@@ -7,8 +7,8 @@ computes the metric again. It is made cheap in two ways, neither of which is an 
   over the cells of the original one: its cost does not depend on n.
 - Metrics that are means over examples are a product of the resample's weights with the examples' values.
 
-Cost is bounded in a stated way: 1,000 resamples, but at most `WORK` weights drawn for one metric and never fewer than
-`FEWEST` resamples. A metric whose interval has fewer than 1,000 says so in its note.
+Cost is bounded in a stated way: 1,000 resamples, but at most `MAX_DRAWS` weights drawn for one metric and never fewer
+than `MIN_RESAMPLES` resamples. A metric whose interval has fewer than 1,000 says so in its note.
 """
 
 import math
@@ -21,8 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = ["RESAMPLES", "Tallies", "affordable", "percentile_interval", "resampled_means", "row_weights", "wilson"]
 
 RESAMPLES = 1000
-FEWEST = 100
-WORK = 100_000_000
+MIN_RESAMPLES = 100
+MAX_DRAWS = 100_000_000
 Z95 = 1.959963984540054  # the 0.975 quantile of the normal distribution
 
 Floats = NDArray[np.float64]
@@ -48,12 +48,12 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 
 def affordable(work_per_resample: int) -> int:
-    """Return how many resamples fit into `WORK`: at most `RESAMPLES`, at least `FEWEST`.
+    """Return how many resamples fit into `MAX_DRAWS`: at most `RESAMPLES`, at least `MIN_RESAMPLES`.
 
     >>> affordable(10_000), affordable(400_000), affordable(50_000_000)
     (1000, 250, 100)
     """
-    return max(FEWEST, min(RESAMPLES, WORK // max(1, work_per_resample)))
+    return max(MIN_RESAMPLES, min(RESAMPLES, MAX_DRAWS // max(1, work_per_resample)))
 
 
 def percentile_interval(values: ArrayLike) -> tuple[float, float] | None:

@@ -30,7 +30,7 @@ _ALLOWED: list[Any] = [nn.Embedding, nn.Linear]
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 # What trainers keep beside the weights in one file. Tensors in any other dictionary may be needed.
 _BESIDE_WEIGHTS = ("optimizer", "scheduler", "lr_scheduler", "scaler", "rng", "callbacks", "loops", "hyper_parameters")
-_DEEPEST = 4  # dictionaries within each other that are looked into
+_MAX_DEPTH = 4  # dictionaries within each other that are looked into
 # The old recipe writes one module after the other into one file, in this order.
 _BARE_MODULES = ("prompt_embeddings", "intermediate_prompt_embeddings", "score")
 # What a truncated, damaged or hostile file makes the readers raise.
@@ -148,12 +148,12 @@ def open_index(source: Source, index: Path, error: type[CallerError]) -> Tensors
     return _Sharded(source, weight_map, error)
 
 
-_LONGEST_NAME = 100  # characters of a tensor's name, which whoever wrote the file chose
+_MAX_NAME_CHARACTERS = 100  # characters of a tensor's name, which whoever wrote the file chose
 
 
 def shown_name(name: str) -> str:
     """Return a tensor's name, safe on a terminal."""
-    return printable(name, longest=_LONGEST_NAME)
+    return printable(name, longest=_MAX_NAME_CHARACTERS)
 
 
 def describe(tensors: Tensors, limit: int = 8) -> str:
@@ -222,7 +222,7 @@ def _flatten(objects: list[Any], path: Path, error: type[CallerError]) -> dict[s
             value = {_BARE_MODULES[index]: value}
         if not isinstance(value, dict):
             raise error(f"{path} holds a {type(value).__name__}; expected a state dict (names and tensors).")
-        tensors |= _named(value, _DEEPEST, path, error)
+        tensors |= _named(value, _MAX_DEPTH, path, error)
     return tensors
 
 
