@@ -1,5 +1,6 @@
 """Every setting of a swarm connection and of a run, with its default, its unit and its flag, in one place."""
 
+from inspect import get_annotations
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -12,6 +13,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from petals_eval.errors import ConfigError
 from petals_eval.validation import SETTINGS, explain
@@ -39,9 +41,20 @@ PUBLIC_SWARM: tuple[str, ...] = (
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, unknown keys refused, mistakes raised as ConfigError."""
+    """Base of all settings: frozen, unknown keys refused, mistakes raised as ConfigError.
+
+    heading: of a subclass's own flags in the help of commands; without one its fields have no flags.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    def __init_subclass__(cls, heading: str = "", **options: Any) -> None:
+        super().__init_subclass__(**options)  # `heading` is for the next one, when there are fields
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, heading: str = "", **options: Any) -> None:
+        for name in get_annotations(cls).keys() & cls.model_fields.keys():
+            shown_of(cls.model_fields[name]).setdefault("heading", heading)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -128,99 +141,69 @@ HEADINGS = ("Model", "Task and data", "Swarm", "Servers and calls", "Probes", "B
 MODEL, TASK, SWARM, SERVERS, PROBES, BUDGET, SWEEP, OUTPUT = HEADINGS
 
 
-def option(
-    default: Any,
-    help: str,
-    group: str = "",
-    metavar: str | None = None,
-    *,
-    unset: str | None = None,
-    flag: str | None = None,
-    alias: str | None = None,
-) -> Any:
+def option(default: Any, help: str, metavar: str | None = None, *, alias: str | None = None, **shown: str) -> Any:
     """Return a field of settings that says of itself what `petals_eval.cli.flags` shows.
 
-    help: what it means and its unit, in a sentence. group, metavar: in the help of a command. unset: what None stands
-    for. flag: where it is not called as the field. alias: the key of a file, where it is not.
+    help: what it means and its unit, in a sentence. metavar: its value in the help; N or SECONDS for a number.
+    alias: the key of a file, where that is not the field's name. shown: unset (what None stands for), flag and heading,
+    where those do not follow from the field's name and its class.
     """
-    shown = {"group": group, "metavar": metavar, "unset": unset, "flag": flag}
-    return Field(default, description=help, json_schema_extra=shown, alias=alias)  # type: ignore[arg-type]
+    return Field(default, description=help, json_schema_extra={"metavar": metavar, **shown}, alias=alias)
 
 
-def same_as(settings: type[BaseModel], name: str, *, default: Any = ..., group: str | None = None) -> Any:
-    """Return a field that says what a field of other settings does, with a default or a heading of its own if given."""
+def same_as(settings: type[BaseModel], name: str, *, default: Any = ..., **shown: str) -> Any:
+    """Return a field that is described as one of other settings is, but for its default and what is `shown`."""
     field = settings.model_fields[name]
-    shown: dict[str, Any] = dict(field.json_schema_extra) if isinstance(field.json_schema_extra, dict) else {}
-    return option(
-        field.default if default is ... else default,
-        field.description or "",
-        **shown | ({} if group is None else {"group": group}),
-    )
+    return option(field.default if default is ... else default, field.description or "", **shown_of(field) | shown)
 
 
-class ServerChoice(Settings):
+def shown_of(field: FieldInfo) -> dict[str, Any]:
+    """Return what `option` was told of a field."""
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+class ServerChoice(Settings, heading=SERVERS):
     """Which servers are used; those that do not say what is asked for are left out, too."""
 
     active_adapter: str | None = option(
-        None, "LoRA adapter on the servers; only servers that announce it are used.", SERVERS, "NAME"
+        None, "LoRA adapter on the servers; only servers that announce it are used.", "NAME"
     )
-    require_dtype: Dtype | None = option(None, "Use only servers that compute in this dtype.", SERVERS, "DTYPE")
+    require_dtype: Dtype | None = option(None, "Use only servers that compute in this dtype.", "DTYPE")
     require_quant: str | None = option(
-        None,
-        "Use only servers of this quantisation (none, int8 or nf4); none leaves quantised ones out.",
-        SERVERS,
-        "QUANT",
+        None, "Use only servers of this quantisation (none, int8, nf4); none leaves quantised ones out.", "QUANT"
     )
     allow_servers: Identities = option(
-        (), "Use only these servers (identities or their last letters).", SERVERS, "ID...", flag="--allow-server"
+        (), "Use only these servers (identities or their last letters).", "ID...", flag="--allow-server"
     )
-    deny_servers: Identities = option((), "Leave these servers out.", SERVERS, "ID...", flag="--deny-server")
+    deny_servers: Identities = option((), "Leave these servers out.", "ID...", flag="--deny-server")
 
 
-class CallSettings(ServerChoice):
+class CallSettings(ServerChoice, heading=SERVERS):
     """How servers are used, and how long is waited for them."""
 
     allow_nondeterministic: bool = option(
-        False,
-        "Use servers whose blocks run in training mode where nobody else holds them; the report says how far their "
-        "answers differ.",
-        SERVERS,
+        False, "Use servers in training mode where nobody else holds their blocks; the report has the noise."
     )
     verify: Share = option(
         0.02,
-        "Share of each server's micro-batches that is computed on another server too and compared, not on a lossy "
-        "wire. 0: none.",
-        SERVERS,
+        "Share of each server's micro-batches computed elsewhere, too, and compared; none on a lossy wire.",
         "SHARE",
     )
-    deadline: Seconds = option(
-        600.0,
-        "Wait this long for a server that can take the work, for one hop of a micro-batch with its retries.",
-        SERVERS,
-        "SECONDS",
-    )
-    request_timeout: Seconds = option(
-        180.0, "Time for one call of one hop; Petals servers stop working on it then, too.", SERVERS, "SECONDS"
-    )
-    window: Positive | None = option(
-        None, "Micro-batches in flight at once.", SERVERS, "N", unset="found out, for each server"
-    )
+    deadline: Seconds = option(600.0, "Wait this long for a server, for one hop of a micro-batch with its retries.")
+    request_timeout: Seconds = option(180.0, "Time for one call of one hop; Petals servers give up then, too.")
+    window: Positive | None = option(None, "Micro-batches in flight at once.", unset="found out, for each server")
     max_tokens_per_call: Positive | None = option(
-        None, "Tokens (rows x positions) that a server takes in one call.", SERVERS, "N", unset="found out"
+        None, "Tokens (rows x positions) that a server takes in one call.", unset="found out"
     )
     wire: Wire | None = option(
         None,
-        "Send hidden states in a lossy code: float16, blockwise8 or uniform8; the report says how far that moves "
-        "answers.",
-        SERVERS,
+        "Send hidden states in a lossy code: float16, blockwise8 or uniform8; the report says what it does to answers.",
         "CODE",
         unset="lossless",
     )
     push: Push = option(
         "auto",
-        "Let servers pass hidden states on to each other, so that each leaves here once: auto (where that is faster), "
-        "always or never.",
-        SERVERS,
+        "Let servers pass hidden states on, so that each leaves here once: auto (where that is faster), always, never.",
         "WHEN",
     )
 
@@ -228,22 +211,14 @@ class CallSettings(ServerChoice):
 class SwarmSettings(CallSettings):
     """How to reach a swarm and how long to wait for it."""
 
-    initial_peers: SomePeers = option(..., "Multiaddresses of bootstrap peers; one that answers is enough.")
+    initial_peers: SomePeers = option(..., "Multiaddresses of bootstrap peers; one that answers is enough.", "MADDR...")
 
-    startup_timeout: Seconds = option(
-        30.0, "Time until the libp2p daemon and the DHT node must be up.", metavar="SECONDS"
-    )
-    connect_timeout: Seconds = option(
-        10.0,
-        "Time for a server's first answer (rpc_info), connecting included, or for a session to be opened.",
-        metavar="SECONDS",
-    )
-    update_period: Seconds = option(60.0, "Seconds between two looks at the DHT.")
-    missing_update_period: Seconds = option(2.0, "Seconds between two looks at the DHT while blocks are missing.")
-    min_backoff: Seconds = option(
-        1.0, "Seconds that a failed server is left alone; they double with each failure in a row."
-    )
-    max_backoff: Seconds = option(60.0, "Seconds that a failed server is left alone at most.")
+    startup_timeout: Seconds = option(30.0, "Time until the libp2p daemon and the DHT node must be up.")
+    connect_timeout: Seconds = option(10.0, "Time to connect to a server and have its rpc_info, or to open a session.")
+    update_period: Seconds = option(60.0, "Time between two looks at the DHT.")
+    missing_update_period: Seconds = option(2.0, "Time between two looks at the DHT while blocks are missing.")
+    min_backoff: Seconds = option(1.0, "How long a failed server is left alone, doubled with each failure in a row.")
+    max_backoff: Seconds = option(60.0, "How long a failed server is left alone at most.")
     recheck_share: Share = option(0.003, "Share of a server's tokens that is spent on asking it again during the run.")
 
     @classmethod
@@ -253,25 +228,28 @@ class SwarmSettings(CallSettings):
         return cls(**{name: getattr(settings, name) for name in shared} | changes)
 
 
-class ModelOnSwarm(Settings):
-    """A model, and exactly one swarm that has its blocks."""
+class ModelSettings(Settings, heading=MODEL):
+    """Which model."""
 
-    model: str = option(..., "Hub name or local folder.", MODEL, "NAME")
-    revision: str | None = option(None, "Revision of the model on the hub.", MODEL, "REV")
-    token: SecretStr | None = option(None, "Hub token for gated repositories (or set HF_TOKEN).", MODEL, "TOKEN")
-    initial_peers: Peers = option(
-        (), "Multiaddresses of bootstrap peers; one that answers is enough.", SWARM, "MADDR..."
-    )
-    public_swarm: bool = option(False, "The public Petals swarm: strangers' machines.", SWARM)
-    local_swarm: Positive | None = option(None, "N servers embedded on this machine.", SWARM, "N")
-    dht_prefix: str | None = option(
-        None, "Name the servers announce.", SWARM, "NAME", unset="by Petals' rule for the hub name"
-    )
+    model: str = option(..., "Hub name or local folder.", "NAME")
+    revision: str | None = option(None, "Revision of the model on the hub.", "REV")
+    token: SecretStr | None = option(None, "Hub token for gated repositories (or set HF_TOKEN).", "TOKEN")
 
     @property
     def hub_token(self) -> str | None:
         """The token as the hub's client takes it."""
         return None if self.token is None else self.token.get_secret_value()
+
+
+class ModelOnSwarm(ModelSettings, heading=SWARM):
+    """A model, and exactly one swarm that has its blocks."""
+
+    initial_peers: Peers = same_as(SwarmSettings, "initial_peers", default=(), heading=SWARM)
+    public_swarm: bool = option(False, "The public Petals swarm: strangers' machines.")
+    local_swarm: Positive | None = option(None, "N servers embedded on this machine.")
+    dht_prefix: str | None = option(
+        None, "Name the servers announce.", "NAME", unset="by Petals' rule for the hub name"
+    )
 
     @model_validator(mode="after")
     def _one_swarm(self) -> Self:
@@ -290,56 +268,56 @@ class ModelOnSwarm(Settings):
         return self
 
 
-class ResultSettings(Settings):
+class TaskSettings(Settings, heading=TASK):
+    """What is evaluated."""
+
+    task: str = option(..., "Shipped task (see petals-eval tasks) or YAML file.", "TASK")
+    data: str | None = option(None, "csv, tsv, jsonl, parquet or text file, or hub name.", "DATA", unset="the task's")
+    subset: str | None = option(None, "Subset of a hub data set.", "NAME")
+    split: str | None = option(None, "Split of a hub data set.", "NAME")
+    data_revision: str | None = option(None, "Revision of a hub data set.", "REV")
+    limit: Positive | None = option(None, "Evaluate this many examples, drawn by --seed.", unset="all")
+    seed: int = option(0, "Seed of the sample and of the intervals.", "S")
+    max_length: Positive | None = option(None, "Tokens of text at most.", unset="the task's")
+    shard: str | None = option(None, "Evaluate part I of N, from 1/N to N/N; petals-eval merge joins them.", "I/N")
+
+
+class ResultSettings(Settings, heading=OUTPUT):
     """What a result must reach, and how it is printed."""
 
-    max_failed: Annotated[int, Field(ge=0)] = option(0, "Exit code 1 if more examples than this fail.", OUTPUT, "N")
-    fail_under: Names = option((), "Exit code 1 if a metric is below this; repeatable.", OUTPUT, "METRIC=X...")
-    json_output: bool = option(False, "Print metrics.json alone on stdout.", OUTPUT, flag="--json", alias="json")
+    max_failed: Annotated[int, Field(ge=0)] = option(0, "Exit code 1 if more examples than this fail.")
+    fail_under: Names = option((), "Exit code 1 if a metric is below this; repeatable.", "METRIC=X...")
+    json_output: bool = option(False, "Print metrics.json alone on stdout.", flag="--json", alias="json")
 
 
-class RunSettings(ModelOnSwarm, CallSettings, ResultSettings):
+class RunSettings(ModelOnSwarm, TaskSettings, CallSettings, ResultSettings):
     """One run, as the command line and its YAML file give it: every flag of `petals-eval run` is a field here."""
 
     adapter: Names = option(
-        (), "Prompt-tuned checkpoints: file, folder or hub name; shown side by side.", MODEL, "NAME..."
+        (), "Prompt-tuned checkpoints: file, folder or hub name; shown side by side.", "NAME...", heading=MODEL
     )
-    without_prompts: bool = option(False, "Also evaluate the first adapter's head without its prompts.", MODEL)
-    dtype: Dtype | None = option(None, "Dtype of the computation at home.", MODEL, "DTYPE", unset="the checkpoint's")
-    device: str = option("cpu", "Device of the computation at home.", MODEL, "DEVICE")
+    without_prompts: bool = option(False, "Also evaluate the first adapter's head without its prompts.", heading=MODEL)
+    dtype: Dtype | None = option(
+        None, "Dtype of the computation at home.", "DTYPE", unset="the checkpoint's", heading=MODEL
+    )
+    device: str = option("cpu", "Device of the computation at home.", "DEVICE", heading=MODEL)
     pool: Pool = option(
         "auto",
         "Which token a trained head reads in a text that holds the padding token: last, last-not-pad, before-first-pad "
         "or count-not-pad; auto: as the library that trained the head.",
-        MODEL,
         "RULE",
+        heading=MODEL,
     )
-
-    task: str = option(..., "Shipped task (see petals-eval tasks) or YAML file.", TASK, "TASK")
-    data: str | None = option(
-        None, "csv, tsv, jsonl, parquet or text file, or hub name.", TASK, "DATA", unset="the task's"
-    )
-    subset: str | None = option(None, "Subset of a hub data set.", TASK, "NAME")
-    split: str | None = option(None, "Split of a hub data set.", TASK, "NAME")
-    data_revision: str | None = option(None, "Revision of a hub data set.", TASK, "REV")
-    limit: Positive | None = option(None, "Evaluate this many examples, drawn by --seed.", TASK, "N", unset="all")
-    seed: int = option(0, "Seed of the sample and of the intervals.", TASK, "S")
-    max_length: Positive | None = option(None, "Tokens of text at most.", TASK, "N", unset="the task's")
-    shard: str | None = option(
-        None, "Evaluate part I of N, from 1/N to N/N; petals-eval merge joins them.", TASK, "I/N"
-    )
-
     verify_local: Blocks | None = option(
-        None, "Load these blocks here, and hold their servers against them.", SERVERS, "FIRST:LAST"
+        None, "Load these blocks here, and hold their servers against them.", "FIRST:LAST", heading=SERVERS
     )
     tokens_per_micro_batch: Positive | None = option(
-        None, "Positions sent together, prompts included.", SERVERS, "N", unset="found out"
+        None, "Positions sent together, prompts included.", unset="found out", heading=SERVERS
     )
-
     out: str | None = option(
-        None, "Run folder; an unfinished run goes on.", OUTPUT, "FOLDER", unset="runs/<task>-<time>"
+        None, "Run folder; an unfinished run goes on.", "FOLDER", unset="runs/<task>-<time>", heading=OUTPUT
     )
-    dry_run: bool = option(False, "Show what would be sent; send nothing.", OUTPUT)
+    dry_run: bool = option(False, "Show what would be sent; send nothing.", heading=OUTPUT)
 
     @model_validator(mode="after")
     def _something_to_print(self) -> Self:

@@ -130,7 +130,7 @@ class SwarmUnreachableError(SwarmError):
 
 
 class MissingBlocksError(SwarmError):
-    """No server holds some of the blocks. `missing` lists them as (first, last + 1) spans."""
+    """No server holds some of the blocks. `missing` lists them as spans (start, stop)."""
 
     def __init__(self, message: str, missing: tuple[tuple[int, int], ...] = ()):
         super().__init__(message)

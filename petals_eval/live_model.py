@@ -276,7 +276,7 @@ def _dht_prefix_of(config: Any) -> str:
 
 
 def _settings_of(config: Any, chosen: dict[str, Any]) -> SwarmSettings:
-    """Return what Petals' ClientConfig says of the swarm, in our words; what was chosen for `connect` goes before it."""
+    """Return what Petals' ClientConfig says of the swarm, in our words; what `connect` was given goes before it."""
     theirs = {
         "initial_peers": tuple(str(peer) for peer in config.initial_peers),
         "active_adapter": config.active_adapter,

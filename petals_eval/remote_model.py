@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from petals_eval.model.blocks import BlockSpan
     from petals_eval.swarm import Computed, RemoteSequential, ServedHop, SwarmConnection
 
-__all__ = ["LocalSide", "RemoteModel", "RequestAnswer", "default_dht_prefix", "load_blocks", "load_local"]
+__all__ = ["LocalSide", "RemoteModel", "RequestAnswer", "check_home_blocks", "default_dht_prefix", "load_local"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,10 @@ class RemoteModel:
         side = LocalSide(local, adapters, settings, dht_prefix or default_dht_prefix(model, local.family))
         home = None
         if verify_local is not None:
-            home = load_blocks(model, verify_local, settings, revision=revision, token=token, cache_dir=cache_dir)
+            from petals_eval.model.blocks import BlockSpan
+
+            check_home_blocks(verify_local, side)
+            home = BlockSpan.load(model, *verify_local, revision=revision, token=token, cache_dir=cache_dir)
         return cls.connect(side, settings.initial_peers, home)
 
     @classmethod
@@ -250,24 +253,17 @@ def load_local(
     )
 
 
-def load_blocks(
-    model: str,
-    blocks: tuple[int, int],
-    settings: CallSettings,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: str | None = None,
-) -> "BlockSpan":
-    """Load blocks (start, stop) at home, to hold servers against. Raises ModelError, ConfigError."""
-    if settings.active_adapter is not None:
+def check_home_blocks(blocks: tuple[int, int], side: LocalSide) -> None:
+    """Raise ConfigError or ModelError where blocks (start, stop) at home could not be held against their servers."""
+    from petals_eval.model.blocks import check_blocks
+
+    adapter = side.settings.active_adapter
+    if adapter is not None:
         raise ConfigError(
-            f"blocks at home (--verify-local) have no LoRA adapter, and the servers' apply {settings.active_adapter}: "
+            f"blocks at home (--verify-local) have no LoRA adapter, and the servers' apply {adapter}: "
             "leave one of the two out"
         )
-    from petals_eval.model.blocks import BlockSpan
-
-    return BlockSpan.load(model, *blocks, revision=revision, token=token, cache_dir=cache_dir)
+    check_blocks(*blocks, side.local.num_blocks, str(side.local.fingerprint["model"]))
 
 
 def default_dht_prefix(model: str, family: "Family") -> str:

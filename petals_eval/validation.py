@@ -1,14 +1,15 @@
 """What is wrong with a user's settings or definition, told from pydantic's list of errors: key, expected, found."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import isclass
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-__all__ = ["DEFINITION", "SETTINGS", "Wording", "closest", "explain", "shorten"]
+__all__ = ["DEFINITION", "SETTINGS", "Wording", "closest", "explain", "member_types", "shorten"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,18 @@ def shorten(value: object, limit: int = 80) -> str:
     """Return `value` as Python shows it, cut to `limit` characters."""
     shown = repr(value)
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def member_types(expected: Any) -> Iterator[Any]:
+    """Yield the types that a union stands for, without what `Annotated` says of them."""
+    origin = get_origin(expected)
+    if origin is Annotated:
+        yield from member_types(get_args(expected)[0])
+    elif origin in (Union, UnionType):
+        for kind in get_args(expected):
+            yield from member_types(kind)
+    else:
+        yield expected
 
 
 def _line(problem: dict[str, Any], model: type[BaseModel], wording: Wording) -> str:

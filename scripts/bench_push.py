@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench_vs_petals import DHT_PREFIX, ROOT, Loop, agree
+from bench_loops import DHT_PREFIX, ROOT, Loop, agree
 from bench_workloads import PushWorkload
 
 from petals_eval.bench.statistics import Spread

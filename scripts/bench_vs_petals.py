@@ -12,10 +12,7 @@ processors: only ratios within one run mean something, and the floor is printed 
 import argparse
 import contextlib
 import json
-import math
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,10 +23,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # tests.interop starts real Petals servers
 
+from bench_loops import DHT_PREFIX, Loop, agree  # noqa: E402
 from bench_workloads import Workload, Workloads  # noqa: E402
 
 from petals_eval.bench.floor import Floor, link_seconds, pass_seconds  # noqa: E402
-from petals_eval.bench.processes import connected_ports, memory, processor_seconds, tree  # noqa: E402
+from petals_eval.bench.processes import connected_ports, memory, processor_seconds  # noqa: E402
 from petals_eval.bench.statistics import Spread  # noqa: E402
 from petals_eval.local_swarm.network import EmulatedNetwork, LinkProfile  # noqa: E402
 from tests.interop.real_petals import (  # noqa: E402
@@ -38,49 +36,6 @@ from tests.interop.real_petals import (  # noqa: E402
     petals_environment,
     petals_python_path,
 )
-
-DHT_PREFIX = "bench"
-
-
-class Loop:
-    """A client in a process of its own: a line of JSON in, a line of JSON out."""
-
-    def __init__(self, python: str, script: Path, environment: dict[str, str], log: Path):
-        self._log = log
-        with log.open("wb") as file:
-            self._process = subprocess.Popen(
-                [python, str(script)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                env=environment,
-                start_new_session=True,
-                text=True,
-            )
-
-    def ask(self, **settings: object) -> dict:
-        self._process.stdin.write(json.dumps(settings) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self._process.args[1]} ended. Its log ends:\n{self._log.read_text()[-4000:]}")
-        return json.loads(line)
-
-    def processes(self) -> list[int]:
-        return tree(self._process.pid)
-
-    def __enter__(self) -> "Loop":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._process.stdout.close()
 
 
 class Bench:
@@ -267,19 +222,6 @@ def compare_with_itself(workload: Workload, folder: Path, pairs: int, limit: int
             say_pair(pair, records["all"], records["without"], ratios[-1], agreement[-1])
         print(f"rate with all servers to that of the fast ones alone: {Spread.of(ratios)}")
         return {"rows": rows, "ratios": {"all to fast alone": ratios}, "agreement": agreement, "runs": bench.runs}
-
-
-def agree(ours: dict, theirs: dict) -> dict:
-    """On how many rows two answers differ, and by how much in a probability at most."""
-    different = sum(map(int.__ne__, ours["predictions"], theirs["predictions"]))
-    pairs = zip(ours["probabilities"], theirs.get("probabilities") or map(softmax, theirs["logits"]), strict=True)
-    largest = max(abs(one - other) for row, other_row in pairs for one, other in zip(row, other_row, strict=True))
-    return {"different": different, "largest_difference": largest, "classes": len(set(ours["predictions"]))}
-
-
-def softmax(logits: list[float]) -> list[float]:
-    powers = [math.exp(each - max(logits)) for each in logits]
-    return [each / sum(powers) for each in powers]
 
 
 def say_pair(pair: int, first: dict, second: dict, ratio: float, agreement: dict) -> None:

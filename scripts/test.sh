@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set up on a fresh machine, then run the linter, the type checker and the tests. Arguments go to pytest.
-# Every step runs; the script fails if one of them does.
+# Set up on a fresh machine, then run the linter, the type checker, the contracts of who imports whom, and the tests.
+# Arguments go to pytest. Every step runs; the script fails if one of them does.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
@@ -10,6 +10,7 @@ failed=()
 .venv/bin/python -m ruff check . || failed+=("ruff check")
 .venv/bin/python -m ruff format --check . || failed+=("ruff format --check")
 .venv/bin/python -m mypy || failed+=(mypy)
+.venv/bin/lint-imports || failed+=(lint-imports)
 
 # Real Petals servers and clients, in an environment of their own, for tests/interop.
 scripts/petals_peer.sh || failed+=(scripts/petals_peer.sh)

@@ -35,7 +35,7 @@ class Floor:
 
 
 def link_seconds(use: Sequence[LinkUse]) -> float:
-    """Seconds the busiest direction of these links was busy."""
+    """Return how many seconds the busiest direction of these links was busy."""
     return max((max(each.busy_up, each.busy_down) for each in use), default=0.0)
 
 

@@ -84,7 +84,7 @@ def measure_forward(target: BenchTarget, case: ForwardCase, settings: ForwardSet
 
 
 def random_prompts(target: BenchTarget, tokens: int, generator: torch.Generator) -> torch.Tensor | None:
-    """Deep prompts (blocks, 1, tokens, hidden) that change little, or None."""
+    """Return deep prompts (blocks, 1, tokens, hidden) that change little; None for no tokens."""
     if tokens == 0:
         return None
     shape = len(target.blocks), 1, tokens, target.hidden_size
@@ -94,7 +94,7 @@ def random_prompts(target: BenchTarget, tokens: int, generator: torch.Generator)
 def _run(
     target: BenchTarget, case: ForwardCase, hidden: torch.Tensor, prompts: torch.Tensor | None, seconds: float
 ) -> list[float]:
-    """Send micro-batches for `seconds`, at least one, and wait for them all; returns the latency of each."""
+    """Send micro-batches for `seconds`, at least one, wait for them all, and return the latency of each."""
     from petals_eval.swarm import Work
 
     end = time.perf_counter() + seconds

@@ -92,12 +92,12 @@ def measure_inference(target: BenchTarget, case: InferenceCase, settings: Infere
 
 
 def _rate(sessions: list[_Session], batch: int, steps: int) -> float:
-    """Positions per second after the prompts, of sessions side by side."""
+    """Return the positions per second after the prompts, of sessions side by side."""
     return len(sessions) * batch * steps / max(sum(session.steps) for session in sessions)
 
 
 def _session(target: BenchTarget, hidden: torch.Tensor, prompts: torch.Tensor | None, new_tokens: int) -> _Session:
-    """Return one session; hidden (batch, prompt + 1, hidden): the prompt, and the position that every later step sends."""
+    """Run a session. hidden (batch, prompt + 1, hidden): the prompt, and the position that every later step sends."""
     length = hidden.shape[1] - 1
     steps = []
     started = time.perf_counter()

@@ -53,7 +53,7 @@ class Outcome:
     failures: list[Failure] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; names and measurements, never local paths, tokens or addresses."""
+        """Return plain values: names and measurements, never local paths, tokens or addresses."""
         return {
             "schema_version": SCHEMA,
             "benchmark": self.kind,
@@ -66,7 +66,7 @@ class Outcome:
         }
 
     def plot(self) -> str:
-        """Tokens per second over the length, one line for each of the other settings; SVG. Needs a point."""
+        """Return tokens per second over the length as SVG, a line for each of the other settings. It needs a point."""
         lines: dict[str, list[tuple[float, float]]] = {}
         for point in self.points:
             lines.setdefault(describe(point.case, length=False), []).append((point.case.length, point.tokens.median))
@@ -109,7 +109,7 @@ def inference_row(point: InferencePoint) -> str:
 
 
 def failure_text(case: Case, reason: str) -> str:
-    """Return a row of either table."""
+    """Return the row of a combination that was not measured, for either table."""
     return f"{_case(case)} not measured: {reason}"
 
 

@@ -17,7 +17,7 @@ def tree(pid: int) -> list[int]:
 
 
 def processor_seconds(pids: Iterable[int]) -> float:
-    """User and system time that these processes have taken so far; those that have ended count nothing."""
+    """Return the user and system time that these processes have taken so far; those that have ended count nothing."""
     total = 0.0
     for pid in pids:
         try:
@@ -29,7 +29,7 @@ def processor_seconds(pids: Iterable[int]) -> float:
 
 
 def memory(pids: Iterable[int]) -> int:
-    """Resident bytes of these processes now."""
+    """Return the resident bytes of these processes now."""
     total = 0
     for pid in pids:
         try:

@@ -39,22 +39,22 @@ Windows = Annotated[tuple[Positive | None, ...], BeforeValidator(_auto), AtLeast
 NotNegative = Annotated[float, Field(ge=0)]
 
 
-class BenchSettings(ModelOnSwarm, ServerChoice):
+class BenchSettings(ModelOnSwarm, ServerChoice, heading=SWEEP):
     """The swarm, and what both benchmarks sweep over: every combination of the values is a point.
 
     Of the model only its config is read.
     """
 
-    delay: NotNegative | None = option(None, "Delay of the embedded servers' links one way, in ms.", SWARM, "MS")
+    delay: NotNegative | None = option(None, "Delay of embedded servers' links one way, in ms.", "MS", heading=SWARM)
     rate: Annotated[float, Field(gt=0)] | None = option(
-        None, "Rate of the embedded servers' links each way, in Mbit/s.", SWARM, "MBIT"
+        None, "Rate of embedded servers' links each way, in Mbit/s.", "MBIT", heading=SWARM
     )
     deadline: Seconds = same_as(CallSettings, "deadline", default=60.0)
 
-    lengths: Numbers = option((32, 128, 512), "Positions of a row.", SWEEP, "N,N,...")
-    batches: Numbers = option((1, 8), "Rows together, in a micro-batch or session.", SWEEP, "N,N,...")
-    repeats: Positive = option(3, "Runs of each combination.", SWEEP, "N")
-    prompts: Annotated[int, Field(ge=0)] = option(0, "Deep prompts of this many positions of a row.", SWEEP, "N")
+    lengths: Numbers = option((32, 128, 512), "Positions of a row.", "N,N,...")
+    batches: Numbers = option((1, 8), "Rows together, in a micro-batch or session.", "N,N,...")
+    repeats: Positive = option(3, "Runs of each combination.")
+    prompts: Annotated[int, Field(ge=0)] = option(0, "Deep prompts of this many positions of a row.")
 
     @model_validator(mode="after")
     def _links_of_our_own(self) -> "BenchSettings":
@@ -63,22 +63,22 @@ class BenchSettings(ModelOnSwarm, ServerChoice):
         return self
 
 
-class ForwardSettings(BenchSettings):
+class ForwardSettings(BenchSettings, heading=SWEEP):
     """Many micro-batches in flight along the route, as an evaluation sends them."""
 
-    windows: Windows = option((None,), "Micro-batches in flight; auto: the client's choice.", SWEEP, "N,N,...")
+    windows: Windows = option((None,), "Micro-batches in flight; auto: the client's choice.", "N,N,...")
     wires: Annotated[tuple[Wire, ...], BeforeValidator(_numbers), AtLeastOne] = option(
-        ("lossless",), "How hidden states travel: lossless, float16, blockwise8, uniform8.", SWEEP, "NAME,..."
+        ("lossless",), "How hidden states travel: lossless, float16, blockwise8, uniform8.", "NAME,..."
     )
-    seconds: Seconds = option(3.0, "Length of each run.", SWEEP, "SECONDS")
-    warm_up: NotNegative = option(1.0, "Warming up before each combination.", SWEEP, "SECONDS")
+    seconds: Seconds = option(3.0, "Length of each run.")
+    warm_up: NotNegative = option(1.0, "Warming up before each combination.")
 
 
-class InferenceSettings(BenchSettings):
+class InferenceSettings(BenchSettings, heading=SWEEP):
     """Sessions: one step over a prompt, then one position after the other."""
 
-    windows: Numbers = option((1,), "Sessions at once.", SWEEP, "N,N,...")
+    windows: Numbers = option((1,), "Sessions at once.", "N,N,...")
     wires: Annotated[tuple[Literal["lossless"], ...], BeforeValidator(_numbers), AtLeastOne] = option(
-        ("lossless",), "How hidden states travel; lossless only.", SWEEP, "NAME,..."
+        ("lossless",), "How hidden states travel; lossless only.", "NAME,..."
     )
-    new_tokens: Positive = option(16, "Steps after the prompt's.", SWEEP, "N")
+    new_tokens: Positive = option(16, "Steps after the prompt's.")

@@ -86,7 +86,7 @@ def _noted(found: Outcome, case: Case, say: Callable[[str], object]) -> Iterator
 
 
 def _summed_up(found: Outcome, say: Callable[[str], object]) -> Outcome:
-    """Also tell what each server did in the case that was fastest."""
+    """Return the outcome, and tell what each server did in the case that was fastest."""
     if not found.points:
         raise SwarmError("no case could be measured: " + found.failures[-1].reason)
     best = max(found.points, key=lambda point: point.tokens.median)

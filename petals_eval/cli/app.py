@@ -8,6 +8,7 @@ import typer
 from petals_eval.cli import bench, bootstrap, demo, health, merge, run, swarm, tasks
 from petals_eval.cli.command import GroupedCommand
 from petals_eval.cli.exit_codes import run_command
+from petals_eval.cli.verbose import with_verbose
 
 __all__ = ["app", "main"]
 
@@ -24,14 +25,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-app.command(name="run", help=run.HELP, short_help=run.SHORT, cls=GroupedCommand)(run.run)
-app.command(name="demo", help=demo.HELP, short_help=demo.SHORT, cls=GroupedCommand)(demo.demo)
-app.command(name="swarm", help=swarm.HELP, short_help=swarm.SHORT, cls=GroupedCommand)(swarm.swarm)
-app.command(name="bootstrap", help=bootstrap.HELP, short_help=bootstrap.SHORT, cls=GroupedCommand)(bootstrap.bootstrap)
-app.command(name="merge", help=merge.HELP, short_help=merge.SHORT, cls=GroupedCommand)(merge.merge)
-app.command(name="health", help=health.HELP, short_help=health.SHORT, cls=GroupedCommand)(health.health)
+for module in (run, demo, swarm, bootstrap, merge, health, tasks):
+    name = module.__name__.rpartition(".")[2]
+    register = app.command(name=name, help=module.HELP, short_help=module.SHORT, cls=GroupedCommand)
+    register(with_verbose(getattr(module, name)))
 app.add_typer(bench.app, name="bench", help=bench.SHORT)
-app.command(name="tasks", help=tasks.HELP, short_help=tasks.SHORT, cls=GroupedCommand)(tasks.tasks)
 
 
 @app.callback(invoke_without_command=True)
@@ -46,7 +44,7 @@ def _version(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `petals-eval`: runs `arguments` (default: those of the process) and exits.
+    """Run `petals-eval` with `arguments` (None: those of the process) and exit.
 
     Exit codes: see petals_eval.cli.exit_codes.run_command.
     """

@@ -10,6 +10,7 @@ import typer
 from petals_eval.bench.settings import ForwardSettings, InferenceSettings
 from petals_eval.cli.command import GroupedCommand
 from petals_eval.cli.flags import flags_of
+from petals_eval.cli.verbose import with_verbose
 from petals_eval.config import OUTPUT
 
 __all__ = ["SHORT", "app"]
@@ -49,6 +50,7 @@ app = typer.Typer(name="bench", help=SHORT, no_args_is_help=True, rich_markup_mo
 @app.command(
     name="forward", help=FORWARD, short_help="Forward passes, many micro-batches in flight.", cls=GroupedCommand
 )
+@with_verbose
 @flags_of(ForwardSettings)
 def forward(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
     settings = ForwardSettings(**flags)
@@ -61,6 +63,7 @@ def forward(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
 @app.command(
     name="inference", help=INFERENCE, short_help="Inference sessions, one position a step.", cls=GroupedCommand
 )
+@with_verbose
 @flags_of(InferenceSettings)
 def inference(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
     settings = InferenceSettings(**flags)

@@ -2,11 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Collection
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from petals_eval.config import shown_of
+from petals_eval.validation import member_types
 
 __all__ = ["flags_of", "keys_of"]
 
@@ -19,11 +22,11 @@ def flags_of(settings: type[BaseModel], *, only: Collection[str] = ()) -> Callab
     The command is called with those that were given, under the settings' keys: the others have their defaults there.
     only: the names of fields, if not all.
     """
-    fields = {name: field for name, field in settings.model_fields.items() if _shown(field).get("group")}
+    fields = {name: field for name, field in settings.model_fields.items() if shown_of(field)["heading"]}
     chosen = list(only or fields)
     flags = [
         inspect.Parameter(
-            _flag(name, fields[name]).removeprefix("--").replace("-", "_"),
+            _parameter(name, fields[name]),
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
             annotation=_annotation(name, fields[name]),
@@ -47,32 +50,28 @@ def flags_of(settings: type[BaseModel], *, only: Collection[str] = ()) -> Callab
 
 def keys_of(settings: type[BaseModel]) -> dict[str, str]:
     """Return the key of each field by every name that a file may give it: its own, or that of its flag."""
-    keys = {field.alias or name: field.alias or name for name, field in settings.model_fields.items()}
-    flags = {
-        _flag(name, field)[2:].replace("-", "_"): field.alias or name for name, field in settings.model_fields.items()
-    }
-    return keys | flags
+    fields = settings.model_fields.items()
+    names = [{field.alias or name, _parameter(name, field)} for name, field in fields]
+    return {each: field.alias or name for several, (name, field) in zip(names, fields, strict=True) for each in several}
 
 
 def _annotation(name: str, field: FieldInfo) -> Any:
-    shown = _shown(field)
-    kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if kind in (bool, int, float)]
-    kind: Any = kinds[0] if kinds else str
-    if shown["metavar"] is not None and shown["metavar"].endswith("...") and "," not in shown["metavar"]:
+    shown = shown_of(field)
+    members = set(member_types(field.annotation))
+    kind: Any = next((kind for kind in (bool, int, float) if kind in members), str)
+    metavar = shown["metavar"] or {int: "N", float: "SECONDS"}.get(kind)
+    if metavar is not None and metavar.endswith("...") and "," not in metavar:
         kind = list[str]
+    about = f"{field.description}{_default(field)}"
     flag = typer.Option(
-        _flag(name, field),
-        metavar=shown["metavar"],
-        help=f"{field.description}{_default(field)}",
-        rich_help_panel=shown["group"],
-        show_default=False,
+        _flag(name, field), metavar=metavar, help=about, rich_help_panel=shown["heading"], show_default=False
     )
     return Annotated[kind | None, flag]
 
 
 def _default(field: FieldInfo) -> str:
     """Return the default of a field as the help shows it, or an empty text where there is nothing to be said."""
-    default = _shown(field)["unset"] if field.default is None else field.default
+    default = shown_of(field).get("unset") if field.default is None else field.default
     if default is None or default is False or default == () or field.is_required():
         return ""
     values = default if isinstance(default, tuple) else (default,)
@@ -86,9 +85,8 @@ def _text(value: Any) -> str:
 
 
 def _flag(name: str, field: FieldInfo) -> str:
-    return _shown(field).get("flag") or f"--{name.replace('_', '-')}"
+    return shown_of(field).get("flag") or f"--{name.replace('_', '-')}"
 
 
-def _shown(field: FieldInfo) -> dict[str, Any]:
-    extra = field.json_schema_extra
-    return extra if isinstance(extra, dict) else {}
+def _parameter(name: str, field: FieldInfo) -> str:
+    return _flag(name, field).removeprefix("--").replace("-", "_")

@@ -22,12 +22,13 @@ STRANGERS = "note: on the public swarm, strangers' machines see the activations 
 @contextlib.contextmanager
 def open_model(settings: RunSettings, prepared: "Prepared") -> "Iterator[RemoteModel]":
     """Connect what is prepared to the swarm of the settings; an embedded one is started, and runs until the end."""
-    from petals_eval.remote_model import RemoteModel, load_blocks
+    from petals_eval.model.blocks import BlockSpan
+    from petals_eval.remote_model import RemoteModel
 
     home = None
-    if settings.verify_local is not None:  # before anything is started: the blocks may not be there
-        home = load_blocks(
-            settings.model, settings.verify_local, settings, revision=settings.revision, token=settings.hub_token
+    if settings.verify_local is not None:  # before anything is started: their weights may not be there
+        home = BlockSpan.load(
+            settings.model, *settings.verify_local, revision=settings.revision, token=settings.hub_token
         )
     with (
         _swarm(settings, prepared.local_swarm) as initial_peers,

@@ -18,7 +18,7 @@ ORDERLY_SECONDS = 4.0  # to let go of the swarm, end servers and close files; th
 
 @contextlib.contextmanager
 def ending_signals() -> Iterator[list[int]]:
-    """SIGTERM, as batch schedulers send it, and SIGHUP, of a closed terminal, end a run the way Ctrl-C does.
+    """Let SIGTERM, as batch schedulers send it, and SIGHUP, of a closed terminal, end a run the way Ctrl-C does.
 
     Yields the signals that came. KeyboardInterrupt, because libraries do not catch that on the way. A second signal,
     or a way out that takes too long, ends the process at once: the journals commit what waits, and what this process

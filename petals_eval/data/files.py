@@ -67,7 +67,7 @@ def load_file(source: DataSource) -> Table:
 
 
 def file_fingerprint(source: DataSource) -> str:
-    """SHA-256 over the file's bytes and the settings that decide which rows they become; not over its name."""
+    """Return a SHA-256 over the file's bytes and the settings that decide which rows they become; not over its name."""
     digest = hashlib.sha256()
     settings = {
         "format": source.format or format_of(source.path),
@@ -162,7 +162,9 @@ def _load_parquet(path: Path) -> Table:
 
 
 def load_json(paths: Sequence[Path], encoding: str = "utf-8") -> Table:
-    """Return the objects of these files, one after the other. Rows of several files have no lines: one number is not enough.
+    """Return the objects of these files, one after the other.
+
+    Rows of several files have no lines: one number is not enough.
 
     Raises DataError for what is no object, with its line (see `read_objects`), UnicodeError and OSError.
     """
@@ -189,7 +191,7 @@ def _load_text(source: DataSource, path: Path, kind: FileFormat) -> Table:
 
 
 def _stored(name: str, width: int, rows: Iterator[tuple[int | None, Sequence[str | None]]]) -> "Dataset":
-    """Return a memory-mapped table of these rows, each a line number and `width` cells. `name` is the file's in messages."""
+    """Return these rows, each a line number and `width` cells, memory-mapped. name: of the file, for messages."""
     import datasets
     import pyarrow as pa
 
@@ -252,7 +254,7 @@ def _text_rows(
 
 
 def _lines(file: IO[str], delimiter: str = "") -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its end), blank lines left out."""
+    """Yield (line number from 1, line without its end) of each line that is not blank."""
     for number, line in enumerate(file, start=1):
         line = line.removesuffix("\n").removesuffix("\r")
         if not _is_blank(line, delimiter):
@@ -260,7 +262,7 @@ def _lines(file: IO[str], delimiter: str = "") -> Iterator[tuple[int, str]]:
 
 
 def _is_blank(line: str, delimiter: str = "") -> bool:
-    """Return whether a line is none for pandas: blanks and tabs alone, unless these are delimiters between empty fields."""
+    """Return whether pandas skips a line: blanks and tabs alone, unless these are delimiters between empty fields."""
     return not line.strip(" \t\r\n") and (not delimiter or delimiter not in line)
 
 
@@ -276,7 +278,7 @@ def _matches(pattern: re.Pattern[str], path: Path, file: IO[str]) -> Iterator[tu
 
 
 def _records(source: DataSource, path: Path, kind: FileFormat, file: IO[str]) -> Iterator[tuple[int, list[str]]]:
-    """(line number from 1, fields) of each line, or lines in quotation marks, that is not blank."""
+    """Yield (line number from 1, fields) of each line, or lines in quotation marks, that is not blank."""
     delimiter = source.delimiter or ("\t" if kind == "tsv" else ",")
     quoting = source.quoting if source.quoting is not None else kind == "csv"
     if not quoting:
@@ -336,5 +338,5 @@ def _checked(names: tuple[str, ...], path: Path, row: int, number: int, fields: 
 
 
 def _read_encoding(encoding: str) -> str:
-    """utf-8 with or without a byte order mark; every other encoding as it is."""
+    """Return the encoding to read with: for utf-8 one that takes a byte order mark, too."""
     return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding

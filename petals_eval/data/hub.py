@@ -18,7 +18,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def load_hub(source: DataSource) -> Table:
-    """Return one split of a data set on the hub, through the cache of `datasets` (HF_DATASETS_CACHE says where that is).
+    """Load one split of a data set on the hub, through the cache of `datasets` (HF_DATASETS_CACHE says where that is).
 
     Its values have the types that `datasets` gives them, but csv files give texts as they are written there, unless the
     data set declares what a column means.
@@ -34,7 +34,7 @@ def load_hub(source: DataSource) -> Table:
 
 
 def load_folder(source: DataSource) -> Table:
-    """Return one split of a local folder of data files, leaving nothing in the cache. Raises DataError as `load_hub` does.
+    """Load one split of a local folder of data files, without the cache. Raises DataError as `load_hub` does.
 
     csv and JSON files are read as they are written, unless the folder declares what their columns mean.
     """
@@ -49,7 +49,7 @@ def load_folder(source: DataSource) -> Table:
 
 
 def _json_files(source: DataSource, path: Path, cache: str) -> list[Path]:
-    """Return the files of the split where they are plain JSON and nothing is declared of their columns; otherwise none."""
+    """Return the split's files where they are plain JSON and nothing is declared of their columns; otherwise none."""
     import datasets
 
     try:

@@ -36,14 +36,14 @@ class WrittenFloat(float):
 
 
 def value_of(text: str) -> Any:
-    """Return the value of a JSON text as Python has it: an int for a whole number, a `WrittenFloat` for every other number."""
+    """Return the value of a JSON text: a whole number as an int, every other number as a `WrittenFloat`."""
     # Only -0 needs a function for every whole number; a date looks like it and costs a little time.
     decoder = _decoder if "-0" in text else _quick_decoder
     return decoder.raw_decode(text)[0]
 
 
 def read_objects(file: IO[str], name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Each object of a file: the line where it begins (from 1), its JSON text, and its value as `value_of` has it.
+    """Yield each object of a file: the line where it begins (from 1), its JSON text, and its value by `value_of`.
 
     The objects stand one a line, one after the other with or without blanks between them, or in one array; each may
     take several lines. Memory is bounded by the longest line and the largest object. `name` is the file's in messages.
@@ -157,7 +157,7 @@ class _Reader:
 
 
 class _KeyGivenTwiceError(ValueError):
-    """Its argument is the key."""
+    """An object has one key twice. Its argument is the key."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(written: str) -> int | float:
-    """Return every whole number but -0 has one spelling in JSON."""
+    """Return a whole number; of these, -0 alone has a second spelling in JSON."""
     return WrittenFloat(written) if written == "-0" else int(written)
 
 

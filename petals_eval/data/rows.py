@@ -77,7 +77,7 @@ class Rows:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, the same on every machine and under every path for the same rows.
+        """A SHA-256, the same on every machine and under every path for the same rows.
 
         Of a local file: its bytes and the settings that turn them into rows. Of everything else (hub, folder, rows in
         memory): the column names, class names and values. Of a sample: these and the positions that were drawn.
@@ -119,7 +119,7 @@ def load_rows(source: DataSource) -> Rows:
 
 
 def rows_of(data: "Dataset | Iterable[Mapping[str, object]]", *, name: str = "data") -> Rows:
-    """Rows that are at hand already: a `datasets.Dataset`, or dictionaries with the same keys.
+    """Return rows that are at hand already: a `datasets.Dataset`, or dictionaries with the same keys.
 
     The values keep their types: 4 stays a whole number beside 4.5. Raises DataError for rows that differ in their keys
     or in the types of a column, and for no rows.

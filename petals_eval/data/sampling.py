@@ -7,7 +7,7 @@ __all__ = ["sample"]
 
 
 def sample(rows: Rows, limit: int | None, seed: int) -> Rows:
-    """`limit` of the rows, drawn without replacement, in the order of the source; all of them for None.
+    """Return `limit` of the rows, drawn without replacement, in the order of the source; all of them for None.
 
     Each row gets a 64-bit key from PCG64(seed), in order; the rows with the smallest keys stay. NumPy promises that
     this stream of bits is the same on every platform and in every version, which it does not promise of

@@ -116,7 +116,7 @@ def format_of(path: str) -> FileFormat:
 
 
 def local_path(path: str | Path) -> Path:
-    """Return where a path is on this machine: `~` is the home folder, and `~nobody` a name, where there is no such user."""
+    """Return where a path is on this machine: `~` is the home folder, `~nobody` without such a user just a name."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -124,7 +124,7 @@ def local_path(path: str | Path) -> Path:
 
 
 def is_local(source: DataSource) -> bool:
-    """Return whether `source` is meant to be on this machine: it exists, or is written as only a path can be written."""
+    """Return whether `source` is meant to be on this machine: it exists, or is written as only a path can be."""
     path = local_path(source.path)
     return (
         path.exists()

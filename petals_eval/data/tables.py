@@ -48,14 +48,14 @@ class Table:
         return len(self._dataset)
 
     def read(self, rows: range | list[int]) -> Iterator[tuple[Mapping[str, object], int | None]]:
-        """Each of these rows: its values by column, and the line of the file where it begins, if it has one."""
+        """Yield each of these rows: its values by column, and the line of the file where it begins, if it has one."""
         chunk = self._chunk(rows)
         values = [self._values(column, chunk[column]) for column in self.columns]
         for cells in zip(*values, strict=True):
             yield dict(zip(self.columns, cells, strict=True)), None
 
     def content_hash(self) -> str:
-        """SHA-256 over column names, class names and values."""
+        """Return a SHA-256 over column names, class names and values."""
         digest = hashlib.sha256(json.dumps([self.columns, dict(self.class_names)], sort_keys=True).encode())
         stored = self._dataset.with_format("arrow")  # stored values: an image or a sound is not decoded to be hashed
         for start in range(0, len(stored), _CHUNK_ROWS):
@@ -111,7 +111,7 @@ class JsonTable(Table):
             yield value, line
 
     def content_hash(self) -> str:
-        """SHA-256 over column names and objects, as they are written."""
+        """Return a SHA-256 over column names and objects, as they are written."""
         digest = hashlib.sha256(json.dumps(self.columns).encode())
         for start in range(0, len(self), _CHUNK_ROWS):
             for text in self._chunk(range(start, start + _CHUNK_ROWS))[_OBJECT]:

@@ -5,20 +5,20 @@ A scalar without quotes stays the text that it is. By the rules of YAML 1.1 `no`
 says whether it is a number: its type makes one of the text, or says that it cannot.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from inspect import isclass
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, SecretStr
 
-from petals_eval.validation import shorten
+from petals_eval.validation import member_types, shorten
 
-__all__ = ["MOST_BYTES", "MOST_VALUES", "Plain", "read_yaml", "resolve_nulls"]
+__all__ = ["MAX_CHARACTERS", "MAX_VALUES", "Plain", "read_yaml", "resolve_nulls"]
 
-MOST_BYTES = 1 << 20
-MOST_VALUES = 100_000
+MAX_CHARACTERS = 1 << 20
+MAX_VALUES = 100_000
 """Each alias counts as what it stands for: ten lines of them can stand for a thousand million values, and whoever shows
 or checks those is busy for hours."""
 
@@ -34,7 +34,7 @@ class Plain(str):
 
 
 class _Loader(yaml.SafeLoader):
-    """It knows no type but text: only a tag such as `!!int`, which somebody wrote on purpose, makes another one.
+    """A loader that knows no type but text: only a tag such as `!!int`, which somebody wrote on purpose, makes another.
 
     same_key: two keys that it spells alike are one key.
     """
@@ -49,11 +49,11 @@ class _Loader(yaml.SafeLoader):
         return str(super().resolve(kind, value, implicit))
 
     def construct_plain(self, node: yaml.ScalarNode) -> Plain | None:
-        """Return where nothing is written there is nothing; an empty text has quotes."""
+        """Return what is written, or None where nothing is: an empty text has quotes."""
         return Plain(node.value) if node.value else None
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Keys given twice are found here: later, merged ones (`<<`) are among them, which a mapping may override."""
+        """Refuse a key given twice. Later, merged keys (`<<`), which a mapping may override, would be among them."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
@@ -65,27 +65,27 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merged keys are copied while they are read, so that they have to be counted here."""
+        """Count merged keys, which are copied while they are read."""
         try:
             super().flatten_mapping(node)
         except yaml.constructor.ConstructorError as error:
             error.problem = f"{error.problem}; << has a meaning of its own, and as text it stands in quotes"
             raise
-        if len(node.value) > MOST_VALUES:
-            raise yaml.constructor.ConstructorError(None, None, f"more than {MOST_VALUES:,} keys", node.start_mark)
+        if len(node.value) > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, f"more than {MAX_VALUES:,} keys", node.start_mark)
 
 
 _Loader.add_constructor(_PLAIN, _Loader.construct_plain)
 
 
 def read_yaml(text: str, same_key: Callable[[str], str] = str) -> Any:
-    """Return the values in a text: a scalar without quotes is a `Plain`, whatever it looks like, or None for nothing at all.
+    """Return the values in a text, or None for none. A scalar without quotes is a `Plain`, whatever it looks like.
 
     same_key: what it makes of two keys of one mapping tells whether they are the same key.
     Raises ValueError, whose message says what is wrong and, where known, in which line.
     """
-    if len(text) > MOST_BYTES:
-        raise ValueError(f"more than {MOST_BYTES:,} characters")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"more than {MAX_CHARACTERS:,} characters")
     try:
         loader = _Loader(text, same_key)
         try:
@@ -111,7 +111,7 @@ def resolve_nulls(value: Any, expected: Any) -> Any:
     expected: the pydantic model that the values are for, or the type of one value. Where that takes text but no None
         (a key of `label_map`, a label, the name of a column), `null` and `~` are text like any other.
     """
-    kinds = list(_kinds(expected))
+    kinds = list(member_types(expected))
     if isinstance(value, Plain):
         takes_text = any(kind in (Any, str, SecretStr) or get_origin(kind) is Literal for kind in kinds)
         return None if value in _NULLS and (NoneType in kinds or not takes_text) else str(value)
@@ -128,24 +128,12 @@ def resolve_nulls(value: Any, expected: Any) -> Any:
     return value
 
 
-def _kinds(expected: Any) -> Iterator[Any]:
-    """Yield the types that a union stands for, without what `Annotated` says of them."""
-    origin = get_origin(expected)
-    if origin is Annotated:
-        yield from _kinds(get_args(expected)[0])
-    elif origin in (Union, UnionType):
-        for kind in get_args(expected):
-            yield from _kinds(kind)
-    else:
-        yield expected
-
-
 def _text(key: Any) -> Any:
     return str(key) if isinstance(key, Plain) else key
 
 
 def _count(values: Any) -> None:
-    """Raises ValueError above MOST_VALUES; a value that contains itself has no end."""
+    """Raises ValueError above MAX_VALUES; a value that contains itself has no end."""
     waiting, seen = [values], 0
     while waiting:
         value = waiting.pop()
@@ -154,5 +142,5 @@ def _count(values: Any) -> None:
             waiting += [*value.keys(), *value.values()]
         elif isinstance(value, list | tuple | set):
             waiting += value
-        if seen + len(waiting) > MOST_VALUES:
-            raise ValueError(f"more than {MOST_VALUES:,} values, where each alias counts as what it stands for")
+        if seen + len(waiting) > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES:,} values, where each alias counts as what it stands for")

@@ -36,6 +36,15 @@ NO_ADAPTER = "no prompts"
 _FIRST_EXAMPLES = 50
 """Enough to know how long the examples are, on average."""
 
+_PREPARED = (
+    *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "shard"),
+    *("without_prompts", "fail_under", "tokens_per_micro_batch", "out"),
+)
+"""The settings of a run that `prepare` takes under their own names."""
+
+_NOT_ANSWERING = ("allow_nondeterministic", "window", "deadline", "verify", "request_timeout", "push")
+"""The settings of calls that change no answer: a run may go on with others."""
+
 Variant = tuple[str, "Adapter | None"]
 """What is evaluated in turn, under the name that the journal gives it."""
 
@@ -168,7 +177,7 @@ def prepare_run(settings: RunSettings) -> Prepared:
     swarms: list[LocalSwarm] = []
 
     def open_side() -> LocalSide:
-        from petals_eval.remote_model import default_dht_prefix, load_local
+        from petals_eval.remote_model import check_home_blocks, default_dht_prefix, load_local
 
         local, adapters = load_local(settings.model, settings.adapter, **options)
         if settings.local_swarm is None:
@@ -176,25 +185,13 @@ def prepare_run(settings: RunSettings) -> Prepared:
         else:
             swarms.append(_local_swarm(settings))
             prefix = swarms[0].dht_prefix
-        return LocalSide(local, adapters, settings, prefix)
+        side = LocalSide(local, adapters, settings, prefix)
+        if settings.verify_local is not None:
+            check_home_blocks(settings.verify_local, side)
+        return side
 
-    prepared = prepare(
-        open_side,
-        task=settings.task,
-        data=settings.data,
-        limit=settings.limit,
-        seed=settings.seed,
-        max_length=settings.max_length,
-        shard=settings.shard,
-        without_prompts=settings.without_prompts,
-        fail_under=settings.fail_under,
-        tokens_per_micro_batch=settings.tokens_per_micro_batch,
-        out=settings.out,
-        subset=settings.subset,
-        split=settings.split,
-        revision=settings.data_revision,
-        token=settings.token,
-    )
+    as_they_are = {name: getattr(settings, name) for name in _PREPARED}
+    prepared = prepare(open_side, revision=settings.data_revision, **as_they_are)
     return replace(prepared, local_swarm=swarms[0] if swarms else None)
 
 
@@ -287,23 +284,15 @@ def _manifest(
             "dtype": local["dtype"],
             "lm_head_sha256": local["lm_head_sha256"],
             "pool": side.local.pooling or "auto",
-            "active_adapter": settings.active_adapter,
             "dht_prefix": side.dht_prefix,
-            "require_dtype": settings.require_dtype,
-            "require_quant": settings.require_quant,
-            "wire": settings.wire,
+            **{name: getattr(settings, name) for name in ("active_adapter", "require_dtype", "require_quant", "wire")},
         },
         run_settings={
             "metrics": list(task.metrics),
             "label_names": list(task.label_names),
-            "allow_nondeterministic": settings.allow_nondeterministic,
             "allow_servers": list(settings.allow_servers),
             "deny_servers": list(settings.deny_servers),
-            "window": settings.window,
-            "deadline": settings.deadline,
-            "verify": settings.verify,
-            "request_timeout": settings.request_timeout,
-            "push": settings.push,
+            **{name: getattr(settings, name) for name in _NOT_ANSWERING},
             "tokens_per_micro_batch": tokens_per_micro_batch,
         },
         seeds={"sample": data.seed, "bootstrap": data.seed},

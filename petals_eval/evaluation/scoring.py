@@ -131,7 +131,8 @@ class PendingExamples:
             return None  # another request of this example has failed
         pending.answers[answer.request.part] = answer.answer
         pending.servers.update(
-            ServerUsed(hop.peer_id, hop.span.start, hop.span.stop, hop.version, hop.dtype, hop.quant) for hop in answer.hops
+            ServerUsed(hop.peer_id, hop.span.start, hop.span.stop, hop.version, hop.dtype, hop.quant)
+            for hop in answer.hops
         )
         if len(pending.answers) < len(pending.example.requests):
             return None

@@ -54,43 +54,30 @@ def _level(value: object) -> object:
     return value
 
 
-class HealthSettings(Settings):
-    """What to look at, how far, and what it may cost."""
+class ProbeSettings(Settings, heading=PROBES):
+    """How far servers are asked, and what they are held against."""
 
-    initial_peers: SomePeers = option(..., "Multiaddresses of bootstrap peers.", SWARM, "MADDR...")
-
-    models: Names = option(
-        (),
-        "A model to look at; several times for several.",
-        SWARM,
-        "NAME...",
-        unset="all announced",
-        flag="--dht-prefix",
-    )
-    num_blocks: Annotated[int, Field(gt=0, le=1000)] | None = option(
-        None, "Blocks of these models.", SWARM, "N", unset="as announced"
-    )
     level: Annotated[Level, BeforeValidator(_level)] = option(
-        Level.ROUTE, "How far servers are asked: record, info, forward or route.", PROBES, "LEVEL"
+        Level.ROUTE, "How far servers are asked: record, info, forward or route.", "LEVEL"
     )
-    active_adapter: str | None = option(None, "LoRA adapter that every server should have.", PROBES, "NAME")
-    model: str | None = option(None, "Hub name or folder of the weights for --verify-local.", PROBES, "NAME")
-    verify_local: Blocks | None = same_as(RunSettings, "verify_local", group=PROBES)
-    min_replicas: Positive = option(1, "Servers each block should have; fewer is a finding.", PROBES, "N")
-    announce_period: Seconds = option(
-        120.0, "Time between a server's announcements; the default is Petals'.", PROBES, "SECONDS"
-    )
-    hidden_size: Positive | None = option(None, "Hidden size of the canary.", PROBES, "N", unset="as the servers say")
+    active_adapter: str | None = option(None, "LoRA adapter that every server should have.", "NAME")
+    model: str | None = option(None, "Hub name or folder of the weights for --verify-local.", "NAME")
+    verify_local: Blocks | None = same_as(RunSettings, "verify_local", heading=PROBES)
+    min_replicas: Positive = option(1, "Servers each block should have; fewer is a finding.")
+    announce_period: Seconds = option(120.0, "Time between a server's announcements; the default is Petals'.")
+    hidden_size: Positive | None = option(None, "Hidden size of the canary.", unset="as the servers say")
+
+
+class BudgetSettings(Settings, heading=BUDGET):
+    """What a look may cost."""
 
     canary_positions: Annotated[int, Field(gt=0, le=256)] = option(
-        16, "Positions of a row of the canary; small hidden sizes get more rows.", BUDGET, "N"
+        16, "Positions of a row of the canary; small hidden sizes get more rows."
     )
-    concurrency: Annotated[int, Field(gt=0, le=1000)] = option(64, "Servers asked at once.", BUDGET, "N")
-    time_limit: Seconds = option(
-        60.0, "Time for a whole look; what is not asked by then is unknown.", BUDGET, "SECONDS"
-    )
-    connect_timeout: Seconds = same_as(SwarmSettings, "connect_timeout", group=BUDGET)
-    call_timeout: Seconds = option(30.0, "Time for one canary.", BUDGET, "SECONDS")
+    concurrency: Annotated[int, Field(gt=0, le=1000)] = option(64, "Servers asked at once.")
+    time_limit: Seconds = option(60.0, "Time for a whole look; what is not asked by then is unknown.")
+    connect_timeout: Seconds = same_as(SwarmSettings, "connect_timeout", heading=BUDGET)
+    call_timeout: Seconds = option(30.0, "Time for one canary.")
     startup_timeout: Seconds = same_as(SwarmSettings, "startup_timeout")
 
     def for_swarm(self) -> SwarmSettings:
@@ -106,18 +93,28 @@ class HealthSettings(Settings):
         )
 
 
-class LookSettings(Settings):
+class HealthSettings(ProbeSettings, BudgetSettings, heading=SWARM):
+    """What to look at, how far, and what it may cost."""
+
+    initial_peers: SomePeers = same_as(SwarmSettings, "initial_peers", heading=SWARM)
+    models: Names = option(
+        (), "A model to look at; several times for several.", "NAME...", unset="all announced", flag="--dht-prefix"
+    )
+    num_blocks: Annotated[int, Field(gt=0, le=1000)] | None = option(
+        None, "Blocks of these models.", unset="as announced"
+    )
+
+
+class LookSettings(Settings, heading=OUTPUT):
     """How often a swarm is looked at, and where what was found is shown."""
 
     public_swarm: bool = same_as(ModelOnSwarm, "public_swarm")
-    json_output: bool = option(False, "Print the report as JSON alone on stdout.", OUTPUT, flag="--json", alias="json")
-    html: Path | None = option(None, "Write the report as one HTML page.", OUTPUT, "FILE")
-    watch: bool = option(False, "Look again and again; show what changes.", OUTPUT)
-    serve: str | None = option(
-        None, "Serve the page and metrics. Without a host: on this machine alone.", OUTPUT, "[HOST]:PORT"
-    )
-    every: float = option(60.0, "Time between two looks of --watch and --serve.", OUTPUT, "SECONDS")
-    history: Path | None = option(None, "SQLite file of --serve.", OUTPUT, "FILE", unset="in memory")
+    json_output: bool = option(False, "Print the report as JSON alone on stdout.", flag="--json", alias="json")
+    html: Path | None = option(None, "Write the report as one HTML page.", "FILE")
+    watch: bool = option(False, "Look again and again; show what changes.")
+    serve: str | None = option(None, "Serve the page and metrics; without a host on this machine alone.", "[HOST]:PORT")
+    every: float = option(60.0, "Time between two looks of --watch and --serve.")
+    history: Path | None = option(None, "SQLite file of --serve.", "FILE", unset="in memory")
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:

@@ -10,7 +10,7 @@ __all__ = ["accuracy", "balanced_accuracy", "majority_baseline"]
 
 
 def accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
-    """Share of predictions that are right, in [0, 1].
+    """Return the share of predictions that are right, in [0, 1].
 
     >>> accuracy([0, 1, 2, 2], [0, 1, 1, 2])
     0.75
@@ -21,7 +21,7 @@ def accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
 
 
 def balanced_accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
-    """Mean recall over the labels that occur among `labels`, in [0, 1] (not adjusted for chance).
+    """Return the mean recall over the labels that occur among `labels`, in [0, 1] (not adjusted for chance).
 
     >>> balanced_accuracy([0, 0, 0, 1], [0, 0, 0, 0])
     0.5
@@ -34,7 +34,7 @@ def balanced_accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
 
 
 def majority_baseline(labels: ArrayLike) -> float:
-    """Accuracy of always answering the most frequent of these labels: what a model must beat.
+    """Return the accuracy of always answering the most frequent of these labels: what a model must beat.
 
     >>> majority_baseline([0, 1, 1, 1])
     0.75
@@ -44,7 +44,7 @@ def majority_baseline(labels: ArrayLike) -> float:
 
 
 def balanced_accuracies(tallies: Tallies) -> np.ndarray:
-    """(resamples,) the same from tallies."""
+    """Return (resamples,) balanced accuracies from tallies."""
     occurs = tallies.labelled > 0
     recall = np.divide(tallies.right, tallies.labelled, out=np.zeros_like(tallies.right), where=occurs)
     return recall.sum(axis=1) / occurs.sum(axis=1)

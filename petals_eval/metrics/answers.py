@@ -31,7 +31,7 @@ class Metric:
     note: str | None = None
 
     def to_json(self) -> dict[str, object]:
-        """`{"value", "ci95"}`, and "note" where there is one."""
+        """Return `{"value", "ci95"}`, and "note" where there is one."""
         entry: dict[str, object] = {"value": self.value, "ci95": None if self.ci95 is None else list(self.ci95)}
         if self.note is not None:
             entry["note"] = self.note
@@ -62,7 +62,7 @@ class Answers:
 
     @cached_property
     def resampled_tallies(self) -> Tallies:
-        """Of the bootstrap; drawn once for all metrics of counts."""
+        """The tallies of the bootstrap, drawn once for all metrics of counts."""
         return Tallies.resampled(self.labels, self.predictions, self.n_labels, self.seed)
 
     @classmethod

@@ -13,7 +13,7 @@ BINS = 15
 
 
 def ece(labels: ArrayLike, predictions: ArrayLike, probabilities: ArrayLike) -> float:
-    """Expected calibration error in [0, 1]: sum over bins of (share of examples) x |accuracy - mean confidence|.
+    """Return the error in [0, 1]: the sum over bins of (share of examples) x |accuracy - mean confidence|.
 
     Confidence is the probability of the prediction. 15 bins of equal width, each without its left end and with its
     right. Source: C. Guo and others, "On calibration of modern neural networks", ICML 2017, equation 3.

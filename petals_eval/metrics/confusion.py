@@ -7,7 +7,7 @@ __all__ = ["confusion_matrix"]
 
 
 def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, n_labels: int) -> NDArray[np.int64]:
-    """(labels, labels) counts: row = label, column = prediction.
+    """Return the counts (labels, labels): row = label, column = prediction.
 
     >>> confusion_matrix([0, 1, 1], [0, 0, 1], 2).tolist()
     [[1, 0], [1, 1]]

@@ -10,7 +10,7 @@ __all__ = ["mcc"]
 
 
 def mcc(labels: ArrayLike, predictions: ArrayLike) -> float:
-    """Matthews correlation in [-1, 1], for any number of labels; 0 where it is 0/0 (scikit-learn's convention).
+    """Return the correlation in [-1, 1], for any number of labels; 0 where it is 0/0 (scikit-learn's convention).
 
     Source: J. Gorodkin, "Comparing two K-category assignments by a K-category correlation coefficient" (2004).
 
@@ -25,7 +25,7 @@ def mcc(labels: ArrayLike, predictions: ArrayLike) -> float:
 
 
 def resampled_mcc(tallies: Tallies) -> np.ndarray:
-    """(resamples,) the same from tallies."""
+    """Return (resamples,) correlations from tallies."""
     total2 = tallies.total**2
     covariance = tallies.right.sum(axis=1) * tallies.total - (tallies.labelled * tallies.predicted).sum(axis=1)
     spread = (total2 - (tallies.labelled**2).sum(axis=1)) * (total2 - (tallies.predicted**2).sum(axis=1))

@@ -15,7 +15,7 @@ AVERAGES = ("macro", "micro", "weighted")
 
 
 def precision_recall_f1(labels: ArrayLike, predictions: ArrayLike, average: str) -> tuple[float, float, float]:
-    """(precision, recall, F1), averaged as scikit-learn does by default.
+    """Return (precision, recall, F1), averaged as scikit-learn does by default.
 
     average: "macro" (mean over labels), "micro" (over examples: each equals accuracy where every example has one label)
         or "weighted" (mean over labels by their frequency).
@@ -32,7 +32,7 @@ def precision_recall_f1(labels: ArrayLike, predictions: ArrayLike, average: str)
 
 
 def per_class(labels: ArrayLike, predictions: ArrayLike, n_labels: int) -> tuple[list[float], list[float], list[float]]:
-    """(precision, recall, F1), each a list (labels,) with NaN for 0/0: never predicted, never occurring, or both.
+    """Return (precision, recall, F1), each a list (labels,) with NaN for 0/0: never predicted or never occurring.
 
     >>> per_class([0, 0, 1], [0, 0, 0], 2)
     ([0.6666666666666666, nan], [1.0, 0.0], [0.8, 0.0])
@@ -50,7 +50,7 @@ def per_class(labels: ArrayLike, predictions: ArrayLike, n_labels: int) -> tuple
 
 
 def resampled_per_class(score: str, tallies: Tallies) -> np.ndarray:
-    """(resamples, labels) of "precision", "recall" or "f1", NaN for 0/0."""
+    """Return (resamples, labels) of "precision", "recall" or "f1", NaN for 0/0."""
     above = 2 * tallies.right if score == "f1" else tallies.right
     below = {
         "precision": tallies.predicted,
@@ -61,7 +61,7 @@ def resampled_per_class(score: str, tallies: Tallies) -> np.ndarray:
 
 
 def resampled_average(score: str, average: str, tallies: Tallies) -> np.ndarray:
-    """(resamples,) of "precision", "recall" or "f1" under an average."""
+    """Return (resamples,) of "precision", "recall" or "f1" under an average."""
     if average == "micro":
         return tallies.right.sum(axis=1) / tallies.total
     scores = np.nan_to_num(resampled_per_class(score, tallies), nan=0.0)

@@ -7,8 +7,8 @@ computes the metric again. It is made cheap in two ways, neither of which is an 
   over the cells of the original one: its cost does not depend on n.
 - Metrics that are means over examples are a product of the resample's weights with the examples' values.
 
-Cost is bounded in a stated way: 1,000 resamples, but at most `WORK` weights drawn for one metric and never fewer than
-`FEWEST` resamples. A metric whose interval has fewer than 1,000 says so in its note.
+Cost is bounded in a stated way: 1,000 resamples, but at most `MAX_DRAWS` weights drawn for one metric and never fewer
+than `MIN_RESAMPLES` resamples. A metric whose interval has fewer than 1,000 says so in its note.
 """
 
 import math
@@ -21,15 +21,15 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = ["RESAMPLES", "Tallies", "affordable", "percentile_interval", "resampled_means", "row_weights", "wilson"]
 
 RESAMPLES = 1000
-FEWEST = 100
-WORK = 100_000_000
+MIN_RESAMPLES = 100
+MAX_DRAWS = 100_000_000
 Z95 = 1.959963984540054  # the 0.975 quantile of the normal distribution
 
 Floats = NDArray[np.float64]
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95%, in [0, 1].
+    """Return Wilson's score interval of a share, 95%, in [0, 1].
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927),
     without continuity correction.
@@ -48,12 +48,12 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 
 def affordable(work_per_resample: int) -> int:
-    """Resamples that fit into `WORK`: at most `RESAMPLES`, at least `FEWEST`.
+    """Return how many resamples fit into `MAX_DRAWS`: at most `RESAMPLES`, at least `MIN_RESAMPLES`.
 
     >>> affordable(10_000), affordable(400_000), affordable(50_000_000)
     (1000, 250, 100)
     """
-    return max(FEWEST, min(RESAMPLES, WORK // max(1, work_per_resample)))
+    return max(MIN_RESAMPLES, min(RESAMPLES, MAX_DRAWS // max(1, work_per_resample)))
 
 
 def percentile_interval(values: ArrayLike) -> tuple[float, float] | None:
@@ -87,12 +87,12 @@ class Tallies:
 
     @property
     def total(self) -> Floats:
-        """(resamples,) number of examples."""
+        """The number of examples, (resamples,)."""
         return self.labelled.sum(axis=1)
 
     @classmethod
     def of(cls, labels: NDArray[np.int64], predictions: NDArray[np.int64], n_labels: int) -> "Tallies":
-        """Of the examples themselves: one row."""
+        """Return the tallies of the examples themselves: one row."""
         cells, counts = _cells(labels, predictions, n_labels)
         return cls._of_draws(counts[None, :], cells, n_labels)
 
@@ -100,7 +100,7 @@ class Tallies:
     def resampled(
         cls, labels: NDArray[np.int64], predictions: NDArray[np.int64], n_labels: int, seed: int
     ) -> "Tallies":
-        """Of `RESAMPLES` resamples."""
+        """Return the tallies of `RESAMPLES` resamples."""
         cells, counts = _cells(labels, predictions, n_labels)
         random = np.random.default_rng([seed, 0])
         at_once = max(1, 4_000_000 // len(cells))  # many labels: bounds memory, changes no draw
@@ -145,6 +145,6 @@ def row_weights(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]
 
 
 def resampled_means(columns: Floats, seed: int) -> Floats:
-    """(resamples, m) means over the resamples of `columns` (n, m); `affordable(n)` resamples."""
+    """Return (resamples, m) means over the resamples of `columns` (n, m); `affordable(n)` resamples."""
     n = len(columns)
     return np.stack([weights @ columns for weights in row_weights(n, affordable(n), seed)]) / n

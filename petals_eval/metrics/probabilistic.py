@@ -10,7 +10,7 @@ __all__ = ["brier", "fewer_resamples", "log_loss"]
 
 
 def log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
-    """Mean of -ln p(label), in nats, 0 or more. A probability of 0 counts as 2.2e-16, float64's epsilon, as in
+    """Return the mean of -ln p(label), in nats. A probability of 0 counts as 2.2e-16, float64's epsilon, as in
     scikit-learn.
 
     >>> round(log_loss([0, 1], [[0.9, 0.1], [0.4, 0.6]]), 4)
@@ -23,7 +23,7 @@ def log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
 
 
 def brier(labels: ArrayLike, probabilities: ArrayLike) -> float:
-    """Mean over examples of sum over labels of (p(k) - [k is the label])^2, in [0, 2]; 0 is perfect.
+    """Return the mean over examples of the sum over labels of (p(k) - [k is the label])^2, in [0, 2]; 0 is perfect.
 
     The definition of G. W. Brier, "Verification of forecasts expressed in terms of probability" (1950), for any number
     of labels. With two labels it is twice the form that looks at one label only.
@@ -35,12 +35,12 @@ def brier(labels: ArrayLike, probabilities: ArrayLike) -> float:
 
 
 def squared_errors(labels: np.ndarray, probabilities: Floats) -> Floats:
-    """(n,) what the Brier score is the mean of."""
+    """Return (n,) terms of the Brier score, which is their mean."""
     return ((probabilities - np.eye(probabilities.shape[1])[labels]) ** 2).sum(axis=1)
 
 
 def losses(labels: np.ndarray, probabilities: Floats) -> Floats:
-    """(n,) what the log loss is the mean of."""
+    """Return (n,) terms of the log loss, which is their mean."""
     tiny = np.finfo(np.float64).eps
     return -np.log(np.clip(probabilities[np.arange(len(labels)), labels], tiny, 1 - tiny))
 

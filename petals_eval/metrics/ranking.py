@@ -11,7 +11,7 @@ __all__ = ["roc_auc"]
 
 
 def roc_auc(labels: ArrayLike, probabilities: ArrayLike) -> float | None:
-    """Area under the ROC curve, in [0, 1]; 0.5 is chance.
+    """Return the area under the ROC curve, in [0, 1]; 0.5 is chance.
 
     Two labels: of the probability of the second. More: the mean over labels of "this one against the rest", over the
     labels that occur. None where fewer than two labels occur.
@@ -50,7 +50,7 @@ class _Ranking:
         self._no_more = np.searchsorted(ranked, scores[self._positive], side="right")
 
     def area(self, weights: np.ndarray) -> float:
-        """Of a resample in which example i occurs `weights[i]` times; NaN where only one kind occurs."""
+        """Return the area of a resample with example i `weights[i]` times in it; NaN where only one kind occurs."""
         positive = weights[self._positive]
         below = np.zeros(len(self._negative) + 1)
         np.cumsum(weights[self._negative], out=below[1:])
@@ -79,6 +79,6 @@ def measure_roc_auc(answers: Answers) -> list[Metric]:
 
 
 def _mean_of_defined(areas: list[float]) -> float:
-    """As in `roc_auc`: labels that do not occur in the resample are left out."""
+    """Return the mean over the labels that occur in the resample, as `roc_auc` does."""
     defined = [area for area in areas if area == area]
     return sum(defined) / len(defined) if defined else float("nan")

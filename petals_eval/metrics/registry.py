@@ -36,7 +36,7 @@ class MetricSpec:
     score: str | None = None
 
     def names(self, label_names: Sequence[str]) -> list[str]:
-        """Return what `measure` will give."""
+        """Return the names of the metrics that `measure` gives."""
         return [self.name] if self.score is None else [f"{self.score}[{label}]" for label in label_names]
 
 
@@ -108,7 +108,7 @@ def compute_metrics(
     label_names: Sequence[str],
     seed: int = 0,
 ) -> dict[str, Metric]:
-    """Metrics with 95% intervals, by name.
+    """Compute metrics with 95% intervals, by name.
 
     names: of `available_metrics()`. "accuracy" brings "majority_baseline" with it; "f1_per_class" gives one metric a
         label, "f1[label]"; "confusion_matrix" gives none (see `petals_eval.metrics.confusion_matrix`).

@@ -51,7 +51,7 @@ class Adapter:
 
     @property
     def prefix_length(self) -> int:
-        """Tokens that the prompts take in front of every text."""
+        """How many tokens the prompts take in front of every text."""
         return 0 if self.prompts is None else self.prompts.shape[0]
 
     def without_prompts(self) -> "Adapter":
@@ -71,7 +71,7 @@ class Adapter:
 
 
 def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256, in hex, over names, shapes, dtypes and bytes (little-endian, as on every machine hivemind runs on)."""
+    """Return a SHA-256 over names, shapes, dtypes and bytes (little-endian, as on every machine hivemind runs on)."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -102,7 +102,7 @@ class AdapterReader:
         return next((name for name in names if name in self.names), None)
 
     def matrix(self, name: str, expected: str, columns: int) -> torch.Tensor:
-        """Return the tensor `name`, finite and of shape (rows, columns), as stored. `expected` says the shape in words."""
+        """Return the tensor `name`, finite and of shape (rows, columns), as stored. expected: the shape in words."""
         tensor = self._take(name)
         if tensor.ndim != 2 or tensor.shape[1] != columns or tensor.shape[0] == 0:
             raise AdapterError(

@@ -62,7 +62,7 @@ class _FullPrecision:
                 self._restore()
 
     def _save(self) -> None:
-        """Save the switches and set those that stand otherwise."""
+        """Save the switches, and set those that stand otherwise."""
         try:
             precision = torch.get_float32_matmul_precision()
         except RuntimeError:  # the switches were set by their new names alone, below

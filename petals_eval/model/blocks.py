@@ -17,7 +17,7 @@ from petals_eval.model.families import Family
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig
 
-__all__ = ["DTYPES", "BlockSpan"]
+__all__ = ["DTYPES", "BlockSpan", "check_blocks"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,11 +58,7 @@ class BlockSpan:
         """
         with _LOADING, isolated_arithmetic():
             checkpoint = Checkpoint.open(model, revision=revision, token=token, cache_dir=cache_dir)
-            num_blocks = checkpoint.family.num_blocks(checkpoint.config)
-            if not 0 <= start < stop <= num_blocks:
-                raise ModelError(
-                    f"expected a span within 0:{num_blocks}, the blocks of {checkpoint.name}, found {start}:{stop}"
-                )
+            check_blocks(start, stop, checkpoint.family.num_blocks(checkpoint.config), checkpoint.name)
             dtype = dtype or checkpoint.config.dtype or torch.float32
             return cls(_base_model(checkpoint, start, stop, dtype), checkpoint, start, stop, dtype)
 
@@ -72,7 +68,7 @@ class BlockSpan:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the whole model."""
+        """How many blocks the whole model has."""
         return self.family.num_blocks(self.config)
 
     @property
@@ -81,7 +77,7 @@ class BlockSpan:
 
     @property
     def key_value_heads(self) -> int:
-        """Heads whose keys and values a cache holds: fewer than the attention heads under grouped queries."""
+        """How many heads' keys and values a cache holds: fewer than the attention heads under grouped queries."""
         if self.config.model_type == "falcon":
             if self.config.multi_query and not self.config.new_decoder_architecture:
                 return 1
@@ -94,7 +90,7 @@ class BlockSpan:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Keys and values of one token in one block."""
+        """The size of the keys and values of one token in one block."""
         return 2 * self.key_value_heads * self.head_size * self.dtype.itemsize
 
     def drop_out(self, p: float) -> None:
@@ -119,7 +115,7 @@ class BlockSpan:
         return other
 
     def shuffled(self, seed: int) -> "BlockSpan":
-        """Blocks of the same sizes and other weights: the rows of each matrix in another order, drawn by `seed`."""
+        """Return blocks of other weights: each matrix has its rows in another order, which `seed` draws."""
         other = self.copied()
         draws = torch.Generator().manual_seed(seed)
         for parameter in _blocks_of(other._model, self.family).parameters():
@@ -180,8 +176,14 @@ class BlockSpan:
         return self._views[start, stop]
 
 
+def check_blocks(start: int, stop: int, num_blocks: int, model: str) -> None:
+    """Raise ModelError where a model of so many blocks has no blocks start:stop."""
+    if not 0 <= start < stop <= num_blocks:
+        raise ModelError(f"expected a span within 0:{num_blocks}, the blocks of {model}, found {start}:{stop}")
+
+
 def _base_model(checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype) -> nn.Module:
-    """Hugging Face's base model with blocks start:stop and nothing around them."""
+    """Load Hugging Face's base model with blocks start:stop and nothing around them."""
     from transformers import AutoModel
 
     family, config = checkpoint.family, _sliced(checkpoint.config, start, stop)
@@ -199,7 +201,7 @@ def _base_model(checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtyp
 
 
 def _adds(prompt: torch.Tensor) -> Any:
-    """Return a hook that adds a deep prompt (batch or 1, prefix, hidden) to the hidden states on their way into a block."""
+    """Return a hook that adds a deep prompt (batch or 1, prefix, hidden) to the hidden states that enter a block."""
 
     def add(block: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden = args[0].clone()  # the caller's tensor, or a residual somebody still needs

@@ -60,7 +60,7 @@ class Checkpoint:
         return self._tensors().names()
 
     def find(self, *names: str) -> torch.Tensor | None:
-        """Return the tensor under the first of these names that the checkpoint has, or None. Only its shard is opened."""
+        """Return the tensor under the first of these names that there is, or None. Only its shard is opened."""
         weights = self._tensors()
         held = set(weights.names())
         for name in names:
@@ -69,7 +69,7 @@ class Checkpoint:
         return None
 
     def read(self, *names: str) -> torch.Tensor:
-        """As `find`, but raises ModelError, naming the keys expected and found, if none of them is there."""
+        """Return what `find` does. Raises ModelError, which names the keys expected and found, if there is none."""
         tensor = self.find(*names)
         if tensor is None:
             raise ModelError(

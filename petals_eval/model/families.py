@@ -71,7 +71,7 @@ class Family:
         return int(limit)
 
     def dht_prefix(self, repository: str) -> str:
-        """Return the prefix under which Petals servers announce the blocks of a hub repository `owner/name` by default."""
+        """Return the prefix under which Petals servers announce a hub repository `owner/name` by default."""
         prefix = repository if self.prefix_from == "repository" else repository.rsplit("/", 1)[-1]
         prefix = prefix.replace(".", "-")
         return prefix if prefix.endswith(self.prefix_suffix) else prefix + self.prefix_suffix

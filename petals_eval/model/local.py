@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., hidden) of any floating dtype -> the same shape and dtype."""
+        """Return (..., hidden) normed, in the dtype that it comes in."""
         wide = hidden.float()
         scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * scaled.to(hidden.dtype)
@@ -110,11 +110,11 @@ class LocalPart(nn.Module, ABC):
 
     @abstractmethod
     def _class_logits(self, normed: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
-        """Normed (rows, hidden) -> (rows, labels) float32 on the CPU. Raises AdapterError if there is no class head."""
+        """Return scores (rows, labels), float32 on the CPU, of normed (rows, hidden). Raises AdapterError: no head."""
 
     @abstractmethod
     def _lm_logits(self, normed: torch.Tensor) -> torch.Tensor:
-        """Normed (rows, hidden) -> (rows, vocabulary). Raises ModelError if there is no LM head."""
+        """Return logits (rows, vocabulary) of normed (rows, hidden). Raises ModelError if there is no LM head."""
 
     @abstractmethod
     def _lm_vocabulary(self) -> int:
@@ -131,8 +131,10 @@ class LocalPart(nn.Module, ABC):
         return self.embeddings.weight.device
 
     def own_label_names(self, adapter: Adapter | None) -> tuple[str, ...] | None:
-        """Return what the model's config calls the outputs of the class head, in order; None where that head is the adapter's,
-        or the config has only the names that transformers makes up (LABEL_0, ...)."""
+        """Return what the model's config calls the outputs of the class head, in order.
+
+        None where that head is the adapter's, or the config has only the names that transformers makes up.
+        """
         names = getattr(self.config, "id2label", None)
         if not names or not self.uses_own_head(adapter):
             return None
@@ -170,8 +172,11 @@ class LocalPart(nn.Module, ABC):
         return self.own_pooling if adapter is None or adapter.head_weight is None else adapter.pooling
 
     def _pad_token_id(self) -> int | None:
-        """Return the padding token by the model's config, as classifiers know it. Where a rule was chosen that needs one, the
-        tokenizer's will do, and then the token that ends a text: most who have none choose that one."""
+        """Return the padding token by the model's config, as classifiers know it.
+
+        Where a rule was chosen that needs one, the tokenizer's will do, and then the token that ends a text: most who
+        have none choose that one.
+        """
         pad: int | None = getattr(self.config, "pad_token_id", None)
         if pad is None and self.pooling not in (None, "last"):
             pad = getattr(self.tokenizer, "pad_token_id", None)
@@ -252,7 +257,7 @@ class LocalPart(nn.Module, ABC):
     def _log_likelihoods(
         self, hidden: torch.Tensor, batch: MicroBatch[R], rows: list[int], prefix: int
     ) -> dict[int, torch.Tensor]:
-        """For each row (targets,) float32: log softmax of the LM head's logits, at each target's position and token."""
+        """Return (targets,) float32 for each row: the LM head's log softmax at each target's position and token."""
         vocabulary = self._lm_vocabulary()
         # Label words all ask about one position: it goes through the head once.
         places: dict[tuple[int, int], int] = {}
@@ -273,7 +278,7 @@ class LocalPart(nn.Module, ABC):
         return dict(zip(rows, values.split(counts), strict=True))
 
     def _scores(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """(places, hidden) and int64 (n, 2) of place and token -> (n,) float32 log-likelihoods, on the CPU."""
+        """Return (n,) float32 log-likelihoods, on the CPU, for (places, hidden) and int64 (n, 2) of place and token."""
         values = torch.empty(wanted.shape[0], dtype=torch.float32, device="cpu")
         step = max(1, _LOGITS_AT_ONCE // self._lm_vocabulary())
         for start in range(0, hidden.shape[0], step):
@@ -400,7 +405,7 @@ class LocalModel(LocalPart):
         return functional.linear(normed.float(), weight.to(self.device, torch.float32), bias).cpu()
 
     def _class_head(self, adapter: Adapter | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(labels, hidden) and (labels,) or None: the adapter's, or else the model's own."""
+        """Return (labels, hidden) and (labels,) or None: the adapter's head, or else the model's own."""
         if adapter is not None and adapter.head_weight is not None:
             self._check_width(adapter.name, "head", adapter.head_weight)
             return adapter.head_weight, adapter.head_bias
@@ -518,7 +523,7 @@ def _is_tied(config: Any) -> bool:
 
 
 def _config_dtype(config: Any) -> torch.dtype | None:
-    """Return the dtype that a config names: `dtype` since transformers 5, `torch_dtype` before, as a dtype or as its name."""
+    """Return the dtype that a config names: in `dtype` since transformers 5, in `torch_dtype` before."""
     named = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     dtype = getattr(torch, named, None) if isinstance(named, str) else named
     return dtype if isinstance(dtype, torch.dtype) else None

@@ -70,7 +70,7 @@ def _find(reader: AdapterReader, key: str) -> str | None:
 
 
 def _deep(reader: AdapterReader, key: str, prefix: int) -> torch.Tensor:
-    """(blocks, 1, prefix, hidden) float32."""
+    """Return the deep prompts (blocks, 1, prefix, hidden), float32."""
     width = reader.blocks * reader.hidden
     flat = reader.matrix(key, f"({prefix}, {reader.blocks} * {reader.hidden} = {width})", width)
     if flat.shape[0] != prefix:

@@ -77,7 +77,7 @@ def _parameters(config: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _original_length(config: Any, parameters: Mapping[str, Any], kind: str) -> int | None:
-    """Return the length from which on the angles change. dynamic goes by `max_position_embeddings`, whatever else is there."""
+    """Return the length above which the angles change; dynamic scaling goes by `max_position_embeddings` alone."""
     length = getattr(config, "max_position_embeddings", None)
     if kind == _BY_LENGTH_OF_THE_CALL:
         # A field of the config itself goes before one of the parameters: so Phi-3's were published.

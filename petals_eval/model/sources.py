@@ -178,7 +178,7 @@ def first_found(source: Source, filenames: Iterable[str]) -> Path | None:
 
 
 def _inside(filename: str, error: type[CallerError], source: object) -> str:
-    """`filename` if it lies inside the source. An index file is somebody else's text: it must not lead elsewhere."""
+    """Return `filename` if it lies inside the source: an index file, which others wrote, must not lead elsewhere."""
     path = PurePosixPath(filename)
     if path.is_absolute() or ".." in path.parts:
         raise error(f"{source} names a file outside itself: {filename}. Expected names of files beside the index.")

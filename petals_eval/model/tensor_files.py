@@ -30,7 +30,7 @@ _ALLOWED: list[Any] = [nn.Embedding, nn.Linear]
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 # What trainers keep beside the weights in one file. Tensors in any other dictionary may be needed.
 _BESIDE_WEIGHTS = ("optimizer", "scheduler", "lr_scheduler", "scaler", "rng", "callbacks", "loops", "hyper_parameters")
-_DEEPEST = 4  # dictionaries within each other that are looked into
+_MAX_DEPTH = 4  # dictionaries within each other that are looked into
 # The old recipe writes one module after the other into one file, in this order.
 _BARE_MODULES = ("prompt_embeddings", "intermediate_prompt_embeddings", "score")
 # What a truncated, damaged or hostile file makes the readers raise.
@@ -148,12 +148,12 @@ def open_index(source: Source, index: Path, error: type[CallerError]) -> Tensors
     return _Sharded(source, weight_map, error)
 
 
-_LONGEST_NAME = 100  # characters of a tensor's name, which whoever wrote the file chose
+_MAX_NAME_CHARACTERS = 100  # characters of a tensor's name, which whoever wrote the file chose
 
 
 def shown_name(name: str) -> str:
     """Return a tensor's name, safe on a terminal."""
-    return printable(name, longest=_LONGEST_NAME)
+    return printable(name, longest=_MAX_NAME_CHARACTERS)
 
 
 def describe(tensors: Tensors, limit: int = 8) -> str:
@@ -215,19 +215,19 @@ def _is_one_archive(file: Path | io.BytesIO) -> bool:
 
 
 def _flatten(objects: list[Any], path: Path, error: type[CallerError]) -> dict[str, torch.Tensor]:
-    """Return the tensors of unpickled objects by name: modules give `name.weight`, dictionaries within give `name.key`."""
+    """Return the tensors of unpickled objects: those of modules as `name.weight`, of dictionaries as `name.key`."""
     tensors: dict[str, torch.Tensor] = {}
     for index, value in enumerate(objects):
         if isinstance(value, nn.Module) and index < len(_BARE_MODULES):
             value = {_BARE_MODULES[index]: value}
         if not isinstance(value, dict):
             raise error(f"{path} holds a {type(value).__name__}; expected a state dict (names and tensors).")
-        tensors |= _named(value, _DEEPEST, path, error)
+        tensors |= _named(value, _MAX_DEPTH, path, error)
     return tensors
 
 
 def _named(values: dict[Any, Any], depth: int, path: Path, error: type[CallerError]) -> dict[str, torch.Tensor]:
-    """Return all tensors in `values` and in the dictionaries within, but what trainers keep beside the weights."""
+    """Return all tensors in `values` and in the dictionaries within, without what trainers keep beside the weights."""
     found: dict[str, torch.Tensor] = {}
     for key, item in values.items():
         name = str(key)

@@ -87,7 +87,7 @@ def looks_like_head(name: str) -> bool:
 
 
 def local_key(name: str, family: Family) -> tuple[str, str] | None:
-    """Return the module of the family's table (or `lm_head`) and the parameter that a tensor of Role.LOCAL is; else None."""
+    """Return the module (by the family's table, or `lm_head`) and parameter that a tensor of Role.LOCAL is, or None."""
     module, _, parameter = _PEFT_PLACES.sub("", _bare(name, family)).rpartition(".")
     parameters: dict[str, tuple[str, ...]] = {family.embeddings: ("weight",), "lm_head": ("weight",)}
     for norm in (family.embedding_norm, family.final_norm):

@@ -18,7 +18,7 @@ from petals_eval.text import printable
 
 __all__ = ["markdown_report"]
 
-MOST_LABELS = 20  # a wider confusion matrix cannot be read in Markdown; it is in metrics.json
+MAX_LABELS = 20  # a wider confusion matrix cannot be read in Markdown; it is in metrics.json
 
 
 def markdown_report(result: RunResult, manifest: Manifest, servers: Sequence[tuple[ServerUsed, int]] = ()) -> str:
@@ -53,7 +53,7 @@ def _cell(result: AdapterResult, name: str) -> str:
 
 def _confusion(result: AdapterResult) -> str:
     title = f"## Confusion matrix: {_safe(result.adapter)}"
-    if len(result.label_names) > MOST_LABELS:
+    if len(result.label_names) > MAX_LABELS:
         return f"{title}\n\n{len(result.label_names)} labels: see `confusion_matrix` in metrics.json."
     rows = [[name, *map(str, row)] for name, row in zip(result.label_names, result.confusion, strict=True)]
     return f"{title}\n\nRows: labels. Columns: predictions.\n\n{_table(['', *result.label_names], rows)}"
@@ -107,7 +107,7 @@ def _wire(wire: WireRecord | None) -> str:
 
 
 def _wrong(servers: Sequence[NoisyServer]) -> str:
-    """Return those that were held against others."""
+    """Return a section on the servers whose answers differ from those of others, or nothing."""
     wrong = [each for each in servers if each.verdict != "noisy"]
     if not wrong:
         return ""

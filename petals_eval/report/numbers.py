@@ -22,17 +22,17 @@ __all__ = [
 
 
 def value_text(metric: Metric | None) -> str:
-    """Four decimals; "-" where there is no value."""
+    """Return a value with four decimals; "-" where there is none."""
     return "-" if metric is None or metric.value is None else f"{metric.value:.4f}"
 
 
 def interval_text(metric: Metric | None) -> str:
-    """Three decimals; empty where there is none."""
+    """Return an interval with three decimals; an empty text where there is none."""
     return "" if metric is None or metric.ci95 is None else f"{metric.ci95[0]:.3f} - {metric.ci95[1]:.3f}"
 
 
 def metric_title(name: str) -> str:
-    """ "F1 (macro)" of "f1_macro", "recall [human]" of "recall[human]"."""
+    """Return "F1 (macro)" for "f1_macro", "recall [human]" for "recall[human]"."""
     if name in METRICS:
         return METRICS[name].title
     score, bracket, label = name.partition("[")
@@ -61,7 +61,7 @@ def notes(results: Sequence[AdapterResult]) -> list[str]:
 
 
 def counts_of(result: AdapterResult) -> dict[str, str]:
-    """Examples, failures, cut texts and speed. What is nought goes without saying, but failures are always said."""
+    """Return examples, failures, cut texts and speed. What is 0 is left out, but failures are always said."""
     found = {"examples": f"{result.n_examples:,}", "failed": f"{result.n_failed:,}"}
     if result.n_truncated:
         found["truncated"] = f"{result.n_truncated:,}"
@@ -71,7 +71,7 @@ def counts_of(result: AdapterResult) -> dict[str, str]:
 
 
 def counts_line(result: AdapterResult) -> str:
-    """Return the same in one line."""
+    """Return what `counts_of` counts in one line."""
     return " · ".join(f"{count} {what}" for what, count in counts_of(result).items())
 
 
@@ -84,14 +84,14 @@ def rate_text(rate: float) -> str:
 
 
 def swarm_line(result: RunResult) -> str:
-    """Retries, servers, and what these computed in: that changes numbers."""
+    """Return retries, servers, and what these computed in, which changes numbers."""
     line = f"{plural(result.retries, 'retry', 'retries')} · {plural(result.servers, 'server')}"
     kinds = [_kind(each, alone=len(result.computed_in) == 1) for each in result.computed_in]
     return f"{line} ({'; '.join(kinds)})" if kinds else line
 
 
 def noise_line(result: RunResult) -> str | None:
-    """That some servers used gave unequal answers: another run would give other numbers."""
+    """Return a line where servers that were used gave unequal answers: another run would give other numbers."""
     disputed = [each for each in result.noisy_servers if each.verdict == "disputed"]
     used = [each for each in result.noisy_servers if each.is_used and each.verdict == "noisy"]
     if disputed:

@@ -74,7 +74,7 @@ class ProgressDisplay:
             self._say(self.status())
 
     def waiting(self, message: str) -> None:
-        """Why nothing moves, until something does: "waiting for the swarm: no server holds blocks 24:30 (...)"."""
+        """Show why nothing moves, until something does: "waiting for the swarm: no server holds blocks 24:30 (...)"."""
         begun = self._waiting is None
         self._waiting = printable(message)
         now = self._clock()
@@ -94,7 +94,7 @@ class ProgressDisplay:
         return " · ".join(parts)
 
     def _rate(self) -> float | None:
-        """Examples per second, lately."""
+        """Return the examples per second of the last `RATE_WINDOW` seconds, or None."""
         (then, before), now = self._seen[0], self._clock()
         return (self._done - before) / (now - then) if now > then and self._done > before else None
 

@@ -100,7 +100,7 @@ def _columns(adapters: Sequence[AdapterResult], names: Sequence[str], *, below: 
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Text]:
-    """Lines of columns, each as wide as its widest cell; no space is left at their ends."""
+    """Return lines of columns, each as wide as its widest cell, without blanks at their ends."""
     widths = [max(cell_len(line[column]) for line in [heads, *rows]) for column in range(len(heads))]
     lines = []
     for line in [heads, *rows]:

@@ -174,8 +174,8 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A run that failed before it scored anything leaves nothing: corrected, it may use the same folder.
-        abandoned = isinstance(error, Exception) and not self.resumed and self._holds_nothing()
+        # A run that ended before it scored anything leaves nothing: corrected, it may use the same folder.
+        abandoned = error is not None and not self.resumed and self._holds_nothing()
         try:
             self.journal.__exit__(kind, error, trace)
             if abandoned:
@@ -184,7 +184,7 @@ class RunFolder:
             self._unlock()
 
     def _holds_nothing(self) -> bool:
-        """Return what was scored and withdrawn stays for the record; failures alone are tried again by any later run."""
+        """Return whether nothing is lost with the journal: failures alone are tried again by any later run."""
         with contextlib.suppress(MachineError):
             return self.journal.is_blank()
         return False
@@ -252,7 +252,7 @@ def _left_by_a_crash(name: str) -> bool:
 
 
 def _new_default(task: str) -> Path:
-    """Return a folder that did not exist, made."""
+    """Make a new folder and return its path."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", task).strip(".-") or "run"
     stem = f"{stem}-{datetime.now():%Y-%m-%d-%H%M}"
     count = 1

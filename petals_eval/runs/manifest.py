@@ -215,7 +215,7 @@ class Manifest(_Record):
         )
 
     def going_on_from(self, begun: "Manifest") -> "Manifest":
-        """This run as the one that was begun before.
+        """Return this run as the one that was begun before.
 
         What does not change an answer may be set anew, such as the intervals' seed, and holds for all its numbers.
         """

@@ -29,7 +29,7 @@ def shareable_name(name: str) -> str:
 
 
 def shareable_settings(settings: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """Settings without paths and secrets: what has a secret's name is removed, of paths the last part stays.
+    """Return settings without paths and secrets: what has a secret's name is removed, of paths the last part stays.
 
     >>> shareable_settings({"token": "hf_abc", "cache": "/home/ada/.cache/hub", "text": "{a} / {b}", "dtype": None})
     {'token': '[removed]', 'cache': 'hub', 'text': '{a} / {b}', 'dtype': None}

@@ -15,7 +15,7 @@ __all__ = ["Counts", "Failure", "Row", "ScoredArrays", "packed", "unpacked"]
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Of one adapter's valid rows. truncated and n_tokens (text tokens) are those of the scored examples."""
+    """Counts of one adapter's valid rows. truncated and n_tokens (text tokens) are those of the scored examples."""
 
     scored: int
     failed: int

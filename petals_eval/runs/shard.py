@@ -21,7 +21,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> "Shard":
-        """Of "2/3". Raises ConfigError.
+        """Read "2/3". Raises ConfigError.
 
         >>> Shard.parse("2/3")
         Shard(index=2, count=3)

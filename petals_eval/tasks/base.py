@@ -27,12 +27,12 @@ class Task(Protocol):
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """In the order of the head's outputs."""
+        """The names of the labels, in the order of the head's outputs."""
         ...
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names that `petals_eval.metrics` knows."""
+        """The names of metrics that `petals_eval.metrics` knows."""
         ...
 
     @property
@@ -41,7 +41,7 @@ class Task(Protocol):
         ...
 
     def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
-        """Return the examples, in the order of the rows, made as they are asked for. Raises DataError, which names the row."""
+        """Yield the examples in the order of the rows, made as they are asked for. Raises DataError with the row."""
         ...
 
     def predict(self, example: Example, answers: "Sequence[torch.Tensor]") -> Prediction:

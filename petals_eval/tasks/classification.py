@@ -34,7 +34,7 @@ _CHUNK_ROWS = 256
 
 
 def _spelled_keys(mapping: Any) -> Any:
-    """Return a label_map compares text, but a Python program may write its keys as numbers and truth values."""
+    """Return a label_map with its keys as texts, as they are compared; Python may give numbers and truth values."""
     if not isinstance(mapping, Mapping):
         return mapping
     if None in mapping:
@@ -111,7 +111,7 @@ class ClassificationTask(BaseModel):
     @field_validator("label_names")
     @classmethod
     def _distinct_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Labels in the data are compared without outer blanks, so that names must differ without them."""
+        """Refuse names that differ in outer blanks alone: labels in the data are compared without them."""
         words = {name.strip() for name in names}
         if len(words) < len(names) or "" in words:
             raise ValueError("should be different from each other, also without outer blanks, and none of them empty")
@@ -120,7 +120,7 @@ class ClassificationTask(BaseModel):
     @field_validator("label_words")
     @classmethod
     def _distinct_words(cls, words: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        """Here a blank makes another word: it makes other tokens."""
+        """Refuse a word given twice. A blank makes another word, for it makes other tokens."""
         if words is not None and (len(set(words)) < len(words) or not all(word.strip() for word in words)):
             raise ValueError("should be different from each other, and none of them empty")
         return words
@@ -151,7 +151,7 @@ class ClassificationTask(BaseModel):
         return {"head": self.head, **self.model_dump(mode="json", include=changing)}
 
     def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
-        """Examples in the order of `rows`, tokenised a few hundred at a time as they are asked for.
+        """Yield examples in the order of `rows`, tokenised a few hundred at a time as they are asked for.
 
         All of them are checked before the first one comes out. Raises DataError as `check` does.
         """

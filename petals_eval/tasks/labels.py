@@ -23,7 +23,7 @@ _WHOLE = re.compile(r"(0|-?[1-9][0-9]*)(\.0)?")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _NO_LABELS = (list, tuple, dict, bytes)
 # Above it a number such as 1e999999999 would be written out for hours.
-_MOST_DIGITS = 400
+_MAX_DIGITS = 400
 
 
 def spelled(value: object) -> str:
@@ -183,7 +183,7 @@ def _whole(value: object) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return None
     number = _exact(value)
-    if number is None or number.adjusted() > _MOST_DIGITS or number != number.to_integral_value():
+    if number is None or number.adjusted() > _MAX_DIGITS or number != number.to_integral_value():
         return None
     return str(int(number))
 

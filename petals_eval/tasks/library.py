@@ -88,7 +88,7 @@ def _settings(model: FileReading) -> dict[str, object]:
 
 
 def _shipped() -> dict[str, str]:
-    """Name -> YAML text."""
+    """Return the YAML text of each shipped task, by name."""
     folder = resources.files("petals_eval.tasks") / "builtin"
     return {
         entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
@@ -128,7 +128,7 @@ def _parse(text: str, origin: str, *, name: str, folder: Path | None) -> Classif
 
 
 def _with_own_folder(values: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """`values` with a relative path of `data` that exists beside the task's file made to start there."""
+    """Return `values`, where a relative path of `data` that exists beside the task's file starts there."""
     data = values.get("data")
     if folder is None or not isinstance(data, dict) or not isinstance(data.get("path"), str):
         return values
@@ -137,7 +137,7 @@ def _with_own_folder(values: dict[str, Any], folder: Path | None) -> dict[str, A
 
 
 def _check_metrics(task: Task, origin: str) -> None:
-    """Unknown metrics are named before anything is computed, not after. Shipped tasks are checked by their test."""
+    """Raise TaskError for unknown metrics, before anything is computed. Shipped tasks are checked by their test."""
     from petals_eval.metrics import check_metric_names  # here, because scikit-learn takes a second to import
 
     try:

@@ -23,7 +23,7 @@ class Continued:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[tuple[tuple[int, ...], bool]]:
-    """For each text its tokens, at most `max_length` with the tokenizer's special tokens, and whether it was cut.
+    """Return the tokens of each text, at most `max_length` with the tokenizer's special ones, and whether it was cut.
 
     These are the tokens of `tokenizer(text, truncation=True, max_length=max_length)`, always cut on the right.
     """
@@ -44,7 +44,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[tupl
 def continue_texts(
     tokenizer: Any, texts: Sequence[str], without_tail: Sequence[str], words: Sequence[str]
 ) -> list[Continued]:
-    """For each text its tokens and those of each of `words` after it.
+    """Return the tokens of each text, and those of each of `words` after it.
 
     A word's tokens are what tokens(text + word) has beyond tokens(text). Where the two do not share that beginning,
     because the tokenizer merges across the boundary, the word is tokenised by itself, without special tokens: the

@@ -13,6 +13,7 @@ import yaml
 
 from petals_eval.cli.address_flags import own_address
 from petals_eval.cli.app import UsageError, app
+from petals_eval.cli.flags import keys_of
 from petals_eval.config import RunSettings
 from petals_eval.demo import demo_paths
 from petals_eval.health.serving import address_of
@@ -124,8 +125,9 @@ def test_the_servers_hold_the_whole_model_that_is_evaluated(tmp_path: Path) -> N
     assert sorted(block for first, last in spans for block in range(first, last)) == list(range(planned.num_blocks))
 
     _, given = parsed(run_in_a_container(OURS["evaluation"], tmp_path))
-    fields = {name: value for name, value in given.items() if name in RunSettings.model_fields and value}
-    assert fields.pop("json_output") is True
+    keys = keys_of(RunSettings)
+    fields = {keys[name]: value for name, value in given.items() if name in keys and value}
+    assert fields.pop("json") is True
     settings = RunSettings(**fields)
     assert {each["model"] for each in told} == {settings.model} == {f"{DEMO}/model"}
     assert {each["dht_prefix"] for each in told} == {settings.dht_prefix}

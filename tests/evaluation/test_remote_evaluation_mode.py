@@ -9,6 +9,8 @@ import torch
 import petals_eval
 from petals_eval.errors import MissingBlocksError
 from petals_eval.local_swarm import LocalSwarm
+from petals_eval.local_swarm.handles import LocalServer, ThreadServer
+from petals_eval.model.blocks import BlockSpan
 from petals_eval.runs import RunFolder
 from tests.support.real_swarm import ProgressLines, evaluate_trec, predictions, stories_swarm, trec_model
 from tests.support.tensors import hidden_states
@@ -26,6 +28,12 @@ def quiet(realdata, tmp_path_factory):
     # A row in a micro-batch of another size may differ in its last bits: how many go together is found out on the way.
     close = [pytest.approx(line["probabilities"], abs=1e-6) for line in predictions(out)]
     return [line | {"probabilities": each} for line, each in zip(predictions(out), close, strict=True)]
+
+
+def blocks_of(server: LocalServer) -> BlockSpan:
+    """The blocks that a server of this process computes with."""
+    assert isinstance(server, ThreadServer) and server._server is not None
+    return server._server.blocks
 
 
 def test_a_replica_that_drops_out_a_hundredth_is_left_out_though_the_config_says_nothing(realdata, tmp_path, quiet):
@@ -60,7 +68,7 @@ def test_what_a_server_had_computed_before_it_was_caught_is_computed_again(reald
 
         def turn(done):
             if done >= 20:
-                turned._server.blocks.drop_out(0.1)
+                blocks_of(turned).drop_out(0.1)
 
         progress.on_update = turn
         result = evaluate_trec(realdata, model, tmp_path / "run", progress=progress, limit=EXAMPLES)
@@ -78,7 +86,7 @@ def test_the_only_server_of_a_block_stops_the_run_and_leaves_nothing_scored(real
     with stories_swarm(realdata, [(0, 3), (3, 5)]) as swarm:
         server = swarm.servers[1]
         progress = ProgressLines()
-        progress.on_update = lambda done: server._server.blocks.drop_out(0.1) if done >= 20 else None
+        progress.on_update = lambda done: blocks_of(server).drop_out(0.1) if done >= 20 else None
         with (
             trec_model(realdata, swarm, recheck_share=0.2, window=3) as model,
             pytest.raises(MissingBlocksError, match="no server in evaluation mode holds blocks 3:5") as caught,
@@ -88,7 +96,7 @@ def test_the_only_server_of_a_block_stops_the_run_and_leaves_nothing_scored(real
         assert not hasattr(caught.value, "__notes__")  # "... are scored and kept": none is, for it took part in each
 
         # The operator sets it right, and the same command does it all.
-        server._server.blocks.drop_out(0.0)
+        blocks_of(server).drop_out(0.0)
         with trec_model(realdata, swarm) as model:
             evaluate_trec(realdata, model, tmp_path / "run", limit=EXAMPLES)
     assert predictions(tmp_path / "run") == quiet

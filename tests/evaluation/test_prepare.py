@@ -1,0 +1,133 @@
+"""A run before it begins: data is read once, and mistakes are told before anything is started or connected."""
+
+from types import SimpleNamespace
+
+import pytest
+
+import petals_eval.data.files
+from petals_eval.errors import AdapterError, DataError, RunFolderError
+from petals_eval.evaluation.prepare import prepare
+from petals_eval.local_swarm import LocalSwarm
+from petals_eval.swarm import SwarmConnection
+from petals_eval.tasks import ClassificationTask
+from tests.cli.invoking import invoke
+from tests.fake_model import TASK, FakeModel, evaluate, write_rows
+
+TWO = """name: two
+text: "{text}"
+label_column: label
+label_names: [bad, good]
+"""
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """What is done with data: a file that is read, a row whose text is looked at by the check."""
+    seen = SimpleNamespace(files=[], checked=[])
+    load_file, check = petals_eval.data.files.load_file, ClassificationTask.check
+
+    def load(source):
+        seen.files.append(source.path)
+        return load_file(source)
+
+    def looked(task, rows):
+        before = len(rows.passed)
+        check(task, rows)
+        seen.checked += [len(rows)] if len(rows.passed) > before else []
+
+    monkeypatch.setattr(petals_eval.data.files, "load_file", load)
+    monkeypatch.setattr(ClassificationTask, "check", looked)
+    return seen
+
+
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """Nothing may be started or connected. What the test leaves lies in a folder of its own."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a swarm was started or connected")
+
+    monkeypatch.setattr(SwarmConnection, "connect", refuse)
+    monkeypatch.setattr(LocalSwarm, "__enter__", refuse)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("more", [["--without-prompts"], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_command_reads_and_checks_its_data_once(reads, realdata, tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
+    model, adapters, data = realdata / "stories260K-hf", realdata / "adapters", realdata / "trec" / "TREC.test.all"
+    command = ["run", "--model", model, "--adapter", adapters / "trec-ptune", adapters / "trec-deep_ptune"]
+    outcome = invoke(*command, "--task", "trec", "--data", data, "--limit", 9, "--local-swarm", 1, *more)
+    assert outcome.code == 0
+    assert reads.files == [str(data)]
+    assert reads.checked == [9]
+
+
+def test_an_evaluation_from_python_reads_and_checks_its_data_once(reads, tmp_path):
+    source = write_rows(tmp_path / "rows.csv")
+    evaluate(FakeModel(), source, tmp_path / "run")
+    assert reads.files == [source.path]
+    assert reads.checked == [6]
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("adapters", "flags", "said"),
+    [
+        (["trec-deep_ptune"], [], "the head gives (6,) scores, but task two has 2 labels"),
+        ([], [], "there is no trained head"),
+        (["trec-ptune", "trec-ptune"], [], "found 'trec-ptune' 2 times"),
+        (["sst2-deep_ptune"], ["--fail-under", "acuracy=1"], "Did you mean accuracy"),
+        (["sst2-deep_ptune"], ["--shard", "3/2"], "shard: expected I/N with I from 1 to N"),
+        (["sst2-deep_ptune"], ["--out", "full"], "Expected full to be empty"),
+        (["sst2-deep_ptune"], ["--verify-local", "3:9"], "expected a span within 0:5"),
+        (["sst2-deep_ptune"], ["--verify-local", "0:1", "--active-adapter", "x"], "have no LoRA adapter"),
+        (["sst2-deep_ptune"], ["--device", "cuda:77"], "device: expected one that torch can use here"),
+        (["sst2-deep_ptune"], ["--max-length", "0"], "max_length: expected more than 0"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_started(alone, realdata, adapters, flags, said, more):
+    (alone / "two.yaml").write_text(TWO)
+    (alone / "full").mkdir()
+    (alone / "full" / "thesis.tex").write_text("x")
+    data = write_rows(alone / "rows.csv").path
+    prompts = [part for name in adapters for part in ("--adapter", realdata / "adapters" / name)]
+    command = ["run", "--model", realdata / "stories260K-hf", "--local-swarm", 2, "--task", "two.yaml", "--data", data]
+    outcome = invoke(*command, *prompts, *flags, *more)
+    assert outcome.code == 2
+    assert said in outcome.error
+    assert not (alone / "runs").exists()
+
+
+def test_a_head_of_another_task_is_told_in_python_before_anything_is_sent(tmp_path):
+    model = FakeModel()
+    model.local.class_outputs = lambda adapter: 6
+    with pytest.raises(AdapterError, match=r"the head gives \(6,\) scores, but task tiny has 2 labels"):
+        evaluate(model, write_rows(tmp_path / "rows.csv"), tmp_path / "run")
+    assert not model.sent
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_lies_here_is_checked_before_the_model_is_looked_for(tmp_path):
+    def not_yet():
+        raise AssertionError("the model was looked for")
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    source = write_rows(tmp_path / "rows.csv")
+    with pytest.raises(RunFolderError, match="to be empty"):
+        prepare(not_yet, task=TASK, data=source, out=tmp_path / "full")
+    (tmp_path / "rows.csv").write_text("text,label\nfine,good\nfine,goood\n")
+    with pytest.raises(DataError, match="goood"):
+        prepare(not_yet, task=TASK, data=source)
+
+
+def test_a_finished_folder_and_one_of_other_settings_are_told_before_anything_is_sent(tmp_path):
+    source = write_rows(tmp_path / "rows.csv")
+    evaluate(FakeModel(), source, tmp_path / "run")
+    for limit, message in ((None, "finished at"), (3, "finished at")):
+        model = FakeModel()
+        with pytest.raises(RunFolderError, match=message):
+            evaluate(model, source, tmp_path / "run", limit=limit)
+        assert not model.sent
