@@ -80,18 +80,6 @@ class BudgetSettings(Settings, heading=BUDGET):
     call_timeout: Seconds = option(30.0, "Time for one canary.")
     startup_timeout: Seconds = same_as(SwarmSettings, "startup_timeout")
 
-    def for_swarm(self) -> SwarmSettings:
-        """Return the settings of the connection for a look."""
-        return SwarmSettings(
-            initial_peers=self.initial_peers,
-            active_adapter=self.active_adapter,
-            startup_timeout=self.startup_timeout,
-            connect_timeout=self.connect_timeout,
-            request_timeout=self.call_timeout,
-            deadline=self.time_limit,
-            verify=0.0,  # replicas are held against each other by the level before the route
-        )
-
 
 class HealthSettings(ProbeSettings, BudgetSettings, heading=SWARM):
     """What to look at, how far, and what it may cost."""
@@ -103,6 +91,18 @@ class HealthSettings(ProbeSettings, BudgetSettings, heading=SWARM):
     num_blocks: Annotated[int, Field(gt=0, le=1000)] | None = option(
         None, "Blocks of these models.", unset="as announced"
     )
+
+    def for_swarm(self) -> SwarmSettings:
+        """Return the settings of the connection for a look."""
+        return SwarmSettings(
+            initial_peers=self.initial_peers,
+            active_adapter=self.active_adapter,
+            startup_timeout=self.startup_timeout,
+            connect_timeout=self.connect_timeout,
+            request_timeout=self.call_timeout,
+            deadline=self.time_limit,
+            verify=0.0,  # replicas are held against each other by the level before the route
+        )
 
 
 class LookSettings(Settings, heading=OUTPUT):
