@@ -2,6 +2,7 @@
 
 import json
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_what_a_server_had_computed_before_it_was_caught_is_computed_again(reald
     progress = ProgressLines()
     spans = [(0, 3), (3, 5), (0, 5)]
     with stories_swarm(realdata, spans) as swarm, trec_model(realdata, swarm, recheck_share=0.2, window=3) as model:
-        turned = swarm.servers[2]
+        turned: Any = swarm.servers[2]
 
         def turn(done):
             if done >= 20:
@@ -84,7 +85,7 @@ def test_what_a_server_had_computed_before_it_was_caught_is_computed_again(reald
 
 def test_the_only_server_of_a_block_stops_the_run_and_leaves_nothing_scored(realdata, tmp_path, quiet):
     with stories_swarm(realdata, [(0, 3), (3, 5)]) as swarm:
-        server = swarm.servers[1]
+        server: Any = swarm.servers[1]
         progress = ProgressLines()
         progress.on_update = lambda done: blocks_of(server).drop_out(0.1) if done >= 20 else None
         with (

@@ -64,7 +64,7 @@ class HopClient:
             known = peer.limits.per_call
             limit = known or USUAL_MAX_TOKENS
             in_steps = positions_per_step is not None or (known is not None and positions > known)
-            parts = activations.by_rows(max(1, limit // positions))
+            parts = activations.by_rows(1 if in_steps else max(1, limit // positions))
             try:
                 if in_steps:
                     if not may_step:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from petals_eval.errors import DeadlineError, MissingBlocksError, PeerRefusedError, RequestTooLargeError
+from petals_eval.health import check_health
 from petals_eval.local_swarm.faults import catalog as faults
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.local_swarm.server import sessions
@@ -107,8 +108,6 @@ def test_no_session_of_ours_ever_lets_a_server_wait_for_room(model, openings):
         with blocks_over(swarm, push="always") as blocks:
             blocks(states(2, 8))
             kinds.append(len(openings))
-        from petals_eval.health import check_health  # TODO-t2
-
         check_health(swarm.initial_peers)
         kinds.append(len(openings))
     assert kinds == [4, 8, 10, 14]
