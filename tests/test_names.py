@@ -76,7 +76,7 @@ RETIRED = {
     "UnequalServer": "TrustFinding",
     "unequal_by": "TrustFinding",
     "on_distrusted": "Quarantine.add",
-    "on_finding": "Quarantine.add_wrong",
+    "on_finding": "Quarantine.add_finding",
     "TOLERANCE": "SAME_SERVER",
     "Overflow": "raise_if_input_overflows",
     "ENOUGH_ANSWERS": "_ENOUGH_ANSWERS",

@@ -172,16 +172,11 @@ class Pipeline:
                 "blocks %s to %s: %d tokens, expected in %.3f s, window %.0f of %.0f token-blocks",
                 *(hop.span, peer.name, tokens, expected, window.in_flight, limit),
             )
-        peer.tokens_in_flight += tokens
-        sent = peer.window.send(float(tokens * hop.blocks), self._runtime.monotonic())
+        sent = peer.send(tokens, hop.blocks)
         call = asyncio.create_task(self._run_by(give_up, hop, activations))
 
         def ended(call: asyncio.Task[Answer]) -> None:
-            peer.tokens_in_flight -= tokens
-            if call.cancelled() or call.exception() is not None:
-                peer.window.on_lost(sent)
-            else:
-                peer.window.on_delivered(sent, self._runtime.monotonic())
+            peer.settle(sent, tokens, is_delivered=not call.cancelled() and call.exception() is None)
             self.queues.notify_capacity()
 
         call.add_done_callback(ended)

@@ -5,17 +5,12 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 __all__ = ["InThread", "Runtime"]
 
-T = TypeVar("T")
-
-
-class InThread(Protocol):
-    """Runs a function that takes long, where the event loop must go on."""
-
-    def __call__(self, function: Callable[..., T], /, *args: Any) -> Awaitable[T]: ...
+InThread = Callable[..., Awaitable[Any]]
+"""Runs a function, given with its arguments, that takes long, where the event loop must go on."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from petals_eval.swarm.peers.limits import ModelLimits, TokenLimits
 from petals_eval.swarm.peers.peer_text import error_text, short_peer
 from petals_eval.swarm.peers.sampling import Sampler
 from petals_eval.swarm.peers.session_cache import SessionCache
-from petals_eval.swarm.peers.window import CongestionWindow
+from petals_eval.swarm.peers.window import CongestionWindow, SentCall
 from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.tasks import Once
 from petals_eval.swarm.wire.codecs import LossyCode
@@ -78,7 +78,8 @@ class Peer:
         self.stepping = asyncio.Lock()
         self.calls = self.tokens = self.bytes_sent = self.bytes_received = 0
         self.failures = self.retries = self.overtaken = 0
-        self.tokens_in_flight = self.push_tokens_reserved = 0
+        self.tokens_in_flight = 0
+        self.push_tokens_reserved = 0.0
         self.failures_in_a_row = 0
         self.blocked_until = 0.0
         self.last_error = ""
@@ -130,6 +131,16 @@ class Peer:
     def is_failing(self) -> bool:
         """Whether its last call failed, or it is still left alone after one that did."""
         return self.failures_in_a_row > 0 or not self.is_usable
+
+    def send(self, tokens: int, blocks: int) -> SentCall:
+        """Count a call as in flight; what is returned goes to `settle`."""
+        self.tokens_in_flight += tokens
+        return self.window.send(float(tokens * blocks), self._runtime.monotonic())
+
+    def settle(self, sent: SentCall, tokens: int, *, is_delivered: bool) -> None:
+        """Count a call as not in flight any more."""
+        self.tokens_in_flight -= tokens
+        self.window.settle(sent, self._runtime.monotonic(), is_delivered=is_delivered)
 
     def on_failed(self, error: Exception) -> None:
         """Leave the server alone: min_backoff seconds, doubled with each failure in a row, up to max_backoff."""

@@ -3,21 +3,11 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 __all__ = ["Sampler"]
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class _Counts:
-    """Answers seen, chosen, and left while fewer than two were chosen."""
-
-    seen: int = 0
-    chosen: int = 0
-    left: int = 0
 
 
 class Sampler(Generic[T]):
@@ -32,33 +22,32 @@ class Sampler(Generic[T]):
         self._share = share
         self._draws = draws
         self._first_at = draws.choice((1, 2))
-        self._counts = _Counts()
+        self._seen = self._chosen = self._left = 0  # left: while fewer than two were chosen
         self._kept: T | None = None
 
     def chooses(self, item: T, is_possible: Callable[[], bool] = lambda: True) -> bool:
         """Return whether to check this one. is_possible: whether anybody could; if not, the next one takes its turn."""
-        counts = self._counts
-        counts.seen += 1
-        is_due = counts.chosen == 0 and counts.seen >= self._first_at
+        self._seen += 1
+        is_due = self._chosen == 0 and self._seen >= self._first_at
         if (is_due or self._draws.random() < self._share) and is_possible():
-            counts.chosen += 1
-            if counts.chosen >= self.MINIMUM:
+            self._chosen += 1
+            if self._chosen >= self.MINIMUM:
                 self._kept = None
             return True
-        if counts.chosen < self.MINIMUM:
-            counts.left += 1
-            if self._draws.random() * counts.left < 1:  # each of those left is the one kept with the same probability
+        if self._chosen < self.MINIMUM:
+            self._left += 1
+            if self._draws.random() * self._left < 1:  # each of those left is the one kept with the same probability
                 self._kept = item
         return False
 
     def on_failed(self) -> None:
         """Let another one take the place of a check that could not be done."""
-        self._counts.chosen -= 1
+        self._chosen -= 1
 
     def last_choice(self) -> T | None:
         """Return what is still to be checked at the end, so that it is two where there were two; None: nothing."""
         item, self._kept = self._kept, None
-        if item is None or self._counts.chosen >= self.MINIMUM:
+        if item is None or self._chosen >= self.MINIMUM:
             return None
-        self._counts.chosen += 1
+        self._chosen += 1
         return item

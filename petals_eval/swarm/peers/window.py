@@ -111,6 +111,13 @@ class CongestionWindow:
         self._calls += 1
         return SentCall(work, now, self._delivered, self._delivered_at)
 
+    def settle(self, sent: SentCall, now: float, *, is_delivered: bool) -> None:
+        """Count a call as not in flight any more, whatever came of it."""
+        if is_delivered:
+            self.on_delivered(sent, now)
+        else:
+            self.on_lost(sent)
+
     def on_lost(self, sent: SentCall) -> None:
         """Count a call as not in flight any more: no answer will come."""
         self._calls -= 1

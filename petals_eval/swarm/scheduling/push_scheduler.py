@@ -16,7 +16,7 @@ from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import PeerBook
-from petals_eval.swarm.peers.window import CongestionWindow, SentCall
+from petals_eval.swarm.peers.window import CongestionWindow
 from petals_eval.swarm.scheduling.admission import AdmissionQueues
 from petals_eval.swarm.scheduling.router import PacePolicy, Router
 from petals_eval.swarm.scheduling.tuning import PushChoice
@@ -86,10 +86,11 @@ class PushScheduler:
         on the way.
         """
         window = self._windows.setdefault(span, CongestionWindow())
-        work = float(activations.tokens * len(span))
+        tokens = activations.tokens
+        work = float(tokens * len(span))
         async with self._queues.turn(span.start):
             while True:
-                hops = self._router.plan(span, activations.tokens)
+                hops = self._router.plan(span, tokens)
                 if hops is None or not self._takes(hops, activations):
                     return []
                 window.min_rtt = sum(self._peers.of(hop.peer_id).window.min_rtt for hop in hops)
@@ -99,16 +100,19 @@ class PushScheduler:
                 await self._queues.wait_for_capacity(PushSchedulerPolicy.look_again)
             patience = self._patience(hops, activations)
             whole = window.send(work, self._runtime.monotonic())
-            sent = [self._count_sent(hop, activations) for hop in hops]
+            peers = [self._peers.of(hop.peer_id) for hop in hops]
+            sent = [peer.send(tokens, hop.blocks) for peer, hop in zip(peers, hops, strict=True)]
+            for peer, one in zip(peers, sent, strict=True):
+                peer.push_tokens_reserved += one.work
         pushed = Pushed(())
         try:
             pushed = await self._through(hops, activations, patience)
         finally:
-            now = self._runtime.monotonic()
-            for index, (hop, one) in enumerate(zip(hops, sent, strict=True)):
-                self._count_ended(hop, activations)
-                _settle(self._peers.of(hop.peer_id).window, one, now, index < len(pushed.answers))
-            _settle(window, whole, now, len(pushed.answers) == len(hops))
+            answered = len(pushed.answers)
+            for index, (peer, one) in enumerate(zip(peers, sent, strict=True)):
+                peer.push_tokens_reserved -= one.work
+                peer.settle(one, tokens, is_delivered=index < answered)
+            window.settle(whole, self._runtime.monotonic(), is_delivered=answered == len(hops))
             self._queues.notify_capacity()
         self._note(hops, activations, pushed)
         return list(zip(hops[: len(pushed.answers)], pushed.answers, strict=True))
@@ -167,18 +171,6 @@ class PushScheduler:
             expected = PacePolicy.first_patience
         return min(self._settings.request_timeout, max(PushSchedulerPolicy.min_patience, expected))
 
-    def _count_sent(self, hop: Hop, activations: Activations) -> SentCall:
-        """Count it as in flight at a server, for whoever picks one."""
-        peer, work = self._peers.of(hop.peer_id), activations.tokens * hop.blocks
-        peer.tokens_in_flight += activations.tokens
-        peer.push_tokens_reserved += work
-        return peer.window.send(float(work), self._runtime.monotonic())
-
-    def _count_ended(self, hop: Hop, activations: Activations) -> None:
-        peer = self._peers.of(hop.peer_id)
-        peer.tokens_in_flight -= activations.tokens
-        peer.push_tokens_reserved -= activations.tokens * hop.blocks
-
     def _note(self, hops: Sequence[Hop], activations: Activations, pushed: Pushed) -> None:
         """Note what the answers, and the error, say of the servers."""
         for index, answer in enumerate(pushed.answers):
@@ -209,10 +201,3 @@ class PushScheduler:
             peer.push_rest_until = now + peer.push_rest
             _log.debug("%s: no pushes for %g s", peer.name, peer.push_rest)
         self._choice.on_failed()
-
-
-def _settle(window: CongestionWindow, sent: SentCall, now: float, is_delivered: bool) -> None:
-    if is_delivered:
-        window.on_delivered(sent, now)
-    else:
-        window.on_lost(sent)

@@ -132,7 +132,7 @@ class ReplicaAudit:
             f"{finding.excess:.2g} times what rounding explains)",
             finding.difference,
         )
-        self._quarantine.add_wrong(finding, error)
+        self._quarantine.add_finding(finding, error)
 
 
 def _witness(finding: TrustFinding) -> str:

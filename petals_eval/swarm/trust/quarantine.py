@@ -45,13 +45,10 @@ class Quarantine:
 
     def add(self, hop: Hop, error: PeerDistrustedError) -> None:
         """Leave the hop's server out for good, for it answered one question in two ways."""
-        self._put(TrustFinding(hop.server, "nondeterministic", hop.span, error.difference), error)
+        self.add_finding(TrustFinding(hop.server, "nondeterministic", hop.span, error.difference), error)
 
-    def add_wrong(self, finding: TrustFinding, error: PeerDistrustedError) -> None:
-        """Leave a server out for good that others, or blocks at home, have shown to be wrong."""
-        self._put(finding, error)
-
-    def _put(self, finding: TrustFinding, error: PeerDistrustedError) -> None:
+    def add_finding(self, finding: TrustFinding, error: PeerDistrustedError) -> None:
+        """Leave a server out for good that others, blocks at home, or itself have shown not to be counted on."""
         peer = self._peers.of(finding.server.peer_id)
         if peer.is_quarantined:
             return

@@ -207,22 +207,13 @@ def read_snapshot(
 
 def newest_readable(announcements: list[Announcement]) -> tuple[ServerRecord | None, int]:
     """Return the newest of one server's records that can be read, and how many could not be."""
-    dropped = 0
-    newest = max(announcements, key=_expiration)  # nearly always it will do, and the rest need not be sorted
-    try:
-        return ServerRecord.from_wire(newest.value), dropped
-    except ValueError:
-        dropped += 1
-    for announcement in sorted(announcements, key=_expiration, reverse=True):
-        if announcement is not newest:
-            try:
-                return ServerRecord.from_wire(announcement.value), dropped
-            except ValueError:
-                dropped += 1
-    return None, dropped
-
-
-_expiration = attrgetter("expiration")
+    unreadable = 0
+    for announcement in sorted(announcements, key=attrgetter("expiration"), reverse=True):
+        try:
+            return ServerRecord.from_wire(announcement.value), unreadable
+        except ValueError:
+            unreadable += 1
+    return None, unreadable
 
 
 def _span(record: ServerRecord, found: list[Announcement], num_blocks: int) -> Span:
