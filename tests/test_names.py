@@ -163,7 +163,7 @@ RETIRED_MODULES = {
     "petals_eval.swarm.inference_session": "petals_eval.swarm.sessions.inference_session",
     "petals_eval.swarm.limits": "petals_eval.swarm.peers.limits",
     "petals_eval.swarm.lines": "petals_eval.swarm.scheduling.admission",
-    "petals_eval.swarm.missing": "petals_eval.swarm.directory.coverage",
+    "petals_eval.swarm.missing": "petals_eval.swarm.scheduling.waiting",
     "petals_eval.swarm.opening": "petals_eval.swarm.transport.opening",
     "petals_eval.swarm.overflow": "petals_eval.swarm.trust.non_finite",
     "petals_eval.swarm.push_calls": "petals_eval.swarm.scheduling.push_scheduler",

@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from petals_eval.errors import MissingBlocksError, PeerDistrustedError
-from petals_eval.swarm.directory.coverage import common_spans
 from petals_eval.swarm.directory.directory import DirectoryView
 from petals_eval.swarm.directory.routing import Hop, hold_all, next_hop
 from petals_eval.swarm.peers.finding import TrustFinding
 from petals_eval.swarm.peers.peer import Peer, PeerBook
 from petals_eval.swarm.trust.finding_text import stop_text, warning_text
 from petals_eval.swarm.wire.records import SpanServer
-from petals_eval.swarm.wire.span import Span, spans_text
+from petals_eval.swarm.wire.span import Span, common_spans, spans_text
 
 __all__ = ["Quarantine"]
 

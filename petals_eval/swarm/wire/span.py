@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["Span", "joined", "spans_text"]
+__all__ = ["Span", "common_spans", "joined", "spans_text"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -79,3 +79,12 @@ def spans_text(spans: Iterable[Span]) -> str:
     '0:2 4:7'
     """
     return " ".join(map(str, spans))
+
+
+def common_spans(spans: Iterable[Span], span: Span) -> tuple[Span, ...]:
+    """Return what of the spans lies within another one.
+
+    >>> [str(each) for each in common_spans([Span(0, 2), Span(5, 8)], Span(1, 6))]
+    ['1:2', '5:6']
+    """
+    return tuple(common for each in spans if (common := each.common(span)) is not None)
