@@ -9,7 +9,7 @@ from petals_eval.bench.forward import ForwardCase, ForwardPoint
 from petals_eval.bench.inference import InferenceCase, InferencePoint
 from petals_eval.bench.monitor import ResourceUse
 from petals_eval.bench.plot import line_plot
-from petals_eval.swarm.peers.peer import short_peer
+from petals_eval.swarm.peers.peer_text import short_peer
 
 __all__ = [
     "Case",

@@ -147,7 +147,7 @@ class _Counted:
 def route_lines(snapshot: "Snapshot") -> list[str]:
     """Return a line for each of the servers that a run would use first, or for the blocks that nobody holds."""
     from petals_eval.swarm.directory.routing import plan_route
-    from petals_eval.swarm.peers.peer import short_peer
+    from petals_eval.swarm.peers.peer_text import short_peer
     from petals_eval.swarm.wire.span import Span, spans_text
 
     servers = list(snapshot.servers.values())

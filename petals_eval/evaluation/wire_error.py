@@ -46,7 +46,7 @@ def note_lossless_servers(model: "RemoteModel", folder: RunFolder) -> list[str]:
     """
     if model.blocks.settings.wire is None:
         return []
-    from petals_eval.swarm.peers.peer import short_peer
+    from petals_eval.swarm.peers.peer_text import short_peer
 
     peers = list(model.blocks.peers.values())
     before = folder.manifest.wire or WireRecord(model.blocks.settings.wire)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from petals_eval.cli.exit_codes import run_command
 from petals_eval.errors import AdapterError, DeadlineError, PeerError
 from petals_eval.swarm.peers.finding import TrustFinding
-from petals_eval.swarm.peers.peer import error_text
+from petals_eval.swarm.peers.peer_text import error_text
 from petals_eval.swarm.transport.raw_stream import receive
 from petals_eval.swarm.transport.rpc import peer_errors
 from petals_eval.swarm.trust.finding_text import stop_text, warning_text

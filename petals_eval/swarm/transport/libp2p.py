@@ -11,7 +11,8 @@ from hivemind.proto import runtime_pb2
 from petals_eval.errors import PeerUnreachableError
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
-from petals_eval.swarm.peers.peer import PeerBook, short_peer
+from petals_eval.swarm.peers.peer import PeerBook
+from petals_eval.swarm.peers.peer_text import short_peer
 from petals_eval.swarm.transport.codec_negotiation import negotiate
 from petals_eval.swarm.transport.hop_session import HopSession
 from petals_eval.swarm.transport.raw_stream import MAX_ANSWER_OVERHEAD_BYTES, open_stream, streamed

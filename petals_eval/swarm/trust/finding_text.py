@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from petals_eval.swarm.peers.finding import TrustFinding, Witness
-from petals_eval.swarm.peers.peer import short_peer
+from petals_eval.swarm.peers.peer_text import short_peer
 from petals_eval.text import plural
 
 __all__ = ["dropout_text", "stop_text", "warning_text"]

@@ -14,7 +14,8 @@ from petals_eval.errors import (
     PeerUnreachableError,
 )
 from petals_eval.swarm.directory.routing import Hop
-from petals_eval.swarm.peers.peer import Peer, PeerBook, ProbeState, error_text, short_peer
+from petals_eval.swarm.peers.peer import Peer, PeerBook, ProbeState
+from petals_eval.swarm.peers.peer_text import error_text, short_peer
 from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.transport.transport import kept_info
 from petals_eval.swarm.wire.span import Span
