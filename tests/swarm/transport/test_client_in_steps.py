@@ -17,7 +17,7 @@ def test_each_row_has_a_session_of_its_own_one_after_the_other():
     """As where they were first computed: an audit may take no more of a cache at once."""
     transport, chosen = FakeTransport(), settings()
     transport.info = ServerInfo("2.2.0", torch.float32, torch.float32, None, session_tensors=3)
-    client = HopClient(transport, PeerBook(chosen), chosen)
+    client = HopClient(transport, PeerBook(chosen))
     hop, entering = Hop(server("a", 0, 2), Span(0, 2)), Activations(torch.zeros(3, 600, 4))
     asyncio.run(client.run(hop, entering, positions_per_step=256))
     assert [(session.rows, session.max_length) for session in transport.sessions] == [(1, 600)] * 3
