@@ -20,7 +20,8 @@
     │   ├── PeerUnreachableError                  no connection, or the connection broke
     │   ├── PeerTimeoutError                      no answer in time
     │   ├── PeerRefusedError                      it answered with an error
-    │   │   └── PeerCacheFullError                    no room for a session now, which is no fault of it
+    │   │   ├── PeerCacheFullError                    no room for a session now, which is no fault of it
+    │   │   └── PeerLimitError                        more tokens than it takes, which it may take in parts
     │   ├── PeerNoSessionError                    it opens no session that this client can use; ordinary calls go on
     │   ├── PeerAnswerError                       wrong count, shape or dtype
     │   │   └── PeerNotFiniteError                    NaN or infinity

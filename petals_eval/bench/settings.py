@@ -15,10 +15,11 @@ from petals_eval.config import (
     option,
     same_as,
 )
+from petals_eval.config import Wire as LossyWire
 
 __all__ = ["BenchSettings", "ForwardSettings", "InferenceSettings", "Wire"]
 
-Wire = Literal["lossless", "float16", "blockwise8", "uniform8"]
+Wire = Literal["lossless"] | LossyWire
 """How hidden states travel."""
 
 

@@ -176,7 +176,10 @@ class Pipeline:
         call = asyncio.create_task(self._run_by(give_up, hop, activations))
 
         def ended(call: asyncio.Task[Answer]) -> None:
-            peer.settle(sent, tokens, is_delivered=not call.cancelled() and call.exception() is None)
+            is_delivered = not call.cancelled() and call.exception() is None
+            peer.settle(sent, tokens, is_delivered=is_delivered)
+            took = self._runtime.monotonic() - sent.at
+            _log.debug("blocks %s %s %s after %.3f s", hop.span, "by" if is_delivered else "not by", peer.name, took)
             self.queues.notify_capacity()
 
         call.add_done_callback(ended)

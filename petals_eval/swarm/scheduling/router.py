@@ -90,6 +90,7 @@ class Router:
         return min(PacePolicy.slowest_claim, max(PacePolicy.quickest_claim, 1 / record.forward_rps))
 
     def _cost(self, tokens: int) -> Cost:
+        """Return what servers are chosen by: whatever is to be preferred, beyond the seconds expected, belongs here."""
         return lambda server, blocks: self.seconds(server, blocks, tokens)
 
     # -- the next hop
@@ -206,7 +207,8 @@ class Router:
             and admission.is_ready(server, hop.span)
             and self.has_room(other := Hop(server, hop.span), tokens)
         ]
-        return min(free, key=lambda other: self.seconds_for(other, tokens), default=None)
+        cost = self._cost(tokens)
+        return min(free, key=lambda other: cost(other.server, other.blocks), default=None)
 
     def holders(self, block: int) -> list[str]:
         """Return the servers (peer ids) of a block that are not quarantined."""

@@ -166,8 +166,8 @@ class Arbiter:
         draws = {server.peer_id: self._runtime.random.random() for server in servers}
 
         def cost(server: SpanServer, blocks: int) -> float:
-            alike = (server.record.torch_dtype, server.record.quant_type) == (record.torch_dtype, record.quant_type)
-            return (1 if alike else 100) + draws[server.peer_id] / 100
+            kinds = {(each.torch_dtype, each.quant_type or "none") for each in (server.record, record)}
+            return (1 if len(kinds) == 1 else 100) + draws[server.peer_id] / 100
 
         return plan_route(servers, hop.span, cost)
 
