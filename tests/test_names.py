@@ -69,7 +69,7 @@ RETIRED = {
     "Judge": "Arbiter",
     "Claim": "RecordedCall",
     "Opinion": "ReplicaAnswer",
-    "Sight": "DirectoryView",
+    "Sight": "Directory",
     "Distrust": "Quarantine",
     "distrust": "quarantine",
     "last_resort": "fallback_hop",

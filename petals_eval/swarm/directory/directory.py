@@ -12,7 +12,7 @@ from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.wire import messages
 from petals_eval.swarm.wire.records import Announcement, ServerFilter, Snapshot, read_snapshot
 
-__all__ = ["Directory", "DirectoryView", "RecordSource"]
+__all__ = ["Directory", "RecordSource"]
 
 _log = logging.getLogger(__name__)
 
@@ -27,12 +27,6 @@ class RecordSource(Protocol):
     def now(self) -> float:
         """Return the time that records expire by, in seconds since the epoch."""
         ...
-
-
-class DirectoryView(Protocol):
-    """The directory for whoever only looks at it."""
-
-    snapshot: Snapshot
 
 
 class Directory:

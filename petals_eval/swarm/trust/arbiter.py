@@ -9,7 +9,7 @@ import torch
 
 from petals_eval.errors import PeerError, PeerTimeoutError
 from petals_eval.swarm.activations import Activations
-from petals_eval.swarm.directory.directory import DirectoryView
+from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.directory.routing import Hop, plan_route
 from petals_eval.swarm.peers.finding import TrustFinding, Witness
 from petals_eval.swarm.peers.peer import PeerBook
@@ -61,7 +61,7 @@ class Arbiter:
     home: blocks at home, which are believed; None: there are none.
     """
 
-    def __init__(self, run: RunHop, directory: DirectoryView, peers: PeerBook):
+    def __init__(self, run: RunHop, directory: Directory, peers: PeerBook):
         self._run = run
         self._directory = directory
         self._peers = peers

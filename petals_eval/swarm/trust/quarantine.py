@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from petals_eval.errors import MissingBlocksError, PeerDistrustedError
-from petals_eval.swarm.directory.directory import DirectoryView
+from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.directory.routing import Hop, hold_all, next_hop
 from petals_eval.swarm.peers.finding import TrustFinding
 from petals_eval.swarm.peers.peer import Peer, PeerBook
@@ -24,7 +24,7 @@ class Quarantine:
     config_dropout: what the model's config at home says of dropout, for the warnings.
     """
 
-    def __init__(self, directory: DirectoryView, peers: PeerBook):
+    def __init__(self, directory: Directory, peers: PeerBook):
         self._directory = directory
         self._peers = peers
         self._allow_nondeterministic = peers.settings.allow_nondeterministic
