@@ -31,7 +31,8 @@ def execute(settings: RunSettings) -> int:
         from petals_eval.cli.dry_run import show_dry_run
 
         return show_dry_run(settings, prepared)
-    with prepared.open_folder() as folder, open_model(settings, prepared) as model:
+    # The folder last: an end at once, which leaves no time to tidy up, leaves none before there is something in it.
+    with open_model(settings, prepared) as model, prepared.open_folder() as folder:
         task, examples = prepared.task.name, len(prepared.part)
         _say(f"{_prompts_text(prepared.side.adapters)} · task {task} · {examples:,} examples")
         if settings.local_swarm is None:  # what an embedded swarm claims is made up

@@ -1,6 +1,5 @@
 """The connection to a swarm: the libp2p daemon and the DHT node, and the modules that are opened over them."""
 
-import asyncio
 import atexit
 from types import TracebackType
 
@@ -26,7 +25,6 @@ from petals_eval.swarm.wire.span import Span
 __all__ = ["SwarmConnection"]
 
 _SHUTDOWN_TIMEOUT = 5.0  # seconds the daemon gets to end by itself
-_REAPING_SECONDS = 0.2  # for a daemon that could not start: hivemind does not wait for it
 _CLOSED = "the connection to the swarm is closed: connect again"
 _DAEMON_ENDED = (
     "the local libp2p daemon (p2pd), through which this process talks to the swarm, has ended: was it killed, or is "
@@ -87,7 +85,6 @@ class SwarmConnection:
                 "Set the clock (for example: timedatectl set-ntp true) and try again."
             ) from error
         except (P2PDaemonError, RuntimeError, OSError, TimeoutError) as error:
-            await asyncio.sleep(_REAPING_SECONDS)
             raise SwarmUnreachableError(
                 "\n  ".join(["no initial peer answered:", *peers])
                 + f"\nCheck the addresses and that one of them is up. ({type(error).__name__}: {error})"

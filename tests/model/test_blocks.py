@@ -27,7 +27,7 @@ def hidden():
 
 def through(spans, hidden, prompts=None):
     for span in spans:
-        share = None if prompts is None else prompts[span.first : span.last]
+        share = None if prompts is None else prompts[span.start : span.stop]
         hidden = span.forward(hidden, share)
     return hidden
 

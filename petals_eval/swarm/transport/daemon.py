@@ -4,6 +4,7 @@ import asyncio
 from contextlib import suppress
 from typing import Any
 
+from anyio import CancelScope
 from hivemind.p2p import P2P
 
 from petals_eval.environment import environment_defaults
@@ -22,8 +23,24 @@ async def start_daemon(**options: Any) -> P2P:
 
     hivemind hands on the environment it finds: what other threads start meanwhile gets Go's variables too.
     """
-    with environment_defaults(_GO):
-        p2p = await P2P.create(**options)
+    started: list[P2P] = []
+
+    class Daemon(P2P):
+        """Known from its first moment on: hivemind leaves one whose start fails or is cancelled to itself. The garbage
+        collector then finds it after the end of the loop, which it still needs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            started.append(self)
+
+    try:
+        with environment_defaults(_GO):
+            p2p = await Daemon.create(**options)
+    except BaseException:
+        with CancelScope(shield=True):
+            for each in started:
+                await _kill(each)
+        raise
     keep_reading(p2p)
     return p2p
 
@@ -42,6 +59,14 @@ async def end_daemon(p2p: P2P, timeout: float) -> None:
     try:
         await asyncio.wait_for(p2p.shutdown(), timeout)
     except TimeoutError:
+        await _kill(p2p)
+
+
+async def _kill(p2p: P2P) -> None:
+    """Kill the daemon, if it runs, and wait until it has ended and what it said was read."""
+    if p2p._child is not None:
         with suppress(ProcessLookupError):
             p2p._child.kill()
         await p2p._child.wait()
+    if p2p._reader_task is not None:
+        await asyncio.wait([p2p._reader_task])

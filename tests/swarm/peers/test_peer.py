@@ -20,6 +20,7 @@ from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.transport.transport import kept_info
 from petals_eval.swarm.wire.span import Span
 from tests.support.fake_swarm import FakeDirectory, FakeTransport, forward, pipeline, server, settings
+from tests.support.virtual_time import run_in_virtual_time
 
 HIDDEN = torch.zeros(2, 3, 4)
 GONE = PeerUnreachableError("gone")
@@ -58,17 +59,17 @@ def test_a_server_that_failed_is_asked_anew_what_it_is():
             raise PeerAnswerError("expected float32, found bfloat16")
 
     transport.on_call = change
-    pipe = pipeline(FakeDirectory(4, server("a", 0, 4)), transport)
-    peer = pipe.peers.of("a")
 
-    async def before_and_after() -> None:
+    async def before_and_after(runtime: Runtime) -> None:
+        pipe = pipeline(FakeDirectory(4, server("a", 0, 4)), transport, runtime=runtime)
+        peer = pipe.peers.of("a")
         await kept_info(transport, peer, 0, settings())
         await forward(pipe, HIDDEN)
         assert peer.info.is_answered and len(transport.probes) == 2
         await forward(pipe, HIDDEN)
         assert not peer.info.is_answered and len(transport.probes) == 4
 
-    asyncio.run(before_and_after())
+    run_in_virtual_time(before_and_after)
     assert len(transport.calls) == 3
 
 

@@ -135,3 +135,25 @@ def test_a_daemon_that_hangs_does_not_hold_up_the_end(swarm, monkeypatch):
     connection.close()
     assert time.monotonic() - started < 3
     assert not daemon.is_running()
+
+
+def test_a_daemon_whose_start_is_cancelled_has_ended_when_its_loop_ends(monkeypatch):
+    """Left to the garbage collector it would be found after the end of the loop, which it needs to be ended."""
+    begun = []
+
+    async def never(self: P2P, ready: asyncio.Future) -> None:
+        begun.append(self._child)
+        await self._child.stdout.read()
+
+    monkeypatch.setattr(P2P, "_read_outputs", never)
+
+    async def start_and_cancel() -> None:
+        starting = asyncio.create_task(start_daemon(no_listen=True, dht_mode="client"))
+        while not begun:
+            await asyncio.sleep(0.01)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert begun[0].returncode is not None
+
+    asyncio.run(start_and_cancel())
