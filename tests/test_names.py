@@ -58,7 +58,7 @@ RETIRED = {
     "MOST_INFO_BYTES": "MAX_INFO_BYTES",
     "LOSSY": "LOSSY_CODES",
     "_while_daemon_lives": "EventLoop._while_not_lost",
-    "_BURIAL": "_REAPING_SECONDS",
+    "_BURIAL": "_SHUTDOWN_TIMEOUT",
     # whom to believe
     "CheckedCalls": "DeterminismGuard",
     "VerifiedCalls": "ReplicaAudit",
