@@ -166,7 +166,7 @@ class Pipeline:
         """Send it now. The task raises PeerError, and PeerTimeoutError when nothing came by `give_up`."""
         peer, tokens = self.peers.of(hop.peer_id), activations.tokens
         if _log.isEnabledFor(logging.DEBUG):
-            expected, window = self._router.seconds_for(hop, tokens), peer.window
+            expected, window = self._router.seconds(hop.server, hop.blocks, tokens), peer.window
             limit = window.limit(hop.blocks)
             _log.debug(
                 "blocks %s to %s: %d tokens, expected in %.3f s, window %.0f of %.0f token-blocks",
@@ -243,13 +243,10 @@ class Pipeline:
         peers = list(self.peers.values())
         used = tuple(peer.peer_id for peer in peers if peer.calls)
         notices = (*self.quarantine.notices, *(peer.cache.notice for peer in peers if peer.cache.notice))
-        return SwarmStatus(self.peers.retries, used, self._waiting(), notices, self.quarantine.findings)
-
-    def _waiting(self) -> str | None:
-        """Return why nothing moves. Where some wait for room in a cache, others may go on."""
-        waiting = self._router.waiting
-        for_caches = waiting.for_caches
-        return waiting.for_servers or (for_caches[0] if len(for_caches) >= max(1, self._under_way) else None)
+        for_caches = self._router.waiting.for_caches  # where some wait for room in a cache, others may go on
+        reason = for_caches[0] if len(for_caches) >= max(1, self._under_way) else None
+        waiting = self._router.waiting.for_servers or reason
+        return SwarmStatus(self.peers.retries, used, waiting, notices, self.quarantine.findings)
 
 
 def _served(hop: Hop, answer: Answer) -> ServedHop:

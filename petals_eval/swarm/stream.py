@@ -175,20 +175,14 @@ class MicroBatchStream(Generic[T]):
             self._deliver(None)
 
 
-class BlockingStream(Generic[T]):
-    """The bridge to a thread that makes micro-batches and waits for them. Everything here belongs to that thread."""
+class BlockingStream(MicroBatchStream[T]):
+    """The bridge to a thread that makes micro-batches and waits for them. Everything public belongs to that thread."""
 
     def __init__(self, loop: EventLoop, pipeline: Pipeline, span: Span, window: int | None):
         self._inbox: queue.SimpleQueue[Returned[T] | None] = queue.SimpleQueue()
-        self._stream = MicroBatchStream[T](pipeline, span, window, self._inbox.put)
-        self.has_room, self.send = self._stream.has_room, self._stream.send
-        self._ended = loop.start(self._stream.run)
+        super().__init__(pipeline, span, window, self._inbox.put)
+        self._ended = loop.start(self.run)
         self._ended.add_done_callback(lambda _: self._inbox.put(None))
-
-    @property
-    def in_flight(self) -> int:
-        """Micro-batches that were sent and are not back."""
-        return self._stream.in_flight
 
     def next(self, timeout: float, on_failed: Callable[[Failed[T]], object]) -> list[Computed[T]]:
         """Return the next micro-batch that is back; nothing when none is within `timeout` seconds, or there is room.
@@ -203,7 +197,7 @@ class BlockingStream(Generic[T]):
             if self._ended.done():
                 self._ended.result()  # raises what ended it
             return []
-        result = self._stream.take(returned)
+        result = self.take(returned)
         if isinstance(result, Failed):
             on_failed(result)
             return []

@@ -166,7 +166,9 @@ class PushScheduler:
 
     def _patience(self, hops: Sequence[Hop], activations: Activations) -> float:
         """Return the seconds until all must have answered."""
-        expected = PushSchedulerPolicy.patience * sum(self._router.seconds_for(hop, activations.tokens) for hop in hops)
+        expected = PushSchedulerPolicy.patience * sum(
+            self._router.seconds(hop.server, hop.blocks, activations.tokens) for hop in hops
+        )
         if any(self._peers.of(hop.peer_id).window.rate is None for hop in hops):
             expected = PacePolicy.first_patience
         return min(self._settings.request_timeout, max(PushSchedulerPolicy.min_patience, expected))

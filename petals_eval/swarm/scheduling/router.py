@@ -68,15 +68,11 @@ class Router:
         window = self._peers.of(server.peer_id).window
         return PacePolicy.hop_overhead + window.seconds_for(float(tokens * blocks), self._claimed(server.record))
 
-    def seconds_for(self, hop: Hop, tokens: int) -> float:
-        """Return when the answer to a hop would come."""
-        return self.seconds(hop.server, hop.blocks, tokens)
-
     def patience(self, hop: Hop, tokens: int) -> float:
         """Return the seconds after which a call is a straggler."""
         if self._peers.of(hop.peer_id).window.rate is None:
             return PacePolicy.first_patience
-        return max(PacePolicy.min_patience, PacePolicy.patience * self.seconds_for(hop, tokens))
+        return max(PacePolicy.min_patience, PacePolicy.patience * self.seconds(hop.server, hop.blocks, tokens))
 
     def has_room(self, hop: Hop, tokens: int) -> bool:
         """Return whether the server's window has room for another call."""

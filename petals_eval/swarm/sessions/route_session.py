@@ -8,7 +8,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from anyio import CancelScope
@@ -28,9 +27,10 @@ from petals_eval.swarm.peers.peer import Peer, PeerBook
 from petals_eval.swarm.transport.client import HopClient
 from petals_eval.swarm.transport.hop_session import HopSession
 from petals_eval.swarm.transport.opening import all_or_none
-from petals_eval.swarm.transport.rolling_back import PROOF_TOKENS, rolls_back
+from petals_eval.swarm.transport.rolling_back import PROOF_TOKENS, proves_rolling_back
 from petals_eval.swarm.trust.acceptance import Acceptance
 from petals_eval.swarm.trust.recorded_call import RecordedCall
+from petals_eval.swarm.wire.server_info import may_roll_back
 from petals_eval.swarm.wire.span import Span
 
 __all__ = ["MAX_HELD_SECONDS", "RouteSession"]
@@ -277,8 +277,10 @@ class RouteSession:
         """Return whether the server's sessions go back to a position, asked once and kept. Raises PeerError."""
 
         async def ask() -> bool:
-            open_session = partial(self._client.open_session, hop, 1, PROOF_TOKENS)
-            return await rolls_back(session.info.version, open_session, hidden_size)
+            if not may_roll_back(session.info.version):
+                return False
+            proof = await self._client.open_session(hop, 1, PROOF_TOKENS)
+            return await proves_rolling_back(proof, hidden_size)
 
         try:
             return await self._peers.of(hop.peer_id).rolls_back.get(ask)

@@ -1,26 +1,14 @@
 """Whether a server's sessions go back to a position when told to: by its version first, then by trying it out."""
 
-from collections.abc import Awaitable, Callable
-
 import torch
 
 from petals_eval.errors import PeerRefusedError
 from petals_eval.swarm.transport.hop_session import HopSession
-from petals_eval.swarm.wire.server_info import may_roll_back
 
-__all__ = ["PROOF_TOKENS", "proves_rolling_back", "rolls_back"]
+__all__ = ["PROOF_TOKENS", "proves_rolling_back"]
 
 PROOF_TOKENS = 18
 """Tokens of cache that `proves_rolling_back` needs."""
-
-
-async def rolls_back(version: str | None, open_session: Callable[[], Awaitable[HopSession]], hidden_size: int) -> bool:
-    """Return whether a server of this version rolls back.
-
-    open_session: opens a session of `PROOF_TOKENS` positions of one row, which is closed here.
-    Raises PeerRefusedError where it has no room in its cache now, and other PeerErrors.
-    """
-    return may_roll_back(version) and await proves_rolling_back(await open_session(), hidden_size)
 
 
 async def proves_rolling_back(session: HopSession, hidden_size: int) -> bool:

@@ -69,7 +69,6 @@ class Acceptance:
         peer = self._peers.of(call.hop.peer_id)
         self.refuse_distrusted(peer)
         tokens, span = call.activations.tokens, call.hop.server.span
-        self._guard.tokens_computed += tokens
         state = peer.probes.get(span) or self._guard.new_state(peer, span)
         state.tokens += tokens
         if self._audit is not None and may_audit and tokens:

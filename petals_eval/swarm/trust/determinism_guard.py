@@ -38,7 +38,7 @@ class AskedTwice:
     """What came of asking one question twice.
 
     answer: (rows, positions, hidden size), of the first time. difference: of the two, relative to what the blocks did.
-    allowed: what rounding explains. seconds: the quicker of the two calls took. tokens: of both questions.
+    allowed: what rounding explains. seconds: the quicker of the two calls took.
     """
 
     question: Activations
@@ -46,7 +46,6 @@ class AskedTwice:
     difference: float
     allowed: float
     seconds: float
-    tokens: int
 
     @property
     def is_alike(self) -> bool:
@@ -67,12 +66,12 @@ async def ask_twice(client: HopClient, hop: Hop, question: Activations) -> Asked
     whole = await _ask_twice(client, hop, question)
     if whole.difference == 0 or not whole.is_alike or hop.blocks == 1:
         return whole
-    largest, tokens, question = whole.difference, whole.tokens, whole.question
+    largest, question = whole.difference, whole.question
     for block in range(hop.span.start, hop.span.stop):
         alone = await _ask_twice(client, Hop(hop.server, Span(block, block + 1)), question)
-        largest, tokens = max(largest, alone.difference), tokens + alone.tokens
+        largest = max(largest, alone.difference)
         question = Activations(alone.answer)
-    return AskedTwice(whole.question, whole.answer, largest, whole.allowed, whole.seconds, tokens)
+    return AskedTwice(whole.question, whole.answer, largest, whole.allowed, whole.seconds)
 
 
 async def _ask_twice(client: HopClient, hop: Hop, question: Activations) -> AskedTwice:
@@ -88,21 +87,16 @@ async def _ask_twice(client: HopClient, hop: Hop, question: Activations) -> Aske
                 raise
     apart = difference(question.hidden, first.hidden, second.hidden)
     seconds = min(first.seconds, second.seconds)
-    return AskedTwice(question, first.hidden, apart, SAME_SERVER[first.hidden.dtype], seconds, 2 * question.tokens)
+    return AskedTwice(question, first.hidden, apart, SAME_SERVER[first.hidden.dtype], seconds)
 
 
 class DeterminismGuard:
-    """Probes servers and quarantines those that give two answers. Used from the connection's event loop only.
-
-    tokens_asked, tokens_computed: what the probes have cost so far, and what they were for.
-    """
+    """Probes servers and quarantines those that give two answers. Used from the connection's event loop only."""
 
     def __init__(self, client: HopClient, quarantine: Quarantine, settings: SwarmSettings):
         self._client = client
         self._quarantine = quarantine
         self._settings = settings
-        self.tokens_asked = 0
-        self.tokens_computed = 0
 
     def new_state(self, peer: Peer, span: Span) -> ProbeState:
         """Begin to probe a server for a span that it announces."""
@@ -124,7 +118,6 @@ class DeterminismGuard:
     async def _ask(self, peer: Peer, hop: Hop, question: Activations) -> None:
         asked = await ask_twice(self._client, hop, question)
         peer.window.observe_rtt(asked.seconds)
-        self.tokens_asked += asked.tokens
         _log.debug(
             "%s: blocks %s asked twice: difference %.2g, rounding explains %g; %.3f s",
             *(peer.name, hop.span, asked.difference, asked.allowed, asked.seconds),
