@@ -237,6 +237,11 @@ def _unfinished(folder: Path, manifest: Manifest | None) -> Manifest | None:
             f"Expected {folder} to be empty or to hold an unfinished run; found a run that was finished at "
             f"{found.finished}. Name another folder with --out."
         )
+    if manifest is not None and found.answer_settings.get("code") != manifest.answer_settings.get("code"):
+        raise RunFolderError(
+            f"Expected the unfinished run in {folder} to be of this version of petals-eval; found one of another, "
+            "whose answers may differ. Finish it with the version it was begun with, or name another folder with --out."
+        )
     different = [] if manifest is None else difference(found, manifest)
     if different:
         lines = "\n".join(f"  {line}" for line in different)

@@ -111,8 +111,8 @@ class SwarmConnection:
 
     def remote_sequential(self, dht_prefix: str, num_blocks: int) -> RemoteSequential:
         """Return the model's blocks as one module; its directory is read once, so that its state is known."""
-        directory = Directory(DhtSource(self.dht), dht_prefix, num_blocks, self.settings)
         peers = PeerBook(self.settings)
+        directory = Directory(DhtSource(self.dht), dht_prefix, num_blocks, peers)
         pipeline = Pipeline(Libp2pTransport(self.p2p, dht_prefix, peers), directory, peers)
         self.loop.run(directory.refresh)
         self.loop.start_background(directory.keep_fresh)

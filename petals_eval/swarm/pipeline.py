@@ -230,7 +230,7 @@ class Pipeline:
     @asynccontextmanager
     async def streaming(self) -> AsyncIterator[None]:
         """Keep what is known of the servers fresh while the body sends micro-batches."""
-        await self._router.begin()
+        await self._directory.use()
         self._directory.users += 1
         try:
             yield

@@ -156,6 +156,17 @@ def test_a_run_with_other_answers_is_refused_with_the_difference(tmp_path: Path)
     RunFolder.create(tmp_path, manifest(), task="trec").close()  # the refusal let go of the folder
 
 
+def test_an_unfinished_run_of_another_version_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    ours = {"dtype": "float32", "compression": "none"}
+    RunFolder.create(tmp_path, manifest(answer_settings=ours | {"code": "d" * 64}), task="trec").close()
+    with pytest.raises(RunFolderError) as refused:
+        RunFolder.create(tmp_path, manifest(answer_settings=ours | {"code": "e" * 64}), task="trec")
+    assert str(refused.value) == (
+        f"Expected the unfinished run in {tmp_path} to be of this version of petals-eval; found one of another, whose "
+        "answers may differ. Finish it with the version it was begun with, or name another folder with --out."
+    )
+
+
 def test_a_run_that_failed_leaves_nothing_unless_something_was_scored(tmp_path: Path) -> None:
     """Rows that were withdrawn were scored: they stay for the record. Failures alone are tried again anyway."""
     with pytest.raises(ZeroDivisionError), RunFolder.create(tmp_path / "failed", manifest(), task="trec") as folder:

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from petals_eval.config import SwarmSettings
-from petals_eval.swarm.runtime import Runtime
+from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.wire import messages
 from petals_eval.swarm.wire.records import Announcement, ServerFilter, Snapshot, read_snapshot
 
@@ -35,18 +34,11 @@ class Directory:
     users: streams that are open and want the snapshot fresh.
     """
 
-    def __init__(
-        self,
-        source: RecordSource,
-        dht_prefix: str,
-        num_blocks: int,
-        settings: SwarmSettings,
-        runtime: Runtime | None = None,
-    ):
+    def __init__(self, source: RecordSource, dht_prefix: str, num_blocks: int, peers: PeerBook):
+        settings = peers.settings
         self._source = source
         self._blocks = {messages.block_uid(dht_prefix, block): block for block in range(num_blocks)}
-        self._settings = settings
-        self._runtime = runtime or Runtime()
+        self._settings, self._runtime = settings, peers.runtime
         self._filter = ServerFilter(
             active_adapter=settings.active_adapter,
             dtype=settings.require_dtype,

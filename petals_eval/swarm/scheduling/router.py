@@ -119,14 +119,10 @@ class Router:
 
         admission: which servers take it; its refusal is raised where it leaves no route.
         """
-        await self.begin()
+        await self._directory.use()
         while isinstance(found := await self._find_or_wait(rest, tokens, give_up, admission), Wait):
             await self._wait_for_cache(found, give_up)
         return found
-
-    async def begin(self) -> None:
-        """See to it that what is known of the servers is not old, before anything is planned."""
-        await self._directory.use()
 
     async def _find_or_wait(self, rest: Span, tokens: int, give_up: float, admission: Admission) -> Hop | Wait:
         """Like `find`, but where nothing is missing but room in a server's cache, return how long to wait for that:

@@ -7,6 +7,7 @@ import pytest
 from petals_eval.swarm.directory import dht as module
 from petals_eval.swarm.directory.dht import DhtSource
 from petals_eval.swarm.directory.directory import Directory
+from petals_eval.swarm.peers.peer import PeerBook
 from tests.support.fake_dht import FakeDHT
 from tests.support.fake_swarm import settings
 from tests.support.virtual_time import run_in_virtual_time
@@ -22,7 +23,7 @@ def seen(monkeypatch, times, *answers):
     monkeypatch.setattr(module, "LOOK_TIMEOUT", 0.05)
 
     async def look():
-        directory = Directory(DhtSource(FakeDHT(*answers)), "tiny", 2, settings())
+        directory = Directory(DhtSource(FakeDHT(*answers)), "tiny", 2, PeerBook(settings()))
         return [set((await directory.refresh()).servers) for _ in times]
 
     return asyncio.run(look())
@@ -52,7 +53,7 @@ def test_a_newer_record_takes_the_place_of_an_older_one(monkeypatch):
 def test_a_directory_that_nobody_uses_asks_nothing_and_looks_first_when_it_is_used_again():
     async def live(runtime) -> None:
         dht = FakeDHT()
-        directory = Directory(DhtSource(dht), "tiny", 2, settings(update_period=0.05), runtime)
+        directory = Directory(DhtSource(dht), "tiny", 2, PeerBook(settings(update_period=0.05), runtime))
         await directory.refresh()
         keeping = asyncio.create_task(directory.keep_fresh())
         while dht.looks < 4:
@@ -84,7 +85,7 @@ def test_a_look_that_raises_does_not_end_keeping_fresh():
 
     async def keep(runtime) -> set[str]:
         dht = Raising({0: {PEERS[0]: (ONLINE, 4e9)}})
-        directory = Directory(DhtSource(dht), "tiny", 2, settings(update_period=0.02), runtime)
+        directory = Directory(DhtSource(dht), "tiny", 2, PeerBook(settings(update_period=0.02), runtime))
         keeping = asyncio.create_task(directory.keep_fresh())
         while dht.looks < 3:
             await directory.use()
