@@ -1,15 +1,8 @@
 """A link of the emulated network by itself."""
 
-import doctest
-
 import pytest
 
-import petals_eval.local_swarm.relays
 from petals_eval.local_swarm.relays import Link
-
-
-def test_doctests():
-    assert doctest.testmod(petals_eval.local_swarm.relays).failed == 0
 
 
 def test_a_link_is_a_serial_line():
