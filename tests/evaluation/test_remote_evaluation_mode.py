@@ -27,7 +27,8 @@ def quiet(realdata, tmp_path_factory):
         result = evaluate_trec(realdata, model, out, limit=EXAMPLES)
     assert result.noisy_servers == ()
     # A row in a micro-batch of another size may differ in its last bits: how many go together is found out on the way.
-    close = [pytest.approx(line["probabilities"], abs=1e-6) for line in predictions(out)]
+    # Measured: up to 1.02e-6 of a probability, between sizes of 240 and of 480 KiB.
+    close = [pytest.approx(line["probabilities"], abs=3e-6) for line in predictions(out)]
     return [line | {"probabilities": each} for line, each in zip(predictions(out), close, strict=True)]
 
 
