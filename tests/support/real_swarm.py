@@ -28,8 +28,8 @@ def connect(swarm: HasPeers, **settings: Any) -> SwarmConnection:
 
 @contextlib.contextmanager
 def stories_swarm(realdata: Path, spans: Sequence[tuple[int, int]], **options: Any) -> Iterator[LocalSwarm]:
-    """The real model on servers of these spans, in threads; options: any of `LocalSwarm`."""
-    with LocalSwarm(realdata / STORIES, spans=spans, mode="thread", **options) as swarm:
+    """The real model on servers of these spans, in threads unless told otherwise; options: any of `LocalSwarm`."""
+    with LocalSwarm(realdata / STORIES, spans=spans, **{"mode": "thread", **options}) as swarm:
         yield swarm
 
 

@@ -12,7 +12,7 @@ from tests.support.audited_run import BLOCKS, SIZE, AuditedRun, PassesProbes, fl
 from tests.support.fake_swarm import FakeTransport, forward, noise, set_pace
 
 
-@pytest.mark.parametrize(("n", "p", "share"), [(12, 0.3, 0.05), (30, 0.1, 0.1)])
+@pytest.mark.parametrize(("n", "p", "share"), [(12, 0.3, 0.05), pytest.param(30, 0.1, 0.1, marks=pytest.mark.soak)])
 def test_the_formula_holds_through_the_seam(n, p, share):
     """A server is wrong in some of its micro-batches, and is asked about nobody else's."""
     caught, rounds = 0, 200
