@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from petals_eval.config import CallSettings, Pool, SwarmSettings
 from petals_eval.data.batching import MicroBatch, micro_batches
 from petals_eval.errors import ConfigError, ExampleError
-from petals_eval.tasks.requests import Request
+from petals_eval.tasks.requests import Generated, Request
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +22,10 @@ __all__ = ["LocalSide", "RemoteModel", "RequestAnswer", "check_home_blocks", "de
 
 @dataclass(frozen=True, eq=False)
 class RequestAnswer:
-    """A request with its answer: float32 (labels,) or (targets,), and who computed it, hop by hop."""
+    """A request with its answer, as `Request` describes it, and who computed it, hop by hop."""
 
     request: Request
-    answer: "torch.Tensor"
+    answer: "torch.Tensor | Generated"
     hops: "tuple[ServedHop, ...]"
 
 

@@ -10,7 +10,7 @@ from petals_eval.errors import ConfigError, RunFolderError
 from petals_eval.evaluation.evaluate import finish
 from petals_eval.runs.disk import blame_the_machine
 from petals_eval.runs.folder import RunFolder
-from petals_eval.runs.manifest import Manifest, WireRecord, difference
+from petals_eval.runs.manifest import SCHEMA_VERSION, Manifest, WireRecord, difference
 from petals_eval.runs.results import RunResult, run_result
 from petals_eval.runs.shard import Shard
 
@@ -100,7 +100,12 @@ def _without_shard(manifest: Manifest, *, keep_count: bool = True) -> Manifest:
     """Return a part's manifest as that of the whole run, but for the number of parts, which must be the same."""
     shard = (0, manifest.data.shard[1]) if keep_count and manifest.data.shard else None
     return manifest.model_copy(
-        update={"data": manifest.data.model_copy(update={"shard": shard}), "finished": None, "servers": ()}
+        update={
+            "data": manifest.data.model_copy(update={"shard": shard}),
+            "finished": None,
+            "servers": (),
+            "schema_version": SCHEMA_VERSION,
+        }
     )
 
 

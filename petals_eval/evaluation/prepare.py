@@ -278,6 +278,8 @@ def _manifest(
         ],
         data=data,
         task={"name": task.name, **task.fingerprint()},  # type: ignore[dict-item]
+        kind=task.kind,
+        answer_columns=task.columns,
         answer_settings={
             "code": answering_code(),
             "task_code": task_code(task),

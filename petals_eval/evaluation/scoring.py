@@ -12,7 +12,7 @@ from petals_eval.evaluation.prepare import Prepared
 from petals_eval.evaluation.wire_error import note_lossless_servers
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import NoisyServer, ServerUsed, Verdict
-from petals_eval.tasks.requests import Example, Request
+from petals_eval.tasks.requests import Example, Generated, Request
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ class Pending:
     """
 
     example: Example
-    answers: "dict[int, torch.Tensor]" = field(default_factory=dict)
+    answers: "dict[int, torch.Tensor | Generated]" = field(default_factory=dict)
     servers: set[ServerUsed] = field(default_factory=set)
 
 
@@ -220,7 +220,7 @@ class Scoring:
                     self._record_failure(name, example, error, servers)
                     fail_fast.record_failure(error)
                     continue
-                journal.add(name, prediction, truncated=example.truncated, servers=servers)
+                journal.add(name, prediction, kind=task.kind, truncated=example.truncated, servers=servers)
                 self.done += 1
                 fail_fast.any_scored = True
         self.tick()
@@ -247,6 +247,9 @@ class Scoring:
             example.key,
             example.label,
             str(error),
+            kind=self.prepared.task.kind,
+            row_hash=example.row_hash,
+            n_requests=len(example.requests),
             n_tokens=example.n_tokens,
             truncated=example.truncated,
             servers=tuple(servers),

@@ -10,7 +10,7 @@ from petals_eval.evaluation.prepare import Prepared, Variant
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import LosslessServer, WireRecord, WireSample
 from petals_eval.tasks import Task
-from petals_eval.tasks.requests import Example
+from petals_eval.tasks.requests import Example, Generated, as_float64
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ def _measured(
     variant: Variant,
     on_tick: Callable[[], object],
 ) -> WireSample:
-    import torch
+    import numpy as np
 
     from petals_eval.remote_model import RemoteModel
     from petals_eval.swarm import SwarmConnection
@@ -85,8 +85,12 @@ def _measured(
         blocks = connection.remote_sequential(model.blocks.dht_prefix, len(model.blocks))
         exact = _answers(RemoteModel(model.local, blocks), examples, prompts, on_tick)
     moved = _answers(model, examples, prompts, on_tick)
-    differences = torch.cat(
-        [(after - before).abs() for key in exact for before, after in zip(exact[key], moved[key], strict=True)]
+    differences = np.concatenate(
+        [
+            np.abs(as_float64(after) - as_float64(before)).ravel()
+            for key in exact
+            for before, after in zip(exact[key], moved[key], strict=True)
+        ]
     )
     changed = sum(
         task.predict(example, exact[example.key]).prediction != task.predict(example, moved[example.key]).prediction
@@ -97,7 +101,7 @@ def _measured(
 
 def _answers(
     model: "RemoteModel", examples: Sequence[Example], adapter: "Adapter | None", on_tick: Callable[[], object]
-) -> "dict[str, list[torch.Tensor]]":
+) -> "dict[str, list[torch.Tensor | Generated]]":
     """Return the answers by the key of their example, in the order of its requests."""
     requests = [request for example in examples for request in example.requests]
     found = {

@@ -1,4 +1,4 @@
-"""Metrics of a classification run: pure functions on arrays, by scikit-learn, with 95% intervals."""
+"""Metrics of every kind of task: pure functions on arrays, by scikit-learn where it has them, with 95% intervals."""
 
 from petals_eval.metrics.accuracy import accuracy, balanced_accuracy, majority_baseline
 from petals_eval.metrics.answers import Metric
@@ -11,18 +11,23 @@ from petals_eval.metrics.probabilistic import brier, log_loss
 from petals_eval.metrics.ranking import roc_auc
 from petals_eval.metrics.registry import (
     DEFAULT_METRICS,
+    KINDS,
     METRICS,
-    MetricSpec,
     available_metrics,
     check_metric_names,
     compute_metrics,
+    measure,
 )
+from petals_eval.metrics.scored_rows import ScoredRows
+from petals_eval.metrics.spec import MetricSpec
 
 __all__ = [
     "DEFAULT_METRICS",
+    "KINDS",
     "METRICS",
     "Metric",
     "MetricSpec",
+    "ScoredRows",
     "accuracy",
     "available_metrics",
     "balanced_accuracy",
@@ -34,6 +39,7 @@ __all__ = [
     "log_loss",
     "majority_baseline",
     "mcc",
+    "measure",
     "per_class",
     "precision_recall_f1",
     "roc_auc",

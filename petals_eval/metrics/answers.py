@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from petals_eval.errors import ConfigError, DataError
 from petals_eval.metrics.intervals import Tallies
+from petals_eval.metrics.scored_rows import ScoredRows
 
 __all__ = ["Answers", "Metric"]
 
@@ -64,6 +65,23 @@ class Answers:
     def resampled_tallies(self) -> Tallies:
         """The tallies of the bootstrap, drawn once for all metrics of counts."""
         return Tallies.resampled(self.labels, self.predictions, self.n_labels, self.seed)
+
+    @classmethod
+    def of(cls, rows: ScoredRows, label_names: Sequence[str], seed: int) -> "Answers":
+        """Return the labelled ones of rows whose first column is a score for each label; probabilities: the softmax of
+        these. Raises DataError where rows have scores for another number of labels."""
+        known = rows.labelled()
+        odd = known.items != len(label_names)
+        if odd.any():
+            row = int(np.argmax(odd))
+            raise DataError(
+                f"Metrics need a score for each of the {len(label_names)} labels ({', '.join(label_names)}); row {row} "
+                f"has {known.items[row]}."
+            )
+        scores = known.values[:, 0].reshape(len(known), len(label_names))
+        powers = np.exp(scores - scores.max(axis=1, keepdims=True)) if len(known) else scores
+        shares = powers / powers.sum(axis=1, keepdims=True)
+        return cls.checked(known.labels.astype(np.int64), scores.argmax(axis=1), shares, label_names, seed)
 
     @classmethod
     def checked(

@@ -1,9 +1,10 @@
-"""The metrics by name, and the one function that computes them."""
+"""The metrics by kind of task and by name, and the functions that compute them."""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from numpy.typing import ArrayLike
 
@@ -15,29 +16,19 @@ from petals_eval.metrics.correlation import measure_mcc
 from petals_eval.metrics.fscores import AVERAGES, SCORES, averaged, for_each_label
 from petals_eval.metrics.probabilistic import measure_brier, measure_log_loss
 from petals_eval.metrics.ranking import measure_roc_auc
+from petals_eval.metrics.scored_rows import ScoredRows
+from petals_eval.metrics.spec import MetricSpec, View
 
-__all__ = ["DEFAULT_METRICS", "METRICS", "MetricSpec", "available_metrics", "check_metric_names", "compute_metrics"]
-
-
-@dataclass(frozen=True)
-class MetricSpec:
-    """An entry of the table.
-
-    title: as reports print it.
-    measure: of answers that hold at least one example; gives one metric, or one a label.
-    score: for metrics with one value a label, the name before the bracket.
-    """
-
-    name: str
-    title: str
-    about: str
-    measure: Callable[[Answers], list[Metric]]
-    higher_is_better: bool = True
-    score: str | None = None
-
-    def names(self, label_names: Sequence[str]) -> list[str]:
-        """Return the names of the metrics that `measure` gives."""
-        return [self.name] if self.score is None else [f"{self.score}[{label}]" for label in label_names]
+__all__ = [
+    "DEFAULT_METRICS",
+    "KINDS",
+    "METRICS",
+    "MetricSpec",
+    "available_metrics",
+    "check_metric_names",
+    "compute_metrics",
+    "measure",
+]
 
 
 def _nothing(answers: Answers) -> list[Metric]:
@@ -45,8 +36,10 @@ def _nothing(answers: Answers) -> list[Metric]:
 
 
 _TITLES = {"precision": "precision", "recall": "recall", "f1": "F1"}
-_SPECS = (
-    MetricSpec("accuracy", "accuracy", "share of right answers; brings the majority baseline", measure_accuracy),
+_CLASSES = (
+    MetricSpec(
+        "accuracy", "accuracy", "share of right answers; brings the majority baseline", measure_accuracy, is_share=True
+    ),
     MetricSpec(
         "majority_baseline",
         "majority baseline",
@@ -74,28 +67,36 @@ _SPECS = (
     MetricSpec("confusion_matrix", "confusion matrix", "always reported beside the metrics", _nothing),
 )
 
-METRICS: Mapping[str, MetricSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
+KINDS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType({"classification": _CLASSES})
+"""The metrics of each kind of task, in the order of reports. A name has one title, whatever the kind."""
+
+METRICS: Mapping[str, MetricSpec] = MappingProxyType({spec.name: spec for specs in KINDS.values() for spec in specs})
 DEFAULT_METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "mcc", "log_loss", "ece")
 
 
-def available_metrics() -> tuple[str, ...]:
-    """Return every name that `compute_metrics` knows, in the order of reports.
+def available_metrics(kind: str = "classification") -> tuple[str, ...]:
+    """Return every metric of a kind of task, in the order of reports. Raises ConfigError for an unknown kind.
 
     >>> available_metrics()[:3]
     ('accuracy', 'majority_baseline', 'balanced_accuracy')
     """
-    return tuple(METRICS)
+    return tuple(_table(kind))
 
 
-def check_metric_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names without repetitions. Raises ConfigError for one that is unknown, with those that come close."""
+def check_metric_names(names: Iterable[str], kind: str = "classification") -> tuple[str, ...]:
+    """Return the names without repetitions.
+
+    Raises ConfigError for one that this kind of task does not have, with those that come close.
+    """
+    table = _table(kind)
     known = tuple(dict.fromkeys(names))
     for name in known:
-        if name not in METRICS:
-            variants = [other for other in METRICS if other.startswith(f"{name}_")]
-            close = variants or difflib.get_close_matches(name, METRICS, n=3, cutoff=0.5)
-            hint = f"Did you mean {' or '.join(close)}?" if close else f"There are: {', '.join(METRICS)}."
-            raise ConfigError(f"Expected the name of a metric; found {name!r}. {hint}")
+        if name not in table:
+            variants = [other for other in table if other.startswith(f"{name}_")]
+            close = variants or difflib.get_close_matches(name, table, n=3, cutoff=0.5)
+            hint = f"Did you mean {' or '.join(close)}?" if close else f"There are: {', '.join(table)}."
+            what = "a metric" if kind == "classification" else f"a metric of {kind}"
+            raise ConfigError(f"Expected the name of {what}; found {name!r}. {hint}")
     return known
 
 
@@ -108,7 +109,7 @@ def compute_metrics(
     label_names: Sequence[str],
     seed: int = 0,
 ) -> dict[str, Metric]:
-    """Compute metrics with 95% intervals, by name.
+    """Compute metrics of a classification with 95% intervals, by name.
 
     names: of `available_metrics()`. "accuracy" brings "majority_baseline" with it; "f1_per_class" gives one metric a
         label, "f1[label]"; "confusion_matrix" gives none (see `petals_eval.metrics.confusion_matrix`).
@@ -124,22 +125,50 @@ def compute_metrics(
     """
     known = check_metric_names(names)
     answers = Answers.checked(labels, predictions, probabilities, label_names, seed)
+    return _measured([METRICS[name] for name in known], lambda view: answers, label_names)
+
+
+def measure(
+    kind: str, names: Sequence[str], rows: ScoredRows, *, label_names: Sequence[str] = (), seed: int = 0
+) -> dict[str, Metric]:
+    """Compute the metrics of a task of any kind with 95% intervals, by name, from what a journal holds.
+
+    label_names: where the rows have common labels. seed: of the bootstrap.
+    Raises ConfigError for a name that the kind does not have, DataError for rows that do not fit.
+    """
+    table, views = _table(kind), dict[View, Any]()
+
+    def view_of(view: View) -> Any:
+        if view not in views:
+            views[view] = view(rows, label_names, seed)
+        return views[view]
+
+    return _measured([table[name] for name in check_metric_names(names, kind)], view_of, label_names)
+
+
+def _table(kind: str) -> dict[str, MetricSpec]:
+    if kind not in KINDS:
+        raise ConfigError(f"Expected a kind of task: one of {', '.join(KINDS)}; found {kind!r}.")
+    return {spec.name: spec for spec in KINDS[kind]}
+
+
+def _measured(specs: Sequence[MetricSpec], view_of: Any, label_names: Sequence[str]) -> dict[str, Metric]:
     found: dict[str, Metric] = {}
-    for name in known:
-        if len(answers) == 0:
-            beside = ["majority_baseline"] if name == "accuracy" else []
-            silent = name == "confusion_matrix"
-            for each in [] if silent else [*METRICS[name].names(label_names), *beside]:
-                found[each] = Metric(each, None, None, "no example was scored")
+    for spec in specs:
+        given = view_of(spec.view)
+        if len(given) == 0:
+            beside = ["majority_baseline"] if spec.name == "accuracy" else []
+            for name in [] if spec.measure is _nothing else [*spec.names(label_names), *beside]:
+                found[name] = Metric(name, None, None, "no example was scored")
             continue
-        for metric in METRICS[name].measure(answers):
-            found[metric.name] = _single(metric) if len(answers) == 1 else metric
+        for metric in spec.measure(given):
+            found[metric.name] = _single(metric) if len(given) == 1 and not spec.is_share else metric
     return found
 
 
 def _single(metric: Metric) -> Metric:
     # Every resample of one example is that example: the bootstrap would claim certainty.
-    if metric.ci95 is None or metric.name == "accuracy":
+    if metric.ci95 is None:
         return metric
     note = "no interval from one example"
     return replace(metric, ci95=None, note=f"{metric.note}; {note}" if metric.note else note)

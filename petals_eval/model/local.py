@@ -36,6 +36,9 @@ class Answerable(Protocol):
     @property
     def targets(self) -> tuple[tuple[int, int], ...]: ...
 
+    @property
+    def asks_greedy(self) -> bool: ...
+
 
 R = TypeVar("R", bound=Answerable)
 
@@ -233,8 +236,9 @@ class LocalPart(nn.Module, ABC):
         does. Only the positions wanted go through norm and head.
 
         Returns one float32 tensor on the CPU for each request: (labels,) logits of the class head at the token that
-        `pooled_token` says, or (targets,) natural-log likelihoods by the LM head. The class head is the adapter's, or
-        else the checkpoint's.
+        `pooled_token` says, or (targets,) natural-log likelihoods by the LM head. Of a request that asks whether its
+        targets are greedy: (targets, 2), likelihoods and 1.0 or 0.0 (the first of several equal tokens is the greedy
+        one). The class head is the adapter's, or else the checkpoint's.
 
         Raises AdapterError if there is no class head, ModelError if there is no LM head or a target is out of range.
         """
@@ -257,7 +261,8 @@ class LocalPart(nn.Module, ABC):
     def _log_likelihoods(
         self, hidden: torch.Tensor, batch: MicroBatch[R], rows: list[int], prefix: int
     ) -> dict[int, torch.Tensor]:
-        """Return (targets,) float32 for each row: the LM head's log softmax at each target's position and token."""
+        """Return (targets,) float32 for each row: the LM head's log softmax at each target's position and token; and
+        (targets, 2) where it is asked whether these are greedy."""
         vocabulary = self._lm_vocabulary()
         # Label words all ask about one position: it goes through the head once.
         places: dict[tuple[int, int], int] = {}
@@ -275,17 +280,21 @@ class LocalPart(nn.Module, ABC):
         values = self._scores(chosen, torch.tensor(wanted, device="cpu"))
 
         counts = [len(batch.requests[row].targets) for row in rows]
-        return dict(zip(rows, values.split(counts), strict=True))
+        asks = [batch.requests[row].asks_greedy for row in rows]
+        split = zip(rows, values.split(counts), asks, strict=True)
+        return {row: found if asks_greedy else found[:, 0].clone() for row, found, asks_greedy in split}
 
     def _scores(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """Return (n,) float32 log-likelihoods, on the CPU, for (places, hidden) and int64 (n, 2) of place and token."""
-        values = torch.empty(wanted.shape[0], dtype=torch.float32, device="cpu")
+        """Return (n, 2) float32 on the CPU, log-likelihood and whether it is the greedy token, for (places, hidden) and
+        int64 (n, 2) of place and token."""
+        values = torch.empty(wanted.shape[0], 2, dtype=torch.float32, device="cpu")
         step = max(1, _LOGITS_AT_ONCE // self._lm_vocabulary())
         for start in range(0, hidden.shape[0], step):
             inside = (wanted[:, 0] >= start) & (wanted[:, 0] < start + step)
             place, token = (wanted[inside] - wanted.new_tensor([start, 0])).to(self.device).unbind(1)
             logits = self._lm_logits(self.norm(hidden[start : start + step])).float()
-            values[inside] = (logits[place, token] - logits.logsumexp(-1)[place]).cpu()
+            values[inside, 0] = (logits[place, token] - logits.logsumexp(-1)[place]).cpu()
+            values[inside, 1] = (logits.argmax(-1)[place] == token).float().cpu()
         return values
 
     def _check_width(self, name: str, what: str, tensor: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 """The run folder: what a run was, every example it scored, and what came of it."""
 
 from petals_eval.runs.folder import RunFolder
-from petals_eval.runs.journal import Counts, Failure, Journal, ScoredArrays
+from petals_eval.runs.journal import Counts, Failure, Journal
 from petals_eval.runs.manifest import (
     AdapterRecord,
     DataRecord,
@@ -40,7 +40,6 @@ __all__ = [
     "NoisyServer",
     "RunFolder",
     "RunResult",
-    "ScoredArrays",
     "ServerUsed",
     "Shard",
     "WireRecord",

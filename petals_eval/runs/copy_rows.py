@@ -8,7 +8,9 @@ from petals_eval.runs.manifest import ServerUsed
 
 __all__ = ["copy_rows"]
 
-_COLUMNS = "key, status, label, prediction, scores, probabilities, n_tokens, truncated, reason, time, valid"
+_COLUMNS = (
+    "key, row_hash, kind, status, label, prediction, answer, n_requests, n_tokens, truncated, reason, time, valid"
+)
 _MARKS = ", ".join("?" * (4 + len(_COLUMNS.split(","))))
 
 

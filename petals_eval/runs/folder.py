@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -22,11 +22,13 @@ from petals_eval.runs.disk import TEMPORARY_SUFFIX, blame_the_machine, write_ato
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, WireRecord, difference
 from petals_eval.runs.results import RunResult
+from petals_eval.tasks.requests import Prediction
 from petals_eval.text import listed
 
 __all__ = ["RunFolder", "check_folder"]
 
-PREDICTIONS_SCHEMA = 1
+PREDICTIONS_SCHEMA = 2
+WITHOUT_POSITIONS = ("regression",)  # kinds whose labels and predictions are numbers, and no positions
 
 
 class RunFolder:
@@ -136,13 +138,15 @@ class RunFolder:
     def _prediction_lines(self, adapter: str) -> Iterator[str]:
         in_dispute = {each.peer_id for each in self.manifest.noisy_servers if each.verdict == "disputed"}
         disputed = self.journal.keys_computed_by(adapter, in_dispute)
-        for each in self.journal.predictions(adapter):
+        columns, positions = self.manifest.answer_columns, self.manifest.kind not in WITHOUT_POSITIONS
+        for each in self.journal.predictions(adapter, len(columns)):
             line: dict[str, object] = {
                 "schema_version": PREDICTIONS_SCHEMA,
                 "key": each.key,
-                "label": each.label,
-                "prediction": each.prediction,
-                "probabilities": each.probabilities,
+                "row_hash": each.row_hash,
+                "label": _position(each.label) if positions else each.label,
+                "prediction": _position(each.prediction) if positions else each.prediction,
+                **_named(each, columns, self.manifest.kind),
                 "n_tokens": each.n_tokens,
             }
             if each.key in disputed:
@@ -156,7 +160,7 @@ class RunFolder:
                     "schema_version": PREDICTIONS_SCHEMA,
                     "adapter": adapter,
                     "key": failure.key,
-                    "label": failure.label,
+                    "label": _position(failure.label),
                     "reason": failure.reason,
                 }
                 yield json.dumps(line, ensure_ascii=False) + "\n"
@@ -200,6 +204,26 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _position(number: float | None) -> int | float | None:
+    """Return a position as the whole number that it is, and any other number as it is."""
+    return int(number) if number is not None and number == int(number) else number
+
+
+def _named(prediction: Prediction, columns: Sequence[str], kind: str) -> dict[str, object]:
+    """Return the values of a prediction by their columns: a number, or a list where there are several items.
+
+    What is not known, NaN, is left out. A classification has the probabilities instead.
+    """
+    if kind == "classification":
+        return {"probabilities": prediction.probabilities}
+    found: dict[str, object] = {}
+    for name, column in zip(columns, zip(*prediction.values, strict=True), strict=True):
+        known = [None if value != value else value for value in column]
+        if any(value is not None for value in known):
+            found[name] = known[0] if len(known) == 1 else known
+    return found
 
 
 def check_folder(path: str | Path, manifest: Manifest | None = None) -> None:

@@ -11,18 +11,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
-from petals_eval.errors import MachineError, RunFolderError
+from petals_eval.errors import MachineError
 from petals_eval.interrupts import deferred
+from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.runs.copy_rows import copy_rows
 from petals_eval.runs.lookup_tables import LookupTables
 from petals_eval.runs.manifest import ServerUsed
-from petals_eval.runs.rows import Counts, Failure, Row, ScoredArrays, packed, unpacked
+from petals_eval.runs.rows import Counts, Failure, Row, packed, unpacked
 from petals_eval.runs.schema import blame_sqlite, connect
-from petals_eval.tasks.requests import Prediction
+from petals_eval.tasks.requests import Label, Prediction
 
-__all__ = ["Counts", "Failure", "Journal", "ScoredArrays", "commit_what_waits"]
+__all__ = ["Counts", "Failure", "Journal", "commit_what_waits"]
 
 READ_ROWS = 1024  # fetched at a time
 ROWS_TOGETHER = 512  # at most in one statement
@@ -72,7 +71,13 @@ class Journal:
     # -- writing
 
     def add(
-        self, adapter: str, prediction: Prediction, *, truncated: bool = False, servers: Sequence[ServerUsed] = ()
+        self,
+        adapter: str,
+        prediction: Prediction,
+        *,
+        kind: str = "classification",
+        truncated: bool = False,
+        servers: Sequence[ServerUsed] = (),
     ) -> None:
         """Record a scored example. A valid row of the same key is superseded; it stays for the record."""
         self._append(
@@ -80,11 +85,13 @@ class Journal:
                 adapter,
                 tuple(servers),
                 prediction.key,
+                prediction.row_hash,
+                kind,
                 "ok",
                 prediction.label,
                 prediction.prediction,
-                packed(prediction.scores),
-                packed(prediction.probabilities),
+                packed(prediction.values),
+                prediction.n_requests,
                 prediction.n_tokens,
                 truncated,
                 None,
@@ -96,18 +103,20 @@ class Journal:
         self,
         adapter: str,
         key: str,
-        label: int,
+        label: Label,
         reason: str,
         *,
+        kind: str = "classification",
+        row_hash: str = "",
+        n_requests: int = 1,
         n_tokens: int = 0,
         truncated: bool = False,
         servers: Sequence[ServerUsed] = (),
     ) -> None:
         """Record an example that could not be computed, and why."""
-        unknown = (None, None, None)  # prediction, scores, probabilities
-        self._append(
-            Row(adapter, tuple(servers), key, "failed", label, *unknown, n_tokens, truncated, reason, time.time())
-        )
+        of_row = (adapter, tuple(servers), key, row_hash, kind)
+        counts = (n_requests, n_tokens, truncated)
+        self._append(Row(*of_row, "failed", label, None, None, *counts, reason, time.time()))
 
     def withdraw(self, peer_ids: Iterable[str]) -> int:
         """Make every valid row that one of these servers took part in invalid; it stays for the record.
@@ -249,33 +258,27 @@ class Journal:
         )
         return float(next(self._select(sql, (adapter,)))[0])
 
-    def predictions(self, adapter: str) -> Iterator[Prediction]:
-        """Yield the scored examples in source order, a few in memory at a time."""
-        sql = f"SELECT key, label, prediction, scores, probabilities, n_tokens {_VALID} AND status = 'ok' {_IN_ORDER}"
-        for key, label, prediction, scores, probabilities, n_tokens in self._select(sql, (adapter,)):
-            yield Prediction(key, label, prediction, unpacked(scores), unpacked(probabilities), n_tokens)
+    def predictions(self, adapter: str, columns: int = 1) -> Iterator[Prediction]:
+        """Yield the scored examples in source order, a few in memory at a time. columns: of their values."""
+        sql = (
+            f"SELECT key, label, prediction, answer, n_tokens, n_requests, row_hash {_VALID} AND status = 'ok' "
+            f"{_IN_ORDER}"
+        )
+        for key, label, prediction, answer, *rest in self._select(sql, (adapter,)):
+            yield Prediction(key, label, prediction, unpacked(answer, columns), *rest)
 
     def failures(self, adapter: str) -> Iterator[Failure]:
         """Yield the examples that could not be computed, in source order."""
-        sql = f"SELECT key, label, reason {_VALID} AND status = 'failed' {_IN_ORDER}"
+        sql = f"SELECT key, label, reason, row_hash {_VALID} AND status = 'failed' {_IN_ORDER}"
         return (Failure(*row) for row in self._select(sql, (adapter,)))
 
-    def arrays(self, adapter: str, n_labels: int) -> ScoredArrays:
+    def scored_rows(self, adapter: str, columns: Sequence[str] = ("score",)) -> ScoredRows:
         """Return what metrics are computed from, in source order: that of computing changes no digit of an interval.
 
-        Raises RunFolderError where rows hold another number of labels.
+        columns: the names of the values' columns. Raises DataError where values do not fit them.
         """
-        n = self.counts(adapter).scored
-        found = ScoredArrays(np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros((n, n_labels)))
-        sql = f"SELECT key, label, prediction, probabilities {_VALID} AND status = 'ok' {_IN_ORDER}"
-        for index, (key, label, prediction, blob) in enumerate(self._select(sql, (adapter,))):
-            probabilities = np.frombuffer(blob, dtype="<f8")
-            if len(probabilities) != n_labels:
-                raise RunFolderError(
-                    f"Expected {n_labels} probabilities for example {key!r} in {self.path}; found {len(probabilities)}."
-                )
-            found.labels[index], found.predictions[index], found.probabilities[index] = label, prediction, probabilities
-        return found
+        sql = f"SELECT label, prediction, answer {_VALID} AND status = 'ok' {_IN_ORDER}"
+        return ScoredRows.of(self._select(sql, (adapter,)), columns, count=self.counts(adapter).scored)
 
     def servers(self) -> list[tuple[ServerUsed, int]]:
         """Return the servers that computed valid rows, each with how many, most first."""

@@ -32,7 +32,7 @@ __all__ = [
     "package_versions",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PACKAGES = (
     "petals_eval",
     "torch",
@@ -165,6 +165,7 @@ class Manifest(_Record):
     run_settings: what changes only how the run goes (batch sizes, deadlines, ...).
     task: the task's own fingerprint; task_sha256: of it as the task gave it. seeds: by what they seed.
     created, finished: UTC, ISO 8601; finished is None while the run is under way.
+    kind: of task; answer_columns: the names of the columns of a row's values in the journal.
     servers: filled at the end. noisy_servers: as they are found. wire: what a lossy wire did; None on a lossless one.
 
     Names that are paths are cut to their last part, secrets are dropped (`petals_eval.runs.privacy`).
@@ -178,6 +179,8 @@ class Manifest(_Record):
     data: DataRecord
     task: _Settings
     task_sha256: str | None = None
+    kind: str = "classification"
+    answer_columns: tuple[str, ...] = ("score",)
     answer_settings: _Settings = {}
     run_settings: _Settings = {}
     seeds: dict[str, int] = {}
@@ -194,6 +197,8 @@ class Manifest(_Record):
         adapters: Sequence[AdapterRecord],
         data: DataRecord,
         task: dict[str, JsonValue],
+        kind: str = "classification",
+        answer_columns: Sequence[str] = ("score",),
         answer_settings: dict[str, JsonValue] | None = None,
         run_settings: dict[str, JsonValue] | None = None,
         seeds: dict[str, int] | None = None,
@@ -206,6 +211,8 @@ class Manifest(_Record):
             adapters=tuple(adapters),
             data=data,
             task=task,
+            kind=kind,
+            answer_columns=tuple(answer_columns),
             # What may not be shared is not in `task`, but it may make two tasks differ.
             task_sha256=hashlib.sha256(json.dumps(task, sort_keys=True, default=str).encode()).hexdigest(),
             answer_settings=answer_settings or {},

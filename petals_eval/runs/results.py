@@ -3,14 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from petals_eval.metrics import METRICS, Metric, compute_metrics, confusion_matrix
+from petals_eval.metrics import METRICS, Metric, confusion_matrix, measure
+from petals_eval.metrics.answers import Answers
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, ServerUsed, WireRecord
 
 __all__ = ["WITHOUT_PROMPTS", "AdapterResult", "ComputedIn", "RunResult", "computed_in", "run_result", "summarise"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TESTED_PETALS = ("2.2.", "2.3.")  # releases whose wire was tested; on others only the forward path is relied
+LABELLED_KINDS = ("classification", "regression", "choice")  # whose rows say what is right in their label
 WITHOUT_PROMPTS = "without the prompts"  # the journal's adapter name of the run that shows what the prompts are worth
 
 
@@ -19,9 +21,10 @@ class AdapterResult:
     """What one adapter reached in a run.
 
     n_examples: scored and failed together; metrics are over the scored ones only.
+    n_unlabelled: scored examples of which nobody says what is right; they are in no metric.
     n_truncated: scored examples whose text was cut. n_tokens: text tokens of the scored examples.
     seconds: what the evaluation itself took, over all sessions of a run that was interrupted.
-    confusion: counts, row = label, column = prediction.
+    label_names, confusion: of labels that all rows share, otherwise empty; counts, row = label, column = prediction.
     """
 
     adapter: str
@@ -33,6 +36,7 @@ class AdapterResult:
     metrics: Mapping[str, Metric]
     label_names: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
+    n_unlabelled: int = 0
 
     @property
     def n_scored(self) -> int:
@@ -52,12 +56,18 @@ class AdapterResult:
             "n_examples": self.n_examples,
             "n_scored": self.n_scored,
             "n_failed": self.n_failed,
+            **({"n_unlabelled": self.n_unlabelled} if self.n_unlabelled else {}),
             "n_truncated": self.n_truncated,
             "n_tokens": self.n_tokens,
             "seconds": _rounded(self.seconds),
             "examples_per_second": _rounded(self.examples_per_second),
             "tokens_per_second": _rounded(self.tokens_per_second),
             "metrics": {name: metric.to_json() for name, metric in self.metrics.items()},
+            **(self._of_labels() if self.label_names else {}),
+        }
+
+    def _of_labels(self) -> dict[str, object]:
+        return {
             "label_names": list(self.label_names),
             "confusion_matrix": [list(row) for row in self.confusion],
         }
@@ -153,7 +163,16 @@ def run_result(
     """Compute the result of a run from its journal. Raises as `summarise` does."""
     seed = manifest.seeds.get("bootstrap", 0)
     results = {
-        adapter.name: summarise(journal, adapter.name, metrics, label_names, seed=seed) for adapter in manifest.adapters
+        adapter.name: summarise(
+            journal,
+            adapter.name,
+            metrics,
+            label_names,
+            kind=manifest.kind,
+            columns=manifest.answer_columns,
+            seed=seed,
+        )
+        for adapter in manifest.adapters
     }
     used = journal.servers()
     return RunResult(
@@ -169,18 +188,27 @@ def run_result(
 
 
 def summarise(
-    journal: Journal, adapter: str, metrics: Sequence[str], label_names: Sequence[str], *, seed: int = 0
+    journal: Journal,
+    adapter: str,
+    metrics: Sequence[str],
+    label_names: Sequence[str],
+    *,
+    kind: str = "classification",
+    columns: Sequence[str] = ("score",),
+    seed: int = 0,
 ) -> AdapterResult:
-    """Read one adapter's rows and compute its metrics. seed: draws the bootstrap.
+    """Read one adapter's rows and compute its metrics.
 
-    Raises ConfigError for an unknown metric, DataError and RunFolderError where rows do not fit the labels.
+    kind, columns: of the task. seed: draws the bootstrap.
+    Raises ConfigError for an unknown metric, DataError where rows do not fit the labels or the columns.
     """
     counts = journal.counts(adapter)
-    arrays = journal.arrays(adapter, len(label_names))
-    found = compute_metrics(
-        metrics, arrays.labels, arrays.predictions, arrays.probabilities, label_names=label_names, seed=seed
-    )
-    confusion = confusion_matrix(arrays.labels, arrays.predictions, len(label_names))
+    rows = journal.scored_rows(adapter, columns)
+    found = measure(kind, metrics, rows, label_names=label_names, seed=seed)
+    confusion: list[list[int]] = []
+    if label_names:
+        answers = Answers.of(rows, label_names, seed)
+        confusion = confusion_matrix(answers.labels, answers.predictions, len(label_names)).tolist()
     return AdapterResult(
         adapter=adapter,
         n_examples=counts.scored + counts.failed,
@@ -190,7 +218,8 @@ def summarise(
         seconds=journal.seconds(adapter),
         metrics=found,
         label_names=tuple(label_names),
-        confusion=tuple(tuple(row) for row in confusion.tolist()),
+        confusion=tuple(map(tuple, confusion)),
+        n_unlabelled=int((~rows.is_labelled).sum()) if kind in LABELLED_KINDS else 0,
     )
 
 

@@ -1,16 +1,15 @@
 """What the journal holds, row by row and summed up."""
 
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from petals_eval.runs.manifest import ServerUsed
+from petals_eval.tasks.requests import Label, Values
 
-__all__ = ["Counts", "Failure", "Row", "ScoredArrays", "packed", "unpacked"]
+__all__ = ["Counts", "Failure", "Row", "packed", "unpacked"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +27,9 @@ class Failure:
     """An example that could not be computed. It is never counted as a wrong answer."""
 
     key: str
-    label: int
+    label: Label
     reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class ScoredArrays:
-    """One adapter's scored examples in source order.
-
-    labels, predictions: int64 (n,). probabilities: float64 (n, labels).
-    """
-
-    labels: NDArray[np.int64]
-    predictions: NDArray[np.int64]
-    probabilities: NDArray[np.float64]
+    row_hash: str = ""
 
 
 class Row(NamedTuple):
@@ -53,20 +41,24 @@ class Row(NamedTuple):
     adapter: str
     server_set: tuple[ServerUsed, ...]
     key: str
+    row_hash: str
+    kind: str
     status: str
-    label: int
-    prediction: int | None
-    scores: bytes | None
-    probabilities: bytes | None
+    label: Label
+    prediction: float | None
+    answer: bytes | None
+    n_requests: int
     n_tokens: int
     truncated: bool
     reason: str | None
     time: float
 
 
-def packed(values: Sequence[float]) -> bytes:
-    return struct.pack(f"<{len(values)}d", *values)
+def packed(values: Values) -> bytes:
+    flat = [value for item in values for value in item]
+    return struct.pack(f"<{len(flat)}d", *flat)
 
 
-def unpacked(blob: bytes) -> tuple[float, ...]:
-    return tuple(np.frombuffer(blob, dtype="<f8").tolist())
+def unpacked(blob: bytes, columns: int) -> Values:
+    """Return the values under so many columns."""
+    return tuple(map(tuple, np.frombuffer(blob, dtype="<f8").reshape(-1, columns).tolist()))

@@ -11,8 +11,10 @@ from petals_eval.runs.disk import blame_the_machine
 __all__ = ["APPLICATION_ID", "SCHEMA_VERSION", "blame_sqlite", "connect"]
 
 APPLICATION_ID = 0x50455631  # "PEV1": tells a journal from any other SQLite file
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
+# answer: the values of the prediction, float64, little-endian, item by item; the manifest names their columns.
+# label and prediction are NULL where there are none.
 # One valid row a key. A recomputation inserts a new row and marks the old one with its successor; nothing is deleted.
 # A row can also be withdrawn without a successor (valid = 0, superseded_by NULL): its example is to be computed again.
 # server_sets: most examples share one of a few sets of servers, so a row holds one number. "Everything that server S
@@ -33,11 +35,13 @@ CREATE TABLE scored (
     id INTEGER PRIMARY KEY,
     adapter INTEGER NOT NULL REFERENCES adapters (id),
     key TEXT NOT NULL,
+    row_hash TEXT NOT NULL,
+    kind TEXT NOT NULL,
     status TEXT NOT NULL CHECK (status IN ('ok', 'failed')),
-    label INTEGER NOT NULL,
-    prediction INTEGER,
-    scores BLOB,
-    probabilities BLOB,
+    label REAL,
+    prediction REAL,
+    answer BLOB,
+    n_requests INTEGER NOT NULL,
     n_tokens INTEGER NOT NULL,
     truncated INTEGER NOT NULL,
     server_set INTEGER REFERENCES server_sets (id),
@@ -45,7 +49,7 @@ CREATE TABLE scored (
     time REAL NOT NULL,
     valid INTEGER NOT NULL DEFAULT 1,
     superseded_by INTEGER REFERENCES scored (id),
-    CHECK ((status = 'ok') = (prediction IS NOT NULL)),
+    CHECK ((status = 'ok') = (answer IS NOT NULL)),
     CHECK ((status = 'failed') = (reason IS NOT NULL))
 );
 CREATE UNIQUE INDEX one_valid_row ON scored (adapter, key) WHERE valid = 1;
@@ -54,6 +58,14 @@ CREATE TABLE sessions (
     id INTEGER PRIMARY KEY, adapter INTEGER NOT NULL REFERENCES adapters (id), started REAL NOT NULL,
     seconds REAL NOT NULL
 );
+"""
+
+# What a journal of schema 1 holds, under today's names: whoever only reads needs to know of nothing else.
+FIRST_SCHEMA_VIEW = """
+CREATE TEMP VIEW scored AS SELECT
+    id, adapter, key, '' AS row_hash, 'classification' AS kind, status, label, prediction, scores AS answer,
+    1 AS n_requests, n_tokens, truncated, server_set, reason, time, valid, superseded_by
+FROM main.scored
 """
 
 
@@ -104,6 +116,13 @@ def _prepare(connection: sqlite3.Connection, path: Path, create: bool, read_only
         raise RunFolderError(
             f"Expected the journal {path} with schema version {SCHEMA_VERSION} or older; found {version}. "
             "A newer petals-eval wrote it: update this one, or choose another folder with --out."
+        )
+    elif version < SCHEMA_VERSION and read_only:
+        connection.executescript(FIRST_SCHEMA_VIEW)
+    elif version < SCHEMA_VERSION:
+        raise RunFolderError(
+            f"Expected the journal {path} with schema version {SCHEMA_VERSION}; found {version}, which can be read and "
+            "not gone on with. Finish it with the version it was begun with, or choose another folder with --out."
         )
 
 

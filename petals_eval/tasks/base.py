@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from petals_eval.data.rows import Rows
-from petals_eval.tasks.requests import Example, Prediction
+from petals_eval.tasks.requests import Example, Generated, Prediction
 
 if TYPE_CHECKING:
     import torch
@@ -26,13 +26,24 @@ class Task(Protocol):
     def name(self) -> str: ...
 
     @property
+    def kind(self) -> str:
+        """One of `petals_eval.metrics.KINDS`: it says what the values of a prediction are, and which metrics there
+        are."""
+        ...
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns of a prediction's values."""
+        ...
+
+    @property
     def label_names(self) -> tuple[str, ...]:
-        """The names of the labels, in the order of the head's outputs."""
+        """The names of the labels, in the order of the head's outputs; empty where rows have no common labels."""
         ...
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The names of metrics that `petals_eval.metrics` knows."""
+        """The names of metrics that `petals_eval.metrics` knows for the kind."""
         ...
 
     @property
@@ -44,8 +55,9 @@ class Task(Protocol):
         """Yield the examples in the order of the rows, made as they are asked for. Raises DataError with the row."""
         ...
 
-    def predict(self, example: Example, answers: "Sequence[torch.Tensor]") -> Prediction:
-        """Return the prediction from one float32 tensor a request of `example`, in the order of `part`.
+    def predict(self, example: Example, answers: "Sequence[torch.Tensor | Generated]") -> Prediction:
+        """Return the prediction from one answer a request of `example`, in the order of `part` (`Request` says what
+        an answer is).
 
         Raises ExampleError where these answers give none: the run notes a failure and goes on.
         """

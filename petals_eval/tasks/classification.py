@@ -15,11 +15,11 @@ from pydantic import (
     model_validator,
 )
 
-from petals_eval.data.rows import Row, Rows
+from petals_eval.data.rows import Row, Rows, row_hash
 from petals_eval.data.source import DataSource, FileFormat, FileReading
 from petals_eval.errors import AdapterError, DataError, NotFiniteError, PetalsEvalError, TaskError
 from petals_eval.tasks.labels import Labels, spelled
-from petals_eval.tasks.requests import Example, Prediction, Request
+from petals_eval.tasks.requests import Example, Generated, Prediction, Request, as_float64
 from petals_eval.tasks.template import Template
 from petals_eval.tasks.tokens import Continued, continue_texts, cut, tokenize
 from petals_eval.validation import closest, explain, shorten
@@ -140,6 +140,10 @@ class ClassificationTask(BaseModel):
         return None
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        return ("score",)
+
+    @property
     def head(self) -> Literal["class", "lm"]:
         return "class" if self.label_words is None else "lm"
 
@@ -191,8 +195,8 @@ class ClassificationTask(BaseModel):
                 f"({', '.join(self.label_names)}). Use the adapter that was trained for this task."
             )
 
-    def predict(self, example: Example, answers: "Sequence[torch.Tensor]") -> Prediction:
-        """Return the label with the highest score (the first of equals), and the softmax of the scores in float64.
+    def predict(self, example: Example, answers: "Sequence[torch.Tensor | Generated]") -> Prediction:
+        """Return the label with the highest score, the first of equals, and the scores in float64.
 
         answers: one float32 tensor a request: (labels,) logits of the trained head or one log-likelihood a label;
             or, where a label word has several tokens, one tensor (tokens,) a label.
@@ -201,21 +205,13 @@ class ClassificationTask(BaseModel):
         """
         import numpy as np
 
-        scores = self._scores(example, [answer.detach().double().cpu().numpy() for answer in answers])
+        scores = self._scores(example, [as_float64(answer) for answer in answers])
         if not np.isfinite(scores).all():
             raise NotFiniteError(
                 f"example {example.key}: expected finite scores, found {scores.tolist()}. The local norm or head "
                 "overflowed, or its weights are damaged: try --dtype float32, and check the adapter and the model."
             )
-        powers = np.exp(scores - scores.max())
-        return Prediction(
-            key=example.key,
-            label=example.label,
-            prediction=int(scores.argmax()),
-            scores=tuple(scores.tolist()),
-            probabilities=tuple((powers / powers.sum()).tolist()),
-            n_tokens=example.n_tokens,
-        )
+        return example.predicted(int(scores.argmax()), scores[:, None].tolist())
 
     def _scores(self, example: Example, answers: "list[np.ndarray]") -> "np.ndarray":
         import numpy as np
@@ -253,7 +249,7 @@ class ClassificationTask(BaseModel):
             if not ids:
                 raise _no_tokens(rows, row, text)
             key = str(row.index)
-            yield Example(key, label, (Request(key, 0, ids),), len(ids), truncated, text)
+            yield Example(key, label, (Request(key, 0, ids),), len(ids), truncated, text, self._row_hash(row, template))
 
     def _for_label_words(
         self,
@@ -281,7 +277,11 @@ class ClassificationTask(BaseModel):
                 ) from None
             requests = _word_requests(str(row.index), context, continued.words)
             n_tokens = sum(len(request.input_ids) for request in requests)
-            yield Example(str(row.index), label, requests, n_tokens, truncated, text)
+            row_hash = self._row_hash(row, template)
+            yield Example(str(row.index), label, requests, n_tokens, truncated, text, row_hash)
+
+    def _row_hash(self, row: Row, template: Template) -> str:
+        return row_hash(row.columns, (*template.columns, self.label_column))
 
     def _check_words(self, continued: Continued, words: tuple[str, ...]) -> None:
         seen: dict[tuple[int, ...], str] = {}

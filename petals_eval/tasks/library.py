@@ -28,7 +28,7 @@ def load_task(task: "str | Path | Task") -> Task:
         if not isinstance(task, Task):
             raise TaskError(
                 f"expected the name of a task, the path of a YAML file or a Task object, found {type(task).__name__}. "
-                "A Task has name, label_names, metrics, head, examples, predict and fingerprint."
+                "A Task has name, kind, columns, label_names, metrics, head, examples, predict and fingerprint."
             )
         _check_metrics(task, "the task object")
         return task
@@ -141,6 +141,6 @@ def _check_metrics(task: Task, origin: str) -> None:
     from petals_eval.metrics import check_metric_names  # here, because scikit-learn takes a second to import
 
     try:
-        check_metric_names(task.metrics)
+        check_metric_names(task.metrics, task.kind)
     except ConfigError as error:
         raise TaskError(f"{origin}: metrics: {error}") from None

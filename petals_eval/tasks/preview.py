@@ -33,7 +33,7 @@ def describe_example(
     return {
         "key": example.key,
         "text": example.text,
-        "label": example.label if label_names is None else label_names[example.label],
+        "label": label_names[example.label] if label_names and isinstance(example.label, int) else example.label,
         "n_tokens": example.n_tokens,
         "truncated": example.truncated,
         "requests": [_describe_request(request, tokenizer, prefix, pooled_token) for request in example.requests],

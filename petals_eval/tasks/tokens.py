@@ -3,9 +3,14 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["Continued", "continue_texts", "cut", "tokenize"]
+from petals_eval.errors import ModelError
+
+__all__ = ["Bos", "Continued", "continue_texts", "cut", "encode", "opening_tokens", "start_token", "tokenize"]
+
+Bos = Literal["auto", "always", "never"]
+"""Whether a beginning-of-text token stands in front: as the tokenizer does it, once in any case, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,38 @@ def cut(continued: Continued, max_length: int) -> tuple[tuple[int, ...], bool]:
     if kept < 1:
         raise ValueError("no room")
     return context[:kept] + context[len(context) - continued.tail :], True
+
+
+def opening_tokens(tokenizer: Any, bos: Bos = "auto") -> tuple[int, ...]:
+    """Return what stands before every text. Raises ModelError where a token is wanted that the tokenizer lacks."""
+    if bos == "never":
+        return ()
+    if bos == "auto":
+        return _opening_tokens(tokenizer)
+    if tokenizer.bos_token_id is None:
+        raise ModelError("bos: always: this tokenizer has no beginning-of-text token. Choose auto or never.")
+    return (int(tokenizer.bos_token_id),)
+
+
+def start_token(tokenizer: Any) -> int:
+    """Return the token after which a text is scored that nothing stands before: the one that begins texts, or else the
+    one that ends them. Raises ModelError where the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ModelError("this tokenizer has no token that begins or ends a text, and a text without context needs one.")
+
+
+def encode(tokenizer: Any, texts: Sequence[str], bos: Bos = "auto") -> list[tuple[int, ...]]:
+    """Return the tokens of whole texts, without closing tokens and uncut. A text that begins with the spelled-out
+    beginning-of-text token, as chat templates write it, gets no second one.
+    """
+    opening, spelled = opening_tokens(tokenizer, bos), tokenizer.bos_token
+    return [
+        ids if spelled and text.startswith(spelled) else opening + ids
+        for text, ids in zip(texts, _plain(tokenizer, texts) if texts else [], strict=True)
+    ]
 
 
 def _plain(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:

@@ -60,7 +60,7 @@ def test_one_adapter_on_sst2_and_the_files_of_its_folder(stage: Stage) -> None:
     assert metrics["metrics"]["accuracy"]["value"] == pytest.approx(501 / 872, abs=1e-12)
     assert f"{501 / 872:.4f}" == "0.5745"
     assert "0.5745" in outcome.out.splitlines()[1]
-    assert metrics["schema_version"] == 1
+    assert metrics["schema_version"] == 2
     assert metrics["n_examples"] == 872
     assert metrics["n_failed"] == 0
     assert metrics["seconds"] > 0
@@ -71,13 +71,13 @@ def test_one_adapter_on_sst2_and_the_files_of_its_folder(stage: Stage) -> None:
 
     lines = read_lines(Path("sst2/predictions.jsonl"))
     assert [line["key"] for line in lines] == [str(index) for index in range(872)]
-    assert set(lines[0]) == {"schema_version", "key", "label", "prediction", "probabilities", "n_tokens"}
+    assert set(lines[0]) == {"schema_version", "key", "row_hash", "label", "prediction", "probabilities", "n_tokens"}
     assert sum(line["label"] == line["prediction"] for line in lines) == 501
     assert all(sum(line["probabilities"]) == pytest.approx(1) for line in lines)
 
     text = Path("sst2/manifest.json").read_text(encoding="utf-8")
     manifest = json.loads(text)
-    assert manifest["schema_version"] == 1
+    assert manifest["schema_version"] == 2
     assert manifest["finished"]
     assert manifest["model"]["name"] == "stories260K-hf"
     assert manifest["adapters"][0]["name"] == "sst2-deep_ptune"

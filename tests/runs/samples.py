@@ -24,8 +24,7 @@ def prediction(key: int | str, label: int = 0, n_labels: int = 3, n_tokens: int 
     """Seeded by its key: the same key is always predicted alike."""
     random = np.random.default_rng(zlib.crc32(str(key).encode()))
     scores = random.normal(size=n_labels)
-    shares = np.exp(scores) / np.exp(scores).sum()
-    return Prediction(str(key), label, int(shares.argmax()), tuple(scores.tolist()), tuple(shares.tolist()), n_tokens)
+    return Prediction(str(key), label, int(scores.argmax()), tuple((each,) for each in scores.tolist()), n_tokens)
 
 
 def manifest(**changes: object) -> Manifest:

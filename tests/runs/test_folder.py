@@ -55,8 +55,9 @@ def test_a_finished_run_holds_everything(tmp_path: Path) -> None:
     assert [line["key"] for line in lines] == [str(key) for key in range(20)]
     seven = prediction(7, 1)
     assert lines[7] == {
-        "schema_version": 1,
+        "schema_version": 2,
         "key": "7",
+        "row_hash": "",
         "label": 1,
         "prediction": seven.prediction,
         "probabilities": list(seven.probabilities),
@@ -66,7 +67,7 @@ def test_a_finished_run_holds_everything(tmp_path: Path) -> None:
 
     metrics = json.loads((path / "metrics.json").read_text())
     right = sum(line["label"] == line["prediction"] for line in lines)
-    assert metrics["schema_version"] == 1
+    assert metrics["schema_version"] == 2
     assert (metrics["n_examples"], metrics["n_scored"], metrics["n_failed"], metrics["n_truncated"]) == (21, 20, 1, 2)
     assert metrics["seconds"] > 0 and metrics["examples_per_second"] > 0 and metrics["tokens_per_second"] > 0
     assert metrics["metrics"]["accuracy"]["value"] == right / 20

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from petals_eval.errors import MachineError, RunFolderError
+from petals_eval.errors import DataError, MachineError, RunFolderError
 from petals_eval.interrupts import deliver
 from petals_eval.runs import Counts, Journal, ServerUsed
 from petals_eval.runs import journal as journal_module
@@ -77,12 +78,14 @@ def test_arrays_are_what_the_metrics_need(path: Path) -> None:
         for key in (3, 1, 2):
             journal.add("a", prediction(key, label=key % 3))
         journal.add_failure("a", "0", 1, "no server")
-        arrays = journal.arrays("a", 3)
-        assert arrays.labels.tolist() == [1, 2, 0]
-        assert arrays.predictions.tolist() == [prediction(key).prediction for key in (1, 2, 3)]
-        assert (arrays.probabilities == np.array([prediction(key).probabilities for key in (1, 2, 3)])).all()
-        with pytest.raises(RunFolderError, match=r"Expected 2 probabilities for example '1'.*found 3"):
-            journal.arrays("a", 2)
+        journal.add("a", replace(prediction(4), label=None, prediction=None))
+        found = journal.scored_rows("a")
+        assert found.labels[:3].tolist() == [1, 2, 0] and found.is_labelled.tolist() == [True, True, True, False]
+        assert found.predictions[:3].tolist() == [prediction(key).prediction for key in (1, 2, 3)]
+        assert found.starts.tolist() == [0, 3, 6, 9, 12]
+        assert found.column("score").tolist() == [score for key in (1, 2, 3, 4) for score in prediction(key).scores]
+        with pytest.raises(DataError, match=r"row 0 holds 24 bytes of values; expected a multiple of 16"):
+            journal.scored_rows("a", ("score", "length"))
 
 
 def test_a_recomputation_supersedes_and_keeps_the_old_row(path: Path) -> None:
@@ -284,7 +287,7 @@ def test_an_interrupt_at_any_line_of_a_commit_doubles_nothing(path: Path) -> Non
 
 
 def _waiting(key: int) -> Row:
-    return Row("a", SERVERS[:2], str(key), "ok", 0, 1, b"", b"", 1, False, None, float(key))
+    return Row("a", SERVERS[:2], str(key), "", "classification", "ok", 0, 1, b"", 1, 1, False, None, float(key))
 
 
 def test_a_signal_waits_until_a_commit_is_done(path: Path) -> None:
@@ -335,7 +338,7 @@ done = journal.done_keys("a")
 for key in range(100000):
     if str(key) in done:
         continue
-    journal.add("a", Prediction(str(key), 0, 1, (0.1, 0.2), (0.4, 0.6), 5), servers=[ServerUsed("peer", 0, 5)])
+    journal.add("a", Prediction(str(key), 0, 1, ((0.1,), (0.2,)), 5), servers=[ServerUsed("peer", 0, 5)])
     if key % 20 == 19:
         journal.flush()
         print(key, flush=True)
@@ -463,9 +466,9 @@ def test_files_of_others_and_of_the_future_are_refused(path: Path, tmp_path: Pat
         Journal(tmp_path / "text.sqlite", create=True)
     Journal(path, create=True).close()
     connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 2")
+    connection.execute("PRAGMA user_version = 3")
     connection.close()
-    with pytest.raises(RunFolderError, match=r"found 2\. A newer petals-eval wrote it"):
+    with pytest.raises(RunFolderError, match=r"found 3\. A newer petals-eval wrote it"):
         Journal(path)
 
 

@@ -21,7 +21,7 @@ def test_it_comes_back_as_it_was_written(tmp_path: Path) -> None:
     written.write(tmp_path / "manifest.json")
     assert Manifest.read(tmp_path / "manifest.json") == written
     stored = json.loads((tmp_path / "manifest.json").read_text())
-    assert stored["schema_version"] == 1
+    assert stored["schema_version"] == 2
     assert stored["servers"][1] == {
         "peer_id": "12D3KooWBeta",
         "first": 3,
@@ -147,7 +147,7 @@ def test_adapters_of_one_name_are_refused() -> None:
     [
         ("{}", "schema_version: Field required"),
         ("not json", "Expected the manifest of a run"),
-        ('{"schema_version": 2, "something": "new"}', "found 2. A newer petals-eval wrote it"),
+        ('{"schema_version": 3, "something": "new"}', "found 3. A newer petals-eval wrote it"),
         ('{"schema_version": 1, "created": "x"}', "model: Field required"),
     ],
 )
