@@ -10,19 +10,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from petals_eval.config import RunSettings
-from petals_eval.data import DataSource, Rows, is_local, load_rows, sample
+from petals_eval.config import PromptSettings, RunSettings
+from petals_eval.data import DataSource, Rows, is_local, load_rows
 from petals_eval.errors import ConfigError, ModelError
+from petals_eval.evaluation.shots import RowsAndShots, row_code_of, rows_and_shots, with_prompt
 from petals_eval.remote_model import LocalSide
 from petals_eval.runs.code_hash import answering_code, task_code
 from petals_eval.runs.folder import RunFolder, check_folder
 from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, check_names
+from petals_eval.runs.privacy import shareable_name
 from petals_eval.runs.results import WITHOUT_PROMPTS
 from petals_eval.runs.shard import Shard
 from petals_eval.runs.thresholds import Threshold
 from petals_eval.tasks import ClassificationTask, Task, check_head_labels, load_task, resolve_source
+from petals_eval.tasks.prompted import Prompting
 from petals_eval.tasks.requests import Example
 
 if TYPE_CHECKING:
@@ -42,21 +45,29 @@ _PREPARED = (
 )
 """The settings of a run that `prepare` takes under their own names."""
 
+_AS_THE_TASK_SAYS = PromptSettings()
+
 _NOT_ANSWERING = ("allow_nondeterministic", "window", "deadline", "verify", "request_timeout", "push")
 """The settings of calls that change no answer: a run may go on with others."""
 
-Variant = tuple[str, "Adapter | None"]
-"""What is evaluated in turn, under the name that the journal gives it."""
+
+class Variant(NamedTuple):
+    """What is evaluated in turn. name: the journal's. task: with the shots of one draw, where there are any."""
+
+    name: str
+    adapter: "Adapter | None"
+    task: Task
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """A run that may begin.
 
-    task: with the metrics that the thresholds need. rows: what all shards evaluate together; part: what this run does.
-    first_examples: the first of part. side: our side of the model. variants: its adapters, or the model as it is.
+    task: with the metrics that the thresholds need, and the shots of the first draw. rows: what all shards evaluate
+    together; part: what this run does. first_examples: the first of part. side: our side of the model.
+    variants: its adapters, or the model as it is, each with every draw of shots.
     manifest: of the run folder `out`; None: a new one below runs/. is_kept: otherwise the folder is temporary.
-    local_swarm: not started; the one that the model's blocks will be on.
+    local_swarm: not started; the one that the model's blocks will be on. notes: what a person should know of the rows.
     """
 
     task: Task
@@ -71,6 +82,7 @@ class Prepared:
     out: Path | None
     is_kept: bool
     local_swarm: "LocalSwarm | None" = None
+    notes: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -104,6 +116,7 @@ def prepare(
     max_length: int | None = None,
     shard: str | None = None,
     without_prompts: bool = False,
+    prompt: PromptSettings = _AS_THE_TASK_SAYS,
     fail_under: Sequence[str] = (),
     tokens_per_micro_batch: int | None = None,
     out: str | Path | None = None,
@@ -117,7 +130,8 @@ def prepare(
 
     Raises CallerError (its kinds say what is wrong), MachineError for what cannot be read or written here.
     """
-    task = _with_max_length(load_task(task), max_length)
+    task = with_prompt(_with_max_length(load_task(task), max_length), prompt)
+    code = row_code_of(task, is_allowed=prompt.allow_task_code)
     thresholds = tuple(Threshold.parse(text, task.label_names) for text in fail_under)
     task = _with_metrics(task, [threshold.metric for threshold in thresholds])
     piece = None if shard is None else Shard.parse(shard)
@@ -125,16 +139,20 @@ def prepare(
         check_folder(out)
     source = data if isinstance(data, DataSource) else resolve_source(task, data, **source_settings)
 
-    def read() -> Rows:
-        rows = sample(load_rows(source), limit, seed)
-        getattr(task, "check", lambda rows: None)(rows)
-        return rows
+    def read() -> RowsAndShots:
+        return rows_and_shots(task, load_rows(source), source, code, limit=limit, seed=seed, draws=prompt.draws)
 
     if is_local(source):
-        rows, side = read(), open_side()
+        found, side = read(), open_side()
     else:
-        side, rows = open_side(), read()
+        side, found = open_side(), read()
+    rows = found.rows
     part = rows if piece is None else piece.of(rows)
+    if isinstance(task, Prompting):
+        task.check_chat(side.local.tokenizer)
+        tasks: list[Task] = [task.showing(draw) for draw in found.draws] or [task]
+    else:
+        tasks = [task]
     variants = _variants(side.adapters, without_prompts)
     for _, adapter in variants:
         _check_head(side.local, task, adapter)
@@ -146,9 +164,18 @@ def prepare(
         rows=len(rows),
         shard=None if piece is None else (piece.index, piece.count),
     )
-    manifest = _manifest(side, task, record, variants, tokens_per_micro_batch)
+    manifest = _manifest(
+        side,
+        task,
+        record,
+        _records(variants, len(tasks)),
+        {**task.fingerprint(), **_around(task, found)},
+        {"prepare_code": code.sha256} if code is not None and code.sha256 is not None else {},
+        {"tokens_per_micro_batch": tokens_per_micro_batch, "rows_left_out": found.left_out},
+    )
     if out is not None:
         check_folder(out, manifest)
+    task = tasks[0]
     return Prepared(
         task=task,
         rows=rows,
@@ -157,12 +184,18 @@ def prepare(
         first_examples=tuple(islice(task.examples(part, side.local.tokenizer), _FIRST_EXAMPLES)),
         side=side,
         # The journal has the names that may be shared.
-        variants=tuple((each.name, adapter) for each, (_, adapter) in zip(manifest.adapters, variants, strict=True)),
+        variants=tuple(
+            Variant(each.name, adapter, shown)
+            for each, (adapter, shown) in zip(
+                manifest.adapters, [(adapter, shown) for _, adapter in variants for shown in tasks], strict=True
+            )
+        ),
         manifest=manifest,
         thresholds=thresholds,
         tokens_per_micro_batch=tokens_per_micro_batch,
         out=None if out is None else Path(out),
         is_kept=is_kept,
+        notes=found.notes,
     )
 
 
@@ -191,7 +224,7 @@ def prepare_run(settings: RunSettings) -> Prepared:
         return side
 
     as_they_are = {name: getattr(settings, name) for name in _PREPARED}
-    prepared = prepare(open_side, revision=settings.data_revision, **as_they_are)
+    prepared = prepare(open_side, revision=settings.data_revision, prompt=settings, **as_they_are)
     return replace(prepared, local_swarm=swarms[0] if swarms else None)
 
 
@@ -255,8 +288,8 @@ def _check_head(local: "LocalPart", task: Task, adapter: "Adapter | None") -> No
         getattr(task, "check_outputs", lambda shape: None)((outputs,))
 
 
-def _variants(adapters: "Sequence[Adapter]", without_prompts: bool) -> list[Variant]:
-    variants: list[Variant] = [(adapter.name, adapter) for adapter in adapters]
+def _variants(adapters: "Sequence[Adapter]", without_prompts: bool) -> "list[tuple[str, Adapter | None]]":
+    variants: list[tuple[str, Adapter | None]] = [(adapter.name, adapter) for adapter in adapters]
     if not variants:
         return [(NO_ADAPTER, None)]
     if without_prompts:
@@ -264,25 +297,48 @@ def _variants(adapters: "Sequence[Adapter]", without_prompts: bool) -> list[Vari
     return variants
 
 
+def _records(variants: "Sequence[tuple[str, Adapter | None]]", draws: int) -> list[AdapterRecord]:
+    """Return the records of all variants, in their order; one of several draws has a name of its own."""
+    found = []
+    for name, adapter in variants:
+        kind, sha256 = ("none", "") if adapter is None else (adapter.kind, adapter.sha256)
+        if draws == 1:
+            found.append(AdapterRecord(name=name, kind=kind, sha256=sha256))
+        for draw in range(1, draws + 1) if draws > 1 else ():
+            drawn = f"{shareable_name(name)}, draw {draw}"  # shortened here: a name is cut at its slashes
+            found.append(AdapterRecord(name=drawn, kind=kind, sha256=sha256, adapter=name, draw=draw))
+    return found
+
+
+def _around(task: Task, found: RowsAndShots) -> dict[str, Any]:
+    """Return what of the text around the questions changes answers, the shots themselves among it."""
+    around: dict[str, Any] = task.prompt_fingerprint() if isinstance(task, Prompting) else {}
+    if "shots" in around:
+        around["shots"] = {**around["shots"], "sha256": [draw.sha256 for draw in found.draws]}
+    return around
+
+
 def _manifest(
-    side: LocalSide, task: Task, data: DataRecord, variants: list[Variant], tokens_per_micro_batch: int | None
+    side: LocalSide,
+    task: Task,
+    data: DataRecord,
+    adapters: list[AdapterRecord],
+    fingerprint: dict[str, Any],
+    answering: dict[str, Any],
+    running: dict[str, Any],
 ) -> Manifest:
     local, settings = side.local.fingerprint, side.settings
     return Manifest.new(
         model=ModelRecord(name=str(local["model"]), revision=local["revision"], sha256=str(local["sha256"])),
-        adapters=[
-            AdapterRecord(name=name, kind="none", sha256="")
-            if adapter is None
-            else AdapterRecord(name=name, kind=adapter.kind, sha256=adapter.sha256)
-            for name, adapter in variants
-        ],
+        adapters=adapters,
         data=data,
-        task={"name": task.name, **task.fingerprint()},  # type: ignore[dict-item]
+        task={"name": task.name, **fingerprint},
         kind=task.kind,
         answer_columns=task.columns,
         answer_settings={
             "code": answering_code(),
             "task_code": task_code(task),
+            **answering,
             "dtype": local["dtype"],
             "lm_head_sha256": local["lm_head_sha256"],
             "pool": side.local.pooling or "auto",
@@ -295,7 +351,7 @@ def _manifest(
             "allow_servers": list(settings.allow_servers),
             "deny_servers": list(settings.deny_servers),
             **{name: getattr(settings, name) for name in _NOT_ANSWERING},
-            "tokens_per_micro_batch": tokens_per_micro_batch,
+            **running,
         },
         seeds={"sample": data.seed, "bootstrap": data.seed},
     )
