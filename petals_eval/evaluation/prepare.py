@@ -12,6 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from petals_eval.config import RunSettings
 from petals_eval.data import DataSource, Rows, is_local, load_rows, sample
 from petals_eval.errors import ConfigError, ModelError
@@ -22,7 +24,7 @@ from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, Model
 from petals_eval.runs.results import WITHOUT_PROMPTS
 from petals_eval.runs.shard import Shard
 from petals_eval.runs.thresholds import Threshold
-from petals_eval.tasks import ClassificationTask, Task, check_head_labels, load_task, resolve_source
+from petals_eval.tasks import Task, check_head_labels, load_task, resolve_source
 from petals_eval.tasks.requests import Example
 
 if TYPE_CHECKING:
@@ -138,6 +140,7 @@ def prepare(
     variants = _variants(side.adapters, without_prompts)
     for _, adapter in variants:
         _check_head(side.local, task, adapter)
+    task = _bound(task, side.local, variants)
     record = DataRecord(
         name=rows.name,
         fingerprint=rows.fingerprint,
@@ -231,16 +234,34 @@ def _local_swarm(settings: RunSettings) -> "LocalSwarm":
 def _with_max_length(task: Task, max_length: int | None) -> Task:
     if max_length is None:
         return task
-    if not isinstance(task, ClassificationTask):
+    if not isinstance(task, BaseModel) or "max_length" not in type(task).model_fields:
         raise ConfigError(f"--max-length: task {task.name} has no max_length that could be changed")
     return task.model_copy(update={"max_length": max_length})
 
 
 def _with_metrics(task: Task, names: Sequence[str]) -> Task:
-    """Return the task with these metrics computed, too."""
-    if not names or not isinstance(task, ClassificationTask):
+    """Return the task with these metrics computed, too. Raises ConfigError, TaskError where it cannot have them."""
+    if not names or not isinstance(task, BaseModel):
         return task
-    return task.model_copy(update={"metrics": tuple(dict.fromkeys([*task.metrics, *names]))})
+    from petals_eval.metrics import check_metric_names
+
+    metrics = check_metric_names([*task.metrics, *names], task.kind, label_names=task.label_names)
+    return type(task).model_validate({**_given(task), "metrics": metrics})
+
+
+def _given(task: BaseModel) -> dict[str, Any]:
+    """Return the keys of a task that were given, under the names that its definition has for them."""
+    fields = type(task).model_fields
+    return {fields[name].alias or name: getattr(task, name) for name in task.model_fields_set}
+
+
+def _bound(task: Task, local: "LocalPart", variants: list[Variant]) -> Task:
+    """Return the task for this model and the longest of the prompts: every variant is asked the same."""
+    bound_to: Callable[[int | None], Task] | None = getattr(task, "bound_to", None)
+    if bound_to is None:
+        return task
+    prefix = max((adapter.prefix_length for _, adapter in variants if adapter is not None), default=0)
+    return bound_to(None if local.context is None else local.context - prefix)
 
 
 def _check_head(local: "LocalPart", task: Task, adapter: "Adapter | None") -> None:

@@ -79,7 +79,9 @@ def _measured(
     from petals_eval.swarm import SwarmConnection
 
     name, prompts = variant
-    examples = list(task.examples(rows, model.local.tokenizer))
+    examples = [each for each in task.examples(rows, model.local.tokenizer) if each.error is None]
+    if not examples:
+        return WireSample(name, 0, None, None, 0, "not measured: no example can be computed")
     settings = model.blocks.settings.model_copy(update={"wire": None})
     with SwarmConnection.connect(settings) as connection:
         blocks = connection.remote_sequential(model.blocks.dht_prefix, len(model.blocks))

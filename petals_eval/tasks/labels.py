@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
 from math import isfinite
+from typing import Any
 
 from petals_eval.errors import DataError
 from petals_eval.text import listed
 from petals_eval.validation import shorten
 
-__all__ = ["Labels", "other_spellings", "spelled"]
+__all__ = ["Labels", "other_spellings", "spelled", "spelled_keys"]
 
 # The truth values as JSON and as pandas write them, each with the position it has among two labels.
 _TRUTH = {"false": 0, "False": 0, "true": 1, "True": 1}
@@ -53,6 +54,20 @@ def other_spellings(value: object) -> tuple[str, ...]:
         shortest = repr(float(value))
         others += [shortest] if _exact(value) == Decimal(shortest) else []
     return tuple(dict.fromkeys(other for other in others if other != word))
+
+
+def spelled_keys(mapping: Any) -> Any:
+    """Return a label_map with its keys as texts, as they are compared; Python may give numbers and truth values."""
+    if not isinstance(mapping, Mapping):
+        return mapping
+    if None in mapping:
+        raise ValueError('should have text as keys, and one of them is missing: put an empty text in quotes, as ""')
+    keys: dict[str, object] = {}
+    for key, name in mapping.items():
+        if spelled(key) in keys:
+            raise ValueError(f"has the key {spelled(key)!r} twice: outer blanks do not count")
+        keys[spelled(key)] = name
+    return keys
 
 
 @dataclass(frozen=True)
