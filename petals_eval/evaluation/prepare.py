@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import BaseModel
 
@@ -25,6 +25,7 @@ from petals_eval.runs.results import WITHOUT_PROMPTS
 from petals_eval.runs.shard import Shard
 from petals_eval.runs.thresholds import Threshold
 from petals_eval.tasks import Task, check_head_labels, load_task, resolve_source
+from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.requests import Example
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _FIRST_EXAMPLES = 50
 """Enough to know how long the examples are, on average."""
 
 _PREPARED = (
-    *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "shard"),
+    *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "unlabelled", "shard"),
     *("without_prompts", "fail_under", "tokens_per_micro_batch", "out"),
 )
 """The settings of a run that `prepare` takes under their own names."""
@@ -104,6 +105,7 @@ def prepare(
     limit: int | None = None,
     seed: int = 0,
     max_length: int | None = None,
+    unlabelled: Unlabelled | None = None,
     shard: str | None = None,
     without_prompts: bool = False,
     fail_under: Sequence[str] = (),
@@ -119,7 +121,7 @@ def prepare(
 
     Raises CallerError (its kinds say what is wrong), MachineError for what cannot be read or written here.
     """
-    task = _with_max_length(load_task(task), max_length)
+    task = _with_unlabelled(_with_max_length(load_task(task), max_length), unlabelled)
     thresholds = tuple(Threshold.parse(text, task.label_names) for text in fail_under)
     task = _with_metrics(task, [threshold.metric for threshold in thresholds])
     piece = None if shard is None else Shard.parse(shard)
@@ -236,7 +238,15 @@ def _with_max_length(task: Task, max_length: int | None) -> Task:
         return task
     if not isinstance(task, BaseModel) or "max_length" not in type(task).model_fields:
         raise ConfigError(f"--max-length: task {task.name} has no max_length that could be changed")
-    return task.model_copy(update={"max_length": max_length})
+    return cast(Task, task.model_copy(update={"max_length": max_length}))
+
+
+def _with_unlabelled(task: Task, unlabelled: Unlabelled | None) -> Task:
+    if unlabelled is None:
+        return task
+    if not isinstance(task, BaseModel) or not hasattr(task, "unlabelled"):
+        raise ConfigError(f"--unlabelled: task {task.name} has no labels that could be missing.")
+    return cast(Task, task.model_copy(update={"unlabelled": unlabelled}))
 
 
 def _with_metrics(task: Task, names: Sequence[str]) -> Task:
@@ -246,7 +256,7 @@ def _with_metrics(task: Task, names: Sequence[str]) -> Task:
     from petals_eval.metrics import check_metric_names
 
     metrics = check_metric_names([*task.metrics, *names], task.kind, label_names=task.label_names)
-    return type(task).model_validate({**_given(task), "metrics": metrics})
+    return cast(Task, type(task).model_validate({**_given(task), "metrics": metrics}))
 
 
 def _given(task: BaseModel) -> dict[str, Any]:

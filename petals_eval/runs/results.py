@@ -235,4 +235,5 @@ def _line(result: AdapterResult) -> str:
         interval = f" ({metric.ci95[0]:.3f} - {metric.ci95[1]:.3f})" if metric.ci95 else ""
         parts.append(f"{METRICS[name].title} {metric.value:.4f}{interval}")
     counts = f"n {result.n_scored}" + (f", failed {result.n_failed}" if result.n_failed else "")
+    counts += f", without a label {result.n_unlabelled}" if result.n_unlabelled else ""
     return ", ".join([*parts, counts])

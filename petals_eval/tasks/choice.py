@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from petals_eval.data.rows import Row, Rows
 from petals_eval.errors import DataError, ExampleError, PetalsEvalError
 from petals_eval.tasks.choice_labels import ChoiceLabels
-from petals_eval.tasks.labels import Labels, Unlabelled, spelled_keys
+from petals_eval.tasks.labels import Labels, spelled_keys
 from petals_eval.tasks.likelihood import Asked, LikelihoodTask, Scored, constant_text, template_of
 from petals_eval.tasks.prompted import Turn
 from petals_eval.tasks.requests import Example, Generated, Prediction
@@ -57,7 +57,6 @@ class ChoiceTask(LikelihoodTask):
     label_column: str = Field(min_length=1)
     label_names: tuple[str, ...] = ()
     label_map: Annotated[dict[str, str | int], BeforeValidator(spelled_keys)] = Field(default_factory=dict)
-    unlabelled: Unlabelled = "error"
     metrics: tuple[str, ...] = Field(default=("acc",), min_length=1)
 
     @model_validator(mode="before")

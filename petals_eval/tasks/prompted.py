@@ -17,6 +17,7 @@ from pydantic import (
 from petals_eval.data.rows import Row, Rows
 from petals_eval.data.source import DataSource, FileFormat, FileReading
 from petals_eval.errors import DataError, TaskError
+from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.tokens import Bos
 from petals_eval.validation import explain
 
@@ -44,6 +45,8 @@ class PromptedTask(BaseModel):
     name, description: for people.
     metrics, data, formats: as a classification has them.
     bos: whether a beginning-of-text token stands in front.
+    unlabelled: what becomes of rows that do not say what is right, for kinds that have labels
+        (`petals_eval.tasks.labels.no_label`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +57,7 @@ class PromptedTask(BaseModel):
     data: DataSource | None = None
     formats: dict[FileFormat, FileReading] = Field(default_factory=dict)
     bos: Bos = "auto"
+    unlabelled: Unlabelled = "error"
     _context: int | None = PrivateAttr(default=None)
 
     @model_validator(mode="wrap")
