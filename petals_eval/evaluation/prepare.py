@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from pydantic import BaseModel
 
 from petals_eval.config import PromptSettings, RunSettings
 from petals_eval.data import DataSource, Rows, is_local, load_rows
@@ -24,7 +26,8 @@ from petals_eval.runs.privacy import shareable_name
 from petals_eval.runs.results import WITHOUT_PROMPTS
 from petals_eval.runs.shard import Shard
 from petals_eval.runs.thresholds import Threshold
-from petals_eval.tasks import ClassificationTask, Task, check_head_labels, load_task, resolve_source
+from petals_eval.tasks import Task, check_head_labels, load_task, resolve_source
+from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.prompted import Prompting
 from petals_eval.tasks.requests import Example
 
@@ -40,7 +43,7 @@ _FIRST_EXAMPLES = 50
 """Enough to know how long the examples are, on average."""
 
 _PREPARED = (
-    *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "shard"),
+    *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "unlabelled", "shard"),
     *("without_prompts", "fail_under", "tokens_per_micro_batch", "out"),
 )
 """The settings of a run that `prepare` takes under their own names."""
@@ -114,6 +117,7 @@ def prepare(
     limit: int | None = None,
     seed: int = 0,
     max_length: int | None = None,
+    unlabelled: Unlabelled | None = None,
     shard: str | None = None,
     without_prompts: bool = False,
     prompt: PromptSettings = _AS_THE_TASK_SAYS,
@@ -130,7 +134,7 @@ def prepare(
 
     Raises CallerError (its kinds say what is wrong), MachineError for what cannot be read or written here.
     """
-    task = with_prompt(_with_max_length(load_task(task), max_length), prompt)
+    task = with_prompt(_with_unlabelled(_with_max_length(load_task(task), max_length), unlabelled), prompt)
     code = row_code_of(task, is_allowed=prompt.allow_task_code)
     thresholds = tuple(Threshold.parse(text, task.label_names) for text in fail_under)
     task = _with_metrics(task, [threshold.metric for threshold in thresholds])
@@ -148,14 +152,11 @@ def prepare(
         side, found = open_side(), read()
     rows = found.rows
     part = rows if piece is None else piece.of(rows)
-    if isinstance(task, Prompting):
-        task.check_chat(side.local.tokenizer)
-        tasks: list[Task] = [task.showing(draw) for draw in found.draws] or [task]
-    else:
-        tasks = [task]
     variants = _variants(side.adapters, without_prompts)
     for _, adapter in variants:
         _check_head(side.local, task, adapter)
+    task = _bound(task, side.local, [adapter for _, adapter in variants])
+    tasks = _shown(task, found, side.local.tokenizer)
     record = DataRecord(
         name=rows.name,
         fingerprint=rows.fingerprint,
@@ -169,19 +170,18 @@ def prepare(
         task,
         record,
         _records(variants, len(tasks)),
-        {**task.fingerprint(), **_around(task, found)},
+        _fingerprint(task, found),
         {"prepare_code": code.sha256} if code is not None and code.sha256 is not None else {},
         {"tokens_per_micro_batch": tokens_per_micro_batch, "rows_left_out": found.left_out},
     )
     if out is not None:
         check_folder(out, manifest)
-    task = tasks[0]
     return Prepared(
-        task=task,
+        task=tasks[0],
         rows=rows,
         part=part,
         # Also what can only be told with the tokenizer at hand: that there is one, and that label words differ in it.
-        first_examples=tuple(islice(task.examples(part, side.local.tokenizer), _FIRST_EXAMPLES)),
+        first_examples=tuple(islice(tasks[0].examples(part, side.local.tokenizer), _FIRST_EXAMPLES)),
         side=side,
         # The journal has the names that may be shared.
         variants=tuple(
@@ -264,16 +264,42 @@ def _local_swarm(settings: RunSettings) -> "LocalSwarm":
 def _with_max_length(task: Task, max_length: int | None) -> Task:
     if max_length is None:
         return task
-    if not isinstance(task, ClassificationTask):
+    if not isinstance(task, BaseModel) or "max_length" not in type(task).model_fields:
         raise ConfigError(f"--max-length: task {task.name} has no max_length that could be changed")
-    return task.model_copy(update={"max_length": max_length})
+    return cast(Task, task.model_copy(update={"max_length": max_length}))
+
+
+def _with_unlabelled(task: Task, unlabelled: Unlabelled | None) -> Task:
+    if unlabelled is None:
+        return task
+    if not isinstance(task, BaseModel) or not hasattr(task, "unlabelled"):
+        raise ConfigError(f"--unlabelled: task {task.name} has no labels that could be missing.")
+    return cast(Task, task.model_copy(update={"unlabelled": unlabelled}))
 
 
 def _with_metrics(task: Task, names: Sequence[str]) -> Task:
-    """Return the task with these metrics computed, too."""
-    if not names or not isinstance(task, ClassificationTask):
+    """Return the task with these metrics computed, too. Raises ConfigError, TaskError where it cannot have them."""
+    if not names or not isinstance(task, BaseModel):
         return task
-    return task.model_copy(update={"metrics": tuple(dict.fromkeys([*task.metrics, *names]))})
+    from petals_eval.metrics import check_metric_names
+
+    metrics = check_metric_names([*task.metrics, *names], task.kind, label_names=task.label_names)
+    return cast(Task, type(task).model_validate({**_given(task), "metrics": metrics}))
+
+
+def _given(task: BaseModel) -> dict[str, Any]:
+    """Return the keys of a task that were given, under the names that its definition has for them."""
+    fields = type(task).model_fields
+    return {fields[name].alias or name: getattr(task, name) for name in task.model_fields_set}
+
+
+def _bound(task: Task, local: "LocalPart", adapters: "Sequence[Adapter | None]") -> Task:
+    """Return the task for this model and the longest of the prompts: every variant is asked the same."""
+    bound_to: Callable[[int | None], Task] | None = getattr(task, "bound_to", None)
+    if bound_to is None:
+        return task
+    prefix = max((adapter.prefix_length for adapter in adapters if adapter is not None), default=0)
+    return bound_to(None if local.context is None else local.context - prefix)
 
 
 def _check_head(local: "LocalPart", task: Task, adapter: "Adapter | None") -> None:
@@ -310,12 +336,20 @@ def _records(variants: "Sequence[tuple[str, Adapter | None]]", draws: int) -> li
     return found
 
 
-def _around(task: Task, found: RowsAndShots) -> dict[str, Any]:
-    """Return what of the text around the questions changes answers, the shots themselves among it."""
-    around: dict[str, Any] = task.prompt_fingerprint() if isinstance(task, Prompting) else {}
-    if "shots" in around:
-        around["shots"] = {**around["shots"], "sha256": [draw.sha256 for draw in found.draws]}
-    return around
+def _shown(task: Task, found: RowsAndShots, tokenizer: Any) -> list[Task]:
+    """Return the task with the shots of each draw, or as it is. Raises ModelError for a chat template that fails."""
+    if not isinstance(task, Prompting):
+        return [task]
+    task.check_chat(tokenizer)
+    return [task.showing(draw) for draw in found.draws] or [task]
+
+
+def _fingerprint(task: Task, found: RowsAndShots) -> dict[str, Any]:
+    """Return the task's fingerprint with that of the shots that were drawn."""
+    whole: dict[str, Any] = task.fingerprint()
+    if isinstance(task, Prompting) and found.draws:
+        whole["shots"] = {**whole["shots"], "sha256": [draw.sha256 for draw in found.draws]}
+    return whole
 
 
 def _manifest(

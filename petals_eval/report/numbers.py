@@ -73,6 +73,8 @@ def notes(results: Sequence[AdapterResult]) -> list[str]:
 def counts_of(result: AdapterResult) -> dict[str, str]:
     """Return examples, failures, cut texts and speed. What is 0 is left out, but failures are always said."""
     found = {"examples": f"{result.n_examples:,}", "failed": f"{result.n_failed:,}"}
+    if result.n_unlabelled:
+        found["without a label"] = f"{result.n_unlabelled:,}"
     if result.n_truncated:
         found["truncated"] = f"{result.n_truncated:,}"
     if result.examples_per_second is not None and result.tokens_per_second is not None:

@@ -123,7 +123,7 @@ class RunFolder:
 
     @staticmethod
     def prediction_files(result: RunResult) -> dict[str, str]:
-        """Return the file name of the predictions under each name of the journal: an adapter's, or one of its draws'."""
+        """Return the file name of the predictions of each name in the journal: an adapter's, or that of a draw."""
         names = [each.adapter for adapter in result.adapters.values() for each in adapter.in_journal]
         bare = [] if result.without_prompts is None else [each.adapter for each in result.without_prompts.in_journal]
         alone = len(names) == 1

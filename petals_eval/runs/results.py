@@ -293,4 +293,5 @@ def _line(result: AdapterResult) -> str:
             interval = f" (sd {metric.draws.standard_deviation:.4f} over {len(metric.draws.values)} draws)"
         parts.append(f"{METRICS[name].title} {metric.value:.4f}{interval}")
     counts = f"n {result.n_scored}" + (f", failed {result.n_failed}" if result.n_failed else "")
+    counts += f", without a label {result.n_unlabelled}" if result.n_unlabelled else ""
     return ", ".join([*parts, counts])

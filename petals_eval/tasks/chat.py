@@ -45,8 +45,8 @@ def check_chat_template(tokenizer: Any, messages: Sequence[Message]) -> None:
 def joined(first: str, second: str, delimiter: str) -> str:
     """Join two texts, with the delimiter between them unless one is empty or has a blank or line end there.
 
-    >>> joined("Be brief.", "Answer the question.", " "), joined("Be brief.", "", " "), joined("Be brief. ", "Now.", " ")
-    ('Be brief. Answer the question.', 'Be brief.', 'Be brief. Now.')
+    >>> joined("Be brief.", "Now answer.", "|"), joined("Be brief.", "", "|"), joined("Be brief. ", "Now answer.", "|")
+    ('Be brief.|Now answer.', 'Be brief.', 'Be brief. Now answer.')
     """
     if not first or not second or first[-1].isspace() or second[0].isspace():
         return first + second

@@ -1,6 +1,6 @@
 """Classification, by a trained head or by label words that the model's own word head scores."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from petals_eval.errors import (
     RequestTooLargeError,
     TaskError,
 )
-from petals_eval.tasks.labels import Labels, spelled
+from petals_eval.tasks.labels import Labels, Unlabelled, spelled_keys
 from petals_eval.tasks.prompted import Prompting, Turn
 from petals_eval.tasks.requests import Example, Generated, Prediction, Request, as_float64
 from petals_eval.tasks.template import Template
@@ -31,20 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["ClassificationTask"]
 
 _CHUNK_ROWS = 256
-
-
-def _spelled_keys(mapping: Any) -> Any:
-    """Return a label_map with its keys as texts, as they are compared; Python may give numbers and truth values."""
-    if not isinstance(mapping, Mapping):
-        return mapping
-    if None in mapping:
-        raise ValueError('should have text as keys, and one of them is missing: put an empty text in quotes, as ""')
-    keys: dict[str, object] = {}
-    for key, name in mapping.items():
-        if spelled(key) in keys:
-            raise ValueError(f"has the key {spelled(key)!r} twice: outer blanks do not count")
-        keys[spelled(key)] = name
-    return keys
 
 
 class ClassificationTask(Prompting):
@@ -66,6 +52,8 @@ class ClassificationTask(Prompting):
         says how likely each is to follow the text. A word follows exactly as written: begin it with a space unless
         the text ends in one. Score of a label: the sum of the natural-log likelihoods of its word's tokens;
         normalize="mean" divides by their number, so that a long word is not at a disadvantage.
+    unlabelled: "predict": rows without a label (missing, empty, or -1 where that is no label) are predicted, and are in
+        no metric; "error": they end a run before it begins.
 
     What `Prompting` has stands around the text: a shot shows a text and its label word, or for a trained head, after a
     blank, its label name.
@@ -81,13 +69,14 @@ class ClassificationTask(Prompting):
     text: str
     label_column: str = Field(min_length=1)
     label_names: tuple[str, ...] = Field(min_length=2)
-    label_map: Annotated[dict[str, str], BeforeValidator(_spelled_keys)] = Field(default_factory=dict)
+    label_map: Annotated[dict[str, str], BeforeValidator(spelled_keys)] = Field(default_factory=dict)
     max_length: int = Field(default=512, ge=1)
     metrics: tuple[str, ...] = Field(default=("accuracy", "f1_macro"), min_length=1)
     data: DataSource | None = None
     formats: dict[FileFormat, FileReading] = Field(default_factory=dict)
     label_words: tuple[str, ...] | None = None
     normalize: Literal["sum", "mean"] = "sum"
+    unlabelled: Unlabelled = "error"
 
     @field_validator("text")
     @classmethod
@@ -139,7 +128,8 @@ class ClassificationTask(Prompting):
         changing = {"kind", "text", "label_column", "label_names", "label_map", "max_length"}
         if self.label_words is not None:
             changing |= {"label_words", "normalize"}
-        return {"head": self.head, **self.model_dump(mode="json", include=changing)}
+        own = self.model_dump(mode="json", include=changing)
+        return {"head": self.head, **own, **self.prompt_fingerprint()}
 
     def turn(self, row: Row, where: str) -> Turn:
         """Return a row with its right answer: its label word, or its label name for a trained head."""
@@ -180,7 +170,7 @@ class ClassificationTask(Prompting):
 
         Rows that passed, and parts of them, are not looked at again.
         """
-        read_as = (self.text, self.label_column, self.label_names, *self.label_map.items())
+        read_as = (self.text, self.label_column, self.label_names, self.unlabelled, *self.label_map.items())
         if read_as in rows.passed:
             return
         template = Template.parse(self.text)
@@ -241,11 +231,12 @@ class ClassificationTask(Prompting):
     def _labels(self, rows: Rows) -> Labels:
         return Labels(self.label_names, self.label_map, rows.class_names.get(self.label_column))
 
-    def _label(self, row: Row, labels: Labels, rows: Rows) -> int:
-        return labels.index(row.columns[self.label_column], where=_where(rows, row), column=self.label_column)
+    def _label(self, row: Row, labels: Labels, rows: Rows) -> int | None:
+        value, where = row.columns[self.label_column], _where(rows, row)
+        return labels.index(value, where=where, column=self.label_column, unlabelled=self.unlabelled)
 
     def _for_trained_head(
-        self, rows: Rows, chunk: list[Row], found: list[int], template: Template, tokenizer: Any
+        self, rows: Rows, chunk: list[Row], found: list[int | None], template: Template, tokenizer: Any
     ) -> Iterator[Example]:
         texts = [_text(template, rows, row) for row in chunk]
         tokenized = tokenize(tokenizer, texts, self.max_length)
@@ -259,7 +250,7 @@ class ClassificationTask(Prompting):
         self,
         rows: Rows,
         chunk: list[Row],
-        found: list[int],
+        found: list[int | None],
         template: Template,
         tokenizer: Any,
         words: tuple[str, ...],

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -19,11 +19,15 @@ from petals_eval.data.rows import Row, Rows
 from petals_eval.data.source import DataSource, FileFormat, FileReading
 from petals_eval.errors import DataError, TaskError
 from petals_eval.tasks.chat import Message, chat_text, check_chat_template, joined
+from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.shots import Draw, Shots
 from petals_eval.tasks.tokens import Bos
 from petals_eval.validation import explain
 
 __all__ = ["PromptedTask", "Prompting", "Turn"]
+
+_NOT_ANSWERING = frozenset({"name", "description", "metrics", "data", "formats", "unlabelled"})
+"""Keys that change no answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +221,8 @@ class PromptedTask(Prompting):
     name, description: for people.
     metrics, data, formats: as a classification has them.
     bos: whether a beginning-of-text token stands in front.
+    unlabelled: what becomes of rows that do not say what is right, for kinds that have labels
+        (`petals_eval.tasks.labels.no_label`).
     """
 
     name: str = Field(min_length=1)
@@ -225,3 +231,23 @@ class PromptedTask(Prompting):
     data: DataSource | None = None
     formats: dict[FileFormat, FileReading] = Field(default_factory=dict)
     bos: Bos = "auto"
+    unlabelled: Unlabelled = "error"
+    _context: int | None = PrivateAttr(default=None)
+
+    @property
+    def head(self) -> Literal["class", "lm"]:
+        return "lm"
+
+    def fingerprint(self) -> dict[str, object]:
+        """Return all that changes an answer: neither the name nor the metrics, and not where the data lies."""
+        own = self.model_dump(mode="json", by_alias=True, exclude={*_NOT_ANSWERING, *Prompting.model_fields})
+        return {"head": self.head, **own, **self.prompt_fingerprint()}
+
+    def bound_to(self, context: int | None) -> Self:
+        """Return the task for a model that reads so many tokens of text, tuned prompts not among them.
+
+        context: None is any number. Raises TaskError where the definition asks for more.
+        """
+        bound = self.model_copy()
+        bound._context = context
+        return bound

@@ -96,7 +96,7 @@ class Example:
     text: the text as the model reads it.
     row_hash: of what the row says (`petals_eval.data.rows.row_hash`): the same row in another run has the same.
     reference: what `predict` needs of the row besides the answers, such as the right texts or the choices' lengths.
-    error: why it cannot be computed, and then it has no requests: a run notes a failure.
+    error: why nothing can be asked for this row: it has no requests then, and a run notes it as a failure.
     """
 
     key: str

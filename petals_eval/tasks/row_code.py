@@ -47,8 +47,8 @@ def load_row_code(name: str, *, task: str, folder: str | Path | None, is_allowed
         place = f" of {beside}" if beside is not None and beside.is_file() else ""
         raise TaskError(
             f"task {task}: prepare would run Python code that did not come with petals-eval on each row: the function "
-            f"{function_name} in the module {module_name}{place}. Nothing of it has run. Read it first; if you trust it, "
-            "allow it with --allow-task-code (in Python: allow_task_code=True)."
+            f"{function_name} in the module {module_name}{place}. Nothing of it has run. Read it first; if you trust "
+            "it, allow it with --allow-task-code (in Python: allow_task_code=True)."
         )
     module = _module(module_name, None if is_own else beside, task)
     function = getattr(module, function_name, None)
@@ -77,8 +77,8 @@ def _module(name: str, file: Path | None, task: str) -> ModuleType:
     except Exception as error:
         looked = f"{file} or " if file is not None else ""
         raise TaskError(
-            f"task {task}: prepare: the module {name} cannot be imported ({type(error).__name__}: {error}). It is looked "
-            f"for as {looked}a module that Python finds."
+            f"task {task}: prepare: the module {name} cannot be imported ({type(error).__name__}: {error}). It is "
+            f"looked for as {looked}a module that Python finds."
         ) from error
 
 
