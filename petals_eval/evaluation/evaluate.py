@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from petals_eval.config import PromptSettings
 from petals_eval.data import DataSource
@@ -26,12 +26,40 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "evaluate", "evaluate_group", "evaluate_prepared", "finish"]
 
 
-@overload
-def evaluate(model: "RemoteModel | torch.nn.Module", *, task: TaskGroup, **options: Any) -> GroupResult: ...
+class _Options(TypedDict, total=False):
+    """What `evaluate` takes besides the model and the task, for type checkers: what it returns depends on the task."""
+
+    data: str | Path | DataSource | None
+    limit: int | None
+    seed: int
+    shard: str | None
+    unlabelled: Literal["error", "predict"] | None
+    without_prompts: bool
+    shots: int | None
+    shots_data: str | None
+    shots_split: str | None
+    shots_seed: int | None
+    draws: int
+    chat: bool
+    system: str | None
+    bos: Literal["auto", "always", "never"] | None
+    allow_task_code: bool
+    out: str | Path | None
+    tokens_per_micro_batch: int | None
+    tokenizer: Any
+    progress: Progress | None
 
 
 @overload
-def evaluate(model: "RemoteModel | torch.nn.Module", *, task: str | Path | Task, **options: Any) -> RunResult: ...
+def evaluate(
+    model: "RemoteModel | torch.nn.Module", *, task: TaskGroup, **options: Unpack[_Options]
+) -> GroupResult: ...
+
+
+@overload
+def evaluate(
+    model: "RemoteModel | torch.nn.Module", *, task: str | Path | Task, **options: Unpack[_Options]
+) -> RunResult: ...
 
 
 def evaluate(

@@ -139,18 +139,18 @@ def prepare(
 
     Raises CallerError (its kinds say what is wrong), MachineError for what cannot be read or written here.
     """
-    task = with_prompt(_with_unlabelled(_with_max_length(load_task(task), max_length), unlabelled), prompt)
-    code = row_code_of(task, is_allowed=prompt.allow_task_code)
-    thresholds = tuple(Threshold.parse(text, task.label_names) for text in fail_under)
-    task = _with_metrics(task, [*(threshold.metric for threshold in thresholds), *more_metrics])
+    asked = with_prompt(_with_unlabelled(_with_max_length(load_task(task), max_length), unlabelled), prompt)
+    code = row_code_of(asked, is_allowed=prompt.allow_task_code)
+    thresholds = tuple(Threshold.parse(text, asked.label_names) for text in fail_under)
+    asked = _with_metrics(asked, [*(threshold.metric for threshold in thresholds), *more_metrics])
     piece = None if shard is None else Shard.parse(shard)
     is_finished = may_be_finished and out is not None and holds_finished(out)
     if out is not None and not is_finished:
         check_folder(out)
-    source = data if isinstance(data, DataSource) else resolve_source(task, data, **source_settings)
+    source = data if isinstance(data, DataSource) else resolve_source(asked, data, **source_settings)
 
     def read() -> RowsAndShots:
-        return rows_and_shots(task, load_rows(source), source, code, limit=limit, seed=seed, draws=prompt.draws)
+        return rows_and_shots(asked, load_rows(source), source, code, limit=limit, seed=seed, draws=prompt.draws)
 
     if is_local(source):
         found, side = read(), open_side()
@@ -160,9 +160,9 @@ def prepare(
     part = rows if piece is None else piece.of(rows)
     variants = _variants(side.adapters, without_prompts)
     for _, adapter in variants:
-        _check_head(side.local, task, adapter)
-    task = _bound(task, side.local, [adapter for _, adapter in variants])
-    tasks = _shown(task, found, side.local.tokenizer)
+        _check_head(side.local, asked, adapter)
+    asked = _bound(asked, side.local, [adapter for _, adapter in variants])
+    tasks = _shown(asked, found, side.local.tokenizer)
     record = DataRecord(
         name=rows.name,
         fingerprint=rows.fingerprint,
@@ -173,10 +173,10 @@ def prepare(
     )
     manifest = _manifest(
         side,
-        task,
+        asked,
         record,
         _records(variants, len(tasks)),
-        _fingerprint(task, found),
+        _fingerprint(asked, found),
         {"prepare_code": code.sha256} if code is not None and code.sha256 is not None else {},
         {"tokens_per_micro_batch": tokens_per_micro_batch, "rows_left_out": found.left_out},
     )
