@@ -86,7 +86,7 @@ class PromptedTask(BaseModel):
         return {"head": self.head, **self.model_dump(mode="json", by_alias=True, exclude=set(_NOT_ANSWERING))}
 
     def bound_to(self, context: int | None) -> Self:
-        """Return the task for a model that reads so many tokens of text, tuned prompts not among them; None: any number.
+        """Return the task for a model that reads so many tokens of text, tuned prompts not counted; None: any number.
 
         Raises TaskError where the definition asks for more.
         """

@@ -1,6 +1,7 @@
 """Runs of choices and continuations over a swarm: against a plain loop, interrupted, in parts, and with bad rows."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_copa_is_what_a_plain_loop_over_hugging_faces_forward_gives(model, whole
     result = petals_eval.evaluate(model, task=COPA, data=copa, out=tmp_path / "run")
     assert (result.first.n_scored, result.first.n_failed) == (150, 0)
     lines = predictions(tmp_path / "run")
-    rows = [json.loads(line) for line in open(copa.path)]
+    rows = [json.loads(line) for line in Path(copa.path).read_text().splitlines()]
     right = dict.fromkeys(ACCURACIES, 0)
     for line, row in zip(lines, rows, strict=True):
         choices = (row["choice1"], row["choice2"])
@@ -115,7 +116,11 @@ def test_an_interrupted_run_of_choices_gives_the_numbers_of_a_quiet_one_and_so_d
         for line, other in zip(lines, predictions(tmp_path / folder), strict=True):
             # A row in a micro-batch of another size may differ in its last bits.
             assert other["log_likelihood"] == pytest.approx(line["log_likelihood"], abs=1e-4)
-            assert {**other, "log_likelihood": 0, "unconditioned": 0} == {**line, "log_likelihood": 0, "unconditioned": 0}
+            assert {**other, "log_likelihood": 0, "unconditioned": 0} == {
+                **line,
+                "log_likelihood": 0,
+                "unconditioned": 0,
+            }
 
 
 def test_the_last_words_of_sentences(model, whole, realdata, tmp_path):
@@ -169,12 +174,18 @@ def test_rows_that_cannot_be_asked_are_failures_and_the_others_are_scored(model,
 
 def test_cutting_leaves_the_same_room_for_every_adapter(model, tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"q": "once upon a time " * 200, "choices": [" He fell.", " He sat."], "label": 1}) + "\n")
-    task = ChoiceTask(name="t", text="{q}", choices_column="choices", label_column="label", delimiter="", too_long="cut")
+    path.write_text(
+        json.dumps({"q": "once upon a time " * 200, "choices": [" He fell.", " He sat."], "label": 1}) + "\n"
+    )
+    task = ChoiceTask(
+        name="t", text="{q}", choices_column="choices", label_column="label", delimiter="", too_long="cut"
+    )
     result = petals_eval.evaluate(model, task=task, data=path, out=tmp_path / "run")
     assert (result.first.n_scored, result.first.n_truncated) == (1, 1)
 
-    adapter = type("Adapter", (), {"name": "a", "kind": "ptune", "sha256": "0", "prefix_length": 16, "head_weight": None})()
+    adapter = type(
+        "Adapter", (), {"name": "a", "kind": "ptune", "sha256": "0", "prefix_length": 16, "head_weight": None}
+    )()
     side = LocalSide(model.local, (adapter,), model.blocks.settings, "x")
     [example] = prepare(lambda: side, task=task, data=path, without_prompts=False).first_examples
     assert [len(request.input_ids) for request in example.requests] == [512 - 16, 512 - 16]

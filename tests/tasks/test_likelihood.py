@@ -22,14 +22,21 @@ CHOICES = ChoiceTask(
 def likelihood(whole, local, adapter, tokens, first):
     """The log-likelihoods of tokens[first:] and whether each is the likeliest, from one forward of the whole text."""
     logits = full_logits(whole, local, adapter, tokens).log_softmax(-1)
-    steps = [(logits[at - 1, tokens[at]].item(), logits[at - 1].argmax().item() == tokens[at]) for at in range(first, len(tokens))]
+    steps = [
+        (logits[at - 1, tokens[at]].item(), logits[at - 1].argmax().item() == tokens[at])
+        for at in range(first, len(tokens))
+    ]
     return sum(value for value, _ in steps), all(greedy for _, greedy in steps)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_choices_and_continuations_of_every_family(family, tmp_path):
     folder = make_tiny(family, tmp_path, blocks=2)
-    local, whole, tokenizer = LocalModel.from_pretrained(str(folder)), causal_lm(folder), AutoTokenizer.from_pretrained(folder)
+    local, whole, tokenizer = (
+        LocalModel.from_pretrained(str(folder)),
+        causal_lm(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     compared = greedy = 0
     for kind in ("none", "deep_ptune"):
         adapter = make_adapter(local, kind)
