@@ -22,6 +22,7 @@ from petals_eval.tasks.prompted import Prompting, Turn
 from petals_eval.tasks.requests import Example, Generated, Prediction, Request, as_float64
 from petals_eval.tasks.template import Template
 from petals_eval.tasks.tokens import Continued, continue_texts, cut, encode, tokenize
+from petals_eval.text import plural
 from petals_eval.validation import closest, shorten
 
 if TYPE_CHECKING:
@@ -296,8 +297,8 @@ class ClassificationTask(Prompting):
             if error is None and n_tokens > self.max_length:
                 shots = self.shots.number if self.shots is not None else 0
                 error = RequestTooLargeError(
-                    f"its prompt has {n_tokens} tokens with {shots} shots, and max_length of task {self.name} is "
-                    f"{self.max_length}. Ask for fewer shots, or raise max_length as far as the model reads."
+                    f"its prompt has {n_tokens} tokens with {plural(shots, 'shot')}, and max_length of task {self.name} "
+                    f"is {self.max_length}. Ask for fewer shots, or raise max_length as far as the model reads."
                 )
             if error is not None:
                 yield Example(key, label, (), n_tokens, False, text, row_hash, error=error)

@@ -85,12 +85,14 @@ def test_a_system_message_without_a_chat_stands_in_front(tokenizer, system, inst
 
 def test_contexts_that_differ_stand_after_the_same_shots(tokenizer):
     """WinoGrande's form: a shot is the right context, and what follows it."""
-    values = {"contexts": ["At night {question}", "By day {question}"], "continuation": "I ask.", "label_column": "answer"}
+    values = {
+        "contexts": ["At night {question}", "By day {question}"],
+        "continuation": "I ask.",
+        "label_column": "answer",
+    }
     task = shown(ChoiceTask(name="t", shots=2, **values))
     shots = "By day Is it day? I ask.\n\nAt night Is it night? I ask.\n\n"
-    assert third(task, tokenizer).text == (
-        f"{shots}At night Is it cold?[ I ask.]\n{shots}By day Is it cold?[ I ask.]"
-    )
+    assert third(task, tokenizer).text == (f"{shots}At night Is it cold?[ I ask.]\n{shots}By day Is it cold?[ I ask.]")
 
 
 def test_a_chat_has_the_shots_as_turns_and_no_delimiters(chatting):
@@ -106,7 +108,9 @@ def test_a_chat_has_the_shots_as_turns_and_no_delimiters(chatting):
 
 
 def test_a_chat_template_that_fails_for_every_row_is_told_at_once(chatting):
-    chatting.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}x"
+    chatting.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}x"
+    )
     choice(chat=True).check_chat(chatting)
     with pytest.raises(ModelError, match=r"no system, please \(the roles were system, user\)\. It may take no system"):
         choice(chat=True, system="Be good.").check_chat(chatting)
@@ -116,7 +120,7 @@ def test_a_chat_template_that_fails_for_every_row_is_told_at_once(chatting):
 
 
 def test_a_tokenizer_without_a_chat_template(tokenizer):
-    with pytest.raises(ModelError, match="this model's tokenizer has no chat template. Leave chat out"):
+    with pytest.raises(ModelError, match=r"this model's tokenizer has no chat template\. Leave chat out"):
         choice(chat=True).check_chat(tokenizer)
 
 
@@ -164,7 +168,9 @@ def test_a_prompt_that_is_too_long_fails_whole(tokenizer, labels):
     made = third(shown(words(label_words=labels, shots=2, max_length=20)), tokenizer)
     assert made.requests == ()
     assert not made.truncated
-    assert "tokens with 2 shots, and max_length of task t is 20. Ask for fewer shots, or raise max_length" in str(made.error)
+    assert "tokens with 2 shots, and max_length of task t is 20. Ask for fewer shots, or raise max_length" in str(
+        made.error
+    )
 
 
 def test_a_choice_whose_prompt_is_too_long_for_the_model_fails_whole(tokenizer):
@@ -174,7 +180,7 @@ def test_a_choice_whose_prompt_is_too_long_for_the_model_fails_whole(tokenizer):
 
 
 def test_shots_that_nobody_drew(tokenizer):
-    with pytest.raises(TaskError, match="its shots have not been drawn. petals_eval.evaluate draws them"):
+    with pytest.raises(TaskError, match=r"its shots have not been drawn\. petals_eval\.evaluate draws them"):
         third(choice(shots=2), tokenizer)
 
 
@@ -221,9 +227,7 @@ def test_definitions_that_mean_nothing(changes, reason):
 def test_shots_are_balanced_by_labels_that_rows_share():
     choice(shots={"count": 2, "balanced": True})
     with pytest.raises(TaskError, match=r"shots\.balanced: needs labels that all rows share"):
-        ChoiceTask(
-            name="t", text="{q}", choices_column="c", label_column="l", shots={"count": 2, "balanced": True}
-        )
+        ChoiceTask(name="t", text="{q}", choices_column="c", label_column="l", shots={"count": 2, "balanced": True})
 
 
 def test_a_kind_that_takes_no_shots_says_why():
@@ -232,7 +236,7 @@ def test_a_kind_that_takes_no_shots_says_why():
         without_shots = "scores whole documents"
 
     Whole(name="w", metrics=("m",))
-    with pytest.raises(TaskError, match="shots: a task of kind whole scores whole documents. Leave shots out"):
+    with pytest.raises(TaskError, match=r"shots: a task of kind whole scores whole documents\. Leave shots out"):
         Whole(name="w", metrics=("m",), shots=2)
     with pytest.raises(TaskError, match="chat: a task of kind whole scores whole documents"):
         Whole(name="w", metrics=("m",), chat=True)

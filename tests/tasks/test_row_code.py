@@ -49,7 +49,9 @@ def rows():
 def test_nothing_runs_that_is_not_allowed(folder):
     with pytest.raises(TaskError) as refused:
         loaded("words:lower", folder, is_allowed=False)
-    assert f"the function lower in the module words of {folder / 'words.py'}. Nothing of it has run" in str(refused.value)
+    assert f"the function lower in the module words of {folder / 'words.py'}. Nothing of it has run" in str(
+        refused.value
+    )
     assert "--allow-task-code (in Python: allow_task_code=True)" in str(refused.value)
     assert not (folder / "ran").exists()
 
@@ -106,7 +108,9 @@ def test_functions_that_are_not_there(folder, name, reason):
 def test_a_module_that_cannot_be_imported_leaves_nothing_behind(folder):
     (folder / "broken.py").write_text("1 / 0")
     before = set(sys.modules)
-    with pytest.raises(TaskError, match=r"the module broken cannot be imported \(ZeroDivisionError: division by zero\)"):
+    with pytest.raises(
+        TaskError, match=r"the module broken cannot be imported \(ZeroDivisionError: division by zero\)"
+    ):
         loaded("broken:f", folder)
     assert set(sys.modules) == before
 

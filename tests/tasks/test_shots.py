@@ -12,7 +12,9 @@ from petals_eval.tasks.shots import Shots, draw_shots
 
 
 def numbers(count, name="numbers"):
-    return rows_of([{"text": f"row {index}", "label": "odd" if index % 2 else "even"} for index in range(count)], name=name)
+    return rows_of(
+        [{"text": f"row {index}", "label": "odd" if index % 2 else "even"} for index in range(count)], name=name
+    )
 
 
 def drawn(settings, pool, evaluated=None, *, seed=1, is_shared=False):
@@ -80,7 +82,10 @@ def test_a_balanced_draw_has_as_many_rows_of_each_label(how):
     for count, sizes in ((6, [2, 2, 2]), (7, [2, 2, 3])):
         for shots in drawn({"count": count, "draw": how, "balanced": True}, pool):
             assert sorted(Counter(min(index // 10, 2) for index in shots).values()) == sizes
-    orders = {tuple(min(index // 10, 2) for index in shots) for shots in drawn({"count": 6, "draw": "row", "balanced": True}, pool)}
+    orders = {
+        tuple(min(index // 10, 2) for index in shots)
+        for shots in drawn({"count": 6, "draw": "row", "balanced": True}, pool)
+    }
     assert len(orders) > 10  # labels do not stand in their own order
     with pytest.raises(DataError, match="expected at least 20 rows of each label to draw from in data, found 10"):
         drawn({"count": 60, "draw": how, "balanced": True}, pool)
@@ -104,7 +109,9 @@ def test_its_draws_for_tasks_whose_shots_may_hold_the_document():
 
 
 def test_its_draws_where_a_document_is_there_more_than_once():
-    pool = rows_of([{"text": "same", "label": "even"}] * 3 + [{"text": str(index), "label": "odd"} for index in range(3)])
+    pool = rows_of(
+        [{"text": "same", "label": "even"}] * 3 + [{"text": str(index), "label": "odd"} for index in range(3)]
+    )
     random = Random(3)
     found = drawn({"count": 3, "draw": "lm_eval"}, pool, is_shared=True, seed=3)
     for index, shots in enumerate(found):
