@@ -297,7 +297,7 @@ class ClassificationTask(Prompting):
             if error is None and n_tokens > self.max_length:
                 shots = self.shots.number if self.shots is not None else 0
                 error = RequestTooLargeError(
-                    f"its prompt has {n_tokens} tokens with {plural(shots, 'shot')}, and max_length of task {self.name} "
+                    f"its prompt has {n_tokens} tokens with {plural(shots, 'shot')}, and max_length of {self.name} "
                     f"is {self.max_length}. Ask for fewer shots, or raise max_length as far as the model reads."
                 )
             if error is not None:

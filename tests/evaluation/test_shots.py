@@ -313,6 +313,6 @@ def test_a_row_whose_prompt_is_too_long_is_a_failure_with_the_numbers(tmp_path):
     [failure] = lines_of(tmp_path / "run", "failures.jsonl")
     assert failure["key"] == "1"
     assert failure["reason"] == (
-        "its prompt has 64 tokens with 1 shot, and max_length of task films is 20. Ask for fewer shots, or raise "
+        "its prompt has 64 tokens with 1 shot, and max_length of films is 20. Ask for fewer shots, or raise "
         "max_length as far as the model reads."
     )
