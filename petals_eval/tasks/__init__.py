@@ -3,7 +3,7 @@
 from petals_eval.tasks.base import Task
 from petals_eval.tasks.classification import ClassificationTask
 from petals_eval.tasks.head_labels import check_head_labels
-from petals_eval.tasks.library import list_tasks, load_task, resolve_source
+from petals_eval.tasks.library import list_tasks, load_task, resolve_source, shipped_yaml
 from petals_eval.tasks.preview import describe_example, show_example
 from petals_eval.tasks.requests import Example, Prediction, Request
 
@@ -18,5 +18,6 @@ __all__ = [
     "list_tasks",
     "load_task",
     "resolve_source",
+    "shipped_yaml",
     "show_example",
 ]

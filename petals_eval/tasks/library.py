@@ -12,7 +12,7 @@ from petals_eval.tasks.base import Task
 from petals_eval.tasks.classification import ClassificationTask
 from petals_eval.validation import closest, shorten
 
-__all__ = ["list_tasks", "load_task", "resolve_source"]
+__all__ = ["list_tasks", "load_task", "resolve_source", "shipped_yaml"]
 
 _KINDS: dict[str, type[ClassificationTask]] = {"classification": ClassificationTask}
 _SUFFIXES = (".yaml", ".yml")
@@ -52,6 +52,16 @@ def list_tasks() -> list[ClassificationTask]:
     """Return the tasks that come with the package, by name."""
     shipped = _shipped()
     return [_parse(shipped[name], f"the shipped task {name}", name=name, folder=None) for name in sorted(shipped)]
+
+
+def shipped_yaml(name: str) -> str:
+    """Return the YAML text of a task that comes with the package. Raises TaskError, with names that come close."""
+    shipped = _shipped()
+    if name not in shipped:
+        raise TaskError(
+            f"there is no shipped task {name}.{closest(name, shipped)} There are: {', '.join(sorted(shipped))}."
+        )
+    return shipped[name]
 
 
 def resolve_source(task: Task, path: str | Path | None = None, **overrides: Any) -> DataSource:
