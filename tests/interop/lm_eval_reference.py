@@ -8,9 +8,9 @@ It knows nothing of petals_eval. Settings come as JSON on stdin, answers go as J
 yaml: one of the harness's own task files, below lm_eval/tasks. config: a definition in its words instead. rows: a jsonl
 file in place of the data set; shots: one in place of its training split. overrides: keys of the definition to change.
 
-Without a model: {name: [[[context, continuation] or [text] or [context, settings], ... a request], ... a row]}.
-With one: {name: {str(bos): {"requests", "answers", "metrics"}}}, where answers are those of the backend `hf` to each
-request: [log-likelihood, is greedy], a log-likelihood, or a text.
+Without a model: {name: {"requests": [[[context, continuation] or [text] or [context, settings], ... ], ... a row],
+"right": [position or text, ... a row]}}. With one: {name: {str(bos): {"requests", "answers", "metrics"}}}, where answers
+are those of the backend `hf` to each request: [log-likelihood, is greedy], a log-likelihood, or a text.
 """
 
 import contextlib
@@ -56,12 +56,15 @@ def load(wanted: dict[str, Any]) -> Any:
     return task
 
 
-def requests_of(task: Any) -> list[list[list[Any]]]:
+def asked(task: Any) -> dict[str, list[Any]]:
+    """What the harness asks of each row, and what it takes for right."""
     task.build_all_requests()
-    found: dict[int, list[list[Any]]] = {}
+    requests: list[list[list[Any]]] = [[] for _ in task.eval_docs]
     for instance in task.instances:
-        found.setdefault(instance.doc_id, []).append(list(instance.args))
-    return [found[row] for row in sorted(found)]
+        requests[instance.doc_id].append(list(instance.args))
+    # Where the contexts differ and not their continuation, it is the "text" that says which one is right.
+    right = task.doc_to_text if task.multiple_input else task.doc_to_target
+    return {"requests": requests, "right": [right(row) for row in task.eval_docs]}
 
 
 def computed(settings: dict[str, Any], bos: bool | None) -> dict[str, dict[str, Any]]:
@@ -103,7 +106,7 @@ def main() -> None:
     settings = json.load(sys.stdin)
     with contextlib.redirect_stdout(sys.stderr):  # the harness prints
         if settings.get("model") is None:
-            answer: dict[str, Any] = {wanted["name"]: requests_of(load(wanted)) for wanted in settings["tasks"]}
+            answer: dict[str, Any] = {wanted["name"]: asked(load(wanted)) for wanted in settings["tasks"]}
         else:
             answer = {wanted["name"]: {} for wanted in settings["tasks"]}
             for bos in settings["bos"]:
