@@ -79,7 +79,7 @@ def dry_run(prepared: Prepared, adapter: "Adapter | None", *, show: int = 2) -> 
         for example in counted.over(itertools.chain(first, examples)):
             try:
                 for request in example.requests:
-                    local.check_length(len(request.input_ids), prefix)
+                    local.check_length(len(request.input_ids), prefix, request.new_tokens)
             except ExampleError as error:
                 counted.fail(error)
             else:

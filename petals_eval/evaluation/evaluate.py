@@ -34,6 +34,7 @@ def evaluate(
     without_prompts: bool = False,
     out: str | Path | None = None,
     tokens_per_micro_batch: int | None = None,
+    save_texts: bool = False,
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -47,6 +48,7 @@ def evaluate(
     shard: "2/3" evaluates the second of three parts; `petals_eval.merge` joins their run folders.
     without_prompts: evaluate the first adapter's head without its prompts, too.
     out: the run folder; an unfinished run of the same settings in it goes on. None: nothing is kept.
+    save_texts: keep generated texts, in texts.jsonl of the run folder.
     tokenizer: for a Petals model; None: the one that lies with the model its config names.
 
     The model is in the mode it was in before when this returns or raises; nothing here computes a gradient.
@@ -81,6 +83,7 @@ def evaluate(
             out=out,
             is_kept=out is not None,
             tokens_per_micro_batch=tokens_per_micro_batch,
+            save_texts=save_texts,
         )
         folder = stack.enter_context(prepared.open_folder())
         if not is_remote:

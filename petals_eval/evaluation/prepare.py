@@ -38,11 +38,13 @@ _FIRST_EXAMPLES = 50
 
 _PREPARED = (
     *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "shard"),
-    *("without_prompts", "fail_under", "tokens_per_micro_batch", "out"),
+    *("without_prompts", "fail_under", "tokens_per_micro_batch", "out", "save_texts"),
 )
 """The settings of a run that `prepare` takes under their own names."""
 
-_NOT_ANSWERING = ("allow_nondeterministic", "window", "deadline", "verify", "request_timeout", "push")
+_NOT_ANSWERING = (
+    *("allow_nondeterministic", "window", "deadline", "verify", "request_timeout", "push", "generation_rows"),
+)
 """The settings of calls that change no answer: a run may go on with others."""
 
 Variant = tuple[str, "Adapter | None"]
@@ -108,6 +110,7 @@ def prepare(
     tokens_per_micro_batch: int | None = None,
     out: str | Path | None = None,
     is_kept: bool = True,
+    save_texts: bool = False,
     **source_settings: Any,
 ) -> Prepared:
     """Read and check what a run needs: task, data, prompts, head, thresholds, folder.
@@ -146,7 +149,9 @@ def prepare(
         rows=len(rows),
         shard=None if piece is None else (piece.index, piece.count),
     )
-    manifest = _manifest(side, task, record, variants, tokens_per_micro_batch)
+    if save_texts and task.kind != "generation":
+        raise ConfigError(f"--save-texts: task {task.name} generates no texts; leave it out")
+    manifest = _manifest(side, task, record, variants, tokens_per_micro_batch, save_texts)
     if out is not None:
         check_folder(out, manifest)
     return Prepared(
@@ -265,7 +270,12 @@ def _variants(adapters: "Sequence[Adapter]", without_prompts: bool) -> list[Vari
 
 
 def _manifest(
-    side: LocalSide, task: Task, data: DataRecord, variants: list[Variant], tokens_per_micro_batch: int | None
+    side: LocalSide,
+    task: Task,
+    data: DataRecord,
+    variants: list[Variant],
+    tokens_per_micro_batch: int | None,
+    save_texts: bool,
 ) -> Manifest:
     local, settings = side.local.fingerprint, side.settings
     return Manifest.new(
@@ -286,6 +296,8 @@ def _manifest(
             "dtype": local["dtype"],
             "lm_head_sha256": local["lm_head_sha256"],
             "pool": side.local.pooling or "auto",
+            # A run that keeps texts keeps those of all rows: it does not go on with one that did not.
+            **({"save_texts": True} if save_texts else {}),
             "dht_prefix": side.dht_prefix,
             **{name: getattr(settings, name) for name in ("active_adapter", "require_dtype", "require_quant", "wire")},
         },

@@ -14,6 +14,7 @@ from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.calibration import measure_ece
 from petals_eval.metrics.correlation import measure_mcc
 from petals_eval.metrics.fscores import AVERAGES, SCORES, averaged, for_each_label
+from petals_eval.metrics.generated import GENERATED_METRICS
 from petals_eval.metrics.probabilistic import measure_brier, measure_log_loss
 from petals_eval.metrics.ranking import measure_roc_auc
 from petals_eval.metrics.scored_rows import ScoredRows
@@ -67,7 +68,9 @@ _CLASSES = (
     MetricSpec("confusion_matrix", "confusion matrix", "always reported beside the metrics", _nothing),
 )
 
-KINDS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType({"classification": _CLASSES})
+KINDS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
+    {"classification": _CLASSES, "generation": GENERATED_METRICS}
+)
 """The metrics of each kind of task, in the order of reports. A name has one title, whatever the kind."""
 
 METRICS: Mapping[str, MetricSpec] = MappingProxyType({spec.name: spec for specs in KINDS.values() for spec in specs})

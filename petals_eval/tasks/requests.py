@@ -64,6 +64,16 @@ class Request:
     asks_greedy: bool = False
     decoding: Decoding | None = None
 
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens may be generated."""
+        return 0 if self.decoding is None else self.decoding.max_new_tokens
+
+    @property
+    def positions(self) -> int:
+        """How many tokens the model reads at most: those of the text, and of the new ones all but the last."""
+        return len(self.input_ids) + max(0, self.new_tokens - 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Generated:
@@ -108,7 +118,7 @@ class Example:
     reference: object = None
 
     def predicted(
-        self, prediction: float | None, values: Sequence[Sequence[float]], text: str | None = None
+        self, prediction: float | None, values: Sequence[Sequence[float]], generated: Generated | None = None
     ) -> "Prediction":
         """Return what was predicted of this example, as the journal has it."""
         return Prediction(
@@ -119,7 +129,8 @@ class Example:
             n_tokens=self.n_tokens,
             n_requests=len(self.requests),
             row_hash=self.row_hash,
-            text=text,
+            text=None if generated is None else generated.text,
+            finish=None if generated is None else generated.finish,
         )
 
 
@@ -129,7 +140,7 @@ class Prediction:
 
     prediction: the position of the label or choice with the best score, or a number; None for kinds that have none.
     values: float64 numbers from which every metric of the kind is computed, under the task's `columns`.
-    text: what was generated.
+    text, finish: what was generated, and why it ends.
     """
 
     key: str
@@ -140,6 +151,7 @@ class Prediction:
     n_requests: int = 1
     row_hash: str = ""
     text: str | None = None
+    finish: Finish | None = None
 
     @property
     def scores(self) -> tuple[float, ...]:
