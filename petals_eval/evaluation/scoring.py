@@ -8,10 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from petals_eval.errors import CallerError, ExampleError, SwarmError
-from petals_eval.evaluation.prepare import Prepared
+from petals_eval.evaluation.prepare import Prepared, Variant
 from petals_eval.evaluation.wire_error import note_lossless_servers
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import NoisyServer, ServerUsed, Verdict
+from petals_eval.tasks import Task
 from petals_eval.tasks.requests import Example, Generated, Request
 
 if TYPE_CHECKING:
@@ -107,6 +108,8 @@ class PendingExamples:
         """Yield what the examples ask of the model, as it is taken."""
         for example in self._examples:
             try:
+                if example.error is not None:
+                    raise example.error
                 for request in example.requests:
                     self._check_length(request)
             except ExampleError as error:
@@ -172,8 +175,8 @@ class Scoring:
         try:
             while True:
                 self.done, self._withdrawn = 0, False
-                for name, adapter in self.prepared.variants:
-                    self.score(name, adapter)
+                for variant in self.prepared.variants:
+                    self.score(variant)
                 self.model.blocks.settle(on_tick=self.tick)
                 if not self._withdrawn:
                     return
@@ -181,20 +184,21 @@ class Scoring:
             self.tick()  # what a server scored that was caught in the last moment must not stay
             raise
 
-    def score(self, name: str, adapter: "Adapter | None") -> None:
+    def score(self, variant: Variant) -> None:
         """Score every example that the journal does not hold yet, as answers come back."""
-        journal, task, local = self.folder.journal, self.prepared.task, self.model.local
+        name, adapter, task = variant
+        journal, local = self.folder.journal, self.model.local
         done_before = journal.done_keys(name)
         self.done += len(done_before)
         prefix = 0 if adapter is None else adapter.prefix_length
         fail_fast = FailFast(any_scored=bool(done_before))
         pending = PendingExamples(
-            self._left(done_before, adapter),
+            self._left(done_before, adapter, task),
             check_length=lambda request: local.check_length(len(request.input_ids), prefix, request.new_tokens),
             on_failed=partial(self._record_failure, name),
             fail_fast=fail_fast,
         )
-        answers = self._answers(pending, adapter)
+        answers = self._answers(pending, adapter, task)
         # Closed by name: while somebody keeps an exception from in here, what is in flight would go on. The session
         # ends before: it commits what waits.
         with contextlib.closing(answers), journal.session(name):
@@ -221,9 +225,9 @@ class Scoring:
         self.tick()
         fail_fast.end(any_scored=journal.counts(name).scored > 0)
 
-    def _answers(self, pending: PendingExamples, adapter: "Adapter | None") -> "Generator[RequestAnswer]":
+    def _answers(self, pending: PendingExamples, adapter: "Adapter | None", task: Task) -> "Generator[RequestAnswer]":
         at_once = self.prepared.tokens_per_micro_batch
-        if self.prepared.task.kind != "generation":
+        if task.kind != "generation":
             return self.model.compute(
                 pending.requests(),
                 adapter,
@@ -240,13 +244,13 @@ class Scoring:
             on_notice=self._say_once,
         )
 
-    def _left(self, done_before: Collection[str], adapter: "Adapter | None") -> Iterator[Example]:
+    def _left(self, done_before: Collection[str], adapter: "Adapter | None", task: Task) -> Iterator[Example]:
         """Yield the examples that are left, and say once for an adapter that libraries pool their texts otherwise."""
         name = "" if adapter is None else adapter.name
-        for example in self.prepared.task.examples(self.prepared.part, self.model.local.tokenizer):
+        for example in task.examples(self.prepared.part, self.model.local.tokenizer):
             if example.key in done_before:
                 continue
-            if self.prepared.task.head == "class" and name not in self._pooling_said:
+            if task.head == "class" and name not in self._pooling_said:
                 notes = (self.model.local.pooling_note(each.input_ids, adapter) for each in example.requests)
                 if (note := next(filter(None, notes), None)) is not None:
                     self._pooling_said.add(name)
@@ -272,7 +276,7 @@ class Scoring:
 
     def say_what_is_left(self) -> None:
         """Say that this goes on with a run, and from where."""
-        counts = [self.folder.journal.counts(name) for name, _ in self.prepared.variants]
+        counts = [self.folder.journal.counts(name) for name, *_ in self.prepared.variants]
         scored, failed = sum(each.scored for each in counts), sum(each.failed for each in counts)
         tried_again = f", and of these {failed:,} that failed are tried again" if failed else ""
         self.say(

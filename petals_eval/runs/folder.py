@@ -146,11 +146,12 @@ class RunFolder:
 
     @staticmethod
     def prediction_files(result: RunResult) -> dict[str, str]:
-        """Return the file name of each adapter's predictions."""
-        names = list(result.adapters)
+        """Return the file name of the predictions of each name in the journal: an adapter's, or that of a draw."""
+        names = [each.adapter for adapter in result.adapters.values() for each in adapter.in_journal]
+        bare = [] if result.without_prompts is None else [each.adapter for each in result.without_prompts.in_journal]
         alone = len(names) == 1
         files = {names[0]: "predictions.jsonl"} if alone else {}
-        for name in names[len(files) :] + ([result.without_prompts.adapter] if result.without_prompts else []):
+        for name in names[len(files) :] + bare:
             stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "adapter"
             taken, count = stem, 2
             while f"predictions.{taken}.jsonl" in files.values():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from petals_eval.errors import PetalsEvalError
+from petals_eval.errors import ExampleError, PetalsEvalError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,6 +106,7 @@ class Example:
     text: the text as the model reads it.
     row_hash: of what the row says (`petals_eval.data.rows.row_hash`): the same row in another run has the same.
     reference: what `predict` needs of the row besides the answers, such as the right texts or the choices' lengths.
+    error: why nothing can be asked for this row: it has no requests then, and a run notes it as a failure.
     """
 
     key: str
@@ -116,6 +117,7 @@ class Example:
     text: str
     row_hash: str = ""
     reference: object = None
+    error: ExampleError | None = None
 
     def predicted(
         self, prediction: float | None, values: Sequence[Sequence[float]], generated: Generated | None = None
