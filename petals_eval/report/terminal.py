@@ -13,6 +13,7 @@ from petals_eval.report.numbers import (
     counts_line,
     counts_of,
     interval_text,
+    interval_title,
     metric_names,
     metric_title,
     noise_line,
@@ -68,7 +69,7 @@ def _comparison(bare: AdapterResult) -> str:
 
 def _one(result: AdapterResult) -> list[Text]:
     rows = [[metric_title(name), value_text(metric), interval_text(metric)] for name, metric in result.metrics.items()]
-    return _table(["", "value", "95% interval"], rows)
+    return _table(["", "mean" if result.draws else "value", interval_title([result])], rows)
 
 
 def _side_by_side(adapters: Sequence[AdapterResult], width: int) -> list[list[Text]]:
@@ -76,9 +77,10 @@ def _side_by_side(adapters: Sequence[AdapterResult], width: int) -> list[list[Te
     names = metric_names(adapters)
     first = max((cell_len(metric_title(name)) for name in names), default=0) + 4
     heads = [cell_len(_head(each)) for each in adapters]
-    if first + sum(max(head, len("0.0000 (0.000 - 0.000)")) + 2 for head in heads) <= width:
+    interval = len("0.000 - 0.000, sd 0.000" if any(each.draws for each in adapters) else "0.000 - 0.000")
+    if first + sum(max(head, len("0.0000 ()") + interval) + 2 for head in heads) <= width:
         return [_columns(adapters, names, below=False)]
-    at_once = max(1, (width - first) // (max(*heads, len("0.000 - 0.000")) + 2))
+    at_once = max(1, (width - first) // (max(*heads, interval) + 2))
     return [_columns(adapters[i : i + at_once], names, below=True) for i in range(0, len(adapters), at_once)]
 
 
