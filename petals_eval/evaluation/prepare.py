@@ -20,7 +20,7 @@ from petals_eval.errors import ConfigError, ModelError
 from petals_eval.evaluation.shots import RowsAndShots, row_code_of, rows_and_shots, with_prompt
 from petals_eval.remote_model import LocalSide
 from petals_eval.runs.code_hash import answering_code, task_code
-from petals_eval.runs.folder import RunFolder, check_folder
+from petals_eval.runs.folder import RunFolder, check_folder, holds_finished
 from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, check_names
 from petals_eval.runs.privacy import shareable_name
 from petals_eval.runs.results import WITHOUT_PROMPTS
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from petals_eval.local_swarm import LocalSwarm
     from petals_eval.model import Adapter, LocalPart
 
-__all__ = ["NO_ADAPTER", "Prepared", "Variant", "prepare", "prepare_run"]
+__all__ = ["NO_ADAPTER", "Prepared", "Variant", "options_of_run", "prepare", "prepare_run", "side_of_run"]
 
 NO_ADAPTER = "no prompts"
 """The journal's name for a model evaluated as it is."""
@@ -73,6 +73,7 @@ class Prepared:
     variants: its adapters, or the model as it is, each with every draw of shots.
     manifest: of the run folder `out`; None: a new one below runs/. is_kept: otherwise the folder is temporary.
     local_swarm: not started; the one that the model's blocks will be on. notes: what a person should know of the rows.
+    is_finished: the folder holds this very run, and nothing is left to be done.
     """
 
     task: Task
@@ -88,6 +89,7 @@ class Prepared:
     is_kept: bool
     local_swarm: "LocalSwarm | None" = None
     notes: tuple[str, ...] = ()
+    is_finished: bool = False
 
     @property
     def total(self) -> int:
@@ -128,21 +130,25 @@ def prepare(
     out: str | Path | None = None,
     is_kept: bool = True,
     save_texts: bool = False,
+    more_metrics: Sequence[str] = (),
+    may_be_finished: bool = False,
     **source_settings: Any,
 ) -> Prepared:
     """Read and check what a run needs: task, data, prompts, head, thresholds, folder.
 
     open_side: loads our side of the model; called once. source_settings: of `DataSource`, such as split; None among
-    them is what the task says. The others are those of `evaluate` and of `RunSettings`.
+    them is what the task says. more_metrics: to be computed besides the task's. may_be_finished: whether `out` may hold
+    this run, finished. The others are those of `evaluate` and of `RunSettings`.
 
     Raises CallerError (its kinds say what is wrong), MachineError for what cannot be read or written here.
     """
     task = with_prompt(_with_unlabelled(_with_max_length(load_task(task), max_length), unlabelled), prompt)
     code = row_code_of(task, is_allowed=prompt.allow_task_code)
     thresholds = tuple(Threshold.parse(text, task.label_names) for text in fail_under)
-    task = _with_metrics(task, [threshold.metric for threshold in thresholds])
+    task = _with_metrics(task, [*(threshold.metric for threshold in thresholds), *more_metrics])
     piece = None if shard is None else Shard.parse(shard)
-    if out is not None:
+    is_finished = may_be_finished and out is not None and holds_finished(out)
+    if out is not None and not is_finished:
         check_folder(out)
     source = data if isinstance(data, DataSource) else resolve_source(task, data, **source_settings)
 
@@ -184,7 +190,9 @@ def prepare(
         answering,
         {"tokens_per_micro_batch": tokens_per_micro_batch, "rows_left_out": found.left_out},
     )
-    if out is not None:
+    if out is not None and is_finished:
+        holds_finished(out, manifest)
+    elif out is not None:
         check_folder(out, manifest)
     return Prepared(
         task=tasks[0],
@@ -206,11 +214,28 @@ def prepare(
         out=None if out is None else Path(out),
         is_kept=is_kept,
         notes=found.notes,
+        is_finished=is_finished,
     )
 
 
 def prepare_run(settings: RunSettings) -> Prepared:
     """Prepare the run that the command was told of. Raises as `prepare` does."""
+    open_side, swarms = side_of_run(settings)
+    prepared = prepare(open_side, **options_of_run(settings))
+    return replace(prepared, local_swarm=swarms[0] if swarms else None)
+
+
+def options_of_run(settings: RunSettings) -> dict[str, Any]:
+    """Return what `prepare` is told of a command's settings."""
+    as_they_are = {name: getattr(settings, name) for name in _PREPARED}
+    return {"revision": settings.data_revision, "prompt": settings, **as_they_are}
+
+
+def side_of_run(settings: RunSettings) -> "tuple[Callable[[], LocalSide], list[LocalSwarm]]":
+    """Return what loads our side of the command's model, and a list that then has the swarm to be embedded, if any.
+
+    Raises ConfigError, ModelError for what is wrong with the settings themselves.
+    """
     from petals_eval.model.prompts import adapter_name
     from petals_eval.model.sources import open_source
 
@@ -233,9 +258,7 @@ def prepare_run(settings: RunSettings) -> Prepared:
             check_home_blocks(settings.verify_local, side)
         return side
 
-    as_they_are = {name: getattr(settings, name) for name in _PREPARED}
-    prepared = prepare(open_side, revision=settings.data_revision, prompt=settings, **as_they_are)
-    return replace(prepared, local_swarm=swarms[0] if swarms else None)
+    return open_side, swarms
 
 
 def _local_options(settings: RunSettings) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from petals_eval.runs.texts import TEXTS_FILE, TextFile
 from petals_eval.tasks.requests import Prediction
 from petals_eval.text import listed
 
-__all__ = ["RunFolder", "check_folder"]
+__all__ = ["RunFolder", "check_folder", "holds_finished", "new_default_folder"]
 
 PREDICTIONS_SCHEMA = 2
 WITHOUT_POSITIONS = ("regression",)  # kinds whose labels and predictions are numbers, and no positions
@@ -59,7 +59,7 @@ class RunFolder:
         Raises RunFolderError where the folder holds a finished run, another run (the message shows the difference),
         something else, or is in use by another process; MachineError where it cannot be written.
         """
-        folder = _new_default(task) if path is None else Path(path)
+        folder = new_default_folder(task) if path is None else Path(path)
         _refuse_file(folder)
         with blame_the_machine(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -268,6 +268,27 @@ def check_folder(path: str | Path, manifest: Manifest | None = None) -> None:
         _unfinished(folder, manifest)
 
 
+def holds_finished(path: str | Path, manifest: Manifest | None = None) -> bool:
+    """Return whether a run lies in a folder that is finished.
+
+    manifest: of the run that is meant; None: it is not known yet. Raises RunFolderError where another one lies there.
+    """
+    place = Path(path) / "manifest.json"
+    if not place.is_file():
+        return False
+    found = Manifest.read(place)
+    if found.finished is None:
+        return False
+    different = [] if manifest is None else difference(found, manifest)
+    if different:
+        lines = "\n".join(f"  {line}" for line in different)
+        raise RunFolderError(
+            f"Expected the finished run in {path} to be this one; found another:\n{lines}\n"
+            "Run it with the settings it was begun with, or name another folder with --out."
+        )
+    return True
+
+
 def _refuse_file(folder: Path) -> None:
     with blame_the_machine(folder):
         if folder.exists() and not folder.is_dir():
@@ -311,9 +332,9 @@ def _left_by_a_crash(name: str) -> bool:
     return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
 
 
-def _new_default(task: str) -> Path:
-    """Make a new folder and return its path."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", task).strip(".-") or "run"
+def new_default_folder(name: str) -> Path:
+    """Make a new folder `runs/<name>-<year-month-day-hour-minute>` and return its path. Raises MachineError."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "run"
     stem = f"{stem}-{datetime.now():%Y-%m-%d-%H%M}"
     count = 1
     while True:

@@ -134,16 +134,14 @@ class ClassificationTask(Prompting):
     def turn(self, row: Row, where: str) -> Turn:
         """Return a row with its right answer: its label word, or its label name for a trained head."""
         rows, template = self.shot_rows, Template.parse(self.text)
-        for column in (*template.columns, self.label_column):
-            if column not in row.columns:
-                raise DataError(f"{where} has no column {column}, which task {self.name} reads.")
         classes = None if rows is None else rows.class_names.get(self.label_column)
         labels = Labels(self.label_names, self.label_map, classes)
-        index = labels.index(row.columns[self.label_column], where=where, column=self.label_column)
+        value, told = row.columns[self.label_column], {"where": where, "column": self.label_column}
+        index = labels.index(value, **told, unlabelled=self.unlabelled)
         truth_words = ("False", "True") if rows is None else rows.truth_words
         text = template.render(row.columns, where=where, truth_words=truth_words)
-        if self.label_words is None:
-            return Turn(text, self.label_names[index])
+        if index is None or self.label_words is None:
+            return Turn(text, None if index is None else self.label_names[index])
         return Turn(text, self.label_words[index], delimiter="")
 
     def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
@@ -276,7 +274,7 @@ class ClassificationTask(Prompting):
             yield Example(str(row.index), label, requests, n_tokens, truncated, text, row_hash)
 
     def _prompted(
-        self, rows: Rows, chunk: list[Row], found: list[int], template: Template, tokenizer: Any
+        self, rows: Rows, chunk: list[Row], found: list[int | None], template: Template, tokenizer: Any
     ) -> Iterator[Example]:
         """Yield examples whose text stands in a prompt: whole, or as failures."""
         texts: list[str] = []

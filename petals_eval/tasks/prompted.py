@@ -198,7 +198,13 @@ class Prompting(BaseModel):
         """Return the exchange of a shot. Raises DataError for a row that has no answer."""
         pool, line = self.shot_rows, "" if shot.line is None else f" (line {shot.line})"
         where = f"a shot, {'' if pool is None else f'{pool.name}, '}row {shot.index}{line}"
-        turn = self.turn(shot, where)
+        try:
+            turn = self.turn(shot, where)
+        except KeyError as error:
+            raise DataError(
+                f"{where} has no column {error}, which task {getattr(self, 'name', '')} reads. Columns found: "
+                f"{', '.join(shot.columns)}."
+            ) from error
         if not turn.answer:
             raise DataError(f"{where} has no answer to show. Draw the shots from rows that have one.")
         return turn
