@@ -153,7 +153,8 @@ def prepare(
     source = data if isinstance(data, DataSource) else resolve_source(task, data, **source_settings)
 
     def read() -> RowsAndShots:
-        return rows_and_shots(task, load_rows(source), source, code, limit=limit, seed=seed, draws=prompt.draws)
+        rows = getattr(task, "documents", lambda rows: rows)(load_rows(source))
+        return rows_and_shots(task, rows, source, code, limit=limit, seed=seed, draws=prompt.draws)
 
     if is_local(source):
         found, side = read(), open_side()

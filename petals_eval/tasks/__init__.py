@@ -7,6 +7,7 @@ from petals_eval.tasks.continuation import ContinuationTask
 from petals_eval.tasks.group import TaskGroup
 from petals_eval.tasks.head_labels import check_head_labels
 from petals_eval.tasks.library import list_tasks, load_group, load_task, resolve_source, shipped_yaml
+from petals_eval.tasks.perplexity import PerplexityTask
 from petals_eval.tasks.preview import describe_example, show_example
 from petals_eval.tasks.requests import Example, Prediction, Request
 
@@ -15,6 +16,7 @@ __all__ = [
     "ClassificationTask",
     "ContinuationTask",
     "Example",
+    "PerplexityTask",
     "Prediction",
     "Request",
     "Task",

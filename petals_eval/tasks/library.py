@@ -16,17 +16,19 @@ from petals_eval.tasks.classification import ClassificationTask
 from petals_eval.tasks.continuation import ContinuationTask
 from petals_eval.tasks.group import TaskGroup, folder_name
 from petals_eval.tasks.prompted import Prompting
+from petals_eval.tasks.perplexity import PerplexityTask
 from petals_eval.validation import closest, shorten
 
 __all__ = ["DefinedTask", "list_tasks", "load_group", "load_task", "resolve_source", "shipped_yaml"]
 
-DefinedTask = ClassificationTask | ChoiceTask | ContinuationTask
+DefinedTask = ClassificationTask | ChoiceTask | ContinuationTask | PerplexityTask
 """A task that a YAML file can define."""
 
 _KINDS: dict[str, type[DefinedTask]] = {
     "classification": ClassificationTask,
     "choice": ChoiceTask,
     "continuation": ContinuationTask,
+    "perplexity": PerplexityTask,
 }
 _SUFFIXES = (".yaml", ".yml")
 _GROUP_KEYS = ("group", "tasks", "metric", "description")
