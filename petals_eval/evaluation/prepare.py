@@ -318,13 +318,8 @@ def _with_metrics(task: Task, names: Sequence[str]) -> Task:
     from petals_eval.metrics import check_metric_names
 
     metrics = check_metric_names([*task.metrics, *names], task.kind, label_names=task.label_names)
-    return cast(Task, type(task).model_validate({**_given(task), "metrics": metrics}))
-
-
-def _given(task: BaseModel) -> dict[str, Any]:
-    """Return the keys of a task that were given, under the names that its definition has for them."""
-    fields = type(task).model_fields
-    return {fields[name].alias or name: getattr(task, name) for name in task.model_fields_set}
+    # Validated again: a metric may need what the task cannot give.
+    return cast(Task, type(task).model_validate(task.model_copy(update={"metrics": metrics})))
 
 
 def _bound(task: Task, local: "LocalPart", adapters: "Sequence[Adapter | None]") -> Task:

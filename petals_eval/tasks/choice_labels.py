@@ -65,8 +65,9 @@ class ChoiceLabels:
     def _words(self, value: object) -> tuple[str, ...]:
         """Return how the value may be spelled as a key: exactly where that is one."""
         names = self.class_names or ()
-        is_class = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names)
-        exact = (names[int(str(value))].strip(), spelled(value)) if is_class else (spelled(value),)
+        exact = [spelled(value)]
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
+            exact.insert(0, names[value].strip())
         known = tuple(word for word in exact if word in self.mapping)
         return known[:1] or other_spellings(value)
 

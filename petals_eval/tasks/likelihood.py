@@ -209,11 +209,11 @@ class LikelihoodTask(PromptedTask):
         limit = min(limits)
         if self.too_long == "cut" and len(pair.answer) <= limit:
             return whole[-limit:]
-        whose = "task's max_length" if self.max_length == limit else "model reads, its prompts not counted"
-        advice = "Shorten it." if self.too_long == "cut" else "Shorten them, or let too_long: cut drop the text's first tokens."
+        whose = "the task's max_length" if self.max_length == limit else "what the model reads beside its prompts"
+        cut = "" if self.too_long == "cut" else ", or let too_long: cut drop the first tokens of the text"
         raise RequestTooLargeError(
             f"a text of {len(pair.context)} tokens and an answer of {len(pair.answer)} make {len(whole)} to be read; "
-            f"expected {limit} at most, the {whose}. {advice}"
+            f"expected {limit} at most, which is {whose}. Shorten the row{cut}."
         )
 
     def _likelihoods(self, example: Example, answers: "Sequence[torch.Tensor | Generated]") -> "list[np.ndarray]":
