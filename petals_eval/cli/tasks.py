@@ -15,7 +15,8 @@ def tasks() -> int:
         source = task.data
         rows = {
             "labels": ", ".join(task.label_names),
-            "text": repr(task.text) + (f", at most {task.max_length} tokens" if task.max_length else ""),
+            "text": repr(task.text)
+            + (f", at most {length} tokens" if (length := getattr(task, "max_length", None)) else ""),
             "data": " ".join(filter(None, (source.path, source.subset, source.split))) if source else "none",
             "metrics": ", ".join(task.metrics),
         }

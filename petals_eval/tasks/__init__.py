@@ -4,6 +4,7 @@ from petals_eval.tasks.base import Task
 from petals_eval.tasks.choice import ChoiceTask
 from petals_eval.tasks.classification import ClassificationTask
 from petals_eval.tasks.continuation import ContinuationTask
+from petals_eval.tasks.generation import GenerationTask
 from petals_eval.tasks.group import TaskGroup
 from petals_eval.tasks.head_labels import check_head_labels
 from petals_eval.tasks.library import list_tasks, load_group, load_task, resolve_source
@@ -15,6 +16,7 @@ __all__ = [
     "ClassificationTask",
     "ContinuationTask",
     "Example",
+    "GenerationTask",
     "Prediction",
     "Request",
     "Task",

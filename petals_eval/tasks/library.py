@@ -14,19 +14,21 @@ from petals_eval.tasks.base import Task
 from petals_eval.tasks.choice import ChoiceTask
 from petals_eval.tasks.classification import ClassificationTask
 from petals_eval.tasks.continuation import ContinuationTask
+from petals_eval.tasks.generation import GenerationTask
 from petals_eval.tasks.group import TaskGroup, folder_name
 from petals_eval.tasks.prompted import Prompting
 from petals_eval.validation import closest, shorten
 
 __all__ = ["DefinedTask", "list_tasks", "load_group", "load_task", "resolve_source"]
 
-DefinedTask = ClassificationTask | ChoiceTask | ContinuationTask
+DefinedTask = ClassificationTask | ChoiceTask | ContinuationTask | GenerationTask
 """A task that a YAML file can define."""
 
 _KINDS: dict[str, type[DefinedTask]] = {
     "classification": ClassificationTask,
     "choice": ChoiceTask,
     "continuation": ContinuationTask,
+    "generation": GenerationTask,
 }
 _SUFFIXES = (".yaml", ".yml")
 _GROUP_KEYS = ("group", "tasks", "metric", "description")
