@@ -176,8 +176,8 @@ class RemoteModel:
     ) -> Generator[RequestAnswer]:
         """Answer requests with a decoding as their texts are over, in any order: `Generated` each.
 
-        As many texts as the settings' `generation_rows` grow at once, in sessions where the servers open them, otherwise
-        by a forward call a token (`tokens_per_micro_batch` is for these). Requests are taken as there is room.
+        As many texts as the settings' `generation_rows` grow at once, in sessions where the servers open them,
+        otherwise by a forward call a token (`tokens_per_micro_batch` is for these). Requests are taken as it has room.
 
         on_failed: told of each request that cannot be computed; the others go on. None: the first such error is raised.
         on_notice: told what a person should know, such as what forward calls will cost, before they are made.
@@ -192,7 +192,9 @@ class RemoteModel:
                 raise error
             on_failed(request, error)
 
-        def by_calls(rows: "Sequence[GrowingRow]") -> "Iterator[tuple[GrowingRow, torch.Tensor, tuple[ServedHop, ...]]]":
+        def by_calls(
+            rows: "Sequence[GrowingRow]",
+        ) -> "Iterator[tuple[GrowingRow, torch.Tensor, tuple[ServedHop, ...]]]":
             stream = self._stream(
                 rows, adapter, tokens_per_micro_batch, on_tick, lambda row, error: fail(row.request, error)
             )

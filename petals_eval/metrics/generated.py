@@ -48,7 +48,9 @@ class GeneratedRows:
 def _note(known: int, total: int) -> str | None:
     if known == total:
         return None
-    return f"of {known:,} of {total:,} examples: the others have no right text" if known else "no example has a right text"
+    return (
+        f"of {known:,} of {total:,} examples: the others have no right text" if known else "no example has a right text"
+    )
 
 
 def _share(name: str) -> Callable[[GeneratedRows], list[Metric]]:
@@ -84,9 +86,11 @@ def _corpus(name: str) -> Callable[[GeneratedRows], list[Metric]]:
         if not len(known):
             return [Metric(name, None, None, note)]
         resamples = affordable(len(known))
-        values = [corpus_value(name, weights @ known) for weights in row_weights(len(known), resamples, texts.seed)]
+        values = [
+            corpus_value(name, (weights @ known).tolist()) for weights in row_weights(len(known), resamples, texts.seed)
+        ]
         notes = "; ".join(filter(None, (note, fewer_resamples(resamples)))) or None
-        return [Metric(name, corpus_value(name, known.sum(axis=0)), percentile_interval(values), notes)]
+        return [Metric(name, corpus_value(name, known.sum(axis=0).tolist()), percentile_interval(values), notes)]
 
     return measure
 
@@ -115,12 +119,25 @@ def _spec(
 
 GENERATED_METRICS = (
     _spec("exact_match", "exact match", "share of texts equal to a right one", _share("exact_match"), is_share=True),
-    _spec("numbers_equal", "numbers equal", "share whose last number is a right text's", _share("numbers_equal"), is_share=True),
-    _spec("token_f1", "token F1", "mean F1 of the words of a text and of a right one, as SQuAD has it", _mean("token_f1")),
+    _spec(
+        "numbers_equal",
+        "numbers equal",
+        "share whose last number is a right text's",
+        _share("numbers_equal"),
+        is_share=True,
+    ),
+    _spec(
+        "token_f1", "token F1", "mean F1 of the words of a text and of a right one, as SQuAD has it", _mean("token_f1")
+    ),
     _spec("bleu", "BLEU", "of all texts together, 0 to 100, by sacrebleu (an extra)", _corpus("bleu"), best=100.0),
     _spec("chrf", "chrF", "of all texts together, 0 to 100, by sacrebleu (an extra)", _corpus("chrf"), best=100.0),
     *(
-        _spec(f"rouge{kind}", f"ROUGE-{kind}", f"mean F-measure of ROUGE-{kind}, by rouge-score (an extra)", _mean(f"rouge{kind}"))
+        _spec(
+            f"rouge{kind}",
+            f"ROUGE-{kind}",
+            f"mean F-measure of ROUGE-{kind}, by rouge-score (an extra)",
+            _mean(f"rouge{kind}"),
+        )
         for kind in ("1", "2", "L")
     ),
     _spec(
@@ -131,5 +148,12 @@ GENERATED_METRICS = (
         higher_is_better=False,
         is_share=True,
     ),
-    _spec("new_tokens", "new tokens", "mean number of tokens generated", _mean("new_tokens"), higher_is_better=False, best=None),
+    _spec(
+        "new_tokens",
+        "new tokens",
+        "mean number of tokens generated",
+        _mean("new_tokens"),
+        higher_is_better=False,
+        best=None,
+    ),
 )

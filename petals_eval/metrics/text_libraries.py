@@ -1,8 +1,8 @@
 """Metrics of generated texts that other libraries compute: BLEU and chrF by sacrebleu, ROUGE by rouge-score.
 
-They are an extra: `pip install "petals-eval[text-metrics]"`. What is kept of a row are numbers: for BLEU and chrF, which
-are no means over rows, the counts of n-grams that they are computed from. These add up, so the score of all rows, or of
-a resample of them, needs no text.
+They are an extra: `pip install "petals-eval[text-metrics]"`. What is kept of a row are numbers: for BLEU and chrF,
+which are no means over rows, the counts of n-grams that they are computed from. These add up, so the score of all rows,
+or of a resample of them, needs no text.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,16 @@ from typing import Any
 
 from petals_eval.errors import ConfigError
 
-__all__ = ["CORPUS_SCORES", "LIBRARIES", "ROUGE", "check_library", "corpus_columns", "corpus_value", "corpus_counts", "rouge"]
+__all__ = [
+    "CORPUS_SCORES",
+    "LIBRARIES",
+    "ROUGE",
+    "check_library",
+    "corpus_columns",
+    "corpus_counts",
+    "corpus_value",
+    "rouge",
+]
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 _BLEU_ORDERS, _CHRF_ORDERS = range(1, 5), range(1, 7)
@@ -22,9 +31,7 @@ CORPUS_SCORES = {
         *(f"bleu/right_{order}" for order in _BLEU_ORDERS),
         *(f"bleu/of_{order}" for order in _BLEU_ORDERS),
     ),
-    "chrf": tuple(
-        f"chrf/{what}_{order}" for order in _CHRF_ORDERS for what in ("of_text", "of_reference", "right")
-    ),
+    "chrf": tuple(f"chrf/{what}_{order}" for order in _CHRF_ORDERS for what in ("of_text", "of_reference", "right")),
 }
 """The columns of each score: counts of n-grams, by their length."""
 LIBRARIES = {**dict.fromkeys(CORPUS_SCORES, "sacrebleu"), **dict.fromkeys(ROUGE, "rouge_score")}
@@ -69,7 +76,7 @@ def corpus_value(metric: str, sums: Sequence[float]) -> float:
 
 
 def rouge(text: str, references: Sequence[str]) -> dict[str, float]:
-    """Return the F-measures of ROUGE-1, -2 and -L, in [0, 1], against the right text that fits best; words unstemmed."""
+    """Return the F-measures of ROUGE-1, -2 and -L, in [0, 1], against the right text that fits best; no stemming."""
     scores = _rouge_scorer().score_multi(list(references), text)
     return {name: float(scores[name].fmeasure) for name in ROUGE}
 

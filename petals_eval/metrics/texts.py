@@ -1,4 +1,4 @@
-"""What one generated text is worth beside the right ones: exact match, token F1, equal numbers. Pure functions of texts.
+"""What one generated text is worth beside the right ones: exact match, token F1, equal numbers.
 
 A row's numbers from here are what the journal keeps; the metrics of a run are means over them.
 """
@@ -87,10 +87,8 @@ def last_number(text: str) -> Decimal | None:
     >>> last_number("5 + 7 = 12, so she pays $1,012.50.")
     Decimal('1012.50')
     """
-    found = None
-    for found in _NUMBER.finditer(text):
-        pass
-    return None if found is None else Decimal(found[0].replace(",", "").replace("$", ""))
+    found = [match[0] for match in _NUMBER.finditer(text)]
+    return Decimal(found[-1].replace(",", "").replace("$", "")) if found else None
 
 
 def numbers_equal(text: str | None, references: Sequence[str]) -> float:

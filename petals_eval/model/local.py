@@ -204,8 +204,8 @@ class LocalPart(nn.Module, ABC):
         return pad
 
     def check_length(self, tokens: int, prefix: int, new_tokens: int = 0) -> None:
-        """Raise RequestTooLargeError if `prefix` prompt tokens and `tokens` of text exceed what the model reads, with as
-        many new ones as may be generated: it reads all of these but the last.
+        """Raise RequestTooLargeError if `prefix` prompt tokens and `tokens` of text exceed what the model reads; where
+        as many new ones may be generated, with these, of which it reads all but the last.
 
         That is its context, and with dynamic scaling of its rotary embeddings the length before any scaling.
         """

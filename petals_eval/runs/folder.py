@@ -96,7 +96,10 @@ class RunFolder:
         self.manifest.write(self.path / "manifest.json")
 
     def save_text(self, adapter: str, prediction: Prediction) -> None:
-        """Keep what was generated, if the run keeps texts; to be called before its row is added. Raises MachineError."""
+        """Keep what was generated, if the run keeps texts; to be called before its row is added.
+
+        Raises MachineError.
+        """
         if self._texts is not None and prediction.text is not None:
             self._texts.add(adapter, prediction)
 

@@ -25,7 +25,10 @@ _Key = tuple[str, str]  # adapter, key
 
 
 class TextFile:
-    """Safe to use from several threads. Every method raises MachineError where the disk is full, read-only or failing."""
+    """Safe to use from several threads.
+
+    Every method raises MachineError where the disk is full, read-only or failing.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -60,7 +63,10 @@ class TextFile:
         self.flush()
 
     def texts(self, adapter: str) -> dict[str, str]:
-        """Return an adapter's texts by their key, the latest of each. Raises RunFolderError for a file of another kind."""
+        """Return an adapter's texts by their key, the latest of each.
+
+        Raises RunFolderError for a file of another kind.
+        """
         self.flush()
         return {key: text for _, (name, key), text in self._entries() if name == adapter}
 

@@ -169,8 +169,8 @@ class RemoteSequential(nn.Module):
         return InferenceSession(self._loop, self._pipeline.session(self.span, batch, max_length))
 
     def leaves_others(self, max_length: int, share: float) -> bool:
-        """Return whether one more session of a row of so many positions would leave others this share of the cache of
-        one server of each block at least, as far as that is known. Where none of ours is open it may take what it needs.
+        """Return whether one more session, of a row of so many positions, would leave others this share of the cache of
+        a server of each block, as far as that is known. Where none of ours is open it may take what it needs.
         """
         roomy = []
         for server in self.snapshot.servers.values():

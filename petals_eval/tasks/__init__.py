@@ -4,6 +4,7 @@ from petals_eval.tasks.base import Task
 from petals_eval.tasks.choice import ChoiceTask
 from petals_eval.tasks.classification import ClassificationTask
 from petals_eval.tasks.continuation import ContinuationTask
+from petals_eval.tasks.generation import GenerationTask
 from petals_eval.tasks.group import TaskGroup
 from petals_eval.tasks.head_labels import check_head_labels
 from petals_eval.tasks.library import list_tasks, load_group, load_task, resolve_source, shipped_yaml
@@ -16,7 +17,11 @@ __all__ = [
     "ClassificationTask",
     "ContinuationTask",
     "Example",
+<<<<<<< HEAD
     "PerplexityTask",
+=======
+    "GenerationTask",
+>>>>>>> w4
     "Prediction",
     "Request",
     "Task",

@@ -14,14 +14,15 @@ from petals_eval.tasks.base import Task
 from petals_eval.tasks.choice import ChoiceTask
 from petals_eval.tasks.classification import ClassificationTask
 from petals_eval.tasks.continuation import ContinuationTask
+from petals_eval.tasks.generation import GenerationTask
 from petals_eval.tasks.group import TaskGroup, folder_name
-from petals_eval.tasks.prompted import Prompting
 from petals_eval.tasks.perplexity import PerplexityTask
+from petals_eval.tasks.prompted import Prompting
 from petals_eval.validation import closest, shorten
 
 __all__ = ["DefinedTask", "list_tasks", "load_group", "load_task", "resolve_source", "shipped_yaml"]
 
-DefinedTask = ClassificationTask | ChoiceTask | ContinuationTask | PerplexityTask
+DefinedTask = ClassificationTask | ChoiceTask | ContinuationTask | PerplexityTask | GenerationTask
 """A task that a YAML file can define."""
 
 _KINDS: dict[str, type[DefinedTask]] = {
@@ -29,6 +30,7 @@ _KINDS: dict[str, type[DefinedTask]] = {
     "choice": ChoiceTask,
     "continuation": ContinuationTask,
     "perplexity": PerplexityTask,
+    "generation": GenerationTask,
 }
 _SUFFIXES = (".yaml", ".yml")
 _GROUP_KEYS = ("group", "tasks", "metric", "description")

@@ -222,8 +222,8 @@ class SessionCache:
         return f"{self._refusals.words}; the session needs {_tokens(need)} of its cache{seen}"
 
     def leaves_others(self, need: int, share: float) -> bool:
-        """Return whether a session that needs so much leaves others this share of the room that there is, as far as that
-        is known. The first of ours may take what it needs."""
+        """Return whether a session that needs so much leaves others this share of the room that there is, as far as
+        that is known. The first of ours may take what it needs."""
         return self.most_free is None or not self.held or self.held + need <= (1 - share) * self.most_free
 
     def never_fits(self, need: int) -> str | None:
