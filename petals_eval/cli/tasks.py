@@ -35,7 +35,6 @@ def tasks(
 def _list_tasks() -> None:
     from petals_eval.tasks import list_tasks
 
-<<<<<<< HEAD
     shipped = list_tasks()
     for kind in dict.fromkeys(task.kind for task in shipped):
         typer.echo(f"{kind}:")
@@ -58,19 +57,3 @@ def _list_metrics(kind: str | None) -> None:
         typer.echo(f"{each}:")
         for spec in KINDS[each]:
             typer.echo(f"  {spec.name:<{max(map(len, names))}}  {spec.about}")
-=======
-    for task in list_tasks():
-        source = task.data
-        rows = {
-            "labels": ", ".join(task.label_names),
-            "text": repr(task.text)
-            + (f", at most {length} tokens" if (length := getattr(task, "max_length", None)) else ""),
-            "data": " ".join(filter(None, (source.path, source.subset, source.split))) if source else "none",
-            "metrics": ", ".join(task.metrics),
-        }
-        typer.echo(f"{task.name:<10} {task.description}")
-        for name, value in rows.items():
-            typer.echo(f"{'':<10} {name:<8} {value}")
-    typer.echo("\nA task of your own is a YAML file: petals-eval run --task my-task.yaml (README.md shows one).")
-    return 0
->>>>>>> w4

@@ -17,11 +17,8 @@ __all__ = [
     "ClassificationTask",
     "ContinuationTask",
     "Example",
-<<<<<<< HEAD
-    "PerplexityTask",
-=======
     "GenerationTask",
->>>>>>> w4
+    "PerplexityTask",
     "Prediction",
     "Request",
     "Task",

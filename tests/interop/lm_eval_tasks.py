@@ -56,17 +56,13 @@ COUNTERPARTS = {
     "arc_easy": Counterpart("arc/arc_easy.yaml", "arc_easy.jsonl", _NORM),
     "arc_challenge": Counterpart("arc/arc_challenge.yaml", "arc_challenge.jsonl", _NORM),
     "winogrande": Counterpart("winogrande/default.yaml", "winogrande.jsonl", _ACC),
-    "lambada": Counterpart(
-        "lambada/lambada_openai.yaml", "lambada.jsonl", {"acc": "acc", "perplexity": "perplexity"}
-    ),
+    "lambada": Counterpart("lambada/lambada_openai.yaml", "lambada.jsonl", {"acc": "acc", "perplexity": "perplexity"}),
     "wikitext": Counterpart(
         "wikitext/wikitext.yaml",
         "wikitext.jsonl",
         {name: name for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")},
     ),
-    "gsm8k": Counterpart(
-        "gsm8k/gsm8k.yaml", "gsm8k.jsonl", {"exact_match": "exact_match"}, shots="gsm8k.train.jsonl"
-    ),
+    "gsm8k": Counterpart("gsm8k/gsm8k.yaml", "gsm8k.jsonl", {"exact_match": "exact_match"}, shots="gsm8k.train.jsonl"),
 }
 
 
