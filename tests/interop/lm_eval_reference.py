@@ -63,8 +63,12 @@ def asked(task: Any) -> dict[str, list[Any]]:
     for instance in task.instances:
         requests[instance.doc_id].append(list(instance.args))
     # Where the contexts differ and not their continuation, it is the "text" that says which one is right.
-    right = task.doc_to_text if task.multiple_input else task.doc_to_target
-    return {"requests": requests, "right": [right(row) for row in task.eval_docs]}
+    right = [task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row) for row in task.eval_docs]
+    if task.OUTPUT_TYPE == "multiple_choice":
+        # Some say the right choice itself, and not its position.
+        rows = zip(right, task.eval_docs, strict=True)
+        right = [task.doc_to_choice(row).index(said) if isinstance(said, str) else said for said, row in rows]
+    return {"requests": requests, "right": right}
 
 
 def computed(settings: dict[str, Any], bos: bool | None) -> dict[str, dict[str, Any]]:
