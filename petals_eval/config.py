@@ -196,6 +196,7 @@ class CallSettings(ServerChoice, heading=SERVERS):
     max_tokens_per_call: Positive | None = option(
         None, "Tokens (rows x positions) that a server takes in one call.", unset="found out"
     )
+    generation_rows: Positive = option(8, "Texts that are generated at once, each in a session of its own.")
     wire: Wire | None = option(
         None,
         "Send hidden states in a lossy code: float16, blockwise8 or uniform8; the report says what it does to answers.",
@@ -344,6 +345,7 @@ class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, Resu
     out: str | None = option(
         None, "Run folder; an unfinished run goes on.", "FOLDER", unset="runs/<task>-<time>", heading=OUTPUT
     )
+    save_texts: bool = option(False, "Keep generated texts, in texts.jsonl of the run folder.", heading=OUTPUT)
     dry_run: bool = option(False, "Show what would be sent; send nothing.", heading=OUTPUT)
 
     @model_validator(mode="after")

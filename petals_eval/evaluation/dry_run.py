@@ -81,7 +81,7 @@ def dry_run(prepared: Prepared, adapter: "Adapter | None", *, show: int = 2) -> 
                 if example.error is not None:
                     raise example.error
                 for request in example.requests:
-                    local.check_length(len(request.input_ids), prefix)
+                    local.check_length(len(request.input_ids), prefix, request.new_tokens)
             except ExampleError as error:
                 counted.fail(error)
             else:

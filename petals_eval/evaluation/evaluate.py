@@ -83,6 +83,7 @@ def evaluate(
     allow_task_code: bool = False,
     out: str | Path | None = None,
     tokens_per_micro_batch: int | None = None,
+    save_texts: bool = False,
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> RunResult | GroupResult:
@@ -105,6 +106,7 @@ def evaluate(
     bos: whether a beginning-of-text token stands in front; None: as the task says.
     allow_task_code: let the task's own function prepare rows where it did not come with this package.
     out: the run folder; an unfinished run of the same settings in it goes on. None: nothing is kept.
+    save_texts: keep generated texts, in texts.jsonl of the run folder.
     tokenizer: for a Petals model; None: the one that lies with the model its config names.
 
     The model is in the mode it was in before when this returns or raises; nothing here computes a gradient.
@@ -157,6 +159,7 @@ def evaluate(
             "out": out,
             "is_kept": out is not None,
             "tokens_per_micro_batch": tokens_per_micro_batch,
+            "save_texts": save_texts,
         }
         group = load_group(task)
         if group is not None:

@@ -44,13 +44,15 @@ _FIRST_EXAMPLES = 50
 
 _PREPARED = (
     *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "unlabelled", "shard"),
-    *("without_prompts", "fail_under", "tokens_per_micro_batch", "out"),
+    *("without_prompts", "fail_under", "tokens_per_micro_batch", "out", "save_texts"),
 )
 """The settings of a run that `prepare` takes under their own names."""
 
 _AS_THE_TASK_SAYS = PromptSettings()
 
-_NOT_ANSWERING = ("allow_nondeterministic", "window", "deadline", "verify", "request_timeout", "push")
+_NOT_ANSWERING = (
+    *("allow_nondeterministic", "window", "deadline", "verify", "request_timeout", "push", "generation_rows"),
+)
 """The settings of calls that change no answer: a run may go on with others."""
 
 
@@ -127,6 +129,7 @@ def prepare(
     tokens_per_micro_batch: int | None = None,
     out: str | Path | None = None,
     is_kept: bool = True,
+    save_texts: bool = False,
     more_metrics: Sequence[str] = (),
     may_be_finished: bool = False,
     **source_settings: Any,
@@ -150,7 +153,8 @@ def prepare(
     source = data if isinstance(data, DataSource) else resolve_source(asked, data, **source_settings)
 
     def read() -> RowsAndShots:
-        return rows_and_shots(asked, load_rows(source), source, code, limit=limit, seed=seed, draws=prompt.draws)
+        rows = getattr(asked, "documents", lambda rows: rows)(load_rows(source))
+        return rows_and_shots(asked, rows, source, code, limit=limit, seed=seed, draws=prompt.draws)
 
     if is_local(source):
         found, side = read(), open_side()
@@ -171,13 +175,20 @@ def prepare(
         rows=len(rows),
         shard=None if piece is None else (piece.index, piece.count),
     )
+    if save_texts and asked.kind != "generation":
+        raise ConfigError(f"--save-texts: task {asked.name} generates no texts; leave it out")
+    answering: dict[str, Any] = {}
+    if code is not None and code.sha256 is not None:
+        answering["prepare_code"] = code.sha256
+    if save_texts:  # a run that keeps texts keeps those of all rows: it does not go on with one that did not
+        answering["save_texts"] = True
     manifest = _manifest(
         side,
         asked,
         record,
         _records(variants, len(tasks)),
         _fingerprint(asked, found),
-        {"prepare_code": code.sha256} if code is not None and code.sha256 is not None else {},
+        answering,
         {"tokens_per_micro_batch": tokens_per_micro_batch, "rows_left_out": found.left_out},
     )
     if out is not None and is_finished:

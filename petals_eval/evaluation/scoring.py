@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -85,7 +85,7 @@ class Pending:
 class PendingExamples:
     """The examples of a variant whose answers are still out.
 
-    check_length: raises ExampleError for a request of so many tokens that the model cannot read.
+    check_length: raises ExampleError for a request that is longer than the model reads.
     on_failed: told of each example that cannot be computed, and of who computed a part of it.
     fail_fast: stops the run; not by examples too long for the model while others are out, which may yet be scored.
     """
@@ -94,7 +94,7 @@ class PendingExamples:
         self,
         examples: Iterable[Example],
         *,
-        check_length: Callable[[int], object],
+        check_length: Callable[[Request], object],
         on_failed: Callable[[Example, ExampleError, Collection[ServerUsed]], object],
         fail_fast: FailFast,
     ):
@@ -111,7 +111,7 @@ class PendingExamples:
                 if example.error is not None:
                     raise example.error
                 for request in example.requests:
-                    self._check_length(len(request.input_ids))
+                    self._check_length(request)
             except ExampleError as error:
                 self._on_failed(example, error, ())
                 if not self._pending:
@@ -194,17 +194,11 @@ class Scoring:
         fail_fast = FailFast(any_scored=bool(done_before))
         pending = PendingExamples(
             self._left(done_before, adapter, task),
-            check_length=lambda tokens: local.check_length(tokens, prefix),
+            check_length=lambda request: local.check_length(len(request.input_ids), prefix, request.new_tokens),
             on_failed=partial(self._record_failure, name),
             fail_fast=fail_fast,
         )
-        answers = self.model.compute(
-            pending.requests(),
-            adapter,
-            tokens_per_micro_batch=self.prepared.tokens_per_micro_batch,
-            on_tick=self.tick,
-            on_failed=pending.fail,
-        )
+        answers = self._answers(pending, adapter, task)
         # Closed by name: while somebody keeps an exception from in here, what is in flight would go on. The session
         # ends before: it commits what waits.
         with contextlib.closing(answers), journal.session(name):
@@ -224,11 +218,31 @@ class Scoring:
                     self._record_failure(name, example, error, servers)
                     fail_fast.record_failure(error)
                     continue
+                self.folder.save_text(name, prediction)
                 journal.add(name, prediction, kind=task.kind, truncated=example.truncated, servers=servers)
                 self.done += 1
                 fail_fast.any_scored = True
         self.tick()
         fail_fast.end(any_scored=journal.counts(name).scored > 0)
+
+    def _answers(self, pending: PendingExamples, adapter: "Adapter | None", task: Task) -> "Generator[RequestAnswer]":
+        at_once = self.prepared.tokens_per_micro_batch
+        if task.kind != "generation":
+            return self.model.compute(
+                pending.requests(),
+                adapter,
+                tokens_per_micro_batch=at_once,
+                on_tick=self.tick,
+                on_failed=pending.fail,
+            )
+        return self.model.generate(
+            pending.requests(),
+            adapter,
+            tokens_per_micro_batch=at_once,
+            on_tick=self.tick,
+            on_failed=pending.fail,
+            on_notice=self._say_once,
+        )
 
     def _left(self, done_before: Collection[str], adapter: "Adapter | None", task: Task) -> Iterator[Example]:
         """Yield the examples that are left, and say once for an adapter that libraries pool their texts otherwise."""
@@ -281,15 +295,18 @@ class Scoring:
         status = self.model.blocks.status()
         self._note_findings(status)
         for notice in (*status.notices, *note_lossless_servers(self.model, self.folder)):
-            if notice not in self._said:
-                self._said.add(notice)
-                self.say(notice)
+            self._say_once(notice)
         if self.progress is None:
             return
         if status.waiting is not None:
             self.progress.waiting(f"waiting for the swarm: {status.waiting}")
         else:
             self.progress.update(self.done, status.retries, len(status.servers))
+
+    def _say_once(self, notice: str) -> None:
+        if notice not in self._said:
+            self._said.add(notice)
+            self.say(notice)
 
     def say(self, line: str) -> None:
         """Show a person a line."""

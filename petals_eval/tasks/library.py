@@ -14,19 +14,23 @@ from petals_eval.tasks.base import Task
 from petals_eval.tasks.choice import ChoiceTask
 from petals_eval.tasks.classification import ClassificationTask
 from petals_eval.tasks.continuation import ContinuationTask
+from petals_eval.tasks.generation import GenerationTask
 from petals_eval.tasks.group import TaskGroup, folder_name
+from petals_eval.tasks.perplexity import PerplexityTask
 from petals_eval.tasks.prompted import Prompting
 from petals_eval.validation import closest, shorten
 
-__all__ = ["DefinedTask", "list_tasks", "load_group", "load_task", "resolve_source"]
+__all__ = ["DefinedTask", "list_tasks", "load_group", "load_task", "resolve_source", "shipped_yaml"]
 
-DefinedTask = ClassificationTask | ChoiceTask | ContinuationTask
+DefinedTask = ClassificationTask | ChoiceTask | ContinuationTask | PerplexityTask | GenerationTask
 """A task that a YAML file can define."""
 
 _KINDS: dict[str, type[DefinedTask]] = {
     "classification": ClassificationTask,
     "choice": ChoiceTask,
     "continuation": ContinuationTask,
+    "perplexity": PerplexityTask,
+    "generation": GenerationTask,
 }
 _SUFFIXES = (".yaml", ".yml")
 _GROUP_KEYS = ("group", "tasks", "metric", "description")
@@ -89,6 +93,16 @@ def list_tasks() -> list[DefinedTask]:
     """Return the tasks that come with the package, by name."""
     shipped = _shipped()
     return [_parse(shipped[name], f"the shipped task {name}", name=name, folder=None) for name in sorted(shipped)]
+
+
+def shipped_yaml(name: str) -> str:
+    """Return the YAML text of a task that comes with the package. Raises TaskError, with names that come close."""
+    shipped = _shipped()
+    if name not in shipped:
+        raise TaskError(
+            f"there is no shipped task {name}.{closest(name, shipped)} There are: {', '.join(sorted(shipped))}."
+        )
+    return shipped[name]
 
 
 def resolve_source(task: Task, path: str | Path | None = None, **overrides: Any) -> DataSource:

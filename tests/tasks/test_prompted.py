@@ -240,6 +240,8 @@ def test_a_kind_that_takes_no_shots_says_why():
         Whole(name="w", metrics=("m",), shots=2)
     with pytest.raises(TaskError, match="chat: a task of kind whole scores whole documents"):
         Whole(name="w", metrics=("m",), chat=True)
+    with pytest.raises(TaskError, match="system: a task of kind whole"):
+        Whole(name="w", metrics=("m",), system="x")
 
 
 @pytest.mark.parametrize("kind", [choice, words])
