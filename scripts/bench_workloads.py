@@ -196,7 +196,7 @@ def make_choices(folder: Path, questions: Path, *, rows: int, choices: int = 4, 
     endings = [" ".join(each[-words:]) for each in asked]
     lines = []
     for row, each in enumerate(asked):
-        others = [ending for ending in draw.sample(sorted(set(endings) - {endings[row]}), choices - 1)]
+        others = draw.sample(sorted(set(endings) - {endings[row]}), choices - 1)
         label = draw.randrange(choices)
         offered = [*others[:label], endings[row], *others[label:]]
         lines.append(json.dumps({"start": " ".join(each[:-words]), "endings": offered, "label": label}))
