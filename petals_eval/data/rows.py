@@ -9,7 +9,7 @@ from numbers import Integral, Rational, Real
 from typing import TYPE_CHECKING
 
 from petals_eval.data.source import DataSource, is_local, local_path
-from petals_eval.data.tables import Table
+from petals_eval.data.tables import Readable, Table
 from petals_eval.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Rows:
 
     def __init__(
         self,
-        table: Table,
+        table: Readable,
         *,
         name: str,
         fingerprint: str | None = None,
@@ -87,6 +87,11 @@ class Rows:
         if self._positions is None:
             return whole
         return hashlib.sha256(whole.encode() + self._positions.astype("<i8").tobytes()).hexdigest()
+
+    def where(self, row: Row) -> str:
+        """Return how a message names one of the rows: by its index, and by its line where it has one."""
+        line = "" if row.line is None else f" (line {row.line})"
+        return f"{self.name}, row {row.index}{line}"
 
     def at(self, positions: "np.ndarray") -> "Rows":
         """Return the rows at these ascending positions (int64) of this object; each keeps its index in the source."""

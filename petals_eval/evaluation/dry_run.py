@@ -78,8 +78,10 @@ def dry_run(prepared: Prepared, adapter: "Adapter | None", *, show: int = 2) -> 
     def requests() -> Iterator[Request]:
         for example in counted.over(itertools.chain(first, examples)):
             try:
+                if example.error is not None:
+                    raise example.error
                 for request in example.requests:
-                    local.check_length(len(request.input_ids), prefix)
+                    local.check_length(len(request.input_ids), prefix, request.new_tokens)
             except ExampleError as error:
                 counted.fail(error)
             else:
@@ -106,9 +108,15 @@ def dry_run(prepared: Prepared, adapter: "Adapter | None", *, show: int = 2) -> 
         n_text_tokens=counted.tokens,
         n_positions=positions,
         hidden_bytes=positions * local.hidden_size * value_bytes,
-        notes=(*notes, *_unused_tensors(local, adapter)),
+        notes=(*_draws(prepared), *notes, *_unused_tensors(local, adapter)),
         prompt_bytes=0 if deep_prompts is None else batches * deep_prompts.numel() * local.dtype.itemsize,
     )
+
+
+def _draws(prepared: Prepared) -> Iterator[str]:
+    draws = len({id(variant.task) for variant in prepared.variants})
+    if draws > 1:
+        yield f"this is the first of {draws} draws of shots; the others are of about the same size"
 
 
 def _unused_tensors(local: "LocalPart", adapter: "Adapter | None") -> Iterator[str]:

@@ -13,7 +13,7 @@ __all__ = ["estimate_run", "expected_positions"]
 def expected_positions(prepared: Prepared) -> int:
     """Estimate the positions of a run, prompts included, from the length of its first examples."""
     first = prepared.first_examples
-    prefix = max((adapter.prefix_length for _, adapter in prepared.variants if adapter is not None), default=0)
+    prefix = max((adapter.prefix_length for _, adapter, _ in prepared.variants if adapter is not None), default=0)
     requests = [request for example in first for request in example.requests]
     positions = sum(len(request.input_ids) + prefix for request in requests) / max(1, len(first))
     return round(positions * prepared.total)

@@ -9,7 +9,6 @@ from petals_eval.errors import RequestTooLargeError
 from petals_eval.evaluation.prepare import Prepared, Variant
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import LosslessServer, WireRecord, WireSample
-from petals_eval.tasks import Task
 from petals_eval.tasks.requests import Example, Generated, as_float64
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def note_sample(prepared: Prepared, folder: RunFolder, model: "RemoteModel", *, 
         return
     variant = prepared.variants[0]
     try:
-        found = _measured(model, prepared.task, sample(prepared.rows, SAMPLE, prepared.seed), variant, on_tick)
+        found = _measured(model, sample(prepared.rows, SAMPLE, prepared.seed), variant, on_tick)
     except RequestTooLargeError as error:
         found = WireSample(variant[0], 0, None, None, 0, f"not measured: {error}")
     folder.note_wire(replace(folder.manifest.wire or WireRecord(wire), sample=found))
@@ -68,7 +67,6 @@ def note_lossless_servers(model: "RemoteModel", folder: RunFolder) -> list[str]:
 
 def _measured(
     model: "RemoteModel",
-    task: Task,
     rows: Rows,
     variant: Variant,
     on_tick: Callable[[], object],
@@ -78,8 +76,10 @@ def _measured(
     from petals_eval.remote_model import RemoteModel
     from petals_eval.swarm import SwarmConnection
 
-    name, prompts = variant
-    examples = list(task.examples(rows, model.local.tokenizer))
+    name, prompts, task = variant
+    examples = [each for each in task.examples(rows, model.local.tokenizer) if each.error is None]
+    if not examples:
+        return WireSample(name, 0, None, None, 0, "not measured: no example can be computed")
     settings = model.blocks.settings.model_copy(update={"wire": None})
     with SwarmConnection.connect(settings) as connection:
         blocks = connection.remote_sequential(model.blocks.dht_prefix, len(model.blocks))

@@ -1,7 +1,7 @@
 """The metrics by kind of task and by name, and the functions that compute them."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -12,8 +12,12 @@ from petals_eval.errors import ConfigError
 from petals_eval.metrics.accuracy import measure_accuracy, measure_balanced_accuracy, measure_majority_baseline
 from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.calibration import measure_ece
+from petals_eval.metrics.choices import CHOICE_METRICS
 from petals_eval.metrics.correlation import measure_mcc
+from petals_eval.metrics.documents import Documents, measured
 from petals_eval.metrics.fscores import AVERAGES, SCORES, averaged, for_each_label
+from petals_eval.metrics.generated import GENERATED_METRICS
+from petals_eval.metrics.likelihood import CONTINUATION_METRICS
 from petals_eval.metrics.probabilistic import measure_brier, measure_log_loss
 from petals_eval.metrics.ranking import measure_roc_auc
 from petals_eval.metrics.scored_rows import ScoredRows
@@ -67,7 +71,47 @@ _CLASSES = (
     MetricSpec("confusion_matrix", "confusion matrix", "always reported beside the metrics", _nothing),
 )
 
-KINDS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType({"classification": _CLASSES})
+def _by_unit(name: str, title: str, about: str, measure: Callable[[Documents], list[Metric]]) -> MetricSpec:
+    return MetricSpec(name, title, about, measure, higher_is_better=False, best=None, view=Documents.of)
+
+
+_DOCUMENTS = (
+    _by_unit(
+        "token_perplexity",
+        "token perplexity",
+        "e to the power of minus the mean log-likelihood a token",
+        measured("token_perplexity", "tokens"),
+    ),
+    _by_unit(
+        "word_perplexity",
+        "word perplexity",
+        "the same a word of the original text, whatever the tokenizer",
+        measured("word_perplexity", "words"),
+    ),
+    _by_unit(
+        "byte_perplexity",
+        "byte perplexity",
+        "the same a byte of the original text in utf-8",
+        measured("byte_perplexity", "bytes"),
+    ),
+    _by_unit(
+        "bits_per_byte",
+        "bits per byte",
+        "minus the mean log-likelihood a byte, in bits",
+        measured("bits_per_byte", "bytes", in_bits=True),
+    ),
+)
+
+KINDS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
+    {
+        "classification": _CLASSES,
+        # Of choices that have names the classes' metrics, too: their first column is a score for each.
+        "choice": (*CHOICE_METRICS, *_CLASSES),
+        "continuation": CONTINUATION_METRICS,
+        "perplexity": _DOCUMENTS,
+        "generation": GENERATED_METRICS,
+    }
+)
 """The metrics of each kind of task, in the order of reports. A name has one title, whatever the kind."""
 
 METRICS: Mapping[str, MetricSpec] = MappingProxyType({spec.name: spec for specs in KINDS.values() for spec in specs})
@@ -83,10 +127,13 @@ def available_metrics(kind: str = "classification") -> tuple[str, ...]:
     return tuple(_table(kind))
 
 
-def check_metric_names(names: Iterable[str], kind: str = "classification") -> tuple[str, ...]:
+def check_metric_names(
+    names: Iterable[str], kind: str = "classification", *, label_names: Sequence[str] | None = None
+) -> tuple[str, ...]:
     """Return the names without repetitions.
 
-    Raises ConfigError for one that this kind of task does not have, with those that come close.
+    label_names: of the task; None: not known. Raises ConfigError for one that this kind of task does not have, with
+    those that come close, and for one that needs labels where there are none.
     """
     table = _table(kind)
     known = tuple(dict.fromkeys(names))
@@ -97,6 +144,10 @@ def check_metric_names(names: Iterable[str], kind: str = "classification") -> tu
             hint = f"Did you mean {' or '.join(close)}?" if close else f"There are: {', '.join(table)}."
             what = "a metric" if kind == "classification" else f"a metric of {kind}"
             raise ConfigError(f"Expected the name of {what}; found {name!r}. {hint}")
+        if table[name].view == Answers.of and label_names is not None and not label_names:
+            raise ConfigError(
+                f"{name} needs choices that all rows share: give the task label_names, or leave the metric out."
+            )
     return known
 
 
@@ -125,7 +176,7 @@ def compute_metrics(
     """
     known = check_metric_names(names)
     answers = Answers.checked(labels, predictions, probabilities, label_names, seed)
-    return _measured([METRICS[name] for name in known], lambda view: answers, label_names)
+    return _measured([METRICS[name] for name in known], lambda view: answers, label_names, "no example was scored")
 
 
 def measure(
@@ -143,7 +194,9 @@ def measure(
             views[view] = view(rows, label_names, seed)
         return views[view]
 
-    return _measured([table[name] for name in check_metric_names(names, kind)], view_of, label_names)
+    why_none = "no example has a label" if len(rows) else "no example was scored"
+    known = check_metric_names(names, kind, label_names=label_names)
+    return _measured([table[name] for name in known], view_of, label_names, why_none)
 
 
 def _table(kind: str) -> dict[str, MetricSpec]:
@@ -152,14 +205,17 @@ def _table(kind: str) -> dict[str, MetricSpec]:
     return {spec.name: spec for spec in KINDS[kind]}
 
 
-def _measured(specs: Sequence[MetricSpec], view_of: Any, label_names: Sequence[str]) -> dict[str, Metric]:
+def _measured(
+    specs: Sequence[MetricSpec], view_of: Any, label_names: Sequence[str], why_none: str
+) -> dict[str, Metric]:
+    """why_none: the note of a metric where there is nothing to compute it from."""
     found: dict[str, Metric] = {}
     for spec in specs:
         given = view_of(spec.view)
         if len(given) == 0:
             beside = ["majority_baseline"] if spec.name == "accuracy" else []
             for name in [] if spec.measure is _nothing else [*spec.names(label_names), *beside]:
-                found[name] = Metric(name, None, None, "no example was scored")
+                found[name] = Metric(name, None, None, why_none)
             continue
         for metric in spec.measure(given):
             found[metric.name] = _single(metric) if len(given) == 1 and not spec.is_share else metric

@@ -10,6 +10,7 @@ __all__ = [
     "counts_line",
     "counts_of",
     "interval_text",
+    "interval_title",
     "metric_names",
     "metric_title",
     "noise_line",
@@ -27,7 +28,10 @@ def value_text(metric: Metric | None) -> str:
 
 
 def interval_text(metric: Metric | None) -> str:
-    """Return an interval with three decimals; an empty text where there is none."""
+    """Return an interval with three decimals, or the spread over draws; an empty text where there is none."""
+    if metric is not None and metric.draws is not None:
+        values, deviation = metric.draws.values, metric.draws.standard_deviation
+        return f"{min(values):.3f} - {max(values):.3f}, sd {deviation:.3f}"
     return "" if metric is None or metric.ci95 is None else f"{metric.ci95[0]:.3f} - {metric.ci95[1]:.3f}"
 
 
@@ -38,6 +42,12 @@ def metric_title(name: str) -> str:
     score, bracket, label = name.partition("[")
     title = METRICS[f"{score}_per_class"].title if f"{score}_per_class" in METRICS else score
     return printable(f"{title} {bracket}{label}", longest=60)
+
+
+def interval_title(results: Iterable[AdapterResult]) -> str:
+    """Return what stands above the texts of `interval_text`."""
+    draws = max((len(result.draws) for result in results), default=0)
+    return f"over {draws} draws" if draws else "95% interval"
 
 
 def metric_names(results: Iterable[AdapterResult]) -> list[str]:
@@ -63,6 +73,8 @@ def notes(results: Sequence[AdapterResult]) -> list[str]:
 def counts_of(result: AdapterResult) -> dict[str, str]:
     """Return examples, failures, cut texts and speed. What is 0 is left out, but failures are always said."""
     found = {"examples": f"{result.n_examples:,}", "failed": f"{result.n_failed:,}"}
+    if result.n_unlabelled:
+        found["without a label"] = f"{result.n_unlabelled:,}"
     if result.n_truncated:
         found["truncated"] = f"{result.n_truncated:,}"
     if result.examples_per_second is not None and result.tokens_per_second is not None:

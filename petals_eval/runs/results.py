@@ -3,12 +3,21 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from petals_eval.metrics import METRICS, Metric, confusion_matrix, measure
+from petals_eval.metrics import METRICS, Metric, Spread, confusion_matrix, measure
 from petals_eval.metrics.answers import Answers
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, ServerUsed, WireRecord
 
-__all__ = ["WITHOUT_PROMPTS", "AdapterResult", "ComputedIn", "RunResult", "computed_in", "run_result", "summarise"]
+__all__ = [
+    "WITHOUT_PROMPTS",
+    "AdapterResult",
+    "ComputedIn",
+    "RunResult",
+    "computed_in",
+    "over_draws",
+    "run_result",
+    "summarise",
+]
 
 SCHEMA_VERSION = 2
 TESTED_PETALS = ("2.2.", "2.3.")  # releases whose wire was tested; on others only the forward path is relied
@@ -25,6 +34,8 @@ class AdapterResult:
     n_truncated: scored examples whose text was cut. n_tokens: text tokens of the scored examples.
     seconds: what the evaluation itself took, over all sessions of a run that was interrupted.
     label_names, confusion: of labels that all rows share, otherwise empty; counts, row = label, column = prediction.
+    draws: with several draws of shots, the result of each, under the journal's name for it; then metrics are the means
+        over them, and everything that is counted here is counted over all of them.
     """
 
     adapter: str
@@ -37,6 +48,12 @@ class AdapterResult:
     label_names: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
     n_unlabelled: int = 0
+    draws: "tuple[AdapterResult, ...]" = ()
+
+    @property
+    def in_journal(self) -> "tuple[AdapterResult, ...]":
+        """The results whose rows the journal has under their names: each draw's, or this one."""
+        return self.draws or (self,)
 
     @property
     def n_scored(self) -> int:
@@ -64,6 +81,7 @@ class AdapterResult:
             "tokens_per_second": _rounded(self.tokens_per_second),
             "metrics": {name: metric.to_json() for name, metric in self.metrics.items()},
             **(self._of_labels() if self.label_names else {}),
+            **({"draws": [draw.to_json() for draw in self.draws]} if self.draws else {}),
         }
 
     def _of_labels(self) -> dict[str, object]:
@@ -162,8 +180,10 @@ def run_result(
 ) -> RunResult:
     """Compute the result of a run from its journal. Raises as `summarise` does."""
     seed = manifest.seeds.get("bootstrap", 0)
-    results = {
-        adapter.name: summarise(
+    results: dict[str, AdapterResult] = {}
+    draws: dict[str, list[AdapterResult]] = {}
+    for adapter in manifest.adapters:
+        found = summarise(
             journal,
             adapter.name,
             metrics,
@@ -172,8 +192,11 @@ def run_result(
             columns=manifest.answer_columns,
             seed=seed,
         )
-        for adapter in manifest.adapters
-    }
+        if adapter.adapter is None:
+            results[adapter.name] = found
+        else:
+            draws.setdefault(adapter.adapter, []).append(found)
+    results |= {name: over_draws(name, each) for name, each in draws.items()}
     used = journal.servers()
     return RunResult(
         task=task,
@@ -184,6 +207,39 @@ def run_result(
         computed_in=computed_in(used),
         noisy_servers=manifest.noisy_servers,
         wire=manifest.wire,
+    )
+
+
+def over_draws(adapter: str, draws: Sequence[AdapterResult]) -> AdapterResult:
+    """Return what an adapter reached over several draws of shots: the mean of each metric, and the draws' own results.
+
+    A metric that has no value in one of them has no mean.
+    """
+    first = draws[0]
+    counts = {
+        name: sum(getattr(draw, name) for draw in draws)
+        for name in ("n_examples", "n_failed", "n_truncated", "n_tokens", "seconds", "n_unlabelled")
+    }
+    metrics = {}
+    for name in first.metrics:
+        values = [None if (metric := draw.metrics.get(name)) is None else metric.value for draw in draws]
+        known = Spread(tuple(value for value in values if value is not None))
+        if len(known.values) == len(draws):
+            metrics[name] = Metric(name, known.mean, draws=known)
+        else:
+            missing = len(draws) - len(known.values)
+            metrics[name] = Metric(name, None, note=f"without a value in {missing} of {len(draws)} draws")
+    rows = len(first.confusion)
+    confusion = tuple(
+        tuple(sum(draw.confusion[row][column] for draw in draws) for column in range(rows)) for row in range(rows)
+    )
+    return AdapterResult(
+        adapter=adapter,
+        metrics=metrics,
+        label_names=first.label_names,
+        confusion=confusion,
+        draws=tuple(draws),
+        **counts,
     )
 
 
@@ -233,6 +289,9 @@ def _line(result: AdapterResult) -> str:
         if "[" in name or metric.value is None:
             continue
         interval = f" ({metric.ci95[0]:.3f} - {metric.ci95[1]:.3f})" if metric.ci95 else ""
+        if metric.draws is not None:
+            interval = f" (sd {metric.draws.standard_deviation:.4f} over {len(metric.draws.values)} draws)"
         parts.append(f"{METRICS[name].title} {metric.value:.4f}{interval}")
     counts = f"n {result.n_scored}" + (f", failed {result.n_failed}" if result.n_failed else "")
+    counts += f", without a label {result.n_unlabelled}" if result.n_unlabelled else ""
     return ", ".join([*parts, counts])

@@ -1,28 +1,29 @@
 """Classification, by a trained head or by label words that the model's own word head scores."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator
 
 from petals_eval.data.rows import Row, Rows, row_hash
 from petals_eval.data.source import DataSource, FileFormat, FileReading
-from petals_eval.errors import AdapterError, DataError, NotFiniteError, PetalsEvalError, TaskError
-from petals_eval.tasks.labels import Labels, spelled
+from petals_eval.errors import (
+    AdapterError,
+    DataError,
+    ExampleError,
+    NotFiniteError,
+    PetalsEvalError,
+    RequestTooLargeError,
+    TaskError,
+)
+from petals_eval.tasks.labels import Labels, Unlabelled, spelled_keys
+from petals_eval.tasks.prompted import Prompting, Turn
 from petals_eval.tasks.requests import Example, Generated, Prediction, Request, as_float64
 from petals_eval.tasks.template import Template
-from petals_eval.tasks.tokens import Continued, continue_texts, cut, tokenize
-from petals_eval.validation import closest, explain, shorten
+from petals_eval.tasks.tokens import Continued, continue_texts, cut, encode, tokenize
+from petals_eval.text import plural
+from petals_eval.validation import closest, shorten
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,21 +34,7 @@ __all__ = ["ClassificationTask"]
 _CHUNK_ROWS = 256
 
 
-def _spelled_keys(mapping: Any) -> Any:
-    """Return a label_map with its keys as texts, as they are compared; Python may give numbers and truth values."""
-    if not isinstance(mapping, Mapping):
-        return mapping
-    if None in mapping:
-        raise ValueError('should have text as keys, and one of them is missing: put an empty text in quotes, as ""')
-    keys: dict[str, object] = {}
-    for key, name in mapping.items():
-        if spelled(key) in keys:
-            raise ValueError(f"has the key {spelled(key)!r} twice: outer blanks do not count")
-        keys[spelled(key)] = name
-    return keys
-
-
-class ClassificationTask(BaseModel):
+class ClassificationTask(Prompting):
     """One label out of several. A wrong definition raises TaskError.
 
     name, description: for people.
@@ -66,12 +53,16 @@ class ClassificationTask(BaseModel):
         says how likely each is to follow the text. A word follows exactly as written: begin it with a space unless
         the text ends in one. Score of a label: the sum of the natural-log likelihoods of its word's tokens;
         normalize="mean" divides by their number, so that a long word is not at a disadvantage.
+    unlabelled: "predict": rows without a label (missing, empty, or -1 where that is no label) are predicted, and are in
+        no metric; "error": they end a run before it begins.
+
+    What `Prompting` has stands around the text: a shot shows a text and its label word, or for a trained head, after a
+    blank, its label name.
 
     A text that is too long keeps its first tokens. With label words the template's fixed end and the word keep their
-    place too, and the text before them is cut.
+    place too, and the text before them is cut. Where anything stands around the text nothing is cut: an example that
+    is too long fails, for its shots or its question would not be whole.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["classification"] = "classification"
     name: str = Field(min_length=1)
@@ -79,28 +70,14 @@ class ClassificationTask(BaseModel):
     text: str
     label_column: str = Field(min_length=1)
     label_names: tuple[str, ...] = Field(min_length=2)
-    label_map: Annotated[dict[str, str], BeforeValidator(_spelled_keys)] = Field(default_factory=dict)
+    label_map: Annotated[dict[str, str], BeforeValidator(spelled_keys)] = Field(default_factory=dict)
     max_length: int = Field(default=512, ge=1)
     metrics: tuple[str, ...] = Field(default=("accuracy", "f1_macro"), min_length=1)
     data: DataSource | None = None
     formats: dict[FileFormat, FileReading] = Field(default_factory=dict)
     label_words: tuple[str, ...] | None = None
     normalize: Literal["sum", "mean"] = "sum"
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _say_what_is_wrong(
-        cls, values: Any, handler: ModelWrapValidatorHandler["ClassificationTask"]
-    ) -> "ClassificationTask":
-        try:
-            task = handler(values)
-        except ValidationError as error:
-            raise TaskError(f"this task cannot be used:\n{explain(error, cls)}") from None
-        except DataError as error:
-            raise TaskError(f"this task's data: {error}") from None
-        if problem := task._disagreement():
-            raise TaskError(f"this task cannot be used:\n  {problem}")
-        return task
+    unlabelled: Unlabelled = "error"
 
     @field_validator("text")
     @classmethod
@@ -152,7 +129,21 @@ class ClassificationTask(BaseModel):
         changing = {"kind", "text", "label_column", "label_names", "label_map", "max_length"}
         if self.label_words is not None:
             changing |= {"label_words", "normalize"}
-        return {"head": self.head, **self.model_dump(mode="json", include=changing)}
+        own = self.model_dump(mode="json", include=changing)
+        return {"head": self.head, **own, **self.prompt_fingerprint()}
+
+    def turn(self, row: Row, where: str) -> Turn:
+        """Return a row with its right answer: its label word, or its label name for a trained head."""
+        rows, template = self.shot_rows, Template.parse(self.text)
+        classes = None if rows is None else rows.class_names.get(self.label_column)
+        labels = Labels(self.label_names, self.label_map, classes)
+        value, told = row.columns[self.label_column], {"where": where, "column": self.label_column}
+        index = labels.index(value, **told, unlabelled=self.unlabelled)
+        truth_words = ("False", "True") if rows is None else rows.truth_words
+        text = template.render(row.columns, where=where, truth_words=truth_words)
+        if index is None or self.label_words is None:
+            return Turn(text, None if index is None else self.label_names[index])
+        return Turn(text, self.label_words[index], delimiter="")
 
     def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
         """Yield examples in the order of `rows`, tokenised a few hundred at a time as they are asked for.
@@ -165,7 +156,9 @@ class ClassificationTask(BaseModel):
         source = iter(rows)
         while chunk := list(islice(source, _CHUNK_ROWS)):
             found = [self._label(row, labels, rows) for row in chunk]
-            if self.label_words is None:
+            if self.is_prompted:
+                yield from self._prompted(rows, chunk, found, template, tokenizer)
+            elif self.label_words is None:
                 yield from self._for_trained_head(rows, chunk, found, template, tokenizer)
             else:
                 yield from self._for_label_words(rows, chunk, found, template, tokenizer, self.label_words)
@@ -176,7 +169,7 @@ class ClassificationTask(BaseModel):
 
         Rows that passed, and parts of them, are not looked at again.
         """
-        read_as = (self.text, self.label_column, self.label_names, *self.label_map.items())
+        read_as = (self.text, self.label_column, self.label_names, self.unlabelled, *self.label_map.items())
         if read_as in rows.passed:
             return
         template = Template.parse(self.text)
@@ -237,11 +230,12 @@ class ClassificationTask(BaseModel):
     def _labels(self, rows: Rows) -> Labels:
         return Labels(self.label_names, self.label_map, rows.class_names.get(self.label_column))
 
-    def _label(self, row: Row, labels: Labels, rows: Rows) -> int:
-        return labels.index(row.columns[self.label_column], where=_where(rows, row), column=self.label_column)
+    def _label(self, row: Row, labels: Labels, rows: Rows) -> int | None:
+        value, where = row.columns[self.label_column], _where(rows, row)
+        return labels.index(value, where=where, column=self.label_column, unlabelled=self.unlabelled)
 
     def _for_trained_head(
-        self, rows: Rows, chunk: list[Row], found: list[int], template: Template, tokenizer: Any
+        self, rows: Rows, chunk: list[Row], found: list[int | None], template: Template, tokenizer: Any
     ) -> Iterator[Example]:
         texts = [_text(template, rows, row) for row in chunk]
         tokenized = tokenize(tokenizer, texts, self.max_length)
@@ -255,7 +249,7 @@ class ClassificationTask(BaseModel):
         self,
         rows: Rows,
         chunk: list[Row],
-        found: list[int],
+        found: list[int | None],
         template: Template,
         tokenizer: Any,
         words: tuple[str, ...],
@@ -279,6 +273,54 @@ class ClassificationTask(BaseModel):
             n_tokens = sum(len(request.input_ids) for request in requests)
             row_hash = self._row_hash(row, template)
             yield Example(str(row.index), label, requests, n_tokens, truncated, text, row_hash)
+
+    def _prompted(
+        self, rows: Rows, chunk: list[Row], found: list[int | None], template: Template, tokenizer: Any
+    ) -> Iterator[Example]:
+        """Yield examples whose text stands in a prompt: whole, or as failures."""
+        texts: list[str] = []
+        errors: list[ExampleError | None] = []
+        for row in chunk:
+            question = _text(template, rows, row)
+            try:
+                [text], error = self.contexts([question], row, tokenizer), None
+            except ExampleError as failure:
+                text, error = question, failure
+            texts.append(text)
+            errors.append(error)
+        tokens = self._prompted_tokens(tokenizer, texts)
+        for row, label, text, error, (context, words) in zip(chunk, found, texts, errors, tokens, strict=True):
+            key, row_hash = str(row.index), self._row_hash(row, template)
+            n_tokens = len(context) + max(map(len, words), default=0)
+            if not context:
+                raise _no_tokens(rows, row, text)
+            if error is None and n_tokens > self.max_length:
+                shots = self.shots.number if self.shots is not None else 0
+                error = RequestTooLargeError(
+                    f"its prompt has {n_tokens} tokens with {plural(shots, 'shot')}, and max_length of {self.name} "
+                    f"is {self.max_length}. Ask for fewer shots, or raise max_length as far as the model reads."
+                )
+            if error is not None:
+                yield Example(key, label, (), n_tokens, False, text, row_hash, error=error)
+                continue
+            requests = _word_requests(key, context, words) if words else (Request(key, 0, context),)
+            n_tokens = sum(len(request.input_ids) for request in requests)
+            yield Example(key, label, requests, n_tokens, False, text, row_hash)
+
+    def _prompted_tokens(
+        self, tokenizer: Any, texts: list[str]
+    ) -> Iterator[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]]:
+        """Yield the tokens of each whole text, and those of each label word after it."""
+        if self.label_words is None:
+            # A chat template has written its special tokens itself, and the text does not end in a closing one.
+            uncut = encode(tokenizer, texts) if self.chat else _ids(tokenizer(texts, verbose=False)["input_ids"])
+            yield from ((ids, ()) for ids in uncut)
+            return
+        opened = encode(tokenizer, texts)
+        continued = continue_texts(tokenizer, texts, texts, self.label_words)
+        for context, after in zip(opened, continued, strict=True):
+            self._check_words(after, self.label_words)
+            yield context, after.words
 
     def _row_hash(self, row: Row, template: Template) -> str:
         return row_hash(row.columns, (*template.columns, self.label_column))
@@ -305,6 +347,10 @@ def _word_requests(key: str, context: tuple[int, ...], words: tuple[tuple[int, .
         Request(key, part, context + word[:-1], tuple((last + at, token) for at, token in enumerate(word)))
         for part, word in enumerate(words)
     )
+
+
+def _ids(found: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    return [tuple(ids) for ids in found]
 
 
 def _text(template: Template, rows: Rows, row: Row, *, with_tail: bool = True) -> str:

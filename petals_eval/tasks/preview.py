@@ -50,7 +50,8 @@ def show_example(
     """Return what `describe_example` says, as lines for a person."""
     described = describe_example(example, tokenizer, prefix, label_names, pooled_token)
     cut = ", cut" if described["truncated"] else ""
-    lines = [f"example {described['key']}  label {described['label']}  {described['n_tokens']} text tokens{cut}"]
+    label = "no label" if described["label"] is None else f"label {described['label']}"
+    lines = [f"example {described['key']}  {label}  {described['n_tokens']} text tokens{cut}"]
     lines += [f"  | {line}" for line in described["text"].split("\n")]
     for request in described["requests"]:
         if prefix:
