@@ -12,6 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from petals_eval.config import RunSettings
 from petals_eval.data import DataSource, Rows, is_local, load_rows, sample
 from petals_eval.errors import ConfigError, ModelError
@@ -21,8 +23,8 @@ from petals_eval.runs.folder import RunFolder, check_folder
 from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, check_names
 from petals_eval.runs.results import WITHOUT_PROMPTS
 from petals_eval.runs.shard import Shard
-from petals_eval.runs.thresholds import Threshold
-from petals_eval.tasks import ClassificationTask, Task, check_head_labels, load_task, resolve_source
+from petals_eval.runs.thresholds import Threshold, parse_thresholds
+from petals_eval.tasks import Task, check_head_labels, load_task, resolve_source
 from petals_eval.tasks.requests import Example
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ _FIRST_EXAMPLES = 50
 
 _PREPARED = (
     *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "shard"),
-    *("without_prompts", "fail_under", "tokens_per_micro_batch", "out"),
+    *("without_prompts", "fail_under", "fail_over", "tokens_per_micro_batch", "out"),
 )
 """The settings of a run that `prepare` takes under their own names."""
 
@@ -105,6 +107,7 @@ def prepare(
     shard: str | None = None,
     without_prompts: bool = False,
     fail_under: Sequence[str] = (),
+    fail_over: Sequence[str] = (),
     tokens_per_micro_batch: int | None = None,
     out: str | Path | None = None,
     is_kept: bool = True,
@@ -118,7 +121,7 @@ def prepare(
     Raises CallerError (its kinds say what is wrong), MachineError for what cannot be read or written here.
     """
     task = _with_max_length(load_task(task), max_length)
-    thresholds = tuple(Threshold.parse(text, task.label_names) for text in fail_under)
+    thresholds = parse_thresholds(fail_under, fail_over, task.label_names, kind=task.kind)
     task = _with_metrics(task, [threshold.metric for threshold in thresholds])
     piece = None if shard is None else Shard.parse(shard)
     if out is not None:
@@ -231,16 +234,22 @@ def _local_swarm(settings: RunSettings) -> "LocalSwarm":
 def _with_max_length(task: Task, max_length: int | None) -> Task:
     if max_length is None:
         return task
-    if not isinstance(task, ClassificationTask):
-        raise ConfigError(f"--max-length: task {task.name} has no max_length that could be changed")
-    return task.model_copy(update={"max_length": max_length})
+    return _changed(task, "max_length", max_length, flag="--max-length")
 
 
 def _with_metrics(task: Task, names: Sequence[str]) -> Task:
     """Return the task with these metrics computed, too."""
-    if not names or not isinstance(task, ClassificationTask):
+    wanted = tuple(dict.fromkeys([*task.metrics, *names]))
+    if wanted == tuple(task.metrics):
         return task
-    return task.model_copy(update={"metrics": tuple(dict.fromkeys([*task.metrics, *names]))})
+    return _changed(task, "metrics", wanted, flag="--fail-under and --fail-over")
+
+
+def _changed(task: Task, name: str, value: object, *, flag: str) -> Task:
+    """Return the task with another value of one of its keys. Raises ConfigError where it has no such key."""
+    if not isinstance(task, BaseModel) or name not in type(task).model_fields:
+        raise ConfigError(f"{flag}: task {task.name} has no {name} that could be changed")
+    return task.model_copy(update={name: value})
 
 
 def _check_head(local: "LocalPart", task: Task, adapter: "Adapter | None") -> None:

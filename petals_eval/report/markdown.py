@@ -29,7 +29,7 @@ def markdown_report(result: RunResult, manifest: Manifest, servers: Sequence[tup
         _metrics(adapters),
         "\n".join(f"- {_safe(note)}" for note in notes(adapters)),
         "\n".join([*(f"- {_safe(each.adapter)}: {counts_line(each)}" for each in adapters), f"- {swarm_line(result)}"]),
-        *(_confusion(each) for each in adapters),
+        *(_confusion(each) for each in adapters if each.label_names),
         _origin(manifest),
         _servers(servers),
         _wire(result.wire),
@@ -41,7 +41,10 @@ def markdown_report(result: RunResult, manifest: Manifest, servers: Sequence[tup
 
 def _metrics(adapters: Sequence[AdapterResult]) -> str:
     rows = [[metric_title(name), *(_cell(each, name) for each in adapters)] for name in metric_names(adapters)]
-    intervals = "95% intervals in brackets: Wilson's for accuracy, a seeded percentile bootstrap for the rest."
+    intervals = (
+        "95% intervals in brackets: Wilson's for shares of the examples such as accuracy, a seeded percentile bootstrap "
+        "for the rest."
+    )
     return f"{_table(['', *(each.adapter for each in adapters)], rows)}\n\n{intervals}"
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from petals_eval.errors import PetalsEvalError
+from petals_eval.errors import ExampleError, PetalsEvalError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +17,7 @@ Label = int | float | None
 """What is right: the position of a label or a choice, a number for a regression, None where nobody says."""
 
 Values = tuple[tuple[float, ...], ...]
-"""Numbers of a prediction, (items, columns): what items and columns are is the kind's (`petals_eval.metrics.kinds`)."""
+"""Numbers of a prediction, (items, columns): what an item is is the kind's, and the task names its columns."""
 
 Finish = Literal["end", "stop", "length"]
 """Why a generated text ends: the model's own end, a stop sequence, or as many tokens as there may be."""
@@ -96,6 +96,7 @@ class Example:
     text: the text as the model reads it.
     row_hash: of what the row says (`petals_eval.data.rows.row_hash`): the same row in another run has the same.
     reference: what `predict` needs of the row besides the answers, such as the right texts or the choices' lengths.
+    error: why nothing can be asked for this row: it has no requests then, and a run notes it as a failure.
     """
 
     key: str
@@ -106,6 +107,7 @@ class Example:
     text: str
     row_hash: str = ""
     reference: object = None
+    error: ExampleError | None = None
 
     def predicted(
         self, prediction: float | None, values: Sequence[Sequence[float]], text: str | None = None
@@ -149,6 +151,8 @@ class Prediction:
     @property
     def probabilities(self) -> tuple[float, ...]:
         """The softmax of the scores."""
-        highest = max(self.scores)
-        powers = [math.exp(score - highest) for score in self.scores]
-        return tuple(power / sum(powers) for power in powers)
+        scores = self.scores
+        highest = max(scores)
+        powers = [math.exp(score - highest) for score in scores]
+        total = sum(powers)
+        return tuple(power / total for power in powers)
