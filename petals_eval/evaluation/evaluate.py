@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from petals_eval.data import DataSource
 from petals_eval.errors import CallerError, ConfigError, InterruptedRunError, MachineError, PetalsEvalError
@@ -31,6 +31,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     shard: str | None = None,
+    unlabelled: Literal["error", "predict"] | None = None,
     without_prompts: bool = False,
     out: str | Path | None = None,
     tokens_per_micro_batch: int | None = None,
@@ -45,6 +46,8 @@ def evaluate(
     data: a file, a hub name or a DataSource; None: the task's own.
     limit, seed: evaluate this many examples, drawn by the seed; the seed also draws the bootstrap of the intervals.
     shard: "2/3" evaluates the second of three parts; `petals_eval.merge` joins their run folders.
+    unlabelled: "predict" rows that have no label, which are in no metric then; None: as the task says, which by default
+        takes them for a mistake.
     without_prompts: evaluate the first adapter's head without its prompts, too.
     out: the run folder; an unfinished run of the same settings in it goes on. None: nothing is kept.
     tokenizer: for a Petals model; None: the one that lies with the model its config names.
@@ -77,6 +80,7 @@ def evaluate(
             limit=limit,
             seed=seed,
             shard=shard,
+            unlabelled=unlabelled,
             without_prompts=without_prompts,
             out=out,
             is_kept=out is not None,

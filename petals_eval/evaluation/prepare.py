@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import BaseModel
 
@@ -25,6 +25,7 @@ from petals_eval.runs.results import WITHOUT_PROMPTS
 from petals_eval.runs.shard import Shard
 from petals_eval.runs.thresholds import Threshold, parse_thresholds
 from petals_eval.tasks import Task, check_head_labels, load_task, resolve_source
+from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.requests import Example
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _FIRST_EXAMPLES = 50
 """Enough to know how long the examples are, on average."""
 
 _PREPARED = (
-    *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "shard"),
+    *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "unlabelled", "shard"),
     *("without_prompts", "fail_under", "fail_over", "tokens_per_micro_batch", "out"),
 )
 """The settings of a run that `prepare` takes under their own names."""
@@ -104,6 +105,7 @@ def prepare(
     limit: int | None = None,
     seed: int = 0,
     max_length: int | None = None,
+    unlabelled: Unlabelled | None = None,
     shard: str | None = None,
     without_prompts: bool = False,
     fail_under: Sequence[str] = (),
@@ -120,7 +122,7 @@ def prepare(
 
     Raises CallerError (its kinds say what is wrong), MachineError for what cannot be read or written here.
     """
-    task = _with_max_length(load_task(task), max_length)
+    task = _with_unlabelled(_with_max_length(load_task(task), max_length), unlabelled)
     thresholds = parse_thresholds(fail_under, fail_over, task.label_names, kind=task.kind)
     task = _with_metrics(task, [threshold.metric for threshold in thresholds])
     piece = None if shard is None else Shard.parse(shard)
@@ -237,6 +239,14 @@ def _with_max_length(task: Task, max_length: int | None) -> Task:
     return _changed(task, "max_length", max_length, flag="--max-length")
 
 
+def _with_unlabelled(task: Task, unlabelled: Unlabelled | None) -> Task:
+    if unlabelled is None:
+        return task
+    if not isinstance(task, BaseModel) or not hasattr(task, "unlabelled"):
+        raise ConfigError(f"--unlabelled: task {task.name} has no labels that could be missing.")
+    return cast(Task, task.model_copy(update={"unlabelled": unlabelled}))
+
+
 def _with_metrics(task: Task, names: Sequence[str]) -> Task:
     """Return the task with these metrics computed, too."""
     wanted = tuple(dict.fromkeys([*task.metrics, *names]))
@@ -249,7 +259,7 @@ def _changed(task: Task, name: str, value: object, *, flag: str) -> Task:
     """Return the task with another value of one of its keys. Raises ConfigError where it has no such key."""
     if not isinstance(task, BaseModel) or name not in type(task).model_fields:
         raise ConfigError(f"{flag}: task {task.name} has no {name} that could be changed")
-    return task.model_copy(update={name: value})
+    return cast(Task, task.model_copy(update={name: value}))
 
 
 def _check_head(local: "LocalPart", task: Task, adapter: "Adapter | None") -> None:

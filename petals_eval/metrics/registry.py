@@ -141,7 +141,7 @@ def compute_metrics(
     """
     known = check_metric_names(names)
     answers = Answers.checked(labels, predictions, probabilities, label_names, seed)
-    return _measured([METRICS[name] for name in known], lambda view: answers, label_names)
+    return _measured([METRICS[name] for name in known], lambda view: answers, label_names, "no example was scored")
 
 
 def measure(
@@ -159,7 +159,8 @@ def measure(
             views[view] = view(rows, label_names, seed)
         return views[view]
 
-    return _measured([table[name] for name in check_metric_names(names, kind)], view_of, label_names)
+    why_none = "no example has a label" if len(rows) else "no example was scored"
+    return _measured([table[name] for name in check_metric_names(names, kind)], view_of, label_names, why_none)
 
 
 def _table(kind: str) -> dict[str, MetricSpec]:
@@ -168,14 +169,17 @@ def _table(kind: str) -> dict[str, MetricSpec]:
     return {spec.name: spec for spec in KINDS[kind]}
 
 
-def _measured(specs: Sequence[MetricSpec], view_of: Any, label_names: Sequence[str]) -> dict[str, Metric]:
+def _measured(
+    specs: Sequence[MetricSpec], view_of: Any, label_names: Sequence[str], why_none: str
+) -> dict[str, Metric]:
+    """why_none: the note of a metric where there is nothing to compute it from."""
     found: dict[str, Metric] = {}
     for spec in specs:
         given = view_of(spec.view)
         if len(given) == 0:
             beside = ["majority_baseline"] if spec.name == "accuracy" else []
             for name in [] if spec.measure is _nothing else [*spec.names(label_names), *beside]:
-                found[name] = Metric(name, None, None, "no example was scored")
+                found[name] = Metric(name, None, None, why_none)
             continue
         for metric in spec.measure(given):
             found[metric.name] = _single(metric) if len(given) == 1 and not spec.is_share else metric

@@ -18,7 +18,7 @@ from pydantic import (
 from petals_eval.data.rows import Row, Rows, row_hash
 from petals_eval.data.source import DataSource, FileFormat, FileReading
 from petals_eval.errors import AdapterError, DataError, NotFiniteError, PetalsEvalError, TaskError
-from petals_eval.tasks.labels import Labels, spelled
+from petals_eval.tasks.labels import Labels, Unlabelled, spelled
 from petals_eval.tasks.requests import Example, Generated, Prediction, Request, as_float64
 from petals_eval.tasks.template import Template
 from petals_eval.tasks.tokens import Continued, continue_texts, cut, tokenize
@@ -66,6 +66,8 @@ class ClassificationTask(BaseModel):
         says how likely each is to follow the text. A word follows exactly as written: begin it with a space unless
         the text ends in one. Score of a label: the sum of the natural-log likelihoods of its word's tokens;
         normalize="mean" divides by their number, so that a long word is not at a disadvantage.
+    unlabelled: "predict": rows without a label (missing, empty, or -1 where that is no label) are predicted, and are in
+        no metric; "error": they end a run before it begins.
 
     A text that is too long keeps its first tokens. With label words the template's fixed end and the word keep their
     place too, and the text before them is cut.
@@ -86,6 +88,7 @@ class ClassificationTask(BaseModel):
     formats: dict[FileFormat, FileReading] = Field(default_factory=dict)
     label_words: tuple[str, ...] | None = None
     normalize: Literal["sum", "mean"] = "sum"
+    unlabelled: Unlabelled = "error"
 
     @model_validator(mode="wrap")
     @classmethod
@@ -176,7 +179,7 @@ class ClassificationTask(BaseModel):
 
         Rows that passed, and parts of them, are not looked at again.
         """
-        read_as = (self.text, self.label_column, self.label_names, *self.label_map.items())
+        read_as = (self.text, self.label_column, self.label_names, self.unlabelled, *self.label_map.items())
         if read_as in rows.passed:
             return
         template = Template.parse(self.text)
@@ -237,11 +240,12 @@ class ClassificationTask(BaseModel):
     def _labels(self, rows: Rows) -> Labels:
         return Labels(self.label_names, self.label_map, rows.class_names.get(self.label_column))
 
-    def _label(self, row: Row, labels: Labels, rows: Rows) -> int:
-        return labels.index(row.columns[self.label_column], where=_where(rows, row), column=self.label_column)
+    def _label(self, row: Row, labels: Labels, rows: Rows) -> int | None:
+        value, where = row.columns[self.label_column], _where(rows, row)
+        return labels.index(value, where=where, column=self.label_column, unlabelled=self.unlabelled)
 
     def _for_trained_head(
-        self, rows: Rows, chunk: list[Row], found: list[int], template: Template, tokenizer: Any
+        self, rows: Rows, chunk: list[Row], found: list[int | None], template: Template, tokenizer: Any
     ) -> Iterator[Example]:
         texts = [_text(template, rows, row) for row in chunk]
         tokenized = tokenize(tokenizer, texts, self.max_length)
@@ -255,7 +259,7 @@ class ClassificationTask(BaseModel):
         self,
         rows: Rows,
         chunk: list[Row],
-        found: list[int],
+        found: list[int | None],
         template: Template,
         tokenizer: Any,
         words: tuple[str, ...],

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
 from math import isfinite
+from typing import Literal
 
 from petals_eval.errors import DataError
 from petals_eval.text import listed
 from petals_eval.validation import shorten
 
-__all__ = ["Labels", "other_spellings", "spelled"]
+__all__ = ["Labels", "Unlabelled", "is_unlabelled", "no_label", "other_spellings", "spelled"]
+
+Unlabelled = Literal["error", "predict"]
+"""What becomes of rows of which nobody says what is right: an error before anything is sent, or a prediction that is in
+no metric."""
 
 # The truth values as JSON and as pandas write them, each with the position it has among two labels.
 _TRUTH = {"false": 0, "False": 0, "true": 1, "True": 1}
@@ -55,6 +60,30 @@ def other_spellings(value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(other for other in others if other != word))
 
 
+def is_unlabelled(value: object) -> bool:
+    """Return whether a value says that nobody labelled its row: nothing, NaN, an empty text, or -1, as hidden test sets
+    have it. A task that reads a label from one of these has a label there: it asks this only afterwards.
+
+    >>> [is_unlabelled(value) for value in (None, float("nan"), " ", -1, "-1.0", 0, "no", [])]
+    [True, True, True, True, True, False, False, False]
+    """
+    if value is None or value != value:
+        return True
+    return not isinstance(value, _NO_LABELS) and (not spelled(value) or _whole(value) == "-1")
+
+
+def no_label(value: object, unlabelled: Unlabelled, complaint: str) -> None:
+    """Return None, the label of a row that has none, for a value from which the task could read no label.
+
+    This is the rule of every kind of task that has labels. Raises DataError with the complaint, which names row, column
+    and what was found, for a value that is there and is wrong, and unless `unlabelled` is "predict" for one that is not.
+    """
+    if not is_unlabelled(value):
+        raise DataError(complaint)
+    if unlabelled != "predict":
+        raise DataError(f"{complaint} To predict such rows all the same, in no metric: --unlabelled predict.")
+
+
 @dataclass(frozen=True)
 class Labels:
     """Reads one label column.
@@ -79,11 +108,14 @@ class Labels:
     mapping: Mapping[str, str]
     class_names: tuple[str, ...] | None = None
 
-    def index(self, value: object, *, where: str, column: str) -> int:
-        """Return the label's position in `names`. Raises DataError with what was found and what there is."""
+    def index(self, value: object, *, where: str, column: str, unlabelled: Unlabelled = "error") -> int | None:
+        """Return the label's position in `names`, or None for a row without one where `unlabelled` is "predict".
+
+        Raises DataError with what was found and what there is.
+        """
         index = self._find(value)
         if index is None:
-            raise DataError(self._complaint(value, where, column))
+            no_label(value, unlabelled, self._complaint(value, where, column))
         return index
 
     @cached_property

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from petals_eval.data.rows import Row
 from petals_eval.data.source import DataSource, FileFormat, FileReading
+from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.tokens import Bos
 
 __all__ = ["PromptedTask", "Turn"]
@@ -31,6 +32,8 @@ class PromptedTask(BaseModel):
     name, description: for people.
     metrics, data, formats: as a classification has them.
     bos: whether a beginning-of-text token stands in front.
+    unlabelled: what becomes of rows that do not say what is right, for kinds that have labels
+        (`petals_eval.tasks.labels.no_label`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +44,7 @@ class PromptedTask(BaseModel):
     data: DataSource | None = None
     formats: dict[FileFormat, FileReading] = Field(default_factory=dict)
     bos: Bos = "auto"
+    unlabelled: Unlabelled = "error"
 
     def turn(self, row: Row, where: str) -> Turn:
         """Return a row with its right answer, as a shot shows it. Raises DataError, with `where` in front."""
