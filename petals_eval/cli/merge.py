@@ -30,11 +30,12 @@ def merge(
 ) -> int:
     from petals_eval.cli.evaluation import show_result
     from petals_eval.evaluation.merge import merge as merge_parts
-    from petals_eval.runs import RunFolder
+    from petals_eval.runs import Manifest
     from petals_eval.runs.thresholds import parse_thresholds
 
     settings = ResultSettings(**flags)
-    with RunFolder.open(parts[0]) as part:
-        kind, labels = part.manifest.kind, part.names_of("label_names")
-    thresholds = parse_thresholds(settings.fail_under, settings.fail_over, labels, kind=kind)
+    first = Manifest.read(parts[0] / "manifest.json")
+    names = first.run_settings.get("label_names")
+    labels = [str(name) for name in names] if isinstance(names, list) else []
+    thresholds = parse_thresholds(settings.fail_under, settings.fail_over, labels, kind=first.kind)
     return show_result(merge_parts(parts, out=out), out, thresholds, settings)

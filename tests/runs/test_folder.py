@@ -56,11 +56,13 @@ def test_a_finished_run_holds_everything(tmp_path: Path) -> None:
     seven = prediction(7, 1)
     assert lines[7] == {
         "schema_version": 2,
+        "kind": "classification",
         "key": "7",
         "row_hash": "",
         "label": 1,
         "prediction": seven.prediction,
         "probabilities": list(seven.probabilities),
+        "n_requests": 1,
         "n_tokens": 7,
     }
     assert read(path / "failures.jsonl")[0]["reason"] == "no server takes it"
