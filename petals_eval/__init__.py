@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     from petals_eval.remote_model import RemoteModel
     from petals_eval.runs.results import AdapterResult, RunResult
     from petals_eval.swarm import RemoteSequential, SwarmConnection
-    from petals_eval.tasks import ClassificationTask
+    from petals_eval.tasks import ChoiceTask, ClassificationTask, ContinuationTask
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PUBLIC_SWARM",
     "AdapterResult",
+    "ChoiceTask",
     "ClassificationTask",
+    "ContinuationTask",
     "DataSource",
     "HealthReport",
     "LocalSwarm",
@@ -60,7 +62,9 @@ _HOMES = {
     "check_health": "petals_eval.health",
     "RemoteSequential": "petals_eval.swarm",
     "SwarmConnection": "petals_eval.swarm",
+    "ChoiceTask": "petals_eval.tasks",
     "ClassificationTask": "petals_eval.tasks",
+    "ContinuationTask": "petals_eval.tasks",
 }
 
 

@@ -15,7 +15,7 @@ def tasks() -> int:
         source = task.data
         rows = {
             "labels": ", ".join(task.label_names),
-            "text": f"{task.text!r}, at most {task.max_length} tokens",
+            "text": repr(task.text) + (f", at most {task.max_length} tokens" if task.max_length else ""),
             "data": " ".join(filter(None, (source.path, source.subset, source.split))) if source else "none",
             "metrics": ", ".join(task.metrics),
         }

@@ -88,6 +88,11 @@ class Rows:
             return whole
         return hashlib.sha256(whole.encode() + self._positions.astype("<i8").tobytes()).hexdigest()
 
+    def where(self, row: Row) -> str:
+        """Return how a message names one of the rows: by its index, and by its line where it has one."""
+        line = "" if row.line is None else f" (line {row.line})"
+        return f"{self.name}, row {row.index}{line}"
+
     def at(self, positions: "np.ndarray") -> "Rows":
         """Return the rows at these ascending positions (int64) of this object; each keeps its index in the source."""
         kept = positions if self._positions is None else self._positions[positions]

@@ -143,6 +143,7 @@ def prepare(
     variants = _variants(side.adapters, without_prompts)
     for _, adapter in variants:
         _check_head(side.local, task, adapter)
+    task = _bound(task, side.local, variants)
     record = DataRecord(
         name=rows.name,
         fingerprint=rows.fingerprint,
@@ -248,18 +249,34 @@ def _with_unlabelled(task: Task, unlabelled: Unlabelled | None) -> Task:
 
 
 def _with_metrics(task: Task, names: Sequence[str]) -> Task:
-    """Return the task with these metrics computed, too."""
-    wanted = tuple(dict.fromkeys([*task.metrics, *names]))
-    if wanted == tuple(task.metrics):
+    """Return the task with these metrics computed, too. Raises ConfigError, TaskError where it cannot have them."""
+    if set(names) <= set(task.metrics):
         return task
-    return _changed(task, "metrics", wanted, flag="--fail-under and --fail-over")
+    from petals_eval.metrics import check_metric_names
+
+    metrics = check_metric_names([*task.metrics, *names], task.kind, label_names=task.label_names)
+    return _changed(task, "metrics", metrics, flag="--fail-under and --fail-over")
 
 
 def _changed(task: Task, name: str, value: object, *, flag: str) -> Task:
-    """Return the task with another value of one of its keys. Raises ConfigError where it has no such key."""
-    if not isinstance(task, BaseModel) or name not in type(task).model_fields:
+    """Return the task with another value of one of its keys.
+
+    Raises ConfigError where it has no such key, TaskError where its definition does not take the value.
+    """
+    fields = type(task).model_fields if isinstance(task, BaseModel) else {}
+    if not isinstance(task, BaseModel) or name not in fields:
         raise ConfigError(f"{flag}: task {task.name} has no {name} that could be changed")
-    return cast(Task, task.model_copy(update={name: value}))
+    given = {fields[key].alias or key: getattr(task, key) for key in task.model_fields_set}
+    return cast(Task, type(task).model_validate({**given, name: value}))
+
+
+def _bound(task: Task, local: "LocalPart", variants: list[Variant]) -> Task:
+    """Return the task for this model and the longest of the prompts: every variant is asked the same."""
+    bound_to: Callable[[int | None], Task] | None = getattr(task, "bound_to", None)
+    if bound_to is None:
+        return task
+    prefix = max((adapter.prefix_length for _, adapter in variants if adapter is not None), default=0)
+    return bound_to(None if local.context is None else local.context - prefix)
 
 
 def _check_head(local: "LocalPart", task: Task, adapter: "Adapter | None") -> None:

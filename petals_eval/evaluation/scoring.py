@@ -107,6 +107,8 @@ class PendingExamples:
         """Yield what the examples ask of the model, as it is taken."""
         for example in self._examples:
             try:
+                if example.error is not None:
+                    raise example.error
                 for request in example.requests:
                     self._check_length(len(request.input_ids))
             except ExampleError as error:

@@ -12,8 +12,10 @@ from petals_eval.errors import ConfigError
 from petals_eval.metrics.accuracy import measure_accuracy, measure_balanced_accuracy, measure_majority_baseline
 from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.calibration import measure_ece
+from petals_eval.metrics.choices import CHOICE_METRICS
 from petals_eval.metrics.correlation import measure_mcc
 from petals_eval.metrics.fscores import AVERAGES, SCORES, averaged, for_each_label
+from petals_eval.metrics.likelihood import CONTINUATION_METRICS
 from petals_eval.metrics.probabilistic import measure_brier, measure_log_loss
 from petals_eval.metrics.ranking import measure_roc_auc
 from petals_eval.metrics.scored_rows import ScoredRows
@@ -68,7 +70,14 @@ _CLASSES = (
     MetricSpec("confusion_matrix", "confusion matrix", "always reported beside the metrics", _nothing),
 )
 
-KINDS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType({"classification": _CLASSES})
+KINDS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
+    {
+        "classification": _CLASSES,
+        # Of choices that have names the classes' metrics, too: their first column is a score for each.
+        "choice": (*CHOICE_METRICS, *_CLASSES),
+        "continuation": CONTINUATION_METRICS,
+    }
+)
 """The metrics of each kind of task, in the order of reports. A name has one title, whatever the kind."""
 
 METRICS: Mapping[str, MetricSpec] = MappingProxyType({spec.name: spec for specs in KINDS.values() for spec in specs})
@@ -84,10 +93,13 @@ def available_metrics(kind: str = "classification") -> tuple[str, ...]:
     return tuple(_table(kind))
 
 
-def check_metric_names(names: Iterable[str], kind: str = "classification") -> tuple[str, ...]:
+def check_metric_names(
+    names: Iterable[str], kind: str = "classification", *, label_names: Sequence[str] | None = None
+) -> tuple[str, ...]:
     """Return the names without repetitions.
 
-    Raises ConfigError for one that this kind of task does not have, with those that come close.
+    label_names: of the task; None: not known. Raises ConfigError for one that this kind of task does not have, with
+    those that come close, and for one that needs labels where there are none.
     """
     table = _table(kind)
     known = tuple(dict.fromkeys(names))
@@ -98,6 +110,10 @@ def check_metric_names(names: Iterable[str], kind: str = "classification") -> tu
             hint = f"Did you mean {' or '.join(close)}?" if close else f"There are: {', '.join(table)}."
             what = "a metric" if kind == "classification" else f"a metric of {kind}"
             raise ConfigError(f"Expected the name of {what}; found {name!r}. {hint}")
+        if table[name].view == Answers.of and label_names is not None and not label_names:
+            raise ConfigError(
+                f"{name} needs choices that all rows share: give the task label_names, or leave the metric out."
+            )
     return known
 
 
@@ -160,7 +176,8 @@ def measure(
         return views[view]
 
     why_none = "no example has a label" if len(rows) else "no example was scored"
-    return _measured([table[name] for name in check_metric_names(names, kind)], view_of, label_names, why_none)
+    known = check_metric_names(names, kind, label_names=label_names)
+    return _measured([table[name] for name in known], view_of, label_names, why_none)
 
 
 def _table(kind: str) -> dict[str, MetricSpec]:

@@ -1,14 +1,18 @@
 """Tasks: rows into examples and requests, answers into predictions."""
 
 from petals_eval.tasks.base import Task
+from petals_eval.tasks.choice import ChoiceTask
 from petals_eval.tasks.classification import ClassificationTask
+from petals_eval.tasks.continuation import ContinuationTask
 from petals_eval.tasks.head_labels import check_head_labels
 from petals_eval.tasks.library import list_tasks, load_task, resolve_source
 from petals_eval.tasks.preview import describe_example, show_example
 from petals_eval.tasks.requests import Example, Prediction, Request
 
 __all__ = [
+    "ChoiceTask",
     "ClassificationTask",
+    "ContinuationTask",
     "Example",
     "Prediction",
     "Request",

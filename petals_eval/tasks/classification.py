@@ -1,6 +1,6 @@
 """Classification, by a trained head or by label words that the model's own word head scores."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ from pydantic import (
 from petals_eval.data.rows import Row, Rows, row_hash
 from petals_eval.data.source import DataSource, FileFormat, FileReading
 from petals_eval.errors import AdapterError, DataError, NotFiniteError, PetalsEvalError, TaskError
-from petals_eval.tasks.labels import Labels, Unlabelled, spelled
+from petals_eval.tasks.labels import Labels, Unlabelled, spelled_keys
 from petals_eval.tasks.requests import Example, Generated, Prediction, Request, as_float64
 from petals_eval.tasks.template import Template
 from petals_eval.tasks.tokens import Continued, continue_texts, cut, tokenize
@@ -31,20 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["ClassificationTask"]
 
 _CHUNK_ROWS = 256
-
-
-def _spelled_keys(mapping: Any) -> Any:
-    """Return a label_map with its keys as texts, as they are compared; Python may give numbers and truth values."""
-    if not isinstance(mapping, Mapping):
-        return mapping
-    if None in mapping:
-        raise ValueError('should have text as keys, and one of them is missing: put an empty text in quotes, as ""')
-    keys: dict[str, object] = {}
-    for key, name in mapping.items():
-        if spelled(key) in keys:
-            raise ValueError(f"has the key {spelled(key)!r} twice: outer blanks do not count")
-        keys[spelled(key)] = name
-    return keys
 
 
 class ClassificationTask(BaseModel):
@@ -81,7 +67,7 @@ class ClassificationTask(BaseModel):
     text: str
     label_column: str = Field(min_length=1)
     label_names: tuple[str, ...] = Field(min_length=2)
-    label_map: Annotated[dict[str, str], BeforeValidator(_spelled_keys)] = Field(default_factory=dict)
+    label_map: Annotated[dict[str, str], BeforeValidator(spelled_keys)] = Field(default_factory=dict)
     max_length: int = Field(default=512, ge=1)
     metrics: tuple[str, ...] = Field(default=("accuracy", "f1_macro"), min_length=1)
     data: DataSource | None = None

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
 from math import isfinite
-from typing import Literal
+from typing import Any, Literal
 
 from petals_eval.errors import DataError
 from petals_eval.text import listed
 from petals_eval.validation import shorten
 
-__all__ = ["Labels", "Unlabelled", "is_unlabelled", "no_label", "other_spellings", "spelled"]
+__all__ = ["Labels", "Unlabelled", "is_unlabelled", "no_label", "other_spellings", "spelled", "spelled_keys"]
 
 Unlabelled = Literal["error", "predict"]
 """What becomes of rows of which nobody says what is right: an error before anything is sent, or a prediction that is in
@@ -58,6 +58,20 @@ def other_spellings(value: object) -> tuple[str, ...]:
         shortest = repr(float(value))
         others += [shortest] if _exact(value) == Decimal(shortest) else []
     return tuple(dict.fromkeys(other for other in others if other != word))
+
+
+def spelled_keys(mapping: Any) -> Any:
+    """Return a label_map with its keys as texts, as they are compared; Python may give numbers and truth values."""
+    if not isinstance(mapping, Mapping):
+        return mapping
+    if None in mapping:
+        raise ValueError('should have text as keys, and one of them is missing: put an empty text in quotes, as ""')
+    keys: dict[str, object] = {}
+    for key, name in mapping.items():
+        if spelled(key) in keys:
+            raise ValueError(f"has the key {spelled(key)!r} twice: outer blanks do not count")
+        keys[spelled(key)] = name
+    return keys
 
 
 def is_unlabelled(value: object) -> bool:

@@ -9,12 +9,21 @@ from petals_eval.data.source import DataSource, FileReading, format_of, is_local
 from petals_eval.data.yaml_text import read_yaml, resolve_nulls
 from petals_eval.errors import ConfigError, TaskError
 from petals_eval.tasks.base import Task
+from petals_eval.tasks.choice import ChoiceTask
 from petals_eval.tasks.classification import ClassificationTask
+from petals_eval.tasks.continuation import ContinuationTask
 from petals_eval.validation import closest, shorten
 
-__all__ = ["list_tasks", "load_task", "resolve_source"]
+__all__ = ["DefinedTask", "list_tasks", "load_task", "resolve_source"]
 
-_KINDS: dict[str, type[ClassificationTask]] = {"classification": ClassificationTask}
+DefinedTask = ClassificationTask | ChoiceTask | ContinuationTask
+"""A task that a YAML file can define."""
+
+_KINDS: dict[str, type[DefinedTask]] = {
+    "classification": ClassificationTask,
+    "choice": ChoiceTask,
+    "continuation": ContinuationTask,
+}
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -48,7 +57,7 @@ def load_task(task: "str | Path | Task") -> Task:
     )
 
 
-def list_tasks() -> list[ClassificationTask]:
+def list_tasks() -> list[DefinedTask]:
     """Return the tasks that come with the package, by name."""
     shipped = _shipped()
     return [_parse(shipped[name], f"the shipped task {name}", name=name, folder=None) for name in sorted(shipped)]
@@ -104,7 +113,7 @@ def _read(path: Path) -> str:
         raise TaskError(f"{path} cannot be read as a task: expected a YAML file in utf-8 ({error}).") from None
 
 
-def _parse(text: str, origin: str, *, name: str, folder: Path | None) -> ClassificationTask:
+def _parse(text: str, origin: str, *, name: str, folder: Path | None) -> DefinedTask:
     try:
         values = read_yaml(text)
     except ValueError as error:
@@ -141,6 +150,6 @@ def _check_metrics(task: Task, origin: str) -> None:
     from petals_eval.metrics import check_metric_names  # here, because scikit-learn takes a second to import
 
     try:
-        check_metric_names(task.metrics, task.kind)
+        check_metric_names(task.metrics, task.kind, label_names=task.label_names)
     except ConfigError as error:
         raise TaskError(f"{origin}: metrics: {error}") from None

@@ -17,8 +17,8 @@ class Template:
     tail: str
 
     @classmethod
-    def parse(cls, text: str) -> "Template":
-        """Raises ValueError for a template that is not well-formed or uses no column."""
+    def parse(cls, text: str, *, may_be_constant: bool = False) -> "Template":
+        """Raises ValueError for a template that is not well-formed or, unless it may be constant, uses no column."""
         segments: list[tuple[str, str]] = []
         literal = ""
         for before, field, spec, conversion in string.Formatter().parse(text):
@@ -29,7 +29,7 @@ class Template:
                 raise ValueError("should hold plain placeholders such as {sentence}; write {{ and }} for braces")
             segments.append((literal, field))
             literal = ""
-        if not segments:
+        if not segments and not may_be_constant:
             raise ValueError("should hold a placeholder for each column that is to be read, such as {sentence}")
         return cls(tuple(segments), literal)
 
@@ -61,7 +61,7 @@ class Template:
             shown = truth_words[value] if isinstance(value, bool) else str(value)
             filled = filled or bool(shown.strip())
             parts += (literal, shown)
-        if not filled:
+        if self.segments and not filled:
             raise DataError(
                 f"{where} is empty: no text in {', '.join(self.columns)}. Remove the row, or name another column."
             )

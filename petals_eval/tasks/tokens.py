@@ -5,9 +5,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from petals_eval.errors import ModelError
+from petals_eval.errors import ExampleError, ModelError
 
-__all__ = ["Bos", "Continued", "continue_texts", "cut", "encode", "opening_tokens", "start_token", "tokenize"]
+__all__ = [
+    "Bos",
+    "Continued",
+    "EncodedPair",
+    "continue_texts",
+    "cut",
+    "encode",
+    "encode_pairs",
+    "opening_tokens",
+    "start_token",
+    "tokenize",
+]
 
 Bos = Literal["auto", "always", "never"]
 """Whether a beginning-of-text token stands in front: as the tokenizer does it, once in any case, or not at all."""
@@ -25,6 +36,14 @@ class Continued:
     context: tuple[int, ...]
     words: tuple[tuple[int, ...], ...]
     tail: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """A text and an answer that follows it, as the tokens of the two together; at least one token each."""
+
+    context: tuple[int, ...]
+    answer: tuple[int, ...]
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[tuple[tuple[int, ...], bool]]:
@@ -120,6 +139,55 @@ def encode(tokenizer: Any, texts: Sequence[str], bos: Bos = "auto") -> list[tupl
         ids if spelled and text.startswith(spelled) else opening + ids
         for text, ids in zip(texts, _plain(tokenizer, texts) if texts else [], strict=True)
     ]
+
+
+def encode_pairs(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], bos: Bos = "auto"
+) -> list[EncodedPair | ExampleError]:
+    """Return the tokens of each pair (text, answer after it), or why there are none.
+
+    As lm-evaluation-harness 0.4.13 has them (`TemplateLM._encode_pair` and `loglikelihood`), whose `add_bos_token` None,
+    True and False are `bos` auto, always and never: blanks at the end of the text belong to the answer, whose tokens
+    are what the whole has beyond the text's own. An answer without a text is tokenised without opening tokens and
+    stands after `start_token`; where it begins with that token itself, this one is the text.
+
+    One difference: where the tokenizer merges the end of the text with the beginning of the answer, the harness takes
+    what is left of the answer behind the text's length. Here that is an ExampleError, and so is an answer that makes no
+    token. Raises ModelError as `start_token` and `opening_tokens` do.
+    """
+    split = [(text.rstrip(), text[len(text.rstrip()) :] + answer) for text, answer in pairs]
+    following = [index for index, (text, _) in enumerate(pairs) if text]
+    alone = [index for index, (text, _) in enumerate(pairs) if not text]
+    # Each text once: it stands before all of its answers.
+    texts = dict.fromkeys(each for index in following for each in (split[index][0], "".join(split[index])))
+    encoded = dict(zip(texts, encode(tokenizer, list(texts), bos), strict=True))
+    bare = dict(zip(alone, _plain(tokenizer, [split[index][1] for index in alone]) if alone else (), strict=True))
+    found: list[EncodedPair | ExampleError] = []
+    for index, (text, answer) in enumerate(split):
+        context, whole = ((), bare[index]) if index in bare else (encoded[text], encoded[text + answer])
+        if whole[: len(context)] != context:
+            found.append(_merged(tokenizer, context, whole, pairs[index][1]))
+            continue
+        if not context:  # nothing but blanks before it, or a tokenizer that makes nothing of the text
+            start = start_token(tokenizer)
+            whole = whole if whole[:1] == (start,) else (start, *whole)
+            context = whole[:1]
+        if len(whole) == len(context):
+            found.append(ExampleError(f"this tokenizer makes no token of the answer {pairs[index][1]!r:.80}."))
+        else:
+            found.append(EncodedPair(context, whole[len(context) :]))
+    return found
+
+
+def _merged(tokenizer: Any, context: Sequence[int], whole: Sequence[int], answer: str) -> ExampleError:
+    """Return what is said of an answer that begins inside a token."""
+    shared = _shared_beginning(context, whole)
+    token = tokenizer.convert_ids_to_tokens(whole[shared]) if shared < len(whole) else ""
+    return ExampleError(
+        f"the answer {answer!r:.80} begins inside a token: this tokenizer makes {token!r} of the end of the text and the "
+        f"beginning of the answer, so the answer has no likelihood of its own. Expected a token to begin with it: put a "
+        "blank or a line end between the two (delimiter)."
+    )
 
 
 def _plain(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:

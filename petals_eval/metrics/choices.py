@@ -1,0 +1,85 @@
+"""How often the right one of several answers is the likeliest: as it is, or by the length of each answer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from petals_eval.metrics.answers import Metric
+from petals_eval.metrics.intervals import wilson
+from petals_eval.metrics.scored_rows import Floats, ScoredRows
+from petals_eval.metrics.spec import MetricSpec
+
+__all__ = ["CHOICE_METRICS", "ScoredChoices", "first_highest"]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredChoices:
+    """n rows of which it is known which choice is right.
+
+    labels: int64 (n,), positions among a row's own choices. rows: their values, one item a choice.
+    """
+
+    labels: NDArray[np.int64]
+    rows: ScoredRows
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def of(cls, rows: ScoredRows, label_names: Sequence[str], seed: int) -> "ScoredChoices":
+        """Return the labelled ones of rows of the kind "choice"."""
+        known = rows.labelled()
+        return cls(known.labels.astype(np.int64), known)
+
+
+def first_highest(scores: Floats, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the position of each row's highest score among the row's own, the first of equals: int64 (n,).
+
+    scores: (items,), those of a row after those of the one before. starts: (n + 1,), as `ScoredRows` has them; every
+    row has an item at least.
+
+    >>> first_highest(np.array([0.1, 0.3, 0.3, -2.0, -1.0]), np.array([0, 3, 5])).tolist()
+    [1, 1]
+    """
+    items = np.diff(starts)
+    positions = np.arange(len(scores)) - np.repeat(starts[:-1], items)
+    is_highest = scores == np.repeat(np.maximum.reduceat(scores, starts[:-1]), items)
+    return np.minimum.reduceat(np.where(is_highest, positions, len(scores)), starts[:-1])
+
+
+def _share_of_right(name: str, score: Callable[[ScoredRows], Floats]) -> Callable[[ScoredChoices], list[Metric]]:
+    """Return the measure of how often the right choice has the highest score, (items,)."""
+
+    def measure(choices: ScoredChoices) -> list[Metric]:
+        scores = score(choices.rows)
+        if np.isnan(scores).any():
+            return [Metric(name, None, None, "not every choice has the likelihood that this needs")]
+        right = int((first_highest(scores, choices.rows.starts) == choices.labels).sum())
+        return [Metric(name, right / len(choices), wilson(right, len(choices)))]
+
+    return measure
+
+
+def _spec(name: str, title: str, about: str, score: Callable[[ScoredRows], Floats]) -> MetricSpec:
+    return MetricSpec(name, title, about, _share_of_right(name, score), is_share=True, view=ScoredChoices.of)
+
+
+def _by(column: str) -> Callable[[ScoredRows], Floats]:
+    return lambda rows: rows.column("log_likelihood") / rows.column(column)
+
+
+# As lm-evaluation-harness 0.4.13 computes those of these names (`ConfigurableTask.process_results`); it has no acc_tokens.
+CHOICE_METRICS = (
+    _spec("acc", "acc", "share of rows whose right choice is the likeliest", lambda rows: rows.column("log_likelihood")),
+    _spec("acc_norm", "acc (per character)", "acc by the log-likelihood over the choice's characters", _by("characters")),
+    _spec("acc_bytes", "acc (per byte)", "acc by the log-likelihood over the choice's UTF-8 bytes", _by("bytes")),
+    _spec("acc_tokens", "acc (per token)", "acc by the log-likelihood over the answer's tokens", _by("tokens")),
+    _spec(
+        "acc_mutual_info",
+        "acc (mutual information)",
+        "acc by the log-likelihood less that of the answer without context, which is asked for, too",
+        lambda rows: rows.column("log_likelihood") - rows.column("unconditioned"),
+    ),
+)
