@@ -261,6 +261,25 @@ def test_a_disk_that_fills_leaves_the_old_file_whole(tmp_path: Path, monkeypatch
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_folder_computes_its_result_anew_whether_it_is_finished_or_not(tmp_path: Path) -> None:
+    names: dict = {"metrics": list(METRICS), "label_names": list(LABELS)}
+    with RunFolder.create(tmp_path / "run", manifest(run_settings=names), task="trec") as folder:
+        score(folder, keys=range(7))
+        folder.journal.flush()
+        with RunFolder.open(tmp_path / "run") as reader:
+            assert reader.result().metrics == result(folder).metrics
+        score(folder, keys=range(7, 20))
+        told = result(folder)
+        folder.finish(told)
+    with RunFolder.open(tmp_path / "run") as reader:
+        assert reader.result().metrics == told.metrics
+        assert (reader.result().first.confusion, reader.result().retries) == (told.first.confusion, 3)
+    with RunFolder.create(tmp_path / "bare", manifest(), task="trec") as folder:
+        score(folder)
+        with pytest.raises(RunFolderError, match="Expected metrics in the manifest of .*bare; found none"):
+            folder.result()
+
+
 def test_a_result_prints_as_one_line_in_a_training_loop(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, manifest(), task="trec") as folder:
         score(folder)
