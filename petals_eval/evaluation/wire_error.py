@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from petals_eval.model import Adapter
     from petals_eval.remote_model import RemoteModel
 
-__all__ = ["SAMPLE", "note_lossless_servers", "note_sample"]
+__all__ = ["SAMPLE", "compared", "note_lossless_servers", "note_sample"]
 
 SAMPLE = 16  # examples that are computed both ways
 
@@ -77,8 +77,6 @@ def _measured(
     variant: Variant,
     on_tick: Callable[[], object],
 ) -> WireSample:
-    import numpy as np
-
     from petals_eval.remote_model import RemoteModel
     from petals_eval.swarm import SwarmConnection
 
@@ -91,17 +89,22 @@ def _measured(
         blocks = connection.remote_sequential(model.blocks.dht_prefix, len(model.blocks))
         exact = _answers(RemoteModel(model.local, blocks), examples, prompts, on_tick)
     moved = _answers(model, examples, prompts, on_tick)
+    return compared(task, name, examples, exact, moved)
+
+
+def compared(task: Task, adapter: str, examples: Sequence[Example], exact: Answers, moved: Answers) -> WireSample:
+    """Return how far answers moved, exact ones on the way to those of a lossy wire."""
+    import numpy as np
+
     pairs = [(before, after) for key in exact for before, after in zip(exact[key], moved[key], strict=True)]
     differences = [
         np.abs(_numbers(after) - _numbers(before)) for before, after in pairs if not isinstance(before, Generated)
     ]
     if not differences:
         changed = sum(before != after for before, after in pairs)
-        return WireSample(name, len(examples), None, None, changed)
-    every = np.concatenate(differences)
-    return WireSample(
-        name, len(examples), float(every.max()), float(every.mean()), _changed_predictions(task, examples, exact, moved)
-    )
+        return WireSample(adapter, len(examples), None, None, changed)
+    every, predictions = np.concatenate(differences), _changed_predictions(task, examples, exact, moved)
+    return WireSample(adapter, len(examples), float(every.max()), float(every.mean()), predictions)
 
 
 def _numbers(answer: "torch.Tensor | Generated") -> "np.ndarray":
