@@ -280,7 +280,10 @@ class TaskSettings(Settings, heading=TASK):
     seed: int = option(0, "Seed of the sample and of the intervals.", "S")
     max_length: Positive | None = option(None, "Tokens of text at most.", unset="the task's")
     unlabelled: Literal["error", "predict"] | None = option(
-        None, "Rows without a label: error, or predict, which leaves them out of the metrics.", "WHAT", unset="the task's"
+        None,
+        "Rows without a label: error, or predict, which leaves them out of the metrics.",
+        "WHAT",
+        unset="the task's",
     )
     shard: str | None = option(None, "Evaluate part I of N, from 1/N to N/N; petals-eval merge joins them.", "I/N")
 

@@ -40,16 +40,18 @@ def printable(text: str, *, longest: int | None = 400, keep_lines: bool = False)
     )
 
 
-def number_text(value: float, decimals: int = 4) -> str:
+def number_text(value: float, decimals: int = 4, *, beside: float | None = None) -> str:
     """Return a number with so many decimals; from 100 on with fewer, so that the digits stay as many; and a small one
     with its own digits, so that it is not 0.
 
+    beside: the number that it is an interval's bound of, whose size says how many decimals there are.
+
     >>> [number_text(value) for value in (0.736, -0.25, 0.0, 12.34567, 123.4567, 12345.6789, 1234567.8, 12345678.9)]
     ['0.7360', '-0.2500', '0.0000', '12.3457', '123.457', '12,345.7', '1,234,568', '1.23457e+07']
-    >>> number_text(0.00012345), number_text(1234.5678, 3), number_text(0.69565, 3)
-    ('0.000123', '1,234.6', '0.696')
+    >>> number_text(0.00012345), number_text(0.0000123, 3, beside=0.25), number_text(98.7, 3, beside=1234.5)
+    ('0.000123', '0.000', '98.7')
     """
-    size = abs(value)
+    size = abs(value if beside is None else beside)
     if not size < 1e7:
         return f"{value:.{decimals + 2}g}"
     if 0 < size < 0.001:

@@ -97,8 +97,10 @@ def _opening_text(plan: "DryRun") -> str:
         return ""
     if len(counts) == 1:
         (count,) = counts
-        return f"{plural(count, 'beginning-of-text token')} in front of each text" if count else (
-            "no beginning-of-text token in front of the texts"
+        return (
+            f"{plural(count, 'beginning-of-text token')} in front of each text"
+            if count
+            else ("no beginning-of-text token in front of the texts")
         )
     each = ", ".join(f"{count} of {requests:,}" for count, requests in counts.items())
     return f"beginning-of-text tokens in front of the texts: {each}"

@@ -92,7 +92,9 @@ class DryRun:
 
     def to_json(self) -> dict[str, object]:
         """Return all but `shown`, as values that JSON can hold."""
-        found = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("shown", "described")}
+        found = {
+            each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("shown", "described")
+        }
         found["examples"] = list(self.described)
         found["bos_tokens"] = {str(count): requests for count, requests in self.bos_tokens.items()}
         found["failures"] = [{"key": key, "reason": reason} for key, reason in self.failures]
@@ -176,8 +178,8 @@ def _too_many_openings(bos_tokens: Mapping[int, int]) -> Iterator[str]:
     twice = sum(requests for count, requests in bos_tokens.items() if count > 1)
     if twice:
         yield (
-            f"{plural(twice, 'text begins', 'texts begin')} with more than one beginning-of-text token: the text brings "
-            "one, and the tokenizer puts another in front"
+            f"{plural(twice, 'text begins', 'texts begin')} with more than one beginning-of-text token: the text brings"
+            " one, and the tokenizer puts another in front"
         )
 
 

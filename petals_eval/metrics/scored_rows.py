@@ -36,9 +36,7 @@ class ScoredRows:
         return len(self.labels)
 
     @classmethod
-    def of(
-        cls, rows: Iterable[tuple[float | None, float | None, bytes]], columns: Sequence[str]
-    ) -> "ScoredRows":
+    def of(cls, rows: Iterable[tuple[float | None, float | None, bytes]], columns: Sequence[str]) -> "ScoredRows":
         """Return arrays of rows (label, prediction, little-endian float64 values as bytes).
 
         Raises DataError for values that are not whole items of the columns.

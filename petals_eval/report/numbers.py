@@ -27,8 +27,10 @@ def value_text(metric: Metric | None) -> str:
 
 
 def interval_text(metric: Metric | None) -> str:
-    """Return an interval with three decimals, or five digits of large ones; an empty text where there is none."""
-    return "" if metric is None or metric.ci95 is None else " - ".join(number_text(bound, 3) for bound in metric.ci95)
+    """Return an interval with three decimals, or five digits of a large value's; an empty text where there is none."""
+    if metric is None or metric.ci95 is None:
+        return ""
+    return " - ".join(number_text(bound, 3, beside=metric.value) for bound in metric.ci95)
 
 
 def metric_title(name: str) -> str:

@@ -252,7 +252,8 @@ def _line(result: AdapterResult) -> str:
     for name, metric in result.metrics.items():
         if metric.value is None or name.endswith(of_labels):
             continue
-        interval = f" ({' - '.join(number_text(bound, 3) for bound in metric.ci95)})" if metric.ci95 else ""
+        bounds = [number_text(bound, 3, beside=metric.value) for bound in metric.ci95 or ()]
+        interval = f" ({' - '.join(bounds)})" if bounds else ""
         parts.append(f"{title_of(name)} {number_text(metric.value)}{interval}")
     counts = f"n {result.n_scored}" + (f", failed {result.n_failed}" if result.n_failed else "")
     counts += f", without a label {result.n_unlabelled}" if result.n_unlabelled else ""

@@ -76,7 +76,9 @@ def example(row, *requests, label=None, error=None):
 
 def choices(number, row):
     """Two choices after one context of 4 tokens; the last row says nothing of which is right."""
-    of = [Request(str(row.index), part, (1, 5, 6, 7, *extra), ((3, 8), (4, 9))) for part, extra in enumerate(((8,), (9,)))]
+    of = [
+        Request(str(row.index), part, (1, 5, 6, 7, *extra), ((3, 8), (4, 9))) for part, extra in enumerate(((8,), (9,)))
+    ]
     return example(row, *of, label=None if number == ROWS - 1 else 1)
 
 
@@ -84,7 +86,9 @@ def windows(number, row):
     """Documents of 1, 2 and 3 windows, of 10 scored tokens each. The first one begins with two opening tokens."""
     opening = (1, 1) if number == 0 else (1, 7)
     targets = tuple((position, 9) for position in range(10))
-    return example(row, *(Request(str(row.index), part, (*opening, *range(5, 13)), targets) for part in range(number + 1)))
+    return example(
+        row, *(Request(str(row.index), part, (*opening, *range(5, 13)), targets) for part in range(number + 1))
+    )
 
 
 def texts(number, row):

@@ -1,7 +1,7 @@
-"""Folders of schema 1: finished ones are shown and merged to the numbers that they say of themselves, unfinished ones refused.
+"""Folders of schema 1: finished ones are shown and merged to the numbers that they say of themselves, others refused.
 
-`tests/runs/schema1/` holds folders that the last release with schema 1 wrote of the demo's model and prompts: a run in one
-piece, and the same run in two parts. Each journal lies there as the SQL that SQLite's own dump makes of it.
+`tests/runs/schema1/` holds folders that the last version with schema 1 wrote of the demo's model and prompts: a run in
+one piece, and the same run in two parts. Each journal lies there as the SQL that SQLite's own dump makes of it.
 """
 
 import json
@@ -90,7 +90,7 @@ def test_a_folder_is_shown(folder) -> None:
     stored = json.loads(before["metrics.json"])
     outcome = invoke("show", path)
     assert outcome.code == 1  # for the example that failed
-    assert f"accuracy           {stored['metrics']['accuracy']['value']:.4f}" in outcome.out
+    assert f"accuracy              {stored['metrics']['accuracy']['value']:.4f}" in outcome.out
     assert "without the prompts: accuracy" in outcome.out
     shown = json.loads(invoke("show", path, "--json", "--max-failed", 1).out)
     assert numbers(shown) == numbers(stored) and same_metrics(shown["metrics"], stored["metrics"])

@@ -276,7 +276,7 @@ def test_a_folder_computes_its_result_anew_whether_it_is_finished_or_not(tmp_pat
         assert (reader.result().first.confusion, reader.result().retries) == (told.first.confusion, 3)
     with RunFolder.create(tmp_path / "bare", manifest(), task="trec") as folder:
         score(folder)
-        with pytest.raises(RunFolderError, match="Expected metrics in the manifest of .*bare; found none"):
+        with pytest.raises(RunFolderError, match=r"Expected metrics in the manifest of .*bare; found none"):
             folder.result()
 
 

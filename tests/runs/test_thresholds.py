@@ -60,9 +60,11 @@ def test_what_is_better_when_lower_has_a_bar_from_above() -> None:
         "above the bar: log_loss is 12,345.7, --fail-over allows 0.5",
         "above the bar: ece has no value, --fail-over allows 10000",
     ]
-    with pytest.raises(ConfigError, match=r"fail_over: accuracy is better when it is higher\. Give --fail-under accuracy=1"):
+    with pytest.raises(
+        ConfigError, match=r"fail_over: accuracy is better when it is higher\. Give --fail-under accuracy=1"
+    ):
         parse_thresholds([], ["accuracy=1"], LABELS)
-    with pytest.raises(ConfigError, match="fail_over: expected METRIC=NUMBER such as log_loss=0.5; found 'ece'"):
+    with pytest.raises(ConfigError, match=r"fail_over: expected METRIC=NUMBER such as log_loss=0\.5; found 'ece'"):
         parse_thresholds([], ["ece"], LABELS)
 
 
@@ -75,7 +77,9 @@ def test_a_bar_is_for_a_metric_of_the_kind_of_task(monkeypatch: pytest.MonkeyPat
     assert Threshold.parse("length=1e6", (), kind="texts").bound == 1e6
     assert Threshold.parse("match[strict]=0.5", (), kind="texts").metric == "match"
     assert Threshold.parse("shared=20", (), kind="texts", is_upper=True).is_upper
-    with pytest.raises(ConfigError, match="the name of a metric of texts; found 'accuracy'. There are: shared, match"):
+    with pytest.raises(
+        ConfigError, match=r"the name of a metric of texts; found 'accuracy'\. There are: shared, match"
+    ):
         Threshold.parse("accuracy=0.5", (), kind="texts")
 
 

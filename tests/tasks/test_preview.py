@@ -53,11 +53,11 @@ def test_of_requests_that_begin_alike_only_the_rest_is_shown_again(tokenizer):
     choices = [Request("4", part, (*context, token), ((11, token), (12, 7))) for part, token in enumerate((40, 41))]
     shown = show_example(example_of(*choices), tokenizer, 4).splitlines()
     assert shown[0] == "example 4  no label  0 text tokens"
-    first, second = tokenizer.convert_ids_to_tokens([40, 41])
+    first, second, last = tokenizer.convert_ids_to_tokens([40, 41, 7])
     assert shown[2:5] == [
         "  positions 0-3: prompt",
         f"  positions 4-16: {' '.join(tokenizer.convert_ids_to_tokens([*context, 40]))}",
-        f"  the word head is asked for {first} after position 15, {tokenizer.convert_ids_to_tokens(7)} after position 16",
+        f"  the word head is asked for {first} after position 15, {last} after position 16",
     ]
     assert shown[6:8] == ["  positions 4-15: as in the request before", f"  positions 16-16: {second}"]
 
@@ -69,7 +69,9 @@ def test_many_targets_many_windows_and_long_texts_are_shortened(tokenizer):
     shown = show_example(made, tokenizer)
     assert len(shown) < 40_000
     assert "300 tokens after positions 0-299: " in shown and ", and whether each is the likeliest" in shown
-    assert "... 180 more ..." in shown and "... 2,000 more characters ..." in shown and "... and 12 more requests" in shown
+    assert (
+        "... 180 more ..." in shown and "... 2,000 more characters ..." in shown and "... and 12 more requests" in shown
+    )
     described = describe_example(made, tokenizer)
     assert (described["n_requests"], len(described["requests"])) == (20, 8)
     assert len(described["requests"][0]["targets"]) == 300
@@ -84,4 +86,6 @@ def test_why_an_example_cannot_be_computed_is_shown(tokenizer):
 def test_how_a_text_goes_on_is_shown(tokenizer):
     made = example_of(Request("4", 0, (20, 21), decoding=Decoding(1000, ("\n",))))
     assert describe_example(made, tokenizer)["requests"][0]["decoding"] == {"max_new_tokens": 1000, "stop": ["\n"]}
-    assert "  goes on for at most 1,000 tokens, or until '\\n'; the likeliest each time" in show_example(made, tokenizer)
+    assert "  goes on for at most 1,000 tokens, or until '\\n'; the likeliest each time" in show_example(
+        made, tokenizer
+    )
