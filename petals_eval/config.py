@@ -315,6 +315,9 @@ class ResultSettings(Settings, heading=OUTPUT):
 
     max_failed: Annotated[int, Field(ge=0)] = option(0, "Exit code 1 if more examples than this fail.")
     fail_under: Names = option((), "Exit code 1 if a metric is below this; repeatable.", "METRIC=X...")
+    fail_over: Names = option(
+        (), "Exit code 1 if a metric that is better when lower is above this; repeatable.", "METRIC=X..."
+    )
     json_output: bool = option(False, "Print metrics.json alone on stdout.", flag="--json", alias="json")
 
 
@@ -346,10 +349,4 @@ class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, Resu
         None, "Run folder; an unfinished run goes on.", "FOLDER", unset="runs/<task>-<time>", heading=OUTPUT
     )
     save_texts: bool = option(False, "Keep generated texts, in texts.jsonl of the run folder.", heading=OUTPUT)
-    dry_run: bool = option(False, "Show what would be sent; send nothing.", heading=OUTPUT)
-
-    @model_validator(mode="after")
-    def _something_to_print(self) -> Self:
-        if self.dry_run and self.json_output:
-            raise ValueError("--dry-run computes no metrics, so there is nothing for --json to print: leave one out")
-        return self
+    dry_run: bool = option(False, "Show what would be sent, with --json as JSON; send nothing.", heading=OUTPUT)

@@ -25,7 +25,7 @@ from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, Model
 from petals_eval.runs.privacy import shareable_name
 from petals_eval.runs.results import WITHOUT_PROMPTS
 from petals_eval.runs.shard import Shard
-from petals_eval.runs.thresholds import Threshold
+from petals_eval.runs.thresholds import Threshold, parse_thresholds
 from petals_eval.tasks import Task, check_head_labels, load_task, resolve_source
 from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.prompted import Prompting
@@ -44,7 +44,7 @@ _FIRST_EXAMPLES = 50
 
 _PREPARED = (
     *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "unlabelled", "shard"),
-    *("without_prompts", "fail_under", "tokens_per_micro_batch", "out", "save_texts"),
+    *("without_prompts", "fail_under", "fail_over", "tokens_per_micro_batch", "out", "save_texts"),
 )
 """The settings of a run that `prepare` takes under their own names."""
 
@@ -126,6 +126,7 @@ def prepare(
     without_prompts: bool = False,
     prompt: PromptSettings = _AS_THE_TASK_SAYS,
     fail_under: Sequence[str] = (),
+    fail_over: Sequence[str] = (),
     tokens_per_micro_batch: int | None = None,
     out: str | Path | None = None,
     is_kept: bool = True,
@@ -144,7 +145,7 @@ def prepare(
     """
     asked = with_prompt(_with_unlabelled(_with_max_length(load_task(task), max_length), unlabelled), prompt)
     code = row_code_of(asked, is_allowed=prompt.allow_task_code)
-    thresholds = tuple(Threshold.parse(text, asked.label_names) for text in fail_under)
+    thresholds = parse_thresholds(fail_under, fail_over, asked.label_names, kind=asked.kind)
     asked = _with_metrics(asked, [*(threshold.metric for threshold in thresholds), *more_metrics])
     piece = None if shard is None else Shard.parse(shard)
     is_finished = may_be_finished and out is not None and holds_finished(out)
@@ -298,9 +299,7 @@ def _local_swarm(settings: RunSettings) -> "LocalSwarm":
 def _with_max_length(task: Task, max_length: int | None) -> Task:
     if max_length is None:
         return task
-    if not isinstance(task, BaseModel) or "max_length" not in type(task).model_fields:
-        raise ConfigError(f"--max-length: task {task.name} has no max_length that could be changed")
-    return cast(Task, task.model_copy(update={"max_length": max_length}))
+    return _changed(task, "max_length", max_length, flag="--max-length")
 
 
 def _with_unlabelled(task: Task, unlabelled: Unlabelled | None) -> Task:
@@ -313,13 +312,25 @@ def _with_unlabelled(task: Task, unlabelled: Unlabelled | None) -> Task:
 
 def _with_metrics(task: Task, names: Sequence[str]) -> Task:
     """Return the task with these metrics computed, too. Raises ConfigError, TaskError where it cannot have them."""
-    if not names or not isinstance(task, BaseModel):
+    if set(names) <= set(task.metrics):
         return task
     from petals_eval.metrics import check_metric_names
 
     metrics = check_metric_names([*task.metrics, *names], task.kind, label_names=task.label_names)
-    # Validated again: a metric may need what the task cannot give.
-    return cast(Task, type(task).model_validate(task.model_copy(update={"metrics": metrics})))
+    return _changed(task, "metrics", metrics, flag="--fail-under and --fail-over")
+
+
+def _changed(task: Task, name: str, value: object, *, flag: str) -> Task:
+    """Return the task with another value of one of its keys.
+
+    Raises ConfigError where it has no such key, TaskError where its definition does not take the value.
+    """
+    fields = type(task).model_fields if isinstance(task, BaseModel) else {}
+    if not isinstance(task, BaseModel) or name not in fields:
+        raise ConfigError(f"{flag}: task {task.name} has no {name} that could be changed")
+    # Made anew and so validated: the new value may need what the task cannot give.
+    given = {fields[key].alias or key: getattr(task, key) for key in task.model_fields_set}
+    return cast(Task, type(task).model_validate({**given, name: value}))
 
 
 def _bound(task: Task, local: "LocalPart", adapters: "Sequence[Adapter | None]") -> Task:

@@ -17,6 +17,7 @@ from petals_eval.metrics.registry import (
     check_metric_names,
     compute_metrics,
     measure,
+    title_of,
 )
 from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.metrics.spec import MetricSpec
@@ -44,5 +45,6 @@ __all__ = [
     "per_class",
     "precision_recall_f1",
     "roc_auc",
+    "title_of",
     "wilson",
 ]

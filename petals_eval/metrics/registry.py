@@ -32,6 +32,7 @@ __all__ = [
     "check_metric_names",
     "compute_metrics",
     "measure",
+    "title_of",
 ]
 
 
@@ -149,6 +150,21 @@ def check_metric_names(
                 f"{name} needs choices that all rows share: give the task label_names, or leave the metric out."
             )
     return known
+
+
+def title_of(name: str) -> str:
+    """Return how reports call a metric, or one label's part of it.
+
+    >>> title_of("f1_macro"), title_of("recall[human]"), title_of("my own")
+    ('F1 (macro)', 'recall [human]', 'my own')
+    """
+    if name in METRICS:
+        return METRICS[name].title
+    base, bracket, part = name.partition("[")
+    if not bracket:
+        return name
+    titles = (spec.title for spec in METRICS.values() if base in (spec.score, spec.name))
+    return f"{next(titles, base)} [{part}"
 
 
 def compute_metrics(
