@@ -22,7 +22,7 @@ from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, Model
 from petals_eval.runs.results import WITHOUT_PROMPTS
 from petals_eval.runs.shard import Shard
 from petals_eval.runs.thresholds import Threshold
-from petals_eval.tasks import ClassificationTask, Task, check_head_labels, load_task, resolve_source
+from petals_eval.tasks import ClassificationTask, PerplexityTask, Task, check_head_labels, load_task, resolve_source
 from petals_eval.tasks.requests import Example
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def prepare(
     source = data if isinstance(data, DataSource) else resolve_source(task, data, **source_settings)
 
     def read() -> Rows:
-        rows = sample(load_rows(source), limit, seed)
+        rows = sample(getattr(task, "documents", lambda rows: rows)(load_rows(source)), limit, seed)
         getattr(task, "check", lambda rows: None)(rows)
         return rows
 
@@ -138,6 +138,7 @@ def prepare(
     variants = _variants(side.adapters, without_prompts)
     for _, adapter in variants:
         _check_head(side.local, task, adapter)
+    task = _bound(task, side.local, variants)
     record = DataRecord(
         name=rows.name,
         fingerprint=rows.fingerprint,
@@ -231,7 +232,7 @@ def _local_swarm(settings: RunSettings) -> "LocalSwarm":
 def _with_max_length(task: Task, max_length: int | None) -> Task:
     if max_length is None:
         return task
-    if not isinstance(task, ClassificationTask):
+    if not isinstance(task, ClassificationTask | PerplexityTask):
         raise ConfigError(f"--max-length: task {task.name} has no max_length that could be changed")
     return task.model_copy(update={"max_length": max_length})
 
@@ -241,6 +242,15 @@ def _with_metrics(task: Task, names: Sequence[str]) -> Task:
     if not names or not isinstance(task, ClassificationTask):
         return task
     return task.model_copy(update={"metrics": tuple(dict.fromkeys([*task.metrics, *names]))})
+
+
+def _bound(task: Task, local: "LocalPart", variants: list[Variant]) -> Task:
+    """Return the task for this model and the longest of the prompts: every variant is asked the same."""
+    bound_to: Callable[[int | None], Task] | None = getattr(task, "bound_to", None)
+    if bound_to is None:
+        return task
+    prefix = max((adapter.prefix_length for _, adapter in variants if adapter is not None), default=0)
+    return bound_to(None if local.context is None else local.context - prefix)
 
 
 def _check_head(local: "LocalPart", task: Task, adapter: "Adapter | None") -> None:

@@ -1,7 +1,7 @@
 """The metrics by kind of task and by name, and the functions that compute them."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +13,7 @@ from petals_eval.metrics.accuracy import measure_accuracy, measure_balanced_accu
 from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.calibration import measure_ece
 from petals_eval.metrics.correlation import measure_mcc
+from petals_eval.metrics.documents import Documents, measured
 from petals_eval.metrics.fscores import AVERAGES, SCORES, averaged, for_each_label
 from petals_eval.metrics.probabilistic import measure_brier, measure_log_loss
 from petals_eval.metrics.ranking import measure_roc_auc
@@ -67,7 +68,39 @@ _CLASSES = (
     MetricSpec("confusion_matrix", "confusion matrix", "always reported beside the metrics", _nothing),
 )
 
-KINDS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType({"classification": _CLASSES})
+
+def _by_unit(name: str, title: str, about: str, measure: Callable[[Documents], list[Metric]]) -> MetricSpec:
+    return MetricSpec(name, title, about, measure, higher_is_better=False, best=None, view=Documents.of)
+
+
+_DOCUMENTS = (
+    _by_unit(
+        "token_perplexity",
+        "token perplexity",
+        "e to the power of minus the mean log-likelihood a token",
+        measured("token_perplexity", "tokens"),
+    ),
+    _by_unit(
+        "word_perplexity",
+        "word perplexity",
+        "the same a word of the original text, whatever the tokenizer",
+        measured("word_perplexity", "words"),
+    ),
+    _by_unit(
+        "byte_perplexity",
+        "byte perplexity",
+        "the same a byte of the original text in utf-8",
+        measured("byte_perplexity", "bytes"),
+    ),
+    _by_unit(
+        "bits_per_byte",
+        "bits per byte",
+        "minus the mean log-likelihood a byte, in bits",
+        measured("bits_per_byte", "bytes", in_bits=True),
+    ),
+)
+
+KINDS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType({"classification": _CLASSES, "perplexity": _DOCUMENTS})
 """The metrics of each kind of task, in the order of reports. A name has one title, whatever the kind."""
 
 METRICS: Mapping[str, MetricSpec] = MappingProxyType({spec.name: spec for specs in KINDS.values() for spec in specs})

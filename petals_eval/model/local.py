@@ -277,24 +277,24 @@ class LocalPart(nn.Module, ABC):
                 wanted.append((places.setdefault((row, prefix + position), len(places)), token))
         place_rows, positions = zip(*places, strict=True)
         chosen = hidden[list(place_rows), list(positions)].to(self.device, self.dtype)
-        values = self._scores(chosen, torch.tensor(wanted, device="cpu"))
-
         counts = [len(batch.requests[row].targets) for row in rows]
         asks = [batch.requests[row].asks_greedy for row in rows]
+        values = self._scores(chosen, torch.tensor(wanted, device="cpu"), asks_greedy=any(asks))
         split = zip(rows, values.split(counts), asks, strict=True)
         return {row: found if asks_greedy else found[:, 0].clone() for row, found, asks_greedy in split}
 
-    def _scores(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def _scores(self, hidden: torch.Tensor, wanted: torch.Tensor, *, asks_greedy: bool) -> torch.Tensor:
         """Return (n, 2) float32 on the CPU, log-likelihood and whether it is the greedy token, for (places, hidden) and
-        int64 (n, 2) of place and token."""
-        values = torch.empty(wanted.shape[0], 2, dtype=torch.float32, device="cpu")
+        int64 (n, 2) of place and token. The latter is 0 where nobody asks: it takes another look at all logits."""
+        values = torch.zeros(wanted.shape[0], 2, dtype=torch.float32, device="cpu")
         step = max(1, _LOGITS_AT_ONCE // self._lm_vocabulary())
         for start in range(0, hidden.shape[0], step):
             inside = (wanted[:, 0] >= start) & (wanted[:, 0] < start + step)
             place, token = (wanted[inside] - wanted.new_tensor([start, 0])).to(self.device).unbind(1)
             logits = self._lm_logits(self.norm(hidden[start : start + step])).float()
             values[inside, 0] = (logits[place, token] - logits.logsumexp(-1)[place]).cpu()
-            values[inside, 1] = (logits.argmax(-1)[place] == token).float().cpu()
+            if asks_greedy:
+                values[inside, 1] = (logits.argmax(-1)[place] == token).float().cpu()
         return values
 
     def _check_width(self, name: str, what: str, tensor: torch.Tensor) -> None:

@@ -4,12 +4,14 @@ from petals_eval.tasks.base import Task
 from petals_eval.tasks.classification import ClassificationTask
 from petals_eval.tasks.head_labels import check_head_labels
 from petals_eval.tasks.library import list_tasks, load_task, resolve_source
+from petals_eval.tasks.perplexity import PerplexityTask
 from petals_eval.tasks.preview import describe_example, show_example
 from petals_eval.tasks.requests import Example, Prediction, Request
 
 __all__ = [
     "ClassificationTask",
     "Example",
+    "PerplexityTask",
     "Prediction",
     "Request",
     "Task",

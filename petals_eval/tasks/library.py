@@ -10,11 +10,15 @@ from petals_eval.data.yaml_text import read_yaml, resolve_nulls
 from petals_eval.errors import ConfigError, TaskError
 from petals_eval.tasks.base import Task
 from petals_eval.tasks.classification import ClassificationTask
+from petals_eval.tasks.perplexity import PerplexityTask
 from petals_eval.validation import closest, shorten
 
 __all__ = ["list_tasks", "load_task", "resolve_source"]
 
-_KINDS: dict[str, type[ClassificationTask]] = {"classification": ClassificationTask}
+_KINDS: dict[str, type[ClassificationTask | PerplexityTask]] = {
+    "classification": ClassificationTask,
+    "perplexity": PerplexityTask,
+}
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -48,7 +52,7 @@ def load_task(task: "str | Path | Task") -> Task:
     )
 
 
-def list_tasks() -> list[ClassificationTask]:
+def list_tasks() -> list[ClassificationTask | PerplexityTask]:
     """Return the tasks that come with the package, by name."""
     shipped = _shipped()
     return [_parse(shipped[name], f"the shipped task {name}", name=name, folder=None) for name in sorted(shipped)]
@@ -104,7 +108,7 @@ def _read(path: Path) -> str:
         raise TaskError(f"{path} cannot be read as a task: expected a YAML file in utf-8 ({error}).") from None
 
 
-def _parse(text: str, origin: str, *, name: str, folder: Path | None) -> ClassificationTask:
+def _parse(text: str, origin: str, *, name: str, folder: Path | None) -> ClassificationTask | PerplexityTask:
     try:
         values = read_yaml(text)
     except ValueError as error:

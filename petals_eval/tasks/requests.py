@@ -90,7 +90,8 @@ class Example:
     """A row, ready to be computed.
 
     key: stable within a data set (it is the row's index there, before sampling); the journal's key.
-    label: what is right. requests: one or more; their answers together give the prediction.
+    label: what is right. requests: one or more; their answers together give the prediction. A long document makes its
+        own as they are asked for.
     n_tokens: text tokens of all requests, without tuned prompts and padding.
     truncated: whether text was cut to the task's maximum length.
     text: the text as the model reads it.
@@ -100,7 +101,7 @@ class Example:
 
     key: str
     label: Label
-    requests: tuple[Request, ...]
+    requests: Sequence[Request]
     n_tokens: int
     truncated: bool
     text: str
