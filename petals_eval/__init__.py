@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from petals_eval import errors
     from petals_eval.config import PUBLIC_SWARM, SwarmSettings
     from petals_eval.data import DataSource
+    from petals_eval.evaluation.batches import evaluate_batches
     from petals_eval.evaluation.evaluate import evaluate
     from petals_eval.evaluation.merge import merge
     from petals_eval.health import HealthReport, check_health
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from petals_eval.remote_model import RemoteModel
     from petals_eval.runs.results import AdapterResult, RunResult
     from petals_eval.swarm import RemoteSequential, SwarmConnection
-    from petals_eval.tasks import ClassificationTask
+    from petals_eval.tasks import ClassificationTask, RegressionTask
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "DataSource",
     "HealthReport",
     "LocalSwarm",
+    "RegressionTask",
     "RemoteModel",
     "RemoteSequential",
     "RunResult",
@@ -43,6 +45,7 @@ __all__ = [
     "check_health",
     "errors",
     "evaluate",
+    "evaluate_batches",
     "merge",
 ]
 
@@ -55,12 +58,14 @@ _HOMES = {
     "AdapterResult": "petals_eval.runs.results",
     "RunResult": "petals_eval.runs.results",
     "evaluate": "petals_eval.evaluation.evaluate",
+    "evaluate_batches": "petals_eval.evaluation.batches",
     "merge": "petals_eval.evaluation.merge",
     "HealthReport": "petals_eval.health",
     "check_health": "petals_eval.health",
     "RemoteSequential": "petals_eval.swarm",
     "SwarmConnection": "petals_eval.swarm",
     "ClassificationTask": "petals_eval.tasks",
+    "RegressionTask": "petals_eval.tasks",
 }
 
 

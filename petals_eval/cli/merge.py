@@ -34,7 +34,8 @@ def merge(
     from petals_eval.runs.thresholds import Threshold
 
     settings = ResultSettings(**flags)
-    names = Manifest.read(parts[0] / "manifest.json").run_settings.get("label_names")
+    manifest = Manifest.read(parts[0] / "manifest.json")
+    names = manifest.run_settings.get("label_names")
     labels = [str(name) for name in names] if isinstance(names, list) else []
-    thresholds = [Threshold.parse(text, labels) for text in settings.fail_under]
+    thresholds = [Threshold.parse(text, labels, manifest.kind) for text in settings.fail_under]
     return show_result(merge_parts(parts, out=out), out, thresholds, settings)

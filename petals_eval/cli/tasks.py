@@ -12,10 +12,10 @@ def tasks() -> int:
     from petals_eval.tasks import list_tasks
 
     for task in list_tasks():
-        source = task.data
+        source, texts = task.data, filter(None, (task.text, task.text_pair))
         rows = {
-            "labels": ", ".join(task.label_names),
-            "text": f"{task.text!r}, at most {task.max_length} tokens",
+            "labels": ", ".join(task.label_names) or "numbers",
+            "text": f"{' with '.join(map(repr, texts))}, at most {task.max_length} tokens",
             "data": " ".join(filter(None, (source.path, source.subset, source.split))) if source else "none",
             "metrics": ", ".join(task.metrics),
         }

@@ -94,6 +94,8 @@ def dry_run(prepared: Prepared, adapter: "Adapter | None", *, show: int = 2) -> 
         batches += 1
         n_requests += len(batch.requests)
         positions += len(batch.requests) * (prefix + batch.input_ids.shape[1])
+    if counted.truncated and getattr(task, "text_pair", None) is not None:
+        notes["of a pair that is too long, tokens go from the end of the longer text first"] = None
     deep_prompts = None if adapter is None else adapter.deep_prompts
     return DryRun(
         shown=shown,

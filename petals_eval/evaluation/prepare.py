@@ -6,7 +6,7 @@ connected. What has to be downloaded comes after what lies here.
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import BaseModel
 
 from petals_eval.config import RunSettings
-from petals_eval.data import DataSource, Rows, is_local, load_rows, sample
+from petals_eval.data import DataSource, Rows, is_local, load_rows, rows_of, sample
 from petals_eval.errors import ConfigError, ModelError
-from petals_eval.remote_model import LocalSide
+from petals_eval.remote_model import LocalSide, check_device, dtype_of
 from petals_eval.runs.code_hash import answering_code, task_code
 from petals_eval.runs.folder import RunFolder, check_folder
 from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, check_names
 from petals_eval.runs.results import WITHOUT_PROMPTS
 from petals_eval.runs.shard import Shard
 from petals_eval.runs.thresholds import Threshold
-from petals_eval.tasks import ClassificationTask, Task, check_head_labels, load_task, resolve_source
+from petals_eval.tasks import Task, check_head_labels, load_task, resolve_source
 from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.requests import Example
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from petals_eval.local_swarm import LocalSwarm
     from petals_eval.model import Adapter, LocalPart
 
-__all__ = ["NO_ADAPTER", "Prepared", "Variant", "prepare", "prepare_run"]
+__all__ = ["IN_MEMORY", "NO_ADAPTER", "Data", "Prepared", "Variant", "prepare", "prepare_run"]
 
 NO_ADAPTER = "no prompts"
 """The journal's name for a model evaluated as it is."""
@@ -47,6 +47,12 @@ _PREPARED = (
 
 _NOT_ANSWERING = ("allow_nondeterministic", "window", "deadline", "verify", "request_timeout", "push")
 """The settings of calls that change no answer: a run may go on with others."""
+
+IN_MEMORY = "rows in memory"
+"""What a manifest calls data that came from no file and from no hub; its fingerprint is that of the values."""
+
+Data = str | Path | DataSource | Iterable[Mapping[str, object]]
+"""What may be evaluated: a file, a hub name, a DataSource, or rows (`petals_eval.data.rows_of` says which)."""
 
 Variant = tuple[str, "Adapter | None"]
 """What is evaluated in turn, under the name that the journal gives it."""
@@ -100,8 +106,8 @@ class Prepared:
 def prepare(
     open_side: Callable[[], LocalSide],
     *,
-    task: str | Path | Task,
-    data: str | Path | DataSource | None = None,
+    task: str | Path | Mapping[str, Any] | Task,
+    data: Data | None = None,
     limit: int | None = None,
     seed: int = 0,
     max_length: int | None = None,
@@ -122,19 +128,19 @@ def prepare(
     Raises CallerError (its kinds say what is wrong), MachineError for what cannot be read or written here.
     """
     task = _with_unlabelled(_with_max_length(load_task(task), max_length), unlabelled)
-    thresholds = tuple(Threshold.parse(text, task.label_names) for text in fail_under)
+    thresholds = tuple(Threshold.parse(text, task.label_names, task.kind) for text in fail_under)
     task = _with_metrics(task, [threshold.metric for threshold in thresholds])
     piece = None if shard is None else Shard.parse(shard)
     if out is not None:
         check_folder(out)
-    source = data if isinstance(data, DataSource) else resolve_source(task, data, **source_settings)
+    given = _rows_or_source(task, data, source_settings)
 
     def read() -> Rows:
-        rows = sample(load_rows(source), limit, seed)
+        rows = sample(given if isinstance(given, Rows) else load_rows(given), limit, seed)
         getattr(task, "check", lambda rows: None)(rows)
         return rows
 
-    if is_local(source):
+    if isinstance(given, Rows) or is_local(given):
         rows, side = read(), open_side()
     else:
         side, rows = open_side(), read()
@@ -170,6 +176,15 @@ def prepare(
     )
 
 
+def _rows_or_source(task: Task, data: Data | None, settings: dict[str, Any]) -> Rows | DataSource:
+    """Return rows that are at hand already, or from where they are read. Raises DataError, ConfigError."""
+    if isinstance(data, DataSource):
+        return data
+    if data is None or isinstance(data, str | Path):
+        return resolve_source(task, data, **settings)
+    return rows_of(data, name=IN_MEMORY)
+
+
 def prepare_run(settings: RunSettings) -> Prepared:
     """Prepare the run that the command was told of. Raises as `prepare` does."""
     from petals_eval.model.prompts import adapter_name
@@ -201,19 +216,11 @@ def prepare_run(settings: RunSettings) -> Prepared:
 
 def _local_options(settings: RunSettings) -> dict[str, Any]:
     """Return how the local part is loaded. Raises ConfigError for a device that this machine or torch does not have."""
-    import torch
-
-    try:
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"device: expected one that torch can use here, found {settings.device!r}: {reason}"
-        ) from error
+    check_device(settings.device)
     return {
         "revision": settings.revision,
         "token": settings.hub_token,
-        "dtype": None if settings.dtype is None else getattr(torch, settings.dtype),
+        "dtype": dtype_of(settings.dtype),
         "device": settings.device,
         "pool": settings.pool,
     }
@@ -235,9 +242,9 @@ def _local_swarm(settings: RunSettings) -> "LocalSwarm":
 def _with_max_length(task: Task, max_length: int | None) -> Task:
     if max_length is None:
         return task
-    if not isinstance(task, ClassificationTask):
+    if not isinstance(task, BaseModel) or not hasattr(task, "max_length"):
         raise ConfigError(f"--max-length: task {task.name} has no max_length that could be changed")
-    return task.model_copy(update={"max_length": max_length})
+    return cast(Task, task.model_copy(update={"max_length": max_length}))
 
 
 def _with_unlabelled(task: Task, unlabelled: Unlabelled | None) -> Task:
@@ -250,9 +257,10 @@ def _with_unlabelled(task: Task, unlabelled: Unlabelled | None) -> Task:
 
 def _with_metrics(task: Task, names: Sequence[str]) -> Task:
     """Return the task with these metrics computed, too."""
-    if not names or not isinstance(task, ClassificationTask):
+    if not names or not isinstance(task, BaseModel):
         return task
-    return task.model_copy(update={"metrics": tuple(dict.fromkeys([*task.metrics, *names]))})
+    metrics = tuple(dict.fromkeys([*cast(Task, task).metrics, *names]))
+    return cast(Task, task.model_copy(update={"metrics": metrics}))
 
 
 def _check_head(local: "LocalPart", task: Task, adapter: "Adapter | None") -> None:

@@ -18,6 +18,7 @@ from petals_eval.metrics.registry import (
     compute_metrics,
     measure,
 )
+from petals_eval.metrics.regression import mae, mse, pearson, spearman
 from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.metrics.spec import MetricSpec
 
@@ -37,11 +38,15 @@ __all__ = [
     "confusion_matrix",
     "ece",
     "log_loss",
+    "mae",
     "majority_baseline",
     "mcc",
     "measure",
+    "mse",
+    "pearson",
     "per_class",
     "precision_recall_f1",
     "roc_auc",
+    "spearman",
     "wilson",
 ]

@@ -16,6 +16,7 @@ from petals_eval.metrics.correlation import measure_mcc
 from petals_eval.metrics.fscores import AVERAGES, SCORES, averaged, for_each_label
 from petals_eval.metrics.probabilistic import measure_brier, measure_log_loss
 from petals_eval.metrics.ranking import measure_roc_auc
+from petals_eval.metrics.regression import Numbers, measure_mae, measure_mse, measure_pearson, measure_spearman
 from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.metrics.spec import MetricSpec, View
 
@@ -67,7 +68,18 @@ _CLASSES = (
     MetricSpec("confusion_matrix", "confusion matrix", "always reported beside the metrics", _nothing),
 )
 
-KINDS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType({"classification": _CLASSES})
+_NUMBERS = (
+    MetricSpec(
+        "pearson", "Pearson correlation", "of labels and predictions, -1 to 1", measure_pearson, view=Numbers.of
+    ),
+    MetricSpec("spearman", "Spearman correlation", "of their ranks, -1 to 1", measure_spearman, view=Numbers.of),
+    MetricSpec(
+        "mse", "mean squared error", "in squares of the label's unit", measure_mse, False, best=None, view=Numbers.of
+    ),
+    MetricSpec("mae", "mean absolute error", "in the label's unit", measure_mae, False, best=None, view=Numbers.of),
+)
+
+KINDS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType({"classification": _CLASSES, "regression": _NUMBERS})
 """The metrics of each kind of task, in the order of reports. A name has one title, whatever the kind."""
 
 METRICS: Mapping[str, MetricSpec] = MappingProxyType({spec.name: spec for specs in KINDS.values() for spec in specs})

@@ -21,14 +21,13 @@ from petals_eval.errors import MachineError, RunFolderError
 from petals_eval.runs.disk import TEMPORARY_SUFFIX, blame_the_machine, write_atomically
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, WireRecord, difference
-from petals_eval.runs.results import RunResult
+from petals_eval.runs.results import WITHOUT_POSITIONS, RunResult
 from petals_eval.tasks.requests import Prediction
 from petals_eval.text import listed
 
 __all__ = ["RunFolder", "check_folder"]
 
 PREDICTIONS_SCHEMA = 2
-WITHOUT_POSITIONS = ("regression",)  # kinds whose labels and predictions are numbers, and no positions
 
 
 class RunFolder:

@@ -1,18 +1,29 @@
 """The result of a run, computed from its journal alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 from petals_eval.metrics import METRICS, Metric, confusion_matrix, measure
 from petals_eval.metrics.answers import Answers
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, ServerUsed, WireRecord
+from petals_eval.tasks.requests import Prediction
 
-__all__ = ["WITHOUT_PROMPTS", "AdapterResult", "ComputedIn", "RunResult", "computed_in", "run_result", "summarise"]
+__all__ = [
+    "WITHOUT_POSITIONS",
+    "WITHOUT_PROMPTS",
+    "AdapterResult",
+    "ComputedIn",
+    "RunResult",
+    "computed_in",
+    "run_result",
+    "summarise",
+]
 
 SCHEMA_VERSION = 2
 TESTED_PETALS = ("2.2.", "2.3.")  # releases whose wire was tested; on others only the forward path is relied
 LABELLED_KINDS = ("classification", "regression", "choice")  # whose rows say what is right in their label
+WITHOUT_POSITIONS = ("regression",)  # kinds whose labels and predictions are numbers, and no positions
 WITHOUT_PROMPTS = "without the prompts"  # the journal's adapter name of the run that shows what the prompts are worth
 
 
@@ -25,6 +36,8 @@ class AdapterResult:
     n_truncated: scored examples whose text was cut. n_tokens: text tokens of the scored examples.
     seconds: what the evaluation itself took, over all sessions of a run that was interrupted.
     label_names, confusion: of labels that all rows share, otherwise empty; counts, row = label, column = prediction.
+    predictions: the scored examples, in the order of the data, where `petals_eval.evaluate` returned this; about 0.8 KB
+        each. Empty for the command and for `merge`: the run folder has them.
     """
 
     adapter: str
@@ -37,6 +50,7 @@ class AdapterResult:
     label_names: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
     n_unlabelled: int = 0
+    predictions: tuple[Prediction, ...] = field(default=(), repr=False)
 
     @property
     def n_scored(self) -> int:
@@ -120,6 +134,11 @@ class RunResult:
         """The metrics of the first adapter."""
         return self.first.metrics
 
+    @property
+    def predictions(self) -> tuple[Prediction, ...]:
+        """The predictions of the first adapter."""
+        return self.first.predictions
+
     def to_json(self) -> dict[str, object]:
         """Return `metrics.json`: the first adapter's numbers on top; with several, all again under "adapters"."""
         found: dict[str, object] = {"schema_version": SCHEMA_VERSION, "task": self.task, **self.first.to_json()}
@@ -159,8 +178,12 @@ def run_result(
     metrics: Sequence[str],
     label_names: Sequence[str],
     retries: int,
+    keep_predictions: bool = False,
 ) -> RunResult:
-    """Compute the result of a run from its journal. Raises as `summarise` does."""
+    """Compute the result of a run from its journal. Raises as `summarise` does.
+
+    keep_predictions: whether the result holds every prediction.
+    """
     seed = manifest.seeds.get("bootstrap", 0)
     results = {
         adapter.name: summarise(
@@ -174,6 +197,10 @@ def run_result(
         )
         for adapter in manifest.adapters
     }
+    if keep_predictions:
+        results = {
+            name: replace(result, predictions=_predictions(journal, name, manifest)) for name, result in results.items()
+        }
     used = journal.servers()
     return RunResult(
         task=task,
@@ -221,6 +248,18 @@ def summarise(
         confusion=tuple(map(tuple, confusion)),
         n_unlabelled=int((~rows.is_labelled).sum()) if kind in LABELLED_KINDS else 0,
     )
+
+
+def _predictions(journal: Journal, adapter: str, manifest: Manifest) -> tuple[Prediction, ...]:
+    found = journal.predictions(adapter, len(manifest.answer_columns))
+    if manifest.kind in WITHOUT_POSITIONS:
+        return tuple(found)
+    # SQLite gives back a position as a float.
+    return tuple(replace(each, label=_whole(each.label), prediction=_whole(each.prediction)) for each in found)
+
+
+def _whole(position: float | None) -> int | None:
+    return None if position is None else int(position)
 
 
 def _rounded(value: float | None) -> float | None:

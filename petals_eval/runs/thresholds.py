@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from petals_eval.errors import ConfigError
-from petals_eval.metrics import METRICS, check_metric_names
+from petals_eval.metrics import METRICS, available_metrics, check_metric_names
 from petals_eval.runs.results import AdapterResult, RunResult
 
 __all__ = ["Threshold", "missed"]
@@ -21,8 +21,8 @@ class Threshold:
     minimum: float
 
     @classmethod
-    def parse(cls, text: str, label_names: Sequence[str]) -> "Threshold":
-        """Read "accuracy=0.7".
+    def parse(cls, text: str, label_names: Sequence[str], kind: str = "classification") -> "Threshold":
+        """Read "accuracy=0.7", of a task of this kind.
 
         Raises ConfigError for a metric that is unknown, has no number or is better when lower, and for a number that
         none can reach.
@@ -37,7 +37,8 @@ class Threshold:
             found = cls("", 0.0)
         if not equals or not found.name or found.minimum != found.minimum:
             raise ConfigError(f"fail_under: expected METRIC=NUMBER such as accuracy=0.7; found {text!r}")
-        spec = METRICS[found.metric] if found.metric in METRICS else METRICS[check_metric_names([found.name])[0]]
+        name = found.metric if found.metric in available_metrics(kind) else found.name
+        spec = METRICS[check_metric_names([name], kind)[0]]
         if found.name not in spec.names(label_names) or spec.name == "confusion_matrix":
             known = ", ".join(spec.names(label_names))
             raise ConfigError(f"fail_under: {found.name} is not a single number. Expected one such as {known}.")

@@ -10,24 +10,35 @@ from petals_eval.data.yaml_text import read_yaml, resolve_nulls
 from petals_eval.errors import ConfigError, TaskError
 from petals_eval.tasks.base import Task
 from petals_eval.tasks.classification import ClassificationTask
+from petals_eval.tasks.regression import RegressionTask
 from petals_eval.validation import closest, shorten
 
 __all__ = ["list_tasks", "load_task", "resolve_source"]
 
-_KINDS: dict[str, type[ClassificationTask]] = {"classification": ClassificationTask}
+_KINDS: dict[str, type[ClassificationTask | RegressionTask]] = {
+    "classification": ClassificationTask,
+    "regression": RegressionTask,
+}
 _SUFFIXES = (".yaml", ".yml")
 
 
-def load_task(task: "str | Path | Task") -> Task:
-    """Return a shipped task by its name, a task of your own by the path of its YAML file, or a task object as it is.
+def load_task(task: "str | Path | Mapping[str, Any] | Task") -> Task:
+    """Return a shipped task by its name, a task of your own by the path of its YAML file or by what such a file holds,
+    or a task object as it is.
 
-    In a YAML file a relative path of `data` starts at the file's own folder.
+    In a YAML file a relative path of `data` starts at the file's own folder, in a mapping at the current one. A mapping
+    without a name is called "task".
     Raises TaskError, which names the file, the key, what was expected there and what was found.
     """
+    if isinstance(task, Mapping):
+        built = _build(dict(task), "the task's mapping", name="task", folder=None)
+        _check_metrics(built, "the task's mapping")
+        return built
     if not isinstance(task, str | Path):
         if not isinstance(task, Task):
             raise TaskError(
-                f"expected the name of a task, the path of a YAML file or a Task object, found {type(task).__name__}. "
+                "expected the name of a task, the path of a YAML file, a mapping of what one holds, or a Task object, "
+                f"found {type(task).__name__}. "
                 "A Task has name, kind, columns, label_names, metrics, head, examples, predict and fingerprint."
             )
         _check_metrics(task, "the task object")
@@ -48,7 +59,7 @@ def load_task(task: "str | Path | Task") -> Task:
     )
 
 
-def list_tasks() -> list[ClassificationTask]:
+def list_tasks() -> list[ClassificationTask | RegressionTask]:
     """Return the tasks that come with the package, by name."""
     shipped = _shipped()
     return [_parse(shipped[name], f"the shipped task {name}", name=name, folder=None) for name in sorted(shipped)]
@@ -104,7 +115,7 @@ def _read(path: Path) -> str:
         raise TaskError(f"{path} cannot be read as a task: expected a YAML file in utf-8 ({error}).") from None
 
 
-def _parse(text: str, origin: str, *, name: str, folder: Path | None) -> ClassificationTask:
+def _parse(text: str, origin: str, *, name: str, folder: Path | None) -> ClassificationTask | RegressionTask:
     try:
         values = read_yaml(text)
     except ValueError as error:
@@ -114,6 +125,13 @@ def _parse(text: str, origin: str, *, name: str, folder: Path | None) -> Classif
         raise TaskError(
             f"{origin}: expected keys and values (name, text, label_column, label_names, ...), found {shorten(values)}."
         )
+    return _build(values, origin, name=name, folder=folder)
+
+
+def _build(
+    values: dict[Any, Any], origin: str, *, name: str, folder: Path | None
+) -> ClassificationTask | RegressionTask:
+    """Return the task that keys and values define."""
     kind = values.get("kind", "classification")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise TaskError(f"{origin}: kind should be one of {', '.join(_KINDS)}, found {shorten(kind)}.")

@@ -40,3 +40,9 @@ def test_without_a_prompt_the_text_begins_at_0(tokenizer):
     [made] = task_of(max_length=2).examples(rows_of([{"text": "long text", "label": 0}]), tokenizer)
     assert describe_example(made, tokenizer)["requests"][0]["pooled_position"] == 1
     assert "2 text tokens, cut" in show_example(made, tokenizer)
+
+
+def test_a_row_without_a_label_says_so(tokenizer):
+    [made] = task_of(unlabelled="predict").examples(rows_of([{"text": "It is", "label": -1}]), tokenizer)
+    assert describe_example(made, tokenizer, 0, ("no", "yes"))["label"] is None
+    assert show_example(made, tokenizer, 0, ("no", "yes")).startswith("example 0  no label  ")
