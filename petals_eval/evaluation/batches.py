@@ -83,11 +83,10 @@ def evaluate_batches(
         raise ConfigError(
             f"loader: expected an iterable of batches, such as a torch DataLoader, found {type(loader).__name__}"
         )
-    batches = islice(loader, chosen.limit_batches)
-    # A DataLoader draws from torch's generator when it is iterated, and a training around this goes on from there.
+    # A DataLoader draws from torch's generator as soon as its iterator is made, and a training around this goes on.
     with torch.random.fork_rng(devices=[]), _opened(model) as remote:
         run = _Run(remote, _adapter(remote, adapter), tokens_per_micro_batch, progress)
-        rows = read_batches(batches, remote.local.embeddings.weight.shape[0])
+        rows = read_batches(islice(loader, chosen.limit_batches), remote.local.embeddings.weight.shape[0])
         first = next(rows, None)
         if first is None:
             raise DataError(

@@ -28,9 +28,9 @@ def merge(parts: Sequence[str | Path], *, out: str | Path) -> RunResult:
     """
     if isinstance(parts, str | Path) or not isinstance(parts, Sequence):
         raise ConfigError(f"expected a list of run folders to merge, found {type(parts).__name__}")
-    odd = next((each for each in (*parts, out) if not isinstance(each, str | Path)), None)
-    if odd is not None:
-        raise ConfigError(f"expected paths of run folders, found {type(odd).__name__}")
+    odd = [each for each in (*parts, out) if not isinstance(each, str | Path)]
+    if odd:
+        raise ConfigError(f"expected paths of run folders, found {type(odd[0]).__name__}")
     if not parts:
         raise ConfigError("expected the run folders of the parts to merge; found none")
     with ExitStack() as stack:

@@ -29,7 +29,7 @@ def markdown_report(result: RunResult, manifest: Manifest, servers: Sequence[tup
         _metrics(adapters),
         "\n".join(f"- {_safe(note)}" for note in notes(adapters)),
         "\n".join([*(f"- {_safe(each.adapter)}: {counts_line(each)}" for each in adapters), f"- {swarm_line(result)}"]),
-        *(_confusion(each) for each in adapters),
+        *(_confusion(each) for each in adapters if each.label_names),
         _origin(manifest),
         _servers(servers),
         _wire(result.wire),
