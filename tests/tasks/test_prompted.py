@@ -168,9 +168,7 @@ def test_a_prompt_that_is_too_long_fails_whole(tokenizer, labels):
     made = third(shown(words(label_words=labels, shots=2, max_length=20)), tokenizer)
     assert made.requests == ()
     assert not made.truncated
-    assert "tokens with 2 shots, and max_length of t is 20. Ask for fewer shots, or raise max_length" in str(
-        made.error
-    )
+    assert "tokens with 2 shots, and max_length of t is 20. Ask for fewer shots, or raise max_length" in str(made.error)
 
 
 def test_a_choice_whose_prompt_is_too_long_for_the_model_fails_whole(tokenizer):
