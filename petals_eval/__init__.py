@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from petals_eval.health import HealthReport, check_health
     from petals_eval.local_swarm import LocalSwarm
     from petals_eval.remote_model import RemoteModel
+    from petals_eval.runs.group_result import GroupResult
     from petals_eval.runs.results import AdapterResult, RunResult
     from petals_eval.swarm import RemoteSequential, SwarmConnection
-    from petals_eval.tasks import ChoiceTask, ClassificationTask, ContinuationTask
+    from petals_eval.tasks import ChoiceTask, ClassificationTask, ContinuationTask, TaskGroup
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "ClassificationTask",
     "ContinuationTask",
     "DataSource",
+    "GroupResult",
     "HealthReport",
     "LocalSwarm",
     "RemoteModel",
@@ -41,6 +43,7 @@ __all__ = [
     "RunResult",
     "SwarmConnection",
     "SwarmSettings",
+    "TaskGroup",
     "__version__",
     "check_health",
     "errors",
@@ -55,6 +58,7 @@ _HOMES = {
     "LocalSwarm": "petals_eval.local_swarm",
     "RemoteModel": "petals_eval.remote_model",
     "AdapterResult": "petals_eval.runs.results",
+    "GroupResult": "petals_eval.runs.group_result",
     "RunResult": "petals_eval.runs.results",
     "evaluate": "petals_eval.evaluation.evaluate",
     "merge": "petals_eval.evaluation.merge",
@@ -65,6 +69,7 @@ _HOMES = {
     "ChoiceTask": "petals_eval.tasks",
     "ClassificationTask": "petals_eval.tasks",
     "ContinuationTask": "petals_eval.tasks",
+    "TaskGroup": "petals_eval.tasks",
 }
 
 

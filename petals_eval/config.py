@@ -22,6 +22,7 @@ __all__ = [
     "PUBLIC_SWARM",
     "CallSettings",
     "ModelOnSwarm",
+    "PromptSettings",
     "ResultSettings",
     "RunSettings",
     "ServerChoice",
@@ -195,6 +196,7 @@ class CallSettings(ServerChoice, heading=SERVERS):
     max_tokens_per_call: Positive | None = option(
         None, "Tokens (rows x positions) that a server takes in one call.", unset="found out"
     )
+    generation_rows: Positive = option(8, "Texts that are generated at once, each in a session of its own.")
     wire: Wire | None = option(
         None,
         "Send hidden states in a lossy code: float16, blockwise8 or uniform8; the report says what it does to answers.",
@@ -288,6 +290,26 @@ class TaskSettings(Settings, heading=TASK):
     shard: str | None = option(None, "Evaluate part I of N, from 1/N to N/N; petals-eval merge joins them.", "I/N")
 
 
+class PromptSettings(Settings, heading=TASK):
+    """What stands around a row's question, where a run asks for something else than its task does."""
+
+    shots: Annotated[int, Field(ge=0)] | None = option(
+        None, "Rows that stand before each question with their answers.", unset="the task's"
+    )
+    shots_data: str | None = option(
+        None, "File or hub name to draw shots from.", "DATA", unset="the evaluated data set"
+    )
+    shots_split: str | None = option(None, "Split to draw shots from.", "NAME", unset="the task's, or train")
+    shots_seed: int | None = option(None, "Seed of the draw of shots.", "S", unset="the task's, or 1234")
+    draws: Positive = option(1, "Evaluate so many draws of shots, by as many seeds; the result is their mean.")
+    chat: bool = option(False, "Write texts in the tokenizer's chat template, shots as turns.")
+    system: str | None = option(None, "System message of a chat; otherwise in front of the text.", "TEXT")
+    bos: Literal["auto", "always", "never"] | None = option(
+        None, "Beginning-of-text token in front: as the tokenizer does it (auto), always, never.", "WHEN"
+    )
+    allow_task_code: bool = option(False, "Let a task file of yours run its own Python function on rows.")
+
+
 class ResultSettings(Settings, heading=OUTPUT):
     """What a result must reach, and how it is printed."""
 
@@ -299,7 +321,7 @@ class ResultSettings(Settings, heading=OUTPUT):
     json_output: bool = option(False, "Print metrics.json alone on stdout.", flag="--json", alias="json")
 
 
-class RunSettings(ModelOnSwarm, TaskSettings, CallSettings, ResultSettings):
+class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, ResultSettings):
     """One run, as the command line and its YAML file give it: every flag of `petals-eval run` is a field here."""
 
     adapter: Names = option(
@@ -326,4 +348,5 @@ class RunSettings(ModelOnSwarm, TaskSettings, CallSettings, ResultSettings):
     out: str | None = option(
         None, "Run folder; an unfinished run goes on.", "FOLDER", unset="runs/<task>-<time>", heading=OUTPUT
     )
+    save_texts: bool = option(False, "Keep generated texts, in texts.jsonl of the run folder.", heading=OUTPUT)
     dry_run: bool = option(False, "Show what would be sent, with --json as JSON; send nothing.", heading=OUTPUT)

@@ -15,6 +15,7 @@
     ├── SwarmError .......................... 3   the swarm cannot, not even by waiting
     │   ├── SwarmUnreachableError                 no bootstrap peer answered
     │   ├── MissingBlocksError                    no server holds these blocks
+    │   │   └── NoSessionError                        those that do open no session for this client
     │   └── DeadlineError                         the deadline passed first
     ├── PeerError ........................... 3   one server's fault: the work moves to another server
     │   ├── PeerUnreachableError                  no connection, or the connection broke
@@ -46,6 +47,7 @@ __all__ = [
     "MachineError",
     "MissingBlocksError",
     "ModelError",
+    "NoSessionError",
     "NotFiniteError",
     "PeerAnswerError",
     "PeerCacheFullError",
@@ -136,6 +138,10 @@ class MissingBlocksError(SwarmError):
     def __init__(self, message: str, missing: tuple[tuple[int, int], ...] = ()):
         super().__init__(message)
         self.missing = missing
+
+
+class NoSessionError(MissingBlocksError):
+    """The servers of some of the blocks open no session that this client can use. They compute all the same."""
 
 
 class DeadlineError(SwarmError):

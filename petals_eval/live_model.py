@@ -144,6 +144,7 @@ class LivePart(LocalPart):
         self.norm = cast(nn.Module, base.ln_f)
         self.score: nn.Module | None = getattr(model, "score", None)
         self.lm_head: nn.Module | None = getattr(model, "lm_head", None)
+        self._generation_config = getattr(model, "generation_config", None)
 
         # The very library that trains the head is at hand: its classifier says which token it reads.
         self.own_pooling = transformers_pooling(self.family.model_type, transformers.__version__)
@@ -195,6 +196,9 @@ class LivePart(LocalPart):
                 "AutoDistributedModelForSequenceClassification, or give a task with label words."
             )
         return self.score
+
+    def _generation_end(self) -> object:
+        return getattr(self._generation_config, "eos_token_id", None)
 
     def _lm_logits(self, normed: torch.Tensor) -> torch.Tensor:
         return self._lm_module()(normed)

@@ -1,21 +1,25 @@
 """RemoteModel: what stays at home and the blocks that do not, as one model that evaluates and never trains."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from petals_eval.config import CallSettings, Pool, SwarmSettings
-from petals_eval.data.batching import MicroBatch, micro_batches
+from petals_eval.data.batching import HasTokens, MicroBatch, micro_batches
 from petals_eval.errors import ConfigError, ExampleError
 from petals_eval.tasks.requests import Generated, Request
 
 if TYPE_CHECKING:
     import torch
 
+    from petals_eval.generation.engine import GrowingRow
     from petals_eval.model import Adapter, Family, LocalModel, LocalPart
     from petals_eval.model.blocks import BlockSpan
     from petals_eval.swarm import Computed, RemoteSequential, ServedHop, SwarmConnection
+
+R = TypeVar("R", bound=HasTokens)
 
 __all__ = ["LocalSide", "RemoteModel", "RequestAnswer", "check_home_blocks", "default_dht_prefix", "load_local"]
 
@@ -155,6 +159,73 @@ class RemoteModel:
         on_failed: told of each request that the swarm cannot compute whoever tries (too long for every server); the
             others go on. None: the first such error is raised.
         """
+        for computed in self._stream(requests, adapter, tokens_per_micro_batch, on_tick, on_failed):
+            answers = self._answers(computed, adapter)
+            del computed  # its hidden states are of no more use, and the next may be long in coming
+            yield from answers
+
+    def generate(
+        self,
+        requests: Iterable[Request],
+        adapter: "Adapter | None" = None,
+        *,
+        tokens_per_micro_batch: int | None = None,
+        on_tick: Callable[[], object] = lambda: None,
+        on_failed: Callable[[Request, ExampleError], object] | None = None,
+        on_notice: Callable[[str], object] = lambda line: None,
+    ) -> Generator[RequestAnswer]:
+        """Answer requests with a decoding as their texts are over, in any order: `Generated` each.
+
+        As many texts as the settings' `generation_rows` grow at once, in sessions where the servers open them,
+        otherwise by a forward call a token (`tokens_per_micro_batch` is for these). Requests are taken as it has room.
+
+        on_failed: told of each request that cannot be computed; the others go on. None: the first such error is raised.
+        on_notice: told what a person should know, such as what forward calls will cost, before they are made.
+        Raises SwarmError, ModelError where there is no LM head.
+        """
+        from petals_eval.generation.engine import generate
+
+        prefix = 0 if adapter is None else adapter.prefix_length
+
+        def fail(request: Request, error: ExampleError) -> None:
+            if on_failed is None:
+                raise error
+            on_failed(request, error)
+
+        def by_calls(
+            rows: "Sequence[GrowingRow]",
+        ) -> "Iterator[tuple[GrowingRow, torch.Tensor, tuple[ServedHop, ...]]]":
+            stream = self._stream(
+                rows, adapter, tokens_per_micro_batch, on_tick, lambda row, error: fail(row.request, error)
+            )
+            for computed in stream:
+                batch = computed.tag
+                for index, (row, length) in enumerate(zip(batch.requests, batch.lengths, strict=True)):
+                    yield row, computed.hidden[index, prefix + length - 1], computed.hops
+
+        rows = generate(
+            requests,
+            self.local,
+            self.blocks,
+            adapter,
+            by_calls,
+            on_failed=fail,
+            on_tick=on_tick,
+            on_notice=on_notice,
+        )
+        with closing(rows):  # by name, so that its sessions are over when this is
+            for row in rows:
+                yield RequestAnswer(row.request, row.text.generated, tuple(row.hops))
+
+    def _stream(
+        self,
+        requests: Iterable[R],
+        adapter: "Adapter | None",
+        tokens_per_micro_batch: int | None,
+        on_tick: Callable[[], object] | None,
+        on_failed: Callable[[R, ExampleError], object] | None,
+    ) -> "Iterator[Computed[MicroBatch[R]]]":
+        """Return micro-batches of requests as they come back from the swarm."""
         from petals_eval.swarm import Work
 
         prefix = 0 if adapter is None else adapter.prefix_length
@@ -162,14 +233,14 @@ class RemoteModel:
         if deep_prompts is not None:
             deep_prompts = deep_prompts.to(self.local.dtype)  # rounded as the prompts before the first block are
 
-        def outgoing() -> Iterator[Work[MicroBatch[Request]]]:
+        def outgoing() -> Iterator[Work[MicroBatch[R]]]:
             max_tokens, boundary = tokens_per_micro_batch or self._positions_at_once, self.local.rotary.original_length
             for batch in micro_batches(requests, max_tokens=max_tokens, prefix=prefix, boundary=boundary):
                 self.local.check_length(batch.input_ids.shape[1], prefix)
                 made_for = None if tokens_per_micro_batch else self.blocks.micro_batch_bytes
                 yield Work(batch, self._embed(batch, adapter), deep_prompts, made_for)
 
-        def split_into_rows(batch: MicroBatch[Request], error: ExampleError) -> Iterator[Work[MicroBatch[Request]]]:
+        def split_into_rows(batch: MicroBatch[R], error: ExampleError) -> Iterator[Work[MicroBatch[R]]]:
             """Send the rows of a micro-batch that nobody can compute one by one: the shorter ones may fit."""
             if on_failed is None:
                 raise error
@@ -180,15 +251,12 @@ class RemoteModel:
                 alone = MicroBatch.of([request])
                 yield Work(alone, self._embed(alone, adapter), deep_prompts)
 
-        for computed in self.blocks.stream(outgoing(), on_tick=on_tick, on_error=split_into_rows):
-            answers = self._answers(computed, adapter)
-            del computed  # its hidden states are of no more use, and the next may be long in coming
-            yield from answers
+        return self.blocks.stream(outgoing(), on_tick=on_tick, on_error=split_into_rows)
 
     def _positions_at_once(self) -> int:
         return self.blocks.positions_at_once(self.local.hidden_size, self.local.dtype)
 
-    def _embed(self, batch: MicroBatch[Request], adapter: "Adapter | None") -> "torch.Tensor":
+    def _embed(self, batch: MicroBatch[R], adapter: "Adapter | None") -> "torch.Tensor":
         from petals_eval.model import evaluating
 
         with evaluating(self.local):

@@ -44,6 +44,16 @@ def realdata() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def causal_prompt(realdata, tmp_path_factory) -> Path:
+    """A prompt that PEFT trained for stories260K-hf as a causal language model: an adapter without a head."""
+    from tests.support.train_prompt import train_prompt
+
+    folder: Path = tmp_path_factory.mktemp("adapters") / "stories-prompt"
+    train_prompt(realdata / "stories260K-hf", realdata / "tinystories" / "validation.txt", folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def same_draws_every_time() -> None:
     """A test that fails fails again: what it draws does not depend on which tests ran before it.

@@ -56,7 +56,7 @@ class FakeModel:
             settle=lambda on_tick: on_tick(),
         )
 
-    def check_length(self, tokens, prefix):
+    def check_length(self, tokens, prefix, new_tokens=0):
         if tokens + prefix > self.context:
             raise RequestTooLargeError(f"this model reads {self.context} tokens at most, found {tokens + prefix}")
 

@@ -36,7 +36,7 @@ def show_dry_run(settings: RunSettings, prepared: "Prepared") -> int:
         for example in plan.shown:
             typer.echo(f"{example}\n")
         typer.echo("\n".join(_amounts(plan, prepared.task.kind)))
-        for note in plan.notes:
+        for note in (*prepared.notes, *plan.notes):
             typer.echo(f"  note: {note}")
     typer.echo("== the servers that would be used first")
     for line in _route(settings, prepared):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from petals_eval.model import Adapter
     from petals_eval.runs import RunResult
     from petals_eval.runs.thresholds import Threshold
+    from petals_eval.tasks import TaskGroup
 
 __all__ = ["execute", "show_result"]
 
@@ -30,7 +31,11 @@ def execute(settings: RunSettings) -> int:
     from petals_eval.evaluation.evaluate import evaluate_prepared
     from petals_eval.evaluation.prepare import prepare_run
     from petals_eval.report import ProgressDisplay
+    from petals_eval.tasks import load_group
 
+    group = load_group(settings.task)
+    if group is not None:
+        return _execute_group(settings, group)
     prepared = prepare_run(settings)
     if settings.dry_run:
         from petals_eval.cli.dry_run import show_dry_run
@@ -47,6 +52,46 @@ def execute(settings: RunSettings) -> int:
         with ProgressDisplay(prepared.total) as progress:
             result = evaluate_prepared(prepared, folder, model, progress=progress)
     return show_result(result, folder.path, prepared.thresholds, settings)
+
+
+def _execute_group(settings: RunSettings, group: "TaskGroup") -> int:
+    """Do what the settings say for each task of a group."""
+    from petals_eval.evaluation.estimate import estimate_run, expected_positions
+    from petals_eval.evaluation.evaluate import evaluate_group
+    from petals_eval.evaluation.groups import prepare_group_run
+    from petals_eval.report import ProgressDisplay, console_for, print_group
+    from petals_eval.runs.thresholds import missed
+
+    prepared = prepare_group_run(settings, group)
+    if settings.dry_run:
+        from petals_eval.cli.dry_run import show_dry_run
+
+        for member in prepared.members:
+            typer.echo(f"=== task {member.task.name}")
+            show_dry_run(settings, member)
+        return 0
+    with open_model(settings, prepared) as model:
+        begun = prepared.in_folder()
+        left = [member for member in begun.members if not member.is_finished]
+        finished = f", {len(begun.members) - len(left)} of them finished" if len(left) < len(begun.members) else ""
+        _say(f"{_prompts_text(prepared.side.adapters)} · group {group.name} · {len(begun.members)} tasks{finished}")
+        if settings.local_swarm is None and left:
+            _say(estimate_run(model.blocks.snapshot, sum(map(expected_positions, left))))
+        with ProgressDisplay(begun.total) as progress:
+            result = evaluate_group(begun, model, progress=progress)
+    if settings.json_output:
+        typer.echo(json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
+        _say(f"run folders: {begun.out}")
+    else:
+        print_group(result, console_for(sys.stdout), folder=begun.out)
+    lines = [
+        f"{member.task.name}: {line}"
+        for member in begun.members
+        for line in missed(result.tasks[member.task.name], member.thresholds, settings.max_failed)
+    ]
+    for line in lines:
+        _say(line)
+    return 1 if lines else 0
 
 
 def show_result(result: "RunResult", folder: Path, thresholds: "Sequence[Threshold]", settings: ResultSettings) -> int:

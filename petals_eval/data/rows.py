@@ -9,7 +9,7 @@ from numbers import Integral, Rational, Real
 from typing import TYPE_CHECKING
 
 from petals_eval.data.source import DataSource, is_local, local_path
-from petals_eval.data.tables import Table
+from petals_eval.data.tables import Readable, Table
 from petals_eval.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Rows:
 
     def __init__(
         self,
-        table: Table,
+        table: Readable,
         *,
         name: str,
         fingerprint: str | None = None,

@@ -3,14 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from petals_eval.data.json_text import value_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["LINE", "JsonTable", "Table", "TextTable"]
+__all__ = ["LINE", "JsonTable", "Readable", "Table", "TextTable"]
 
 LINE = "line"
 """In the table of a file, the column of the lines where the rows begin. The file's own columns are called 0, 1, ...
@@ -19,6 +19,20 @@ there: Arrow would cut a name at a zero byte."""
 _OBJECT = "0"  # of a JSON file, its only column
 
 _CHUNK_ROWS = 500
+
+
+class Readable(Protocol):
+    """What rows are read from: a table, or what is made of others. The members are those of `Table`."""
+
+    columns: tuple[str, ...]
+    class_names: Mapping[str, tuple[str, ...]]
+    truth_words: tuple[str, str]
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: range | list[int]) -> Iterator[tuple[Mapping[str, object], int | None]]: ...
+
+    def content_hash(self) -> str: ...
 
 
 class Table:

@@ -133,7 +133,7 @@ def dry_run(prepared: Prepared, adapter: "Adapter | None", *, show: int = 2) -> 
                 if example.error is not None:
                     raise example.error
                 for request in example.requests:
-                    local.check_length(len(request.input_ids), prefix)
+                    local.check_length(len(request.input_ids), prefix, request.new_tokens)
             except ExampleError as error:
                 counted.fail(example, error)
                 continue
@@ -169,8 +169,14 @@ def dry_run(prepared: Prepared, adapter: "Adapter | None", *, show: int = 2) -> 
         hidden_bytes=positions * local.hidden_size * value_bytes,
         prompt_bytes=0 if deep_prompts is None else carried * deep_prompts.numel() * local.dtype.itemsize,
         generating=counted.generating(local.hidden_size, value_bytes, local.dtype.itemsize),
-        notes=(*notes, *_too_many_openings(counted.bos_tokens), *_unused_tensors(local, adapter)),
+        notes=(*_draws(prepared), *notes, *_too_many_openings(counted.bos_tokens), *_unused_tensors(local, adapter)),
     )
+
+
+def _draws(prepared: Prepared) -> Iterator[str]:
+    draws = len({id(variant.task) for variant in prepared.variants})
+    if draws > 1:
+        yield f"this is the first of {draws} draws of shots; the others are of about the same size"
 
 
 def _too_many_openings(bos_tokens: Mapping[int, int]) -> Iterator[str]:

@@ -15,7 +15,7 @@ def expected_positions(prepared: Prepared) -> int:
     """Estimate the positions of a run, prompts included, from the length of its first examples; of texts that are to be
     generated, what they take in sessions at most.
     """
-    prefix = max((adapter.prefix_length for _, adapter in prepared.variants if adapter is not None), default=0)
+    prefix = max((adapter.prefix_length for _, adapter, _ in prepared.variants if adapter is not None), default=0)
     positions = sum(len(request.input_ids) + prefix + _new_tokens(request) for request in _first_requests(prepared))
     return _of_all(prepared, positions)
 

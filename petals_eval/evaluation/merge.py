@@ -40,6 +40,7 @@ def merge(parts: Sequence[str | Path], *, out: str | Path) -> RunResult:
             raise RunFolderError(
                 f"Expected {folder.path} to be empty; found an unfinished run in it. Name another folder with --out."
             )
+        folder.absorb_texts(opened)
         retries = sum(part.noted_retries() for part in opened)
         result = run_result(
             folder.manifest, folder.journal, task=task, metrics=metrics, label_names=label_names, retries=retries

@@ -10,29 +10,32 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pydantic import BaseModel
 
-from petals_eval.config import RunSettings
-from petals_eval.data import DataSource, Rows, is_local, load_rows, sample
+from petals_eval.config import PromptSettings, RunSettings
+from petals_eval.data import DataSource, Rows, is_local, load_rows
 from petals_eval.errors import ConfigError, ModelError
+from petals_eval.evaluation.shots import RowsAndShots, row_code_of, rows_and_shots, with_prompt
 from petals_eval.remote_model import LocalSide
 from petals_eval.runs.code_hash import answering_code, task_code
-from petals_eval.runs.folder import RunFolder, check_folder
+from petals_eval.runs.folder import RunFolder, check_folder, holds_finished
 from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, check_names
+from petals_eval.runs.privacy import shareable_name
 from petals_eval.runs.results import WITHOUT_PROMPTS
 from petals_eval.runs.shard import Shard
 from petals_eval.runs.thresholds import Threshold, parse_thresholds
 from petals_eval.tasks import Task, check_head_labels, load_task, resolve_source
 from petals_eval.tasks.labels import Unlabelled
+from petals_eval.tasks.prompted import Prompting
 from petals_eval.tasks.requests import Example
 
 if TYPE_CHECKING:
     from petals_eval.local_swarm import LocalSwarm
     from petals_eval.model import Adapter, LocalPart
 
-__all__ = ["NO_ADAPTER", "Prepared", "Variant", "prepare", "prepare_run"]
+__all__ = ["NO_ADAPTER", "Prepared", "Variant", "options_of_run", "prepare", "prepare_run", "side_of_run"]
 
 NO_ADAPTER = "no prompts"
 """The journal's name for a model evaluated as it is."""
@@ -41,25 +44,36 @@ _FIRST_EXAMPLES = 50
 
 _PREPARED = (
     *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "unlabelled", "shard"),
-    *("without_prompts", "fail_under", "fail_over", "tokens_per_micro_batch", "out"),
+    *("without_prompts", "fail_under", "fail_over", "tokens_per_micro_batch", "out", "save_texts"),
 )
 """The settings of a run that `prepare` takes under their own names."""
 
-_NOT_ANSWERING = ("allow_nondeterministic", "window", "deadline", "verify", "request_timeout", "push")
+_AS_THE_TASK_SAYS = PromptSettings()
+
+_NOT_ANSWERING = (
+    *("allow_nondeterministic", "window", "deadline", "verify", "request_timeout", "push", "generation_rows"),
+)
 """The settings of calls that change no answer: a run may go on with others."""
 
-Variant = tuple[str, "Adapter | None"]
-"""What is evaluated in turn, under the name that the journal gives it."""
+
+class Variant(NamedTuple):
+    """What is evaluated in turn. name: the journal's. task: with the shots of one draw, where there are any."""
+
+    name: str
+    adapter: "Adapter | None"
+    task: Task
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """A run that may begin.
 
-    task: with the metrics that the thresholds need. rows: what all shards evaluate together; part: what this run does.
-    first_examples: the first of part. side: our side of the model. variants: its adapters, or the model as it is.
+    task: with the metrics that the thresholds need, and the shots of the first draw. rows: what all shards evaluate
+    together; part: what this run does. first_examples: the first of part. side: our side of the model.
+    variants: its adapters, or the model as it is, each with every draw of shots.
     manifest: of the run folder `out`; None: a new one below runs/. is_kept: otherwise the folder is temporary.
-    local_swarm: not started; the one that the model's blocks will be on.
+    local_swarm: not started; the one that the model's blocks will be on. notes: what a person should know of the rows.
+    is_finished: the folder holds this very run, and nothing is left to be done.
     """
 
     task: Task
@@ -74,6 +88,8 @@ class Prepared:
     out: Path | None
     is_kept: bool
     local_swarm: "LocalSwarm | None" = None
+    notes: tuple[str, ...] = ()
+    is_finished: bool = False
 
     @property
     def total(self) -> int:
@@ -108,42 +124,50 @@ def prepare(
     unlabelled: Unlabelled | None = None,
     shard: str | None = None,
     without_prompts: bool = False,
+    prompt: PromptSettings = _AS_THE_TASK_SAYS,
     fail_under: Sequence[str] = (),
     fail_over: Sequence[str] = (),
     tokens_per_micro_batch: int | None = None,
     out: str | Path | None = None,
     is_kept: bool = True,
+    save_texts: bool = False,
+    more_metrics: Sequence[str] = (),
+    may_be_finished: bool = False,
     **source_settings: Any,
 ) -> Prepared:
     """Read and check what a run needs: task, data, prompts, head, thresholds, folder.
 
     open_side: loads our side of the model; called once. source_settings: of `DataSource`, such as split; None among
-    them is what the task says. The others are those of `evaluate` and of `RunSettings`.
+    them is what the task says. more_metrics: to be computed besides the task's. may_be_finished: whether `out` may hold
+    this run, finished. The others are those of `evaluate` and of `RunSettings`.
 
     Raises CallerError (its kinds say what is wrong), MachineError for what cannot be read or written here.
     """
-    task = _with_unlabelled(_with_max_length(load_task(task), max_length), unlabelled)
-    thresholds = parse_thresholds(fail_under, fail_over, task.label_names, kind=task.kind)
-    task = _with_metrics(task, [threshold.metric for threshold in thresholds])
+    asked = with_prompt(_with_unlabelled(_with_max_length(load_task(task), max_length), unlabelled), prompt)
+    code = row_code_of(asked, is_allowed=prompt.allow_task_code)
+    thresholds = parse_thresholds(fail_under, fail_over, asked.label_names, kind=asked.kind)
+    asked = _with_metrics(asked, [*(threshold.metric for threshold in thresholds), *more_metrics])
     piece = None if shard is None else Shard.parse(shard)
-    if out is not None:
+    is_finished = may_be_finished and out is not None and holds_finished(out)
+    if out is not None and not is_finished:
         check_folder(out)
-    source = data if isinstance(data, DataSource) else resolve_source(task, data, **source_settings)
+    source = data if isinstance(data, DataSource) else resolve_source(asked, data, **source_settings)
 
-    def read() -> Rows:
-        rows = sample(load_rows(source), limit, seed)
-        getattr(task, "check", lambda rows: None)(rows)
-        return rows
+    def read() -> RowsAndShots:
+        rows = getattr(asked, "documents", lambda rows: rows)(load_rows(source))
+        return rows_and_shots(asked, rows, source, code, limit=limit, seed=seed, draws=prompt.draws)
 
     if is_local(source):
-        rows, side = read(), open_side()
+        found, side = read(), open_side()
     else:
-        side, rows = open_side(), read()
+        side, found = open_side(), read()
+    rows = found.rows
     part = rows if piece is None else piece.of(rows)
     variants = _variants(side.adapters, without_prompts)
     for _, adapter in variants:
-        _check_head(side.local, task, adapter)
-    task = _bound(task, side.local, variants)
+        _check_head(side.local, asked, adapter)
+    asked = _bound(asked, side.local, [adapter for _, adapter in variants])
+    tasks = _shown(asked, found, side.local.tokenizer)
     record = DataRecord(
         name=rows.name,
         fingerprint=rows.fingerprint,
@@ -152,28 +176,68 @@ def prepare(
         rows=len(rows),
         shard=None if piece is None else (piece.index, piece.count),
     )
-    manifest = _manifest(side, task, record, variants, tokens_per_micro_batch)
-    if out is not None:
+    if save_texts and asked.kind != "generation":
+        raise ConfigError(f"--save-texts: task {asked.name} generates no texts; leave it out")
+    answering: dict[str, Any] = {}
+    if code is not None and code.sha256 is not None:
+        answering["prepare_code"] = code.sha256
+    if save_texts:  # a run that keeps texts keeps those of all rows: it does not go on with one that did not
+        answering["save_texts"] = True
+    manifest = _manifest(
+        side,
+        asked,
+        record,
+        _records(variants, len(tasks)),
+        _fingerprint(asked, found),
+        answering,
+        {"tokens_per_micro_batch": tokens_per_micro_batch, "rows_left_out": found.left_out},
+    )
+    if out is not None and is_finished:
+        holds_finished(out, manifest)
+    elif out is not None:
         check_folder(out, manifest)
     return Prepared(
-        task=task,
+        task=tasks[0],
         rows=rows,
         part=part,
         # Also what can only be told with the tokenizer at hand: that there is one, and that label words differ in it.
-        first_examples=tuple(islice(task.examples(part, side.local.tokenizer), _FIRST_EXAMPLES)),
+        first_examples=tuple(islice(tasks[0].examples(part, side.local.tokenizer), _FIRST_EXAMPLES)),
         side=side,
         # The journal has the names that may be shared.
-        variants=tuple((each.name, adapter) for each, (_, adapter) in zip(manifest.adapters, variants, strict=True)),
+        variants=tuple(
+            Variant(each.name, adapter, shown)
+            for each, (adapter, shown) in zip(
+                manifest.adapters, [(adapter, shown) for _, adapter in variants for shown in tasks], strict=True
+            )
+        ),
         manifest=manifest,
         thresholds=thresholds,
         tokens_per_micro_batch=tokens_per_micro_batch,
         out=None if out is None else Path(out),
         is_kept=is_kept,
+        notes=found.notes,
+        is_finished=is_finished,
     )
 
 
 def prepare_run(settings: RunSettings) -> Prepared:
     """Prepare the run that the command was told of. Raises as `prepare` does."""
+    open_side, swarms = side_of_run(settings)
+    prepared = prepare(open_side, **options_of_run(settings))
+    return replace(prepared, local_swarm=swarms[0] if swarms else None)
+
+
+def options_of_run(settings: RunSettings) -> dict[str, Any]:
+    """Return what `prepare` is told of a command's settings."""
+    as_they_are = {name: getattr(settings, name) for name in _PREPARED}
+    return {"revision": settings.data_revision, "prompt": settings, **as_they_are}
+
+
+def side_of_run(settings: RunSettings) -> "tuple[Callable[[], LocalSide], list[LocalSwarm]]":
+    """Return what loads our side of the command's model, and a list that then has the swarm to be embedded, if any.
+
+    Raises ConfigError, ModelError for what is wrong with the settings themselves.
+    """
     from petals_eval.model.prompts import adapter_name
     from petals_eval.model.sources import open_source
 
@@ -196,9 +260,7 @@ def prepare_run(settings: RunSettings) -> Prepared:
             check_home_blocks(settings.verify_local, side)
         return side
 
-    as_they_are = {name: getattr(settings, name) for name in _PREPARED}
-    prepared = prepare(open_side, revision=settings.data_revision, **as_they_are)
-    return replace(prepared, local_swarm=swarms[0] if swarms else None)
+    return open_side, swarms
 
 
 def _local_options(settings: RunSettings) -> dict[str, Any]:
@@ -266,16 +328,17 @@ def _changed(task: Task, name: str, value: object, *, flag: str) -> Task:
     fields = type(task).model_fields if isinstance(task, BaseModel) else {}
     if not isinstance(task, BaseModel) or name not in fields:
         raise ConfigError(f"{flag}: task {task.name} has no {name} that could be changed")
+    # Made anew and so validated: the new value may need what the task cannot give.
     given = {fields[key].alias or key: getattr(task, key) for key in task.model_fields_set}
     return cast(Task, type(task).model_validate({**given, name: value}))
 
 
-def _bound(task: Task, local: "LocalPart", variants: list[Variant]) -> Task:
+def _bound(task: Task, local: "LocalPart", adapters: "Sequence[Adapter | None]") -> Task:
     """Return the task for this model and the longest of the prompts: every variant is asked the same."""
     bound_to: Callable[[int | None], Task] | None = getattr(task, "bound_to", None)
     if bound_to is None:
         return task
-    prefix = max((adapter.prefix_length for _, adapter in variants if adapter is not None), default=0)
+    prefix = max((adapter.prefix_length for adapter in adapters if adapter is not None), default=0)
     return bound_to(None if local.context is None else local.context - prefix)
 
 
@@ -291,8 +354,8 @@ def _check_head(local: "LocalPart", task: Task, adapter: "Adapter | None") -> No
         getattr(task, "check_outputs", lambda shape: None)((outputs,))
 
 
-def _variants(adapters: "Sequence[Adapter]", without_prompts: bool) -> list[Variant]:
-    variants: list[Variant] = [(adapter.name, adapter) for adapter in adapters]
+def _variants(adapters: "Sequence[Adapter]", without_prompts: bool) -> "list[tuple[str, Adapter | None]]":
+    variants: list[tuple[str, Adapter | None]] = [(adapter.name, adapter) for adapter in adapters]
     if not variants:
         return [(NO_ADAPTER, None)]
     if without_prompts:
@@ -300,25 +363,56 @@ def _variants(adapters: "Sequence[Adapter]", without_prompts: bool) -> list[Vari
     return variants
 
 
+def _records(variants: "Sequence[tuple[str, Adapter | None]]", draws: int) -> list[AdapterRecord]:
+    """Return the records of all variants, in their order; one of several draws has a name of its own."""
+    found = []
+    for name, adapter in variants:
+        kind, sha256 = ("none", "") if adapter is None else (adapter.kind, adapter.sha256)
+        if draws == 1:
+            found.append(AdapterRecord(name=name, kind=kind, sha256=sha256))
+        for draw in range(1, draws + 1) if draws > 1 else ():
+            drawn = f"{shareable_name(name)}, draw {draw}"  # shortened here: a name is cut at its slashes
+            found.append(AdapterRecord(name=drawn, kind=kind, sha256=sha256, adapter=name, draw=draw))
+    return found
+
+
+def _shown(task: Task, found: RowsAndShots, tokenizer: Any) -> list[Task]:
+    """Return the task with the shots of each draw, or as it is. Raises ModelError for a chat template that fails."""
+    if not isinstance(task, Prompting):
+        return [task]
+    task.check_chat(tokenizer)
+    return [task.showing(draw) for draw in found.draws] or [task]
+
+
+def _fingerprint(task: Task, found: RowsAndShots) -> dict[str, Any]:
+    """Return the task's fingerprint with that of the shots that were drawn."""
+    whole: dict[str, Any] = task.fingerprint()
+    if isinstance(task, Prompting) and found.draws:
+        whole["shots"] = {**whole["shots"], "sha256": [draw.sha256 for draw in found.draws]}
+    return whole
+
+
 def _manifest(
-    side: LocalSide, task: Task, data: DataRecord, variants: list[Variant], tokens_per_micro_batch: int | None
+    side: LocalSide,
+    task: Task,
+    data: DataRecord,
+    adapters: list[AdapterRecord],
+    fingerprint: dict[str, Any],
+    answering: dict[str, Any],
+    running: dict[str, Any],
 ) -> Manifest:
     local, settings = side.local.fingerprint, side.settings
     return Manifest.new(
         model=ModelRecord(name=str(local["model"]), revision=local["revision"], sha256=str(local["sha256"])),
-        adapters=[
-            AdapterRecord(name=name, kind="none", sha256="")
-            if adapter is None
-            else AdapterRecord(name=name, kind=adapter.kind, sha256=adapter.sha256)
-            for name, adapter in variants
-        ],
+        adapters=adapters,
         data=data,
-        task={"name": task.name, **task.fingerprint()},  # type: ignore[dict-item]
+        task={"name": task.name, **fingerprint},
         kind=task.kind,
         answer_columns=task.columns,
         answer_settings={
             "code": answering_code(),
             "task_code": task_code(task),
+            **answering,
             "dtype": local["dtype"],
             "lm_head_sha256": local["lm_head_sha256"],
             "pool": side.local.pooling or "auto",
@@ -331,7 +425,7 @@ def _manifest(
             "allow_servers": list(settings.allow_servers),
             "deny_servers": list(settings.deny_servers),
             **{name: getattr(settings, name) for name in _NOT_ANSWERING},
-            "tokens_per_micro_batch": tokens_per_micro_batch,
+            **running,
         },
         seeds={"sample": data.seed, "bootstrap": data.seed},
     )

@@ -2,16 +2,17 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from petals_eval.errors import CallerError, ExampleError, SwarmError
-from petals_eval.evaluation.prepare import Prepared
+from petals_eval.evaluation.prepare import Prepared, Variant
 from petals_eval.evaluation.wire_error import note_lossless_servers
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import NoisyServer, ServerUsed, Verdict
+from petals_eval.tasks import Task
 from petals_eval.tasks.requests import Example, Generated, Request
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Pending:
 class PendingExamples:
     """The examples of a variant whose answers are still out.
 
-    check_length: raises ExampleError for a request of so many tokens that the model cannot read.
+    check_length: raises ExampleError for a request that is longer than the model reads.
     on_failed: told of each example that cannot be computed, and of who computed a part of it.
     fail_fast: stops the run; not by examples too long for the model while others are out, which may yet be scored.
     """
@@ -93,7 +94,7 @@ class PendingExamples:
         self,
         examples: Iterable[Example],
         *,
-        check_length: Callable[[int], object],
+        check_length: Callable[[Request], object],
         on_failed: Callable[[Example, ExampleError, Collection[ServerUsed]], object],
         fail_fast: FailFast,
     ):
@@ -110,7 +111,7 @@ class PendingExamples:
                 if example.error is not None:
                     raise example.error
                 for request in example.requests:
-                    self._check_length(len(request.input_ids))
+                    self._check_length(request)
             except ExampleError as error:
                 self._on_failed(example, error, ())
                 if not self._pending:
@@ -174,8 +175,8 @@ class Scoring:
         try:
             while True:
                 self.done, self._withdrawn = 0, False
-                for name, adapter in self.prepared.variants:
-                    self.score(name, adapter)
+                for variant in self.prepared.variants:
+                    self.score(variant)
                 self.model.blocks.settle(on_tick=self.tick)
                 if not self._withdrawn:
                     return
@@ -183,26 +184,21 @@ class Scoring:
             self.tick()  # what a server scored that was caught in the last moment must not stay
             raise
 
-    def score(self, name: str, adapter: "Adapter | None") -> None:
+    def score(self, variant: Variant) -> None:
         """Score every example that the journal does not hold yet, as answers come back."""
-        journal, task, local = self.folder.journal, self.prepared.task, self.model.local
+        name, adapter, task = variant
+        journal, local = self.folder.journal, self.model.local
         done_before = journal.done_keys(name)
         self.done += len(done_before)
         prefix = 0 if adapter is None else adapter.prefix_length
         fail_fast = FailFast(any_scored=bool(done_before))
         pending = PendingExamples(
-            self._left(done_before, adapter),
-            check_length=lambda tokens: local.check_length(tokens, prefix),
+            self._left(done_before, adapter, task),
+            check_length=lambda request: local.check_length(len(request.input_ids), prefix, request.new_tokens),
             on_failed=partial(self._record_failure, name),
             fail_fast=fail_fast,
         )
-        answers = self.model.compute(
-            pending.requests(),
-            adapter,
-            tokens_per_micro_batch=self.prepared.tokens_per_micro_batch,
-            on_tick=self.tick,
-            on_failed=pending.fail,
-        )
+        answers = self._answers(pending, adapter, task)
         # Closed by name: while somebody keeps an exception from in here, what is in flight would go on. The session
         # ends before: it commits what waits.
         with contextlib.closing(answers), journal.session(name):
@@ -222,19 +218,39 @@ class Scoring:
                     self._record_failure(name, example, error, servers)
                     fail_fast.record_failure(error)
                     continue
+                self.folder.save_text(name, prediction)
                 journal.add(name, prediction, kind=task.kind, truncated=example.truncated, servers=servers)
                 self.done += 1
                 fail_fast.any_scored = True
         self.tick()
         fail_fast.end(any_scored=journal.counts(name).scored > 0)
 
-    def _left(self, done_before: Collection[str], adapter: "Adapter | None") -> Iterator[Example]:
+    def _answers(self, pending: PendingExamples, adapter: "Adapter | None", task: Task) -> "Generator[RequestAnswer]":
+        at_once = self.prepared.tokens_per_micro_batch
+        if task.kind != "generation":
+            return self.model.compute(
+                pending.requests(),
+                adapter,
+                tokens_per_micro_batch=at_once,
+                on_tick=self.tick,
+                on_failed=pending.fail,
+            )
+        return self.model.generate(
+            pending.requests(),
+            adapter,
+            tokens_per_micro_batch=at_once,
+            on_tick=self.tick,
+            on_failed=pending.fail,
+            on_notice=self._say_once,
+        )
+
+    def _left(self, done_before: Collection[str], adapter: "Adapter | None", task: Task) -> Iterator[Example]:
         """Yield the examples that are left, and say once for an adapter that libraries pool their texts otherwise."""
         name = "" if adapter is None else adapter.name
-        for example in self.prepared.task.examples(self.prepared.part, self.model.local.tokenizer):
+        for example in task.examples(self.prepared.part, self.model.local.tokenizer):
             if example.key in done_before:
                 continue
-            if self.prepared.task.head == "class" and name not in self._pooling_said:
+            if task.head == "class" and name not in self._pooling_said:
                 notes = (self.model.local.pooling_note(each.input_ids, adapter) for each in example.requests)
                 if (note := next(filter(None, notes), None)) is not None:
                     self._pooling_said.add(name)
@@ -260,7 +276,7 @@ class Scoring:
 
     def say_what_is_left(self) -> None:
         """Say that this goes on with a run, and from where."""
-        counts = [self.folder.journal.counts(name) for name, _ in self.prepared.variants]
+        counts = [self.folder.journal.counts(name) for name, *_ in self.prepared.variants]
         scored, failed = sum(each.scored for each in counts), sum(each.failed for each in counts)
         tried_again = f", and of these {failed:,} that failed are tried again" if failed else ""
         self.say(
@@ -279,15 +295,18 @@ class Scoring:
         status = self.model.blocks.status()
         self._note_findings(status)
         for notice in (*status.notices, *note_lossless_servers(self.model, self.folder)):
-            if notice not in self._said:
-                self._said.add(notice)
-                self.say(notice)
+            self._say_once(notice)
         if self.progress is None:
             return
         if status.waiting is not None:
             self.progress.waiting(f"waiting for the swarm: {status.waiting}")
         else:
             self.progress.update(self.done, status.retries, len(status.servers))
+
+    def _say_once(self, notice: str) -> None:
+        if notice not in self._said:
+            self._said.add(notice)
+            self.say(notice)
 
     def say(self, line: str) -> None:
         """Show a person a line."""

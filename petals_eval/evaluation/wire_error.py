@@ -37,7 +37,7 @@ def note_sample(prepared: Prepared, folder: RunFolder, model: "RemoteModel", *, 
         return
     variant = prepared.variants[0]
     try:
-        found = _measured(model, prepared.task, sample(prepared.rows, SAMPLE, prepared.seed), variant, on_tick)
+        found = _measured(model, sample(prepared.rows, SAMPLE, prepared.seed), variant, on_tick)
     except ExampleError as error:
         found = WireSample(variant[0], 0, None, None, None, f"not measured: {error}")
     folder.note_wire(replace(folder.manifest.wire or WireRecord(wire), sample=found))
@@ -72,7 +72,6 @@ def note_lossless_servers(model: "RemoteModel", folder: RunFolder) -> list[str]:
 
 def _measured(
     model: "RemoteModel",
-    task: Task,
     rows: Rows,
     variant: Variant,
     on_tick: Callable[[], object],
@@ -80,7 +79,7 @@ def _measured(
     from petals_eval.remote_model import RemoteModel
     from petals_eval.swarm import SwarmConnection
 
-    name, prompts = variant
+    name, prompts, task = variant
     examples = [example for example in task.examples(rows, model.local.tokenizer) if example.error is None]
     if not examples:
         return WireSample(name, 0, None, None, None, "not measured: none of the examples drawn can be computed")

@@ -1,7 +1,7 @@
 """Metrics of every kind of task: pure functions on arrays, by scikit-learn where it has them, with 95% intervals."""
 
 from petals_eval.metrics.accuracy import accuracy, balanced_accuracy, majority_baseline
-from petals_eval.metrics.answers import Metric
+from petals_eval.metrics.answers import Metric, Spread
 from petals_eval.metrics.calibration import ece
 from petals_eval.metrics.confusion import confusion_matrix
 from petals_eval.metrics.correlation import mcc
@@ -29,6 +29,7 @@ __all__ = [
     "Metric",
     "MetricSpec",
     "ScoredRows",
+    "Spread",
     "accuracy",
     "available_metrics",
     "balanced_accuracy",

@@ -11,10 +11,38 @@ from petals_eval.errors import ConfigError, DataError
 from petals_eval.metrics.intervals import Tallies
 from petals_eval.metrics.scored_rows import ScoredRows
 
-__all__ = ["Answers", "Metric"]
+__all__ = ["Answers", "Metric", "Spread"]
 
 # Probabilities come from a float32 softmax: their sum is 1 to about 1e-6. Beyond this it is not rounding any more.
 SUM_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A number measured several times, such as with several draws of shots: all of its values, in their order."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def standard_deviation(self) -> float:
+        """That of a sample: divided by one less than there are values; 0 of one value."""
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
+
+    def to_json(self) -> dict[str, object]:
+        """
+        >>> Spread((0.5, 0.75)).to_json()
+        {'min': 0.5, 'max': 0.75, 'standard_deviation': 0.1767766952966369, 'values': [0.5, 0.75]}
+        """
+        return {
+            "min": min(self.values),
+            "max": max(self.values),
+            "standard_deviation": self.standard_deviation,
+            "values": list(self.values),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +52,22 @@ class Metric:
     value: None where the metric is not defined on these examples; `note` says why.
     ci95: (low, high) 95% interval, None where there is none.
     note: what a reader must know about this number.
+    draws: of a mean over several draws of shots, the values that it is the mean of.
     """
 
     name: str
     value: float | None
     ci95: tuple[float, float] | None = None
     note: str | None = None
+    draws: Spread | None = None
 
     def to_json(self) -> dict[str, object]:
-        """Return `{"value", "ci95"}`, and "note" where there is one."""
+        """Return `{"value", "ci95"}`, and "note" and "draws" where there are any."""
         entry: dict[str, object] = {"value": self.value, "ci95": None if self.ci95 is None else list(self.ci95)}
         if self.note is not None:
             entry["note"] = self.note
+        if self.draws is not None:
+            entry["draws"] = self.draws.to_json()
         return entry
 
 

@@ -1,7 +1,7 @@
 """The metrics by kind of task and by name, and the functions that compute them."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +14,9 @@ from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.calibration import measure_ece
 from petals_eval.metrics.choices import CHOICE_METRICS
 from petals_eval.metrics.correlation import measure_mcc
+from petals_eval.metrics.documents import Documents, measured
 from petals_eval.metrics.fscores import AVERAGES, SCORES, averaged, for_each_label
+from petals_eval.metrics.generated import GENERATED_METRICS
 from petals_eval.metrics.likelihood import CONTINUATION_METRICS
 from petals_eval.metrics.probabilistic import measure_brier, measure_log_loss
 from petals_eval.metrics.ranking import measure_roc_auc
@@ -70,12 +72,45 @@ _CLASSES = (
     MetricSpec("confusion_matrix", "confusion matrix", "always reported beside the metrics", _nothing),
 )
 
+def _by_unit(name: str, title: str, about: str, measure: Callable[[Documents], list[Metric]]) -> MetricSpec:
+    return MetricSpec(name, title, about, measure, higher_is_better=False, best=None, view=Documents.of)
+
+
+_DOCUMENTS = (
+    _by_unit(
+        "token_perplexity",
+        "token perplexity",
+        "e to the power of minus the mean log-likelihood a token",
+        measured("token_perplexity", "tokens"),
+    ),
+    _by_unit(
+        "word_perplexity",
+        "word perplexity",
+        "the same a word of the original text, whatever the tokenizer",
+        measured("word_perplexity", "words"),
+    ),
+    _by_unit(
+        "byte_perplexity",
+        "byte perplexity",
+        "the same a byte of the original text in utf-8",
+        measured("byte_perplexity", "bytes"),
+    ),
+    _by_unit(
+        "bits_per_byte",
+        "bits per byte",
+        "minus the mean log-likelihood a byte, in bits",
+        measured("bits_per_byte", "bytes", in_bits=True),
+    ),
+)
+
 KINDS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
     {
         "classification": _CLASSES,
         # Of choices that have names the classes' metrics, too: their first column is a score for each.
         "choice": (*CHOICE_METRICS, *_CLASSES),
         "continuation": CONTINUATION_METRICS,
+        "perplexity": _DOCUMENTS,
+        "generation": GENERATED_METRICS,
     }
 )
 """The metrics of each kind of task, in the order of reports. A name has one title, whatever the kind."""

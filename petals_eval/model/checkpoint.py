@@ -80,6 +80,22 @@ class Checkpoint:
             )
         return tensor
 
+    def generation_config(self) -> dict[str, Any]:
+        """Return what lies with the model about generating with it; nothing where there is no such file.
+
+        Raises ModelError for a file that is something else.
+        """
+        path = self._source.find("generation_config.json")
+        if path is None:
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("expected keys and values")
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"{path} is no generation config: {error}") from error
+        return found
+
     def load_tokenizer(self) -> Any:
         """Return the model's own tokenizer. Raises ModelError if there is none."""
         return load_tokenizer(self._source)

@@ -123,6 +123,10 @@ class LocalPart(nn.Module, ABC):
     def _lm_vocabulary(self) -> int:
         """Return how many tokens the LM head scores. Raises ModelError if there is no LM head."""
 
+    @abstractmethod
+    def _generation_end(self) -> object:
+        """Return the token or tokens that end a text by the model's generation config; None where it names none."""
+
     @property
     def dtype(self) -> torch.dtype:
         """What the local computing is done in."""
@@ -143,6 +147,15 @@ class LocalPart(nn.Module, ABC):
             return None
         ordered = tuple(str(names[index]) for index in sorted(names))
         return None if all(re.fullmatch(r"LABEL_\d+", name) for name in ordered) else ordered
+
+    def end_tokens(self) -> frozenset[int]:
+        """Return the tokens after which a text is over: those of the generation config, the config and the tokenizer.
+
+        Raises ModelError for a generation config that cannot be read.
+        """
+        named = self._generation_end(), *(getattr(each, "eos_token_id", None) for each in (self.config, self.tokenizer))
+        tokens = [token for each in named for token in (each if isinstance(each, list | tuple) else [each])]
+        return frozenset(token for token in tokens if isinstance(token, int))
 
     def pooled_token(self, input_ids: Sequence[int], adapter: Adapter | None = None) -> int:
         """Return the position in the text, without prompts, of the token that the class head reads."""
@@ -190,15 +203,22 @@ class LocalPart(nn.Module, ABC):
                 )
         return pad
 
-    def check_length(self, tokens: int, prefix: int) -> None:
-        """Raise RequestTooLargeError if `prefix` prompt tokens and `tokens` of text exceed what the model reads.
+    def check_length(self, tokens: int, prefix: int, new_tokens: int = 0) -> None:
+        """Raise RequestTooLargeError if `prefix` prompt tokens and `tokens` of text exceed what the model reads; where
+        as many new ones may be generated, with these, of which it reads all but the last.
 
         That is its context, and with dynamic scaling of its rotary embeddings the length before any scaling.
         """
-        if self.context is None or prefix + tokens <= self.context:
+        total = prefix + tokens + max(0, new_tokens - 1)
+        if self.context is None or total <= self.context:
             return
-        positions = f"{prefix} prompt tokens and {tokens} tokens of text are {prefix + tokens} positions"
-        advice = f"Lower the task's max_length to {max(0, self.context - prefix)}."
+        if new_tokens:
+            positions = f"{prefix} prompt tokens, {tokens} of text and {new_tokens} new ones come to {total} positions"
+            room = self.context - prefix - tokens + 1
+            advice = f"Lower max_new_tokens to {room}." if room > 0 else "Shorten the text."
+        else:
+            positions = f"{prefix} prompt tokens and {tokens} tokens of text are {total} positions"
+            advice = f"Lower the task's max_length to {max(0, self.context - prefix)}."
         if self.rotary.remembers_calls:
             raise RequestTooLargeError(
                 f"{positions}, more than the original length of this {self.family.title} ({self.context}). Its rotary "
@@ -258,6 +278,16 @@ class LocalPart(nn.Module, ABC):
             answers.update(self._log_likelihoods(hidden, batch, scored, prefix))
         return [answers[row] for row in rows]
 
+    def next_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the LM head's logits of the token that comes next, (vocabulary,) float32 on the CPU.
+
+        hidden: (hidden,), what the last block makes of a text's last position, in any dtype. One text at a time: in a
+        product over several rows sums are rounded by how many there are, and equal logits are common in bfloat16.
+        Raises ModelError if there is no LM head.
+        """
+        self._lm_vocabulary()
+        return self._lm_logits(self.norm(hidden[None].to(self.device, self.dtype)))[0].float().cpu()
+
     def _log_likelihoods(
         self, hidden: torch.Tensor, batch: MicroBatch[R], rows: list[int], prefix: int
     ) -> dict[int, torch.Tensor]:
@@ -277,24 +307,24 @@ class LocalPart(nn.Module, ABC):
                 wanted.append((places.setdefault((row, prefix + position), len(places)), token))
         place_rows, positions = zip(*places, strict=True)
         chosen = hidden[list(place_rows), list(positions)].to(self.device, self.dtype)
-        values = self._scores(chosen, torch.tensor(wanted, device="cpu"))
-
         counts = [len(batch.requests[row].targets) for row in rows]
         asks = [batch.requests[row].asks_greedy for row in rows]
+        values = self._scores(chosen, torch.tensor(wanted, device="cpu"), asks_greedy=any(asks))
         split = zip(rows, values.split(counts), asks, strict=True)
         return {row: found if asks_greedy else found[:, 0].clone() for row, found, asks_greedy in split}
 
-    def _scores(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def _scores(self, hidden: torch.Tensor, wanted: torch.Tensor, *, asks_greedy: bool) -> torch.Tensor:
         """Return (n, 2) float32 on the CPU, log-likelihood and whether it is the greedy token, for (places, hidden) and
-        int64 (n, 2) of place and token."""
-        values = torch.empty(wanted.shape[0], 2, dtype=torch.float32, device="cpu")
+        int64 (n, 2) of place and token. The latter is 0 where nobody asks: it takes another look at all logits."""
+        values = torch.zeros(wanted.shape[0], 2, dtype=torch.float32, device="cpu")
         step = max(1, _LOGITS_AT_ONCE // self._lm_vocabulary())
         for start in range(0, hidden.shape[0], step):
             inside = (wanted[:, 0] >= start) & (wanted[:, 0] < start + step)
             place, token = (wanted[inside] - wanted.new_tensor([start, 0])).to(self.device).unbind(1)
             logits = self._lm_logits(self.norm(hidden[start : start + step])).float()
             values[inside, 0] = (logits[place, token] - logits.logsumexp(-1)[place]).cpu()
-            values[inside, 1] = (logits.argmax(-1)[place] == token).float().cpu()
+            if asks_greedy:
+                values[inside, 1] = (logits.argmax(-1)[place] == token).float().cpu()
         return values
 
     def _check_width(self, name: str, what: str, tensor: torch.Tensor) -> None:
@@ -434,6 +464,9 @@ class LocalModel(LocalPart):
                 "  Give an adapter that holds its head, or a task with label words, which the LM head scores."
             )
         return self.score, self.score_bias
+
+    def _generation_end(self) -> object:
+        return self.checkpoint.generation_config().get("eos_token_id")
 
     def _lm_logits(self, normed: torch.Tensor) -> torch.Tensor:
         return functional.linear(normed, self._lm_weight())

@@ -27,6 +27,7 @@ def markdown_report(result: RunResult, manifest: Manifest, servers: Sequence[tup
     sections = [
         f"# {_safe(result.task)} with {_safe(manifest.model.name)}",
         _metrics(adapters),
+        *(_draws(each) for each in adapters if each.draws),
         "\n".join(f"- {_safe(note)}" for note in notes(adapters)),
         "\n".join([*(f"- {_safe(each.adapter)}: {counts_line(each)}" for each in adapters), f"- {swarm_line(result)}"]),
         *(_confusion(each) for each in adapters if each.label_names),
@@ -45,7 +46,18 @@ def _metrics(adapters: Sequence[AdapterResult]) -> str:
         "95% intervals in brackets: Wilson's for shares of the examples such as accuracy, a seeded percentile "
         "bootstrap for the rest."
     )
+    if any(each.draws for each in adapters):
+        intervals = (
+            "Means over draws of shots; in brackets the least, the greatest, and the standard deviation of a draw."
+        )
     return f"{_table(['', *(each.adapter for each in adapters)], rows)}\n\n{intervals}"
+
+
+def _draws(result: AdapterResult) -> str:
+    rows = [[metric_title(name), *(_cell(each, name) for each in result.draws)] for name in metric_names(result.draws)]
+    return (
+        f"## Draws of shots: {_safe(result.adapter)}\n\n{_table(['', *(each.adapter for each in result.draws)], rows)}"
+    )
 
 
 def _cell(result: AdapterResult, name: str) -> str:

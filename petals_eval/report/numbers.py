@@ -10,6 +10,7 @@ __all__ = [
     "counts_line",
     "counts_of",
     "interval_text",
+    "interval_title",
     "metric_names",
     "metric_title",
     "noise_line",
@@ -27,8 +28,15 @@ def value_text(metric: Metric | None) -> str:
 
 
 def interval_text(metric: Metric | None) -> str:
-    """Return an interval with three decimals, or five digits of a large value's; an empty text where there is none."""
-    if metric is None or metric.ci95 is None:
+    """Return an interval with three decimals, or five digits of a large value's, or the spread over draws; an empty
+    text where there is none."""
+    if metric is None:
+        return ""
+    if metric.draws is not None:
+        values, deviation = metric.draws.values, metric.draws.standard_deviation
+        spread = [number_text(each, 3, beside=metric.value) for each in (min(values), max(values), deviation)]
+        return f"{spread[0]} - {spread[1]}, sd {spread[2]}"
+    if metric.ci95 is None:
         return ""
     return " - ".join(number_text(bound, 3, beside=metric.value) for bound in metric.ci95)
 
@@ -36,6 +44,12 @@ def interval_text(metric: Metric | None) -> str:
 def metric_title(name: str) -> str:
     """Return "F1 (macro)" for "f1_macro", "recall [human]" for "recall[human]"."""
     return printable(title_of(name), longest=60)
+
+
+def interval_title(results: Iterable[AdapterResult]) -> str:
+    """Return what stands above the texts of `interval_text`."""
+    draws = max((len(result.draws) for result in results), default=0)
+    return f"over {draws} draws" if draws else "95% interval"
 
 
 def metric_names(results: Iterable[AdapterResult]) -> list[str]:

@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from petals_eval.metrics import Metric
 from petals_eval.report.numbers import (
     counts_line,
     counts_of,
     interval_text,
+    interval_title,
     metric_names,
     metric_title,
     noise_line,
@@ -21,10 +23,10 @@ from petals_eval.report.numbers import (
     value_text,
     wire_lines,
 )
-from petals_eval.runs import AdapterResult, RunResult
+from petals_eval.runs import AdapterResult, GroupResult, RunResult
 from petals_eval.text import printable
 
-__all__ = ["print_result"]
+__all__ = ["print_group", "print_result"]
 
 NAME_WIDTH = 24  # of an adapter at the head of its column
 
@@ -42,6 +44,29 @@ def print_result(result: RunResult, console: Console, *, folder: Path | None = N
         console.print(Padding(Text(below), (0, 0, 0, 2), expand=False))
     if folder is not None:
         console.print(Text(f"run folder: {printable(str(folder))}"), soft_wrap=True)
+
+
+def print_group(result: GroupResult, console: Console, *, folder: Path | None = None) -> None:
+    """Print each task's metrics and their means over tasks and over rows: a table for each adapter."""
+    names = result.metric_names
+    for adapter in result.adapters:
+        means = result.means(adapter)
+        rows = [
+            [printable(task, longest=NAME_WIDTH), f"{each.n_scored:,}", *(value_text(each.metrics[n]) for n in names)]
+            for task, each in result.of(adapter).items()
+        ]
+        rows.append(["mean over tasks", "", *(value_text(Metric(n, means[n].over_tasks)) for n in names)])
+        rows.append(["mean over rows", "", *(value_text(Metric(n, means[n].over_rows)) for n in names)])
+        head = printable(adapter, longest=NAME_WIDTH) if len(result.adapters) > 1 else ""
+        for line in _table([head, "scored", *map(metric_title, names)], rows):
+            console.print(line, soft_wrap=True)
+    if not names:
+        console.print(Text("  no metric that all of these tasks have: their run folders have the metrics of each"))
+    failed = sum(each.n_failed for task in result.tasks.values() for each in task.adapters.values())
+    if failed:
+        console.print(Text(f"  {failed:,} examples failed: failures.jsonl in their task's folder says why"))
+    if folder is not None:
+        console.print(Text(f"run folders: {printable(str(folder))}"), soft_wrap=True)
 
 
 def _below(result: RunResult, adapters: Sequence[AdapterResult]) -> list[str]:
@@ -68,7 +93,7 @@ def _comparison(bare: AdapterResult) -> str:
 
 def _one(result: AdapterResult) -> list[Text]:
     rows = [[metric_title(name), value_text(metric), interval_text(metric)] for name, metric in result.metrics.items()]
-    return _table(["", "value", "95% interval"], rows)
+    return _table(["", "mean" if result.draws else "value", interval_title([result])], rows)
 
 
 def _side_by_side(adapters: Sequence[AdapterResult], width: int) -> list[list[Text]]:

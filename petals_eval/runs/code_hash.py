@@ -6,8 +6,12 @@ from pathlib import Path
 
 __all__ = ["answering_code", "task_code"]
 
-# From rows to answers. Neither metrics nor reports: these are made anew from the journal.
-_ANSWERING = ("data", "tasks", "model", "swarm", "remote_model.py", "live_model.py", "evaluation/scoring.py")
+# From rows to answers. Neither metrics nor reports: these are made anew from the journal. What a generated text is
+# worth is reckoned when it is there, for the journal does not hold it.
+_ANSWERING = (
+    *("data", "tasks", "model", "swarm", "generation", "remote_model.py", "live_model.py", "evaluation/scoring.py"),
+    *("metrics/texts.py", "metrics/text_libraries.py"),
+)
 
 
 def answering_code() -> str:

@@ -1,6 +1,7 @@
 """The run folder: manifest.json, journal.sqlite, and at the end predictions.jsonl, metrics.json and report.md.
 
-Predictions of a run with one adapter are in `predictions.jsonl`; with several each has its own
+Generated texts are in `texts.jsonl`, of all adapters, where the run was told to keep them: its manifest's setting
+`save_texts`. Predictions of a run with one adapter are in `predictions.jsonl`; with several each has its own
 `predictions.<adapter>.jsonl`, and so has the run without the prompts. Examples that could not be computed are in
 `failures.jsonl`, which is there only if there are any. Everything but the journal is made from the journal.
 """
@@ -22,10 +23,11 @@ from petals_eval.runs.disk import TEMPORARY_SUFFIX, blame_the_machine, write_ato
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import SCHEMA_VERSION, Manifest, NoisyServer, WireRecord, difference
 from petals_eval.runs.results import RunResult, run_result
+from petals_eval.runs.texts import TEXTS_FILE, TextFile
 from petals_eval.tasks.requests import Prediction
 from petals_eval.text import listed
 
-__all__ = ["RunFolder", "check_folder"]
+__all__ = ["RunFolder", "check_folder", "holds_finished", "new_default_folder"]
 
 PREDICTIONS_SCHEMA = 2
 WITHOUT_POSITIONS = ("regression",)  # kinds whose labels and predictions are numbers, and no positions of anything
@@ -44,6 +46,9 @@ class RunFolder:
         self.journal = journal
         self.resumed = resumed
         self._lock = lock
+        self._texts = TextFile(path / TEXTS_FILE) if manifest.answer_settings.get("save_texts") else None
+        if self._texts is not None and lock is not None:
+            journal.before_commit.append(self._texts.flush)
 
     @classmethod
     def create(cls, path: str | Path | None, manifest: Manifest, *, task: str) -> "RunFolder":
@@ -54,7 +59,7 @@ class RunFolder:
         Raises RunFolderError where the folder holds a finished run, another run (the message shows the difference),
         something else, or is in use by another process; MachineError where it cannot be written.
         """
-        folder = _new_default(task) if path is None else Path(path)
+        folder = new_default_folder(task) if path is None else Path(path)
         _refuse_file(folder)
         with blame_the_machine(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +126,24 @@ class RunFolder:
         self.manifest = self.manifest.finish(server for server, _ in self.journal.servers())
         self.manifest.write(self.path / "manifest.json")
 
+    def save_text(self, adapter: str, prediction: Prediction) -> None:
+        """Keep what was generated, if the run keeps texts; to be called before its row is added.
+
+        Raises MachineError.
+        """
+        if self._texts is not None and prediction.text is not None:
+            self._texts.add(adapter, prediction)
+
+    def texts(self, adapter: str) -> dict[str, str]:
+        """Return the texts that were kept, by the keys of their examples. Raises RunFolderError, MachineError."""
+        return {} if self._texts is None else self._texts.texts(adapter)
+
+    def absorb_texts(self, parts: "Iterable[RunFolder]") -> None:
+        """Copy the texts of other folders. Raises MachineError."""
+        for part in parts:
+            if self._texts is not None and part._texts is not None:
+                self._texts.absorb(part._texts)
+
     def note_noisy(self, found: Iterable[NoisyServer], *, cleared: Collection[str] = ()) -> None:
         """Note on disk, for a resumed run too, whose answers were unequal. Raises MachineError.
 
@@ -141,6 +164,9 @@ class RunFolder:
         """Write what there is so far; the run stays unfinished. Raises MachineError."""
         for adapter, name in self.prediction_files(result).items():
             write_atomically(self.path / name, self._prediction_lines(adapter))
+        if self._texts is not None:
+            names = self.journal.adapters()
+            self._texts.put_in_order((name, key) for name in names for key in self.journal.scored_keys(name))
         failures = list(self._failure_lines(result))
         if failures:
             write_atomically(self.path / "failures.jsonl", failures)
@@ -154,11 +180,12 @@ class RunFolder:
 
     @staticmethod
     def prediction_files(result: RunResult) -> dict[str, str]:
-        """Return the file name of each adapter's predictions."""
-        names = list(result.adapters)
+        """Return the file name of the predictions of each name in the journal: an adapter's, or that of a draw."""
+        names = [each.adapter for adapter in result.adapters.values() for each in adapter.in_journal]
+        bare = [] if result.without_prompts is None else [each.adapter for each in result.without_prompts.in_journal]
         alone = len(names) == 1
         files = {names[0]: "predictions.jsonl"} if alone else {}
-        for name in names[len(files) :] + ([result.without_prompts.adapter] if result.without_prompts else []):
+        for name in names[len(files) :] + bare:
             stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "adapter"
             taken, count = stem, 2
             while f"predictions.{taken}.jsonl" in files.values():
@@ -205,6 +232,7 @@ class RunFolder:
         try:
             self.journal.close()
         finally:
+            self._close_texts()
             self._unlock()
 
     def __enter__(self) -> Self:
@@ -217,10 +245,16 @@ class RunFolder:
         abandoned = error is not None and not self.resumed and self._holds_nothing()
         try:
             self.journal.__exit__(kind, error, trace)
+            self._close_texts()
             if abandoned:
                 self._remove()
         finally:
             self._unlock()
+
+    def _close_texts(self) -> None:
+        if self._texts is not None:
+            with contextlib.suppress(MachineError):  # whatever counts was on the disk before its row
+                self._texts.close()
 
     def _holds_nothing(self) -> bool:
         """Return whether nothing is lost with the journal: failures alone are tried again by any later run."""
@@ -231,7 +265,7 @@ class RunFolder:
     def _remove(self) -> None:
         """Remove what `create` made; a folder that holds anything else stays."""
         with contextlib.suppress(OSError):
-            for name in ("journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm", "manifest.json"):
+            for name in ("journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm", "manifest.json", TEXTS_FILE):
                 (self.path / name).unlink(missing_ok=True)
             self.path.rmdir()
 
@@ -270,6 +304,27 @@ def check_folder(path: str | Path, manifest: Manifest | None = None) -> None:
     _refuse_file(folder)
     if folder.exists():
         _unfinished(folder, manifest)
+
+
+def holds_finished(path: str | Path, manifest: Manifest | None = None) -> bool:
+    """Return whether a run lies in a folder that is finished.
+
+    manifest: of the run that is meant; None: it is not known yet. Raises RunFolderError where another one lies there.
+    """
+    place = Path(path) / "manifest.json"
+    if not place.is_file():
+        return False
+    found = Manifest.read(place)
+    if found.finished is None:
+        return False
+    different = [] if manifest is None else difference(found, manifest)
+    if different:
+        lines = "\n".join(f"  {line}" for line in different)
+        raise RunFolderError(
+            f"Expected the finished run in {path} to be this one; found another:\n{lines}\n"
+            "Run it with the settings it was begun with, or name another folder with --out."
+        )
+    return True
 
 
 def _refuse_file(folder: Path) -> None:
@@ -316,9 +371,9 @@ def _left_by_a_crash(name: str) -> bool:
     return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
 
 
-def _new_default(task: str) -> Path:
-    """Make a new folder and return its path."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", task).strip(".-") or "run"
+def new_default_folder(name: str) -> Path:
+    """Make a new folder `runs/<name>-<year-month-day-hour-minute>` and return its path. Raises MachineError."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "run"
     stem = f"{stem}-{datetime.now():%Y-%m-%d-%H%M}"
     count = 1
     while True:

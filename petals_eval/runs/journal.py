@@ -5,7 +5,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,11 +52,13 @@ class Journal:
 
     Safe to use from several threads. Close it, or use it as a context manager: closing commits what waits.
     Every method raises MachineError when the disk is full, read-only or failing; what was committed before stays.
+    before_commit: called before rows are committed; where one of these raises, they are not.
     """
 
     def __init__(self, path: Path, *, create: bool = False, read_only: bool = False):
         """Raises RunFolderError where there is no journal (and `create` is False), or one of a newer release."""
         self.path = path
+        self.before_commit: list[Callable[[], object]] = []
         self._lock = threading.RLock()
         self._pending: list[Row] = []
         self._session: tuple[int, float] | None = None  # row, monotonic start
@@ -159,6 +161,8 @@ class Journal:
                 return
             began = time.monotonic()
             with deferred():
+                for each in self.before_commit:
+                    each()
                 with self._transaction():
                     for start in range(0, len(self._pending), self._rows_together):
                         self._insert_together(self._pending[start : start + self._rows_together])
@@ -222,6 +226,10 @@ class Journal:
         """Return the keys that need no computing: those of failed examples do, for a resumed run tries them again."""
         sql = f"SELECT key {_VALID} AND status = 'ok'"
         return {key for (key,) in self._select(sql, (adapter,))}
+
+    def scored_keys(self, adapter: str) -> Iterator[str]:
+        """Yield the keys of the scored examples, in source order."""
+        return (key for (key,) in self._select(f"SELECT key {_VALID} AND status = 'ok' {_IN_ORDER}", (adapter,)))
 
     def keys(self, adapter: str) -> Iterator[str]:
         """Yield the keys of all valid rows, the failed ones too."""

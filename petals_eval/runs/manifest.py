@@ -158,11 +158,17 @@ class ModelRecord(_Record):
 
 
 class AdapterRecord(_Record):
-    """sha256: over the tensors that were used, whatever file they came from."""
+    """What was evaluated under a name of the journal.
+
+    sha256: over the tensors that were used, whatever file they came from.
+    adapter, draw: with several draws of shots, the adapter's own name and which draw it was, from 1; otherwise None.
+    """
 
     name: _Name
     kind: str
     sha256: str
+    adapter: _Name | None = None
+    draw: int | None = None
 
 
 class DataRecord(_Record):

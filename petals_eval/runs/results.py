@@ -5,14 +5,23 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from petals_eval.metrics import Metric, confusion_matrix, measure, title_of
+from petals_eval.metrics import Metric, Spread, confusion_matrix, measure, title_of
 from petals_eval.metrics.answers import Answers
 from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, ServerUsed, WireRecord
 from petals_eval.text import number_text
 
-__all__ = ["WITHOUT_PROMPTS", "AdapterResult", "ComputedIn", "RunResult", "computed_in", "run_result", "summarise"]
+__all__ = [
+    "WITHOUT_PROMPTS",
+    "AdapterResult",
+    "ComputedIn",
+    "RunResult",
+    "computed_in",
+    "over_draws",
+    "run_result",
+    "summarise",
+]
 
 SCHEMA_VERSION = 2
 TESTED_PETALS = ("2.2.", "2.3.")  # releases whose wire was tested; on others only the forward path is relied
@@ -30,6 +39,8 @@ class AdapterResult:
     n_truncated: scored examples whose text was cut. n_tokens: text tokens of the scored examples.
     seconds: what the evaluation itself took, over all sessions of a run that was interrupted.
     label_names, confusion: of labels that all rows share, otherwise empty; counts, row = label, column = prediction.
+    draws: with several draws of shots, the result of each, under the journal's name for it; then metrics are the means
+        over them, and everything that is counted here is counted over all of them.
     """
 
     adapter: str
@@ -42,6 +53,12 @@ class AdapterResult:
     label_names: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
     n_unlabelled: int = 0
+    draws: "tuple[AdapterResult, ...]" = ()
+
+    @property
+    def in_journal(self) -> "tuple[AdapterResult, ...]":
+        """The results whose rows the journal has under their names: each draw's, or this one."""
+        return self.draws or (self,)
 
     @property
     def n_scored(self) -> int:
@@ -69,6 +86,7 @@ class AdapterResult:
             "tokens_per_second": _rounded(self.tokens_per_second),
             "metrics": {name: metric.to_json() for name, metric in self.metrics.items()},
             **(self._of_labels() if self.label_names else {}),
+            **({"draws": [draw.to_json() for draw in self.draws]} if self.draws else {}),
         }
 
     def _of_labels(self) -> dict[str, object]:
@@ -170,8 +188,10 @@ def run_result(
 ) -> RunResult:
     """Compute the result of a run from its journal. Raises as `summarise` does."""
     seed = manifest.seeds.get("bootstrap", 0)
-    results = {
-        adapter.name: summarise(
+    results: dict[str, AdapterResult] = {}
+    draws: dict[str, list[AdapterResult]] = {}
+    for adapter in manifest.adapters:
+        found = summarise(
             journal,
             adapter.name,
             metrics,
@@ -180,8 +200,11 @@ def run_result(
             columns=manifest.answer_columns,
             seed=seed,
         )
-        for adapter in manifest.adapters
-    }
+        if adapter.adapter is None:
+            results[adapter.name] = found
+        else:
+            draws.setdefault(adapter.adapter, []).append(found)
+    results |= {name: over_draws(name, each) for name, each in draws.items()}
     used = journal.servers()
     return RunResult(
         task=task,
@@ -193,6 +216,39 @@ def run_result(
         noisy_servers=manifest.noisy_servers,
         wire=manifest.wire,
         kind=manifest.kind,
+    )
+
+
+def over_draws(adapter: str, draws: Sequence[AdapterResult]) -> AdapterResult:
+    """Return what an adapter reached over several draws of shots: the mean of each metric, and the draws' own results.
+
+    A metric that has no value in one of them has no mean.
+    """
+    first = draws[0]
+    counts = {
+        name: sum(getattr(draw, name) for draw in draws)
+        for name in ("n_examples", "n_failed", "n_truncated", "n_tokens", "seconds", "n_unlabelled")
+    }
+    metrics = {}
+    for name in first.metrics:
+        values = [None if (metric := draw.metrics.get(name)) is None else metric.value for draw in draws]
+        known = Spread(tuple(value for value in values if value is not None))
+        if len(known.values) == len(draws):
+            metrics[name] = Metric(name, known.mean, draws=known)
+        else:
+            missing = len(draws) - len(known.values)
+            metrics[name] = Metric(name, None, note=f"without a value in {missing} of {len(draws)} draws")
+    rows = len(first.confusion)
+    confusion = tuple(
+        tuple(sum(draw.confusion[row][column] for draw in draws) for column in range(rows)) for row in range(rows)
+    )
+    return AdapterResult(
+        adapter=adapter,
+        metrics=metrics,
+        label_names=first.label_names,
+        confusion=confusion,
+        draws=tuple(draws),
+        **counts,
     )
 
 
@@ -254,6 +310,9 @@ def _line(result: AdapterResult) -> str:
             continue
         bounds = [number_text(bound, 3, beside=metric.value) for bound in metric.ci95 or ()]
         interval = f" ({' - '.join(bounds)})" if bounds else ""
+        if metric.draws is not None:
+            deviation = number_text(metric.draws.standard_deviation, beside=metric.value)
+            interval = f" (sd {deviation} over {len(metric.draws.values)} draws)"
         parts.append(f"{title_of(name)} {number_text(metric.value)}{interval}")
     counts = f"n {result.n_scored}" + (f", failed {result.n_failed}" if result.n_failed else "")
     counts += f", without a label {result.n_unlabelled}" if result.n_unlabelled else ""

@@ -26,7 +26,7 @@ from petals_eval.swarm.scheduling.router import HopDeadline, Router
 from petals_eval.swarm.scheduling.tuning import Delivery, Tuning
 from petals_eval.swarm.sessions.route_session import RouteSession
 from petals_eval.swarm.transport.client import HopClient
-from petals_eval.swarm.transport.rpc import Answer
+from petals_eval.swarm.transport.rpc import Answer, ServedHop
 from petals_eval.swarm.transport.transport import Transport
 from petals_eval.swarm.trust.acceptance import Acceptance
 from petals_eval.swarm.trust.arbiter import Arbiter
@@ -39,18 +39,6 @@ from petals_eval.swarm.wire.span import Span
 __all__ = ["Pipeline", "ServedHop", "SwarmStatus"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ServedHop:
-    """Who computed blocks of a micro-batch, and in what: the server's own words on version and quantisation, the dtype
-    of its answer."""
-
-    peer_id: str
-    span: Span
-    version: str | None
-    dtype: str
-    quant: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +91,7 @@ class Pipeline:
         try:
             if delivery is Delivery.PUSHED:
                 for hop, answer in await self._pushes.push(activations, span):
-                    hops.append(_served(hop, answer))
+                    hops.append(ServedHop.of(hop, answer.hidden))
                     block, activations = hop.span.stop, activations.after(answer.hidden, hop.span.stop)
             while block < span.stop:
                 hop = await self._router.admit(activations, Span(block, span.stop), deadline)
@@ -114,7 +102,7 @@ class Pipeline:
                         await raise_if_input_overflows(self._client, non_finite, holders, activations)
                     continue
                 hop, answer = served
-                hops.append(_served(hop, answer))
+                hops.append(ServedHop.of(hop, answer.hidden))
                 block, activations = hop.span.stop, activations.after(answer.hidden, hop.span.stop)
                 deadline, non_finite = HopDeadline(), []
         finally:
@@ -221,6 +209,7 @@ class Pipeline:
             self._acceptance,
             find_hop,
             self._on_failed,
+            self._router.holders,
             self.peers,
             span=span,
             rows=rows,
@@ -247,9 +236,3 @@ class Pipeline:
         reason = for_caches[0] if len(for_caches) >= max(1, self._under_way) else None
         waiting = self._router.waiting.for_servers or reason
         return SwarmStatus(self.peers.retries, used, waiting, notices, self.quarantine.findings)
-
-
-def _served(hop: Hop, answer: Answer) -> ServedHop:
-    record = hop.server.record
-    dtype = str(answer.hidden.dtype).removeprefix("torch.")
-    return ServedHop(hop.peer_id, hop.span, record.version, dtype, record.quant_type)

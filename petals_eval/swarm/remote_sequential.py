@@ -12,6 +12,7 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import CallerError, ExampleError
 from petals_eval.swarm.activations import Activations, refuse_gradients
 from petals_eval.swarm.directory.directory import Directory
+from petals_eval.swarm.directory.routing import hold_all
 from petals_eval.swarm.event_loop import EventLoop
 from petals_eval.swarm.micro_batch import Computed, Failed, Work
 from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
@@ -166,6 +167,17 @@ class RemoteSequential(nn.Module):
         if batch < 1 or max_length < 1:
             raise CallerError(f"expected a batch and a max_length of at least 1, found {batch} and {max_length}")
         return InferenceSession(self._loop, self._pipeline.session(self.span, batch, max_length))
+
+    def leaves_others(self, max_length: int, share: float) -> bool:
+        """Return whether one more session, of a row of so many positions, would leave others this share of the cache of
+        a server of each block, as far as that is known. Where none of ours is open it may take what it needs.
+        """
+        roomy = []
+        for server in self.snapshot.servers.values():
+            cache, blocks = self.peers.of(server.peer_id).cache, server.span.common(self.span)
+            if blocks is not None and cache.leaves_others(max_length * len(blocks), share):
+                roomy.append(server)
+        return hold_all(roomy, self.span)
 
     def status(self) -> SwarmStatus:
         """Return retries, servers used and what is being waited for."""

@@ -4,8 +4,11 @@ from petals_eval.tasks.base import Task
 from petals_eval.tasks.choice import ChoiceTask
 from petals_eval.tasks.classification import ClassificationTask
 from petals_eval.tasks.continuation import ContinuationTask
+from petals_eval.tasks.generation import GenerationTask
+from petals_eval.tasks.group import TaskGroup
 from petals_eval.tasks.head_labels import check_head_labels
-from petals_eval.tasks.library import list_tasks, load_task, resolve_source
+from petals_eval.tasks.library import list_tasks, load_group, load_task, resolve_source, shipped_yaml
+from petals_eval.tasks.perplexity import PerplexityTask
 from petals_eval.tasks.preview import describe_example, show_example
 from petals_eval.tasks.requests import Example, Prediction, Request
 
@@ -14,13 +17,18 @@ __all__ = [
     "ClassificationTask",
     "ContinuationTask",
     "Example",
+    "GenerationTask",
+    "PerplexityTask",
     "Prediction",
     "Request",
     "Task",
+    "TaskGroup",
     "check_head_labels",
     "describe_example",
     "list_tasks",
+    "load_group",
     "load_task",
     "resolve_source",
+    "shipped_yaml",
     "show_example",
 ]

@@ -4,25 +4,26 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator
 
 from petals_eval.data.rows import Row, Rows, row_hash
 from petals_eval.data.source import DataSource, FileFormat, FileReading
-from petals_eval.errors import AdapterError, DataError, NotFiniteError, PetalsEvalError, TaskError
+from petals_eval.errors import (
+    AdapterError,
+    DataError,
+    ExampleError,
+    NotFiniteError,
+    PetalsEvalError,
+    RequestTooLargeError,
+    TaskError,
+)
 from petals_eval.tasks.labels import Labels, Unlabelled, spelled_keys
+from petals_eval.tasks.prompted import Prompting, Turn
 from petals_eval.tasks.requests import Example, Generated, Prediction, Request, as_float64
 from petals_eval.tasks.template import Template
-from petals_eval.tasks.tokens import Continued, continue_texts, cut, tokenize
-from petals_eval.validation import closest, explain, shorten
+from petals_eval.tasks.tokens import Continued, continue_texts, cut, encode, tokenize
+from petals_eval.text import plural
+from petals_eval.validation import closest, shorten
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +34,7 @@ __all__ = ["ClassificationTask"]
 _CHUNK_ROWS = 256
 
 
-class ClassificationTask(BaseModel):
+class ClassificationTask(Prompting):
     """One label out of several. A wrong definition raises TaskError.
 
     name, description: for people.
@@ -55,11 +56,13 @@ class ClassificationTask(BaseModel):
     unlabelled: "predict": rows without a label (missing, empty, or -1 where that is no label) are predicted, and are in
         no metric; "error": they end a run before it begins.
 
-    A text that is too long keeps its first tokens. With label words the template's fixed end and the word keep their
-    place too, and the text before them is cut.
-    """
+    What `Prompting` has stands around the text: a shot shows a text and its label word, or for a trained head, after a
+    blank, its label name.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    A text that is too long keeps its first tokens. With label words the template's fixed end and the word keep their
+    place too, and the text before them is cut. Where anything stands around the text nothing is cut: an example that
+    is too long fails, for its shots or its question would not be whole.
+    """
 
     kind: Literal["classification"] = "classification"
     name: str = Field(min_length=1)
@@ -75,21 +78,6 @@ class ClassificationTask(BaseModel):
     label_words: tuple[str, ...] | None = None
     normalize: Literal["sum", "mean"] = "sum"
     unlabelled: Unlabelled = "error"
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _say_what_is_wrong(
-        cls, values: Any, handler: ModelWrapValidatorHandler["ClassificationTask"]
-    ) -> "ClassificationTask":
-        try:
-            task = handler(values)
-        except ValidationError as error:
-            raise TaskError(f"this task cannot be used:\n{explain(error, cls)}") from None
-        except DataError as error:
-            raise TaskError(f"this task's data: {error}") from None
-        if problem := task._disagreement():
-            raise TaskError(f"this task cannot be used:\n  {problem}")
-        return task
 
     @field_validator("text")
     @classmethod
@@ -141,7 +129,21 @@ class ClassificationTask(BaseModel):
         changing = {"kind", "text", "label_column", "label_names", "label_map", "max_length"}
         if self.label_words is not None:
             changing |= {"label_words", "normalize"}
-        return {"head": self.head, **self.model_dump(mode="json", include=changing)}
+        own = self.model_dump(mode="json", include=changing)
+        return {"head": self.head, **own, **self.prompt_fingerprint()}
+
+    def turn(self, row: Row, where: str) -> Turn:
+        """Return a row with its right answer: its label word, or its label name for a trained head."""
+        rows, template = self.shot_rows, Template.parse(self.text)
+        classes = None if rows is None else rows.class_names.get(self.label_column)
+        labels = Labels(self.label_names, self.label_map, classes)
+        value, told = row.columns[self.label_column], {"where": where, "column": self.label_column}
+        index = labels.index(value, **told, unlabelled=self.unlabelled)
+        truth_words = ("False", "True") if rows is None else rows.truth_words
+        text = template.render(row.columns, where=where, truth_words=truth_words)
+        if index is None or self.label_words is None:
+            return Turn(text, None if index is None else self.label_names[index])
+        return Turn(text, self.label_words[index], delimiter="")
 
     def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
         """Yield examples in the order of `rows`, tokenised a few hundred at a time as they are asked for.
@@ -154,7 +156,9 @@ class ClassificationTask(BaseModel):
         source = iter(rows)
         while chunk := list(islice(source, _CHUNK_ROWS)):
             found = [self._label(row, labels, rows) for row in chunk]
-            if self.label_words is None:
+            if self.is_prompted:
+                yield from self._prompted(rows, chunk, found, template, tokenizer)
+            elif self.label_words is None:
                 yield from self._for_trained_head(rows, chunk, found, template, tokenizer)
             else:
                 yield from self._for_label_words(rows, chunk, found, template, tokenizer, self.label_words)
@@ -270,6 +274,54 @@ class ClassificationTask(BaseModel):
             row_hash = self._row_hash(row, template)
             yield Example(str(row.index), label, requests, n_tokens, truncated, text, row_hash)
 
+    def _prompted(
+        self, rows: Rows, chunk: list[Row], found: list[int | None], template: Template, tokenizer: Any
+    ) -> Iterator[Example]:
+        """Yield examples whose text stands in a prompt: whole, or as failures."""
+        texts: list[str] = []
+        errors: list[ExampleError | None] = []
+        for row in chunk:
+            question = _text(template, rows, row)
+            try:
+                [text], error = self.contexts([question], row, tokenizer), None
+            except ExampleError as failure:
+                text, error = question, failure
+            texts.append(text)
+            errors.append(error)
+        tokens = self._prompted_tokens(tokenizer, texts)
+        for row, label, text, error, (context, words) in zip(chunk, found, texts, errors, tokens, strict=True):
+            key, row_hash = str(row.index), self._row_hash(row, template)
+            n_tokens = len(context) + max(map(len, words), default=0)
+            if not context:
+                raise _no_tokens(rows, row, text)
+            if error is None and n_tokens > self.max_length:
+                shots = self.shots.number if self.shots is not None else 0
+                error = RequestTooLargeError(
+                    f"its prompt has {n_tokens} tokens with {plural(shots, 'shot')}, and max_length of {self.name} "
+                    f"is {self.max_length}. Ask for fewer shots, or raise max_length as far as the model reads."
+                )
+            if error is not None:
+                yield Example(key, label, (), n_tokens, False, text, row_hash, error=error)
+                continue
+            requests = _word_requests(key, context, words) if words else (Request(key, 0, context),)
+            n_tokens = sum(len(request.input_ids) for request in requests)
+            yield Example(key, label, requests, n_tokens, False, text, row_hash)
+
+    def _prompted_tokens(
+        self, tokenizer: Any, texts: list[str]
+    ) -> Iterator[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]]:
+        """Yield the tokens of each whole text, and those of each label word after it."""
+        if self.label_words is None:
+            # A chat template has written its special tokens itself, and the text does not end in a closing one.
+            uncut = encode(tokenizer, texts) if self.chat else _ids(tokenizer(texts, verbose=False)["input_ids"])
+            yield from ((ids, ()) for ids in uncut)
+            return
+        opened = encode(tokenizer, texts)
+        continued = continue_texts(tokenizer, texts, texts, self.label_words)
+        for context, after in zip(opened, continued, strict=True):
+            self._check_words(after, self.label_words)
+            yield context, after.words
+
     def _row_hash(self, row: Row, template: Template) -> str:
         return row_hash(row.columns, (*template.columns, self.label_column))
 
@@ -295,6 +347,10 @@ def _word_requests(key: str, context: tuple[int, ...], words: tuple[tuple[int, .
         Request(key, part, context + word[:-1], tuple((last + at, token) for at, token in enumerate(word)))
         for part, word in enumerate(words)
     )
+
+
+def _ids(found: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    return [tuple(ids) for ids in found]
 
 
 def _text(template: Template, rows: Rows, row: Row, *, with_tail: bool = True) -> str:

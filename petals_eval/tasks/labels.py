@@ -90,7 +90,7 @@ def no_label(value: object, unlabelled: Unlabelled, complaint: str) -> None:
     """Return None, the label of a row that has none, for a value from which the task could read no label.
 
     This is the rule of every kind of task that has labels. Raises DataError with the complaint, which names row, column
-    and what was found, for a value that is there and is wrong, and unless `unlabelled` is "predict" for one that is not.
+    and what was found, for a value that is there and wrong, and unless `unlabelled` is "predict" for one that is not.
     """
     if not is_unlabelled(value):
         raise DataError(complaint)

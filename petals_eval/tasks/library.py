@@ -1,6 +1,8 @@
 """Tasks by name, by file or as objects, and the data each of them reads."""
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,19 +14,26 @@ from petals_eval.tasks.base import Task
 from petals_eval.tasks.choice import ChoiceTask
 from petals_eval.tasks.classification import ClassificationTask
 from petals_eval.tasks.continuation import ContinuationTask
+from petals_eval.tasks.generation import GenerationTask
+from petals_eval.tasks.group import TaskGroup, folder_name
+from petals_eval.tasks.perplexity import PerplexityTask
+from petals_eval.tasks.prompted import Prompting
 from petals_eval.validation import closest, shorten
 
-__all__ = ["DefinedTask", "list_tasks", "load_task", "resolve_source"]
+__all__ = ["DefinedTask", "list_tasks", "load_group", "load_task", "resolve_source", "shipped_yaml"]
 
-DefinedTask = ClassificationTask | ChoiceTask | ContinuationTask
+DefinedTask = ClassificationTask | ChoiceTask | ContinuationTask | PerplexityTask | GenerationTask
 """A task that a YAML file can define."""
 
 _KINDS: dict[str, type[DefinedTask]] = {
     "classification": ClassificationTask,
     "choice": ChoiceTask,
     "continuation": ContinuationTask,
+    "perplexity": PerplexityTask,
+    "generation": GenerationTask,
 }
 _SUFFIXES = (".yaml", ".yml")
+_GROUP_KEYS = ("group", "tasks", "metric", "description")
 
 
 def load_task(task: "str | Path | Task") -> Task:
@@ -57,10 +66,43 @@ def load_task(task: "str | Path | Task") -> Task:
     )
 
 
+def load_group(group: object) -> TaskGroup | None:
+    """Return a group with its tasks loaded; None for what is a task, or no group.
+
+    group: a TaskGroup, the path of a YAML file with the keys `group` and `tasks`, or a mapping with them. One of the
+    tasks may be a shipped task's name, a file, whose relative path starts at the folder of the group's own, a mapping
+    as a task's file holds it, or a mapping with the key `task`, a name or a file, some of whose keys are to be others.
+    Raises TaskError as `load_task` does, and for two tasks of one name.
+    """
+    if isinstance(group, TaskGroup):
+        return _distinct(replace(group, tasks=tuple(map(load_task, group.tasks))))  # type: ignore[arg-type]
+    if isinstance(group, Mapping):
+        return _group(dict(group), f"group {group['group']}", None) if "group" in group else None
+    if not isinstance(group, str | Path) or not local_path(group).is_file() or group in _shipped():
+        return None
+    path = local_path(group)
+    try:
+        values = read_yaml(_read(path))
+    except ValueError:
+        return None  # what is wrong with it, `load_task` says
+    is_group = isinstance(values, dict) and "group" in values
+    return _group(values, str(group), path.parent) if is_group else None
+
+
 def list_tasks() -> list[DefinedTask]:
     """Return the tasks that come with the package, by name."""
     shipped = _shipped()
     return [_parse(shipped[name], f"the shipped task {name}", name=name, folder=None) for name in sorted(shipped)]
+
+
+def shipped_yaml(name: str) -> str:
+    """Return the YAML text of a task that comes with the package. Raises TaskError, with names that come close."""
+    shipped = _shipped()
+    if name not in shipped:
+        raise TaskError(
+            f"there is no shipped task {name}.{closest(name, shipped)} There are: {', '.join(sorted(shipped))}."
+        )
+    return shipped[name]
 
 
 def resolve_source(task: Task, path: str | Path | None = None, **overrides: Any) -> DataSource:
@@ -114,6 +156,10 @@ def _read(path: Path) -> str:
 
 
 def _parse(text: str, origin: str, *, name: str, folder: Path | None) -> DefinedTask:
+    return _build(_values(text, origin), origin, name=name, folder=folder)
+
+
+def _values(text: str, origin: str) -> dict[Any, Any]:
     try:
         values = read_yaml(text)
     except ValueError as error:
@@ -123,6 +169,10 @@ def _parse(text: str, origin: str, *, name: str, folder: Path | None) -> Defined
         raise TaskError(
             f"{origin}: expected keys and values (name, text, label_column, label_names, ...), found {shorten(values)}."
         )
+    return values
+
+
+def _build(values: dict[Any, Any], origin: str, *, name: str, folder: Path | None) -> DefinedTask:
     kind = values.get("kind", "classification")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise TaskError(f"{origin}: kind should be one of {', '.join(_KINDS)}, found {shorten(kind)}.")
@@ -131,9 +181,80 @@ def _parse(text: str, origin: str, *, name: str, folder: Path | None) -> Defined
         raise TaskError(f"{origin}: every key should be text, found {shorten(unknown[0])}.")
     values = resolve_nulls(values, _KINDS[kind])
     try:
-        return _KINDS[kind].model_validate({"name": name, **_with_own_folder(values, folder)})
+        task = _KINDS[kind].model_validate({"name": name, **_with_own_folder(values, folder)})
     except TaskError as error:
         raise TaskError(f"{origin}: {error}") from None
+    if isinstance(task, Prompting) and folder is not None:
+        task._folder = str(folder)  # where the module of its `prepare` may lie
+    return task
+
+
+def _group(values: dict[Any, Any], origin: str, folder: Path | None) -> TaskGroup:
+    """Return the group that these values of a YAML file or a program define."""
+    for key in values:
+        if key not in _GROUP_KEYS:
+            known = ", ".join(_GROUP_KEYS)
+            raise TaskError(f"{origin}: {key}: unknown key of a group.{closest(str(key), _GROUP_KEYS)} Known: {known}.")
+    for key in ("group", "metric", "description"):
+        if not isinstance(values.get(key, ""), str | None):
+            raise TaskError(f"{origin}: {key}: should be text, found {shorten(values[key])}.")
+    members = values.get("tasks")
+    if not isinstance(members, list | tuple) or not members:
+        raise TaskError(f"{origin}: tasks: should be a list of tasks, such as [sst2, cola], found {shorten(members)}.")
+    tasks = tuple(_member(member, f"{origin}, task {number}", folder) for number, member in enumerate(members, 1))
+    metric = values.get("metric")
+    found = TaskGroup(
+        str(values["group"]), tasks, None if metric is None else str(metric), str(values.get("description") or "")
+    )
+    return _distinct(found)
+
+
+def _member(member: object, origin: str, folder: Path | None) -> Task:
+    if isinstance(member, str):
+        return load_task(_beside(member, folder))
+    if not isinstance(member, Mapping):
+        if isinstance(member, Task):
+            return load_task(member)
+        raise TaskError(
+            f"{origin}: should be a task's name, its file, or its keys and values, found {shorten(member)}."
+        )
+    own = dict(_with_own_folder(dict(member), folder))
+    name, home = own.get("name"), folder
+    if "task" in own:
+        base = own.pop("task")
+        if not isinstance(base, str):
+            raise TaskError(f"{origin}: task: should be a task's name or its file, found {shorten(base)}.")
+        loaded = load_task(_beside(base, folder))  # whatever is wrong with it is said of it
+        place = local_path(_beside(base, folder))
+        shipped = _shipped().get(base)
+        home = None if shipped is not None else place.parent
+        text = shipped if shipped is not None else _read(place)
+        own = {**_with_own_folder(_values(text, base), home), **own}
+        name = own.get("name", loaded.name)
+    if not isinstance(name, str) or not name:
+        raise TaskError(f"{origin}: name: missing, and a task of a group must have one.")
+    task = _build(own, origin, name=name, folder=home)
+    _check_metrics(task, origin)
+    return task
+
+
+def _beside(task: str, folder: Path | None) -> str:
+    """Return the path of a file beside the group's, or what is a shipped task's name or a path of its own."""
+    if folder is None or task in _shipped():
+        return task
+    beside = folder / local_path(task)
+    return str(beside) if beside.is_file() else task
+
+
+def _distinct(group: TaskGroup) -> TaskGroup:
+    names = Counter(folder_name(task.name) for task in group.tasks if isinstance(task, Task))
+    for name, count in names.items():
+        if count > 1:
+            raise TaskError(
+                f"group {group.name}: expected tasks of different names, found {count} called {name!r}: each has a "
+                "folder of that name. Give one of them another name."
+            )
+    return group
 
 
 def _with_own_folder(values: dict[str, Any], folder: Path | None) -> dict[str, Any]:

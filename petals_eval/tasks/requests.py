@@ -64,6 +64,16 @@ class Request:
     asks_greedy: bool = False
     decoding: Decoding | None = None
 
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens may be generated."""
+        return 0 if self.decoding is None else self.decoding.max_new_tokens
+
+    @property
+    def positions(self) -> int:
+        """How many tokens the model reads at most: those of the text, and of the new ones all but the last."""
+        return len(self.input_ids) + max(0, self.new_tokens - 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Generated:
@@ -90,7 +100,8 @@ class Example:
     """A row, ready to be computed.
 
     key: stable within a data set (it is the row's index there, before sampling); the journal's key.
-    label: what is right. requests: one or more; their answers together give the prediction.
+    label: what is right. requests: one or more; their answers together give the prediction. A long document makes its
+        own as they are asked for.
     n_tokens: text tokens of all requests, without tuned prompts and padding.
     truncated: whether text was cut to the task's maximum length.
     text: the text as the model reads it.
@@ -101,7 +112,7 @@ class Example:
 
     key: str
     label: Label
-    requests: tuple[Request, ...]
+    requests: Sequence[Request]
     n_tokens: int
     truncated: bool
     text: str
@@ -110,7 +121,7 @@ class Example:
     error: ExampleError | None = None
 
     def predicted(
-        self, prediction: float | None, values: Sequence[Sequence[float]], text: str | None = None
+        self, prediction: float | None, values: Sequence[Sequence[float]], generated: Generated | None = None
     ) -> "Prediction":
         """Return what was predicted of this example, as the journal has it."""
         return Prediction(
@@ -121,7 +132,8 @@ class Example:
             n_tokens=self.n_tokens,
             n_requests=len(self.requests),
             row_hash=self.row_hash,
-            text=text,
+            text=None if generated is None else generated.text,
+            finish=None if generated is None else generated.finish,
         )
 
 
@@ -131,7 +143,7 @@ class Prediction:
 
     prediction: the position of the label or choice with the best score, or a number; None for kinds that have none.
     values: float64 numbers from which every metric of the kind is computed, under the task's `columns`.
-    text: what was generated.
+    text, finish: what was generated, and why it ends.
     """
 
     key: str
@@ -142,6 +154,7 @@ class Prediction:
     n_requests: int = 1
     row_hash: str = ""
     text: str | None = None
+    finish: Finish | None = None
 
     @property
     def scores(self) -> tuple[float, ...]:

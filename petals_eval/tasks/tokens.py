@@ -146,7 +146,7 @@ def encode_pairs(
 ) -> list[EncodedPair | ExampleError]:
     """Return the tokens of each pair (text, answer after it), or why there are none.
 
-    As lm-evaluation-harness 0.4.13 has them (`TemplateLM._encode_pair` and `loglikelihood`), whose `add_bos_token` None,
+    As lm-evaluation-harness 0.4.13 has them (`TemplateLM._encode_pair`, `loglikelihood`), whose `add_bos_token` None,
     True and False are `bos` auto, always and never: blanks at the end of the text belong to the answer, whose tokens
     are what the whole has beyond the text's own. An answer without a text is tokenised without opening tokens and
     stands after `start_token`; where it begins with that token itself, this one is the text.
@@ -184,8 +184,8 @@ def _merged(tokenizer: Any, context: Sequence[int], whole: Sequence[int], answer
     shared = _shared_beginning(context, whole)
     token = tokenizer.convert_ids_to_tokens(whole[shared]) if shared < len(whole) else ""
     return ExampleError(
-        f"the answer {answer!r:.80} begins inside a token: this tokenizer makes {token!r} of the end of the text and the "
-        f"beginning of the answer, so the answer has no likelihood of its own. Expected a token to begin with it: put a "
+        f"the answer {answer!r:.80} begins inside a token: this tokenizer makes {token!r} of the end of the text and "
+        "the beginning of the answer, which has no likelihood of its own. Expected a token to begin with it: put a "
         "blank or a line end between the two (delimiter)."
     )
 

@@ -94,6 +94,7 @@ class SessionCache:
     """What is known of one server's cache. Room is in tokens of one block.
 
     most_free: the most room that the server claimed or showed while no session of ours was open there; None: nothing.
+    held: the room that sessions of ours have there now.
     notice: a warning for a person, once a session needed more than that; None: there is none.
     turn: held while a server with a full cache is asked: two that ask at once are both refused.
     """
@@ -105,6 +106,7 @@ class SessionCache:
         self._server = server
         self._runtime = runtime
         self._open_sessions = 0
+        self.held = 0
         self.ask_anew()
 
     def ask_anew(self) -> None:
@@ -128,13 +130,15 @@ class SessionCache:
     def on_opened(self, need: int) -> None:
         """Count a session of ours that has been given so much room."""
         self._open_sessions += 1
+        self.held += need
         self._contradictions.count = 0
         if need >= self._refusals.least:
             self._refusals.least, self._refusals.delay = 0, 0.0
 
-    def on_ended(self) -> None:
-        """Count a session of ours that is over."""
+    def on_ended(self, need: int) -> None:
+        """Count a session of ours that is over, and that had so much room."""
         self._open_sessions -= 1
+        self.held -= need
 
     def on_full(self, need: int, words: str, *, shown_free: int | None = None) -> None:
         """Note that the server has no room for so much now.
@@ -216,6 +220,11 @@ class SessionCache:
         """Return what a person is told of a full cache: the server's words, and both numbers."""
         seen = "" if self.most_free is None else f"; {self.most_free:,} are the most that were seen free"
         return f"{self._refusals.words}; the session needs {_tokens(need)} of its cache{seen}"
+
+    def leaves_others(self, need: int, share: float) -> bool:
+        """Return whether a session that needs so much leaves others this share of the room that there is, as far as
+        that is known. The first of ours may take what it needs."""
+        return self.most_free is None or not self.held or self.held + need <= (1 - share) * self.most_free
 
     def never_fits(self, need: int) -> str | None:
         """Return why a session that needs so much is not to be tried there any more; None: it is."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
-from petals_eval.errors import MissingBlocksError, PetalsEvalError, RequestTooLargeError
+from petals_eval.errors import NoSessionError, PetalsEvalError, RequestTooLargeError
 from petals_eval.swarm.peers.peer import Peer, PeerBook
 from petals_eval.swarm.peers.session_cache import Wait
 from petals_eval.swarm.wire.records import SpanServer
@@ -111,7 +111,7 @@ class Admission:
             )
         if closed is not None:
             span = server.span.common(rest) or rest
-            return MissingBlocksError(
+            return NoSessionError(
                 f"no server of blocks {span} opens a session for this client. Server {peer.name}: {closed}. Its blocks "
                 "compute all the same: call them without a session",
                 ((span.start, span.stop),),

@@ -1,6 +1,8 @@
 """InferenceSession: the synchronous face of a session over the swarm's key-value caches."""
 
+from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -9,6 +11,7 @@ from petals_eval.errors import CallerError, SwarmError
 from petals_eval.swarm.activations import refuse_gradients
 from petals_eval.swarm.event_loop import EventLoop
 from petals_eval.swarm.sessions.route_session import RouteSession
+from petals_eval.swarm.transport.rpc import ServedHop
 
 __all__ = ["InferenceSession"]
 
@@ -43,16 +46,31 @@ class InferenceSession:
         Raises GradientError, CallerError, RequestTooLargeError above max_length or what the servers' caches take, and
         SwarmError when the swarm cannot. After an error the session is where it was before the step.
         """
+        future = self.start_step(hidden, prompts, hypo_ids)
+        try:
+            answer = future.result()
+        except BaseException:
+            future.cancel()
+            raise
+        return answer.to(device=hidden.device, dtype=hidden.dtype)
+
+    def start_step(
+        self, hidden: torch.Tensor, prompts: torch.Tensor | None = None, hypo_ids: torch.Tensor | None = None
+    ) -> "Future[torch.Tensor]":
+        """Start a step and return at once: so one thread drives many sessions.
+
+        The future has what `step` returns or raises, but as the last server answered: on the CPU, in its dtype.
+        Cancelling the future cancels the step. A step that is started before the last one is done waits for it.
+        """
         if self._is_closed:
             raise CallerError("the session is closed: open another one")
         refuse_gradients(hidden, prompts)
-        answer = self._loop.run(
+        return self._loop.start(
             self._route.step,
             hidden.detach().cpu(),
             None if prompts is None else prompts.detach().cpu(),
             None if hypo_ids is None else hypo_ids.cpu(),
         )
-        return answer.to(device=hidden.device, dtype=hidden.dtype)
 
     @property
     def position(self) -> int:
@@ -82,13 +100,31 @@ class InferenceSession:
         """Peer ids along the route, in order; empty before the first step."""
         return self._route.peer_ids
 
+    @property
+    def hops(self) -> tuple[ServedHop, ...]:
+        """Who computed any part of it so far, those that were replaced among them."""
+        return self._route.hops
+
+    @property
+    def seconds_waiting(self) -> float:
+        """How long the step under way has been waiting for a server that opens a session; 0 when it is not."""
+        return self._route.seconds_waiting
+
     def close(self) -> None:
         """End the session on every server. Safe to call twice, and after the connection is closed."""
         if self._is_closed:
             return
-        self._is_closed = True
         with suppress(SwarmError):  # the connection is closed or lost, and with it every stream
-            self._loop.run(self._route.close)
+            self.start_close().result()
+
+    def start_close(self, *, may_audit: bool = False) -> "Future[None]":
+        """Begin to end the session on every server and return at once; the future is done when they have let go of it.
+
+        may_audit: let a share of what its servers computed be computed elsewhere, too, as of ordinary calls.
+        Raises SwarmError, here or in the future, where the connection is closed or lost.
+        """
+        self._is_closed = True
+        return self._loop.start(partial(self._route.close, may_audit=may_audit))
 
     def __enter__(self) -> "InferenceSession":
         return self

@@ -6,7 +6,7 @@ another server or on the same one, whenever its cache is lost or cannot be rolle
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from petals_eval.errors import (
     PeerCacheFullError,
     PeerError,
     PeerLimitError,
+    PeerNotFiniteError,
     PeerRefusedError,
     RequestTooLargeError,
 )
@@ -28,7 +29,9 @@ from petals_eval.swarm.transport.client import HopClient
 from petals_eval.swarm.transport.hop_session import HopSession
 from petals_eval.swarm.transport.opening import all_or_none
 from petals_eval.swarm.transport.rolling_back import PROOF_TOKENS, proves_rolling_back
+from petals_eval.swarm.transport.rpc import ServedHop
 from petals_eval.swarm.trust.acceptance import Acceptance
+from petals_eval.swarm.trust.non_finite import raise_if_input_overflows
 from petals_eval.swarm.trust.recorded_call import RecordedCall
 from petals_eval.swarm.wire.server_info import may_roll_back
 from petals_eval.swarm.wire.span import Span
@@ -50,12 +53,16 @@ class _Leg:
 
     is_probed: whether the server has shown that it runs in evaluation mode since the session was opened.
     reorder: hypo_ids that its server's cache has not seen yet.
+    since: the first position that its answers were used for. dtype: of these. seconds: they took.
     """
 
     hop: Hop
     session: HopSession | None = None
     is_probed: bool = False
     reorder: torch.Tensor | None = None
+    since: int | None = None
+    dtype: torch.dtype | None = None
+    seconds: float = 0.0
 
     async def close(self) -> None:
         session, self.session, self.reorder, self.is_probed = self.session, None, None, False
@@ -72,6 +79,7 @@ class RouteSession:
         acceptance: Acceptance,
         find_hop: FindHop,
         on_failed: Callable[[Hop, PeerError], None],
+        holders: Callable[[int], Sequence[str]],
         peers: PeerBook,
         *,
         span: Span,
@@ -79,7 +87,7 @@ class RouteSession:
         max_length: int,
     ):
         """
-        on_failed: told of each hop that could not be computed.
+        on_failed: told of each hop that could not be computed. holders: the servers (peer ids) of a block.
         """
         self.span = span
         self.rows, self.max_length = rows, max_length
@@ -87,14 +95,17 @@ class RouteSession:
         self._acceptance = acceptance
         self._find_hop = find_hop
         self._on_failed = on_failed
+        self._holders = holders
         self._peers = peers
         self._runtime = peers.runtime
         self._deadline = peers.settings.deadline  # seconds a step may wait for a server of a hop
         self._position = 0
         self._prompts: torch.Tensor | None = None
         self._legs: list[_Leg] = []
-        self._inputs: dict[int, _Inputs] = {}  # by the block they enter
+        self._inputs: dict[int, _Inputs] = {}  # by the block they enter; what leaves the last one is kept like them
         self._stepping = asyncio.Lock()
+        self._served: dict[ServedHop, None] = {}
+        self._waiting_since: float | None = None
 
     @property
     def position(self) -> int:
@@ -105,6 +116,17 @@ class RouteSession:
     def peer_ids(self) -> tuple[str, ...]:
         """The servers of the route, in order, as far as it is known."""
         return tuple(leg.hop.peer_id for leg in self._legs)
+
+    @property
+    def hops(self) -> tuple[ServedHop, ...]:
+        """Who computed any part of it, those that were replaced among them."""
+        return tuple(self._served)
+
+    @property
+    def seconds_waiting(self) -> float:
+        """How long the step under way has been waiting for a server that opens a session; 0 when it is not."""
+        since = self._waiting_since
+        return 0.0 if since is None else self._runtime.monotonic() - since
 
     def roll_back(self, position: int) -> None:
         """Forget all but the first `position` positions. Raises CallerError for more than there are."""
@@ -120,8 +142,8 @@ class RouteSession:
         prompts: (blocks, rows or 1, prefix, hidden size), at position 0 only; added to the session's first `prefix`
             positions, whichever steps they come in.
         hypo_ids: int64 (rows,): row i goes on from what row hypo_ids[i] was.
-        Raises CallerError, RequestTooLargeError, and SwarmError when a hop finds no server within the deadline; the
-        session is then where it was before the step.
+        Raises CallerError, RequestTooLargeError, NotFiniteError where it overflows the servers' dtype, and SwarmError
+        when a hop finds no server within the deadline; the session is then where it was before the step.
         """
         async with self._stepping:
             self._check(hidden, prompts, hypo_ids)
@@ -138,15 +160,37 @@ class RouteSession:
                 await self._end_sessions()
                 self._prompts, self._inputs = before
                 raise
+            finally:
+                self._waiting_since = None
             self._position += hidden.shape[1]
-            self._inputs = {leg.hop.span.start: self._inputs[leg.hop.span.start] for leg in self._legs}
+            kept = [*(leg.hop.span.start for leg in self._legs), self.span.stop]
+            self._inputs = {block: self._inputs[block] for block in kept}
             return answer
 
-    async def close(self) -> None:
-        """End the session on every server, so that they free their caches. Safe to call twice."""
+    async def close(self, *, may_audit: bool = False) -> None:
+        """End the session on every server, so that they free their caches. Safe to call twice.
+
+        may_audit: let a share of what its servers computed be computed elsewhere, too, as of ordinary calls.
+        """
         async with self._stepping:
+            calls = list(self._recorded()) if may_audit else []
             await self._end_sessions()
             self._inputs.clear()
+        for call in calls:
+            await self._acceptance.offer(call)
+
+    def _recorded(self) -> Iterator[RecordedCall]:
+        """Yield what each server computed from the first position to the last, as one call. What one that was replaced
+        began is nobody's alone, and is left out."""
+        for leg in self._legs:
+            inputs, answers = (self._inputs.get(block) for block in (leg.hop.span.start, leg.hop.span.stop))
+            if leg.since != 0 or leg.dtype is None or inputs is None or answers is None or not self._position:
+                continue
+            positions, prompts = slice(0, self._position), self._prompts_of(leg.hop)
+            if prompts is not None and prompts.shape[2] > self._position:
+                continue
+            entered = Activations(inputs.part(positions), prompts, leg.hop.span.start)
+            yield RecordedCall(leg.hop, entered, answers.part(positions).to(leg.dtype), seconds=leg.seconds)
 
     async def _end_sessions(self) -> None:
         legs, self._legs = self._legs, []
@@ -164,11 +208,10 @@ class RouteSession:
             await self._open_route(end)
         give_up = self._runtime.monotonic() + self._deadline
         waits_since: float | None = None
+        non_finite: list[Hop] = []
         while block < self.span.stop:
             leg = await self._leg(index, block, end, give_up)
-            if block not in self._inputs:
-                self._inputs[block] = _Inputs(self.rows, self.max_length, states)
-            self._inputs[block].put(states, start)
+            self._keep(block, states, start)
             # The next hop may need more than this step: a server that has come in for another knows nothing yet.
             stop = leg.hop.span.stop
             known = self._inputs.get(stop)
@@ -181,17 +224,30 @@ class RouteSession:
                     waits_since = waits_since or self._runtime.monotonic()
                     if self._runtime.monotonic() - waits_since > MAX_HELD_SECONDS:
                         await self._release_caches()
+                if isinstance(error, PeerNotFiniteError):
+                    non_finite.append(leg.hop)
+                    entered = Activations(self._inputs[block].part(slice(0, end)))
+                    await raise_if_input_overflows(self._client, non_finite, self._holders(block), entered)
                 continue
             start, block, index = since, stop, index + 1
-            give_up, waits_since = self._runtime.monotonic() + self._deadline, None
-        return states[:, self._position - start :]
+            give_up, waits_since, non_finite = self._runtime.monotonic() + self._deadline, None, []
+        states = states[:, self._position - start :]
+        self._keep(block, states, self._position)
+        return states
+
+    def _keep(self, block: int, states: torch.Tensor, start: int) -> None:
+        """Keep what entered a block, from position `start` on."""
+        if block not in self._inputs:
+            self._inputs[block] = _Inputs(self.rows, self.max_length, states)
+        self._inputs[block].put(states, start)
 
     async def _open_route(self, end: int) -> None:
         """Reserve the caches of a whole route, or none: what is held while another is waited for, nobody else can use.
 
         Two that each hold what the other waits for would do so until their deadlines.
         """
-        give_up = self._runtime.monotonic() + self._deadline
+        self._waiting_since = self._runtime.monotonic()
+        give_up = self._waiting_since + self._deadline
         while not self._legs:
             hops: list[Hop] = []
             while not hops or hops[-1].span.stop < self.span.stop:
@@ -206,6 +262,7 @@ class RouteSession:
                     legs.append(_Leg(hop, opened))
             if len(legs) == len(hops):
                 self._legs = legs
+        self._waiting_since = None
 
     async def _release_caches(self) -> None:
         """Close every session. What they held is computed anew from what entered each hop, when it is needed."""
@@ -217,6 +274,7 @@ class RouteSession:
         begins."""
         if index < len(self._legs) and self._legs[index].hop.span.start == block:
             return self._legs[index]
+        self._waiting_since = self._waiting_since or self._runtime.monotonic()
         stop = self._legs[index].hop.span.start if index < len(self._legs) else self.span.stop
         self._legs.insert(index, _Leg(await self._find_hop(Span(block, stop), self.rows * end, give_up)))
         return self._legs[index]
@@ -236,15 +294,15 @@ class RouteSession:
         hop, inputs = leg.hop, self._inputs[leg.hop.span.start]
         peer = self._peers.of(hop.peer_id)
         session = await self._session_at(leg, since)
+        self._waiting_since = None
+        leg.since = since if leg.since is None else leg.since
         step = self._positions_per_step(peer)
         answers: list[torch.Tensor] = []
         while not answers or session.position < end:
             start = session.position
             part = slice(start, min(start + step, end))
-            prompts = None
-            if self._prompts is not None:
-                blocks = slice(hop.span.start - self.span.start, hop.span.stop - self.span.start)
-                prompts = self._prompts[blocks, :, part]
+            prompts = self._prompts_of(hop)
+            prompts = None if prompts is None else prompts[:, :, part]
             entering = Activations(inputs.part(part), prompts, hop.span.start)
             if entering.values and not leg.is_probed:
                 await self._acceptance.ready(hop, entering)
@@ -255,9 +313,17 @@ class RouteSession:
             peer.on_succeeded(
                 hop.server.span, tokens=entering.tokens, sent=answer.bytes_sent, received=answer.bytes_received
             )
+            self._served[ServedHop.of(hop, answer.hidden)] = None
+            leg.dtype, leg.seconds = answer.hidden.dtype, leg.seconds + answer.seconds
             if part.stop > since or part.start == end:
                 answers.append(answer.hidden[:, max(0, since - start) :])
         return answers[0] if len(answers) == 1 else torch.cat(answers, dim=1)
+
+    def _prompts_of(self, hop: Hop) -> torch.Tensor | None:
+        """Return the prompts of a hop's blocks, (blocks, rows or 1, prefix, hidden size)."""
+        if self._prompts is None:
+            return None
+        return self._prompts[hop.span.start - self.span.start : hop.span.stop - self.span.start]
 
     async def _session_at(self, leg: _Leg, position: int) -> HopSession:
         """Return the hop's session with no more than `position` positions in its cache."""

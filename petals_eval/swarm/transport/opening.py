@@ -8,6 +8,7 @@ is refused has uploaded nothing. It costs a round trip, and one for all of a rou
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from petals_eval.config import SwarmSettings
@@ -87,7 +88,7 @@ class SessionOpener:
             peer.cache.on_full(need, str(error), shown_free=shown_free)
             raise PeerCacheFullError(peer.cache.why_full(need)) from error
         peer.cache.on_opened(need)
-        session.add_close_callback(peer.cache.on_ended)
+        session.add_close_callback(partial(peer.cache.on_ended, need))
         return session
 
     async def _meaning_of(self, silence: PeerTimeoutError, peer: Peer, hop: Hop) -> PeerError:

@@ -13,9 +13,11 @@ from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, DispatchFailu
 from hivemind.proto import runtime_pb2
 
 from petals_eval.errors import PeerError, PeerRefusedError, PeerTimeoutError, PeerUnreachableError
+from petals_eval.swarm.directory.routing import Hop
+from petals_eval.swarm.wire.span import Span
 from petals_eval.text import printable
 
-__all__ = ["Answer", "TransformerConnectionHandler", "joined_answer", "one_line", "peer_errors"]
+__all__ = ["Answer", "ServedHop", "TransformerConnectionHandler", "joined_answer", "one_line", "peer_errors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,24 @@ class Answer:
     seconds: float
     bytes_sent: int
     bytes_received: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServedHop:
+    """Who computed blocks of a micro-batch or a session, and in what: the server's own words on version and
+    quantisation, the dtype of its answer."""
+
+    peer_id: str
+    span: Span
+    version: str | None
+    dtype: str
+    quant: str | None
+
+    @classmethod
+    def of(cls, hop: Hop, hidden: torch.Tensor) -> "ServedHop":
+        """Return a hop as it was served. hidden: what its server answered."""
+        record = hop.server.record
+        return cls(hop.peer_id, hop.span, record.version, str(hidden.dtype).removeprefix("torch."), record.quant_type)
 
 
 def joined_answer(answers: Sequence[Answer], dim: int, *, at_once: bool = False) -> Answer:

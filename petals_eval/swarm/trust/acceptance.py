@@ -71,12 +71,26 @@ class Acceptance:
         tokens, span = call.activations.tokens, call.hop.server.span
         state = peer.probes.get(span) or self._guard.new_state(peer, span)
         state.tokens += tokens
-        if self._audit is not None and may_audit and tokens:
-            self._audit.computed += 1
-            sampler = peer.samplers.get(span) or self._audit.new_sampler(peer, span)
-            if sampler.chooses(call, partial(self._audit.can_check, call.hop)):
-                await self._audit.start(peer, call)
-                self.refuse_distrusted(peer)
+        if may_audit and tokens and await self._audited(peer, call):
+            self.refuse_distrusted(peer)
+
+    async def offer(self, call: RecordedCall) -> None:
+        """Choose whether to audit what the steps of a session came to, each of which was accepted when it was made."""
+        peer = self._peers.of(call.hop.peer_id)
+        if peer.distrusted is None:
+            await self._audited(peer, call)
+
+    async def _audited(self, peer: Peer, call: RecordedCall) -> bool:
+        """Start an audit of an answer if it is chosen for one, and return whether it was."""
+        if self._audit is None:
+            return False
+        self._audit.computed += 1
+        span = call.hop.server.span
+        sampler = peer.samplers.get(span) or self._audit.new_sampler(peer, span)
+        if not sampler.chooses(call, partial(self._audit.can_check, call.hop)):
+            return False
+        await self._audit.start(peer, call)
+        return True
 
     def refuse_distrusted(self, peer: Peer) -> None:
         """Raise what the server was quarantined with, unless it is the last resort that the settings allow."""

@@ -96,7 +96,7 @@ def test_the_most_that_was_free_is_what_was_seen_without_sessions_of_ours(cache)
     cache.on_opened(10)
     cache.observe_free(900)
     assert cache.most_free == 768, "a session of ours was open"
-    cache.on_ended()
+    cache.on_ended(10)
     cache.observe_free(900)
     assert cache.most_free == 900
 
@@ -191,6 +191,21 @@ def test_sessions_that_are_open_are_counted_on_when_the_server_is_asked_anew(cac
     cache.ask_anew()
     cache.observe_free(100)
     assert cache.most_free is None, "a session of ours is still open there"
-    cache.on_ended()
+    cache.on_ended(5)
     cache.observe_free(100)
     assert cache.most_free == 100
+
+
+def test_sessions_of_ours_leave_others_a_share_of_the_cache(cache):
+    cache.on_opened(10)
+    assert cache.leaves_others(10**9, 0.5), "nothing is known of the room"
+    cache.on_ended(10)
+    cache.observe_free(100)
+    assert cache.leaves_others(90, 0.5), "the first of ours may take what it needs"
+    cache.on_opened(20)
+    assert cache.leaves_others(30, 0.5)
+    assert not cache.leaves_others(31, 0.5)
+    cache.on_opened(20)
+    assert not cache.leaves_others(30, 0.5)
+    cache.on_ended(20)
+    assert cache.leaves_others(30, 0.5)
