@@ -50,9 +50,9 @@ class Threshold:
         if spec.name == "confusion_matrix" or (found.name not in names and not is_part):
             raise ConfigError(f"{flag}: {found.name} is not a single number. Expected one such as {', '.join(names)}.")
         if spec.higher_is_better == is_upper:
-            better, instead = ("higher", "--fail-under") if is_upper else ("lower", "--fail-over")
+            better, right_flag = ("higher", "--fail-under") if is_upper else ("lower", "--fail-over")
             raise ConfigError(
-                f"{flag}: {found.name} is better when it is {better}. Give {instead} {found.name}={number.strip()}."
+                f"{flag}: {found.name} is better when it is {better}. Give {right_flag} {found.name}={number.strip()}."
             )
         if not is_upper and spec.best is not None and found.bound > spec.best:
             raise ConfigError(
