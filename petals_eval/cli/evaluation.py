@@ -22,7 +22,12 @@ __all__ = ["execute", "show_result"]
 
 def execute(settings: RunSettings) -> int:
     """Do what the settings say and print the result on stdout; everything on the way goes to stderr."""
-    from petals_eval.evaluation.estimate import estimate_run, expected_positions
+    from petals_eval.evaluation.estimate import (
+        estimate_generation,
+        estimate_run,
+        expected_new_tokens,
+        expected_positions,
+    )
     from petals_eval.evaluation.evaluate import evaluate_prepared
     from petals_eval.evaluation.prepare import prepare_run
     from petals_eval.report import ProgressDisplay
@@ -42,6 +47,8 @@ def execute(settings: RunSettings) -> int:
         _say(f"{_prompts_text(prepared.side.adapters)} · task {task} · {examples:,} examples")
         if settings.local_swarm is None:  # what an embedded swarm claims is made up
             _say(estimate_run(model.blocks.snapshot, expected_positions(prepared)))
+            if new_tokens := expected_new_tokens(prepared):
+                _say(estimate_generation(model.blocks.snapshot, new_tokens))
         with ProgressDisplay(prepared.total) as progress:
             result = evaluate_prepared(prepared, folder, model, progress=progress)
     return show_result(result, folder.path, prepared.thresholds, settings)

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import petals_eval
-from petals_eval.data import DataSource
+import petals_eval.evaluation.wire_error
+from petals_eval.data import DataSource, sample
 from petals_eval.errors import ConfigError, InterruptedRunError, TaskError
 from petals_eval.evaluation.dry_run import dry_run
 from petals_eval.evaluation.prepare import prepare
 from petals_eval.remote_model import LocalSide
+from petals_eval.runs import RunFolder
 from petals_eval.tasks import ChoiceTask, ContinuationTask
 from tests.model.reference import causal_lm
 from tests.support.real_swarm import STORIES, ProgressLines, predictions, stories_swarm
@@ -24,14 +26,20 @@ COPA = ChoiceTask(
 
 
 @pytest.fixture(scope="module")
-def model(realdata):
-    """The real model as it is, over two servers."""
-    with (
-        stories_swarm(realdata, [(0, 3), (3, 5)]) as swarm,
-        petals_eval.RemoteModel.from_pretrained(
-            str(realdata / STORIES), initial_peers=swarm.initial_peers, dht_prefix=swarm.dht_prefix
-        ) as remote,
-    ):
+def swarm(realdata):
+    with stories_swarm(realdata, [(0, 3), (3, 5)]) as started:
+        yield started
+
+
+def connected(realdata, swarm, **settings):
+    """The real model as it is, over the swarm's two servers."""
+    peers = {"initial_peers": swarm.initial_peers, "dht_prefix": swarm.dht_prefix}
+    return petals_eval.RemoteModel.from_pretrained(str(realdata / STORIES), **peers, **settings)
+
+
+@pytest.fixture(scope="module")
+def model(realdata, swarm):
+    with connected(realdata, swarm) as remote:
         yield remote
 
 
@@ -206,3 +214,23 @@ def test_thresholds_name_metrics_that_the_kind_has(model, copa):
     )
     with pytest.raises(TaskError, match="acc is that number"):
         prepared("acc_mutual_info=0.5", task=contexts)
+
+
+def test_a_lossy_wire_is_measured_on_the_rows_that_can_be_asked(realdata, swarm, tmp_path, monkeypatch):
+    rows = [
+        {"q": "I see th", "choices": ["e", "at"], "label": 0},
+        {"q": "Tom ran.", "choices": [" He", " A"], "label": 1},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = ChoiceTask(name="t", text="{q}", choices_column="choices", label_column="label", delimiter="")
+    with connected(realdata, swarm, wire="float16") as model:
+        petals_eval.evaluate(model, task=task, data=path, out=tmp_path / "both")
+        monkeypatch.setattr(petals_eval.evaluation.wire_error, "sample", lambda rows, limit, seed: sample(rows, 1, 1))
+        petals_eval.evaluate(model, task=task, data=path, out=tmp_path / "one")
+    samples = {}
+    for name in ("both", "one"):
+        with RunFolder.open(tmp_path / name) as folder:
+            samples[name] = folder.manifest.wire.sample
+    assert samples["both"].examples == 1 and 0 < samples["both"].largest < 0.1
+    assert (samples["one"].examples, samples["one"].note) == (0, "not measured: no example can be computed")

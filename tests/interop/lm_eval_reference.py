@@ -2,15 +2,16 @@
 
 It knows nothing of petals_eval. Settings come as JSON on stdin, answers go as JSON to stdout:
 
-    {"tasks": [{"name", "yaml" or "config", "rows", "shots", "overrides"}, ...],
-     "model": folder or null, "bos": [null, true, false], "max_length": tokens or null}
+    {"tasks": [{"name", "yaml" or "config", "rows", "shots", "overrides", "bos"}, ...],
+     "model": folder or null, "bos": [null, true, false]}
 
 yaml: one of the harness's own task files, below lm_eval/tasks. config: a definition in its words instead. rows: a jsonl
 file in place of the data set; shots: one in place of its training split. overrides: keys of the definition to change.
+bos: the values of the model's `add_bos_token` with which the task is computed.
 
-Without a model: {name: {"requests": [[[context, continuation] or [text] or [context, settings], ... ], ... a row],
-"right": [position or text, ... a row]}}. With one: {name: {str(bos): {"requests", "answers", "metrics"}}}, where answers
-are those of the backend `hf` to each request: [log-likelihood, is greedy], a log-likelihood, or a text.
+Without a model, for each task: {"requests": [[[context, continuation] or [text] or [context, settings], ... a request],
+... a row], "right": [position or text, ... a row]}. With one, by bos as text: {"requests", "answers", "metrics"}, where
+answers are those of the backend `hf` to each request: [log-likelihood, is greedy], a log-likelihood, or a text.
 """
 
 import contextlib
@@ -82,9 +83,8 @@ def computed(settings: dict[str, Any], bos: bool | None) -> dict[str, dict[str, 
         dtype="float32",
         batch_size=64,
         add_bos_token=bos,
-        max_length=settings.get("max_length"),
     )
-    tasks = {wanted["name"]: load(wanted) for wanted in settings["tasks"]}
+    tasks = {wanted["name"]: load(wanted) for wanted in settings["tasks"] if bos in wanted["bos"]}
     found: dict[str, dict[str, Any]] = {}
     for generated in (False, True):
         chosen = {name: task for name, task in tasks.items() if (task.OUTPUT_TYPE == "generate_until") == generated}

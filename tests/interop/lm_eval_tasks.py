@@ -16,7 +16,7 @@ ROWS = HERE.parent / "tasks" / "rows"
 class Counterpart:
     """A task file of the harness, below its lm_eval/tasks, and rows of ours with the columns of its data set.
 
-    metrics: our name of each of its metrics. shots: rows in place of its training split.
+    metrics: our name of each of its metrics, which may be that of one filter. shots: rows in place of its training split.
     """
 
     yaml: str
@@ -62,8 +62,132 @@ COUNTERPARTS = {
         "wikitext.jsonl",
         {name: name for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")},
     ),
-    "gsm8k": Counterpart("gsm8k/gsm8k.yaml", "gsm8k.jsonl", {"exact_match": "exact_match"}, shots="gsm8k.train.jsonl"),
+    "gsm8k": Counterpart(
+        "gsm8k/gsm8k.yaml",
+        "gsm8k.jsonl",
+        {
+            "exact_match,strict-match": "exact_match[strict]",
+            "exact_match,flexible-extract": "exact_match[flexible]",
+        },
+        shots="gsm8k.train.jsonl",
+    ),
 }
+
+
+def _choice(text: str, theirs: str, choices: list[str], metrics: list[str], **more: str) -> "Own":
+    """A task of choices in our words and in the harness's. choices: templates of ours. more: our names of metrics."""
+    columns = [choice[1:-1] for choice in choices if choice.startswith("{")]
+    ours = {"kind": "choice", "text": text, "choices": choices, "label_column": "label"}
+    return Own(
+        {
+            **ours,
+            "metrics": [*metrics, *{name.partition("[")[0] + "_per_class" * ("[" in name) for name in more.values()}],
+        },
+        {
+            "output_type": "multiple_choice",
+            "doc_to_text": theirs,
+            "doc_to_choice": f"{{{{[{', '.join(columns)}]}}}}" if columns else choices,
+            "doc_to_target": "label",
+            "metric_list": [{"metric": name, "aggregation": "mean"} for name in metrics]
+            + [{"metric": name} for name in more],
+        },
+        {name: name for name in metrics} | more,
+    )
+
+
+@dataclass(frozen=True)
+class Own:
+    """A task with templates of ours, and the same in the harness's words. metrics: our name of each of its metrics."""
+
+    ours: dict[str, Any]
+    theirs: dict[str, Any]
+    metrics: dict[str, str]
+
+
+OWN = {
+    "copa_questions": _choice(
+        "{premise}\nWhat was the {question}?",
+        "{{premise}}\nWhat was the {{question}}?",
+        ["{choice1}", "{choice2}"],
+        ["acc", "acc_norm", "acc_bytes", "acc_mutual_info"],
+    ),
+    "trec_words": _choice(
+        "Question: {text}\nThe answer is",
+        "Question: {{text}}\nThe answer is",
+        ["a description", "a thing", "some letters", "a person", "a place", "a number"],
+        ["acc", "acc_norm", "acc_bytes"],
+    ),
+    "sst2_words": _choice(
+        "{sentence}\nThis film was",
+        "{{sentence}}\nThis film was",
+        ["bad", "good"],
+        ["acc", "acc_norm"],
+        mcc="mcc",
+        f1="f1[good]",
+    ),
+    "stories": Own(
+        {"kind": "perplexity", "text": "{page}"},
+        {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{page}}",
+            "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+        },
+        {name: name for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")},
+    ),
+    "stories_continued": Own(
+        {
+            "kind": "generation",
+            "text": "{beginning}",
+            "answer": "{word}",
+            "max_new_tokens": 48,
+            "stop": ["\n\n", ". Then", "!"],
+            "extract": {"word": {"pattern": "([A-Za-z]+)"}},
+            "normalise": {"ignore_case": True},
+            "metrics": ["exact_match"],
+        },
+        {
+            "output_type": "generate_until",
+            "doc_to_text": "{{beginning}}",
+            "doc_to_target": "{{word}}",
+            "generation_kwargs": {"max_gen_toks": 48, "until": ["\n\n", ". Then", "!"], "do_sample": False},
+            "filter_list": [
+                {
+                    "name": "word",
+                    "filter": [{"function": "regex", "regex_pattern": "([A-Za-z]+)"}, {"function": "take_first"}],
+                }
+            ],
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "ignore_case": True}],
+        },
+        {"exact_match": "exact_match[word]"},
+    ),
+}
+
+
+def write_own_rows(realdata: Path, folder: Path) -> dict[str, Path]:
+    """Write the rows of the tasks of our own as jsonl. Returns the file of each."""
+    copa = [json.loads(line) for name in ("dev", "test") for line in _lines(realdata / "copa" / f"{name}.jsonl")]
+    trec = [line.partition(" ") for line in _lines(realdata / "trec" / "TREC.test.all", "latin-1")]
+    sst2 = [line.rpartition("\t") for line in _lines(realdata / "sst2" / "dev.tsv")]
+    paragraphs = (realdata / "tinystories" / "validation.txt").read_text(encoding="utf-8").strip().split("\n\n")
+    # Documents of 40 paragraphs; the first of them are enough for every digit, and all take as long as everything else.
+    documents = ["\n\n".join(paragraphs[at : at + 40]) for at in range(0, 20 * 40, 40)]
+    words = [paragraph.split(" ") for paragraph in paragraphs[:16]]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "copa_questions": copa,
+        "trec_words": [{"text": text, "label": int(label)} for label, _, text in trec],
+        "sst2_words": [{"sentence": sentence, "label": int(label)} for sentence, _, label in sst2],
+        "stories": [{"page": document} for document in documents],
+        "stories_continued": [{"beginning": " ".join(each[:9]), "word": each[9]} for each in words if len(each) > 9],
+    }
+    for name, found in rows.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return {name: folder / f"{name}.jsonl" for name in rows}
+
+
+def _lines(path: Path, encoding: str = "utf-8") -> list[str]:
+    return path.read_text(encoding=encoding).splitlines()
 
 
 def ask_lm_eval(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -81,7 +205,7 @@ def ask_lm_eval(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         text=True,
         env=environment,
         cwd=folder,
-        timeout=240,
+        timeout=540,
     )
     if done.returncode:
         raise RuntimeError(f"lm_eval_reference.py ended with exit code {done.returncode}:\n{done.stderr[-4000:]}")
