@@ -66,6 +66,8 @@ def test_other_families_and_label_words(tiny, tmp_path):
         ours, own = torch.tensor(found[head]["ours"]), torch.tensor(found[head]["own"])
         assert ours.argmax(-1).tolist() == own.argmax(-1).tolist()
         torch.testing.assert_close(ours, own, rtol=0, atol=1e-5)
+    assert found["batches"] == {"accuracy": 1.0, "f1": 1.0, "n": 12} and found["still training"]
+    assert found["token batches"]["loss"] == pytest.approx(found["own loss"], rel=1e-5)
     assert found["window"] == 3
     assert found["refused"].startswith("AdapterError: class logits were asked for, but a Distributed")
 
