@@ -18,9 +18,7 @@ CONTINUATION = ("log_likelihood", "is_greedy", "tokens", "characters")
 
 def scored(examples, columns) -> ScoredRows:
     """Rows of (label, items)."""
-    return ScoredRows.of(
-        ((label, None, np.array(items, "<f8").tobytes()) for label, items in examples), columns, count=len(examples)
-    )
+    return ScoredRows.of(((label, None, np.array(items, "<f8").tobytes()) for label, items in examples), columns)
 
 
 def some_choices(rows=200, most=6):
