@@ -12,9 +12,10 @@ from petals_eval.text import plural
 
 if TYPE_CHECKING:
     from petals_eval.evaluation.dry_run import DryRun, Generating
+    from petals_eval.evaluation.groups import PreparedGroup
     from petals_eval.evaluation.prepare import Prepared
 
-__all__ = ["show_dry_run"]
+__all__ = ["show_dry_run", "show_group_dry_run"]
 
 DRY_RUN_SCHEMA = 1
 LOOK_SECONDS = 15.0  # a dry run works without a swarm, so it does not wait long for one
@@ -27,11 +28,9 @@ def show_dry_run(settings: RunSettings, prepared: "Prepared") -> int:
     JSON."""
     from petals_eval.evaluation.dry_run import dry_run
 
-    plans = (dry_run(prepared, adapter) for adapter in prepared.side.adapters or (None,))
     if settings.json_output:
-        typer.echo(json.dumps(_as_json(settings, prepared, list(plans)), indent=2, ensure_ascii=False))
-        return 0
-    for plan in plans:
+        return _echo_json({"schema_version": DRY_RUN_SCHEMA, **_as_json(settings, prepared)})
+    for plan in (dry_run(prepared, adapter) for adapter in prepared.side.adapters or (None,)):
         typer.echo(f"== {plan.adapter or 'no prompts'}: the first examples as the model reads them")
         for example in plan.shown:
             typer.echo(f"{example}\n")
@@ -45,14 +44,32 @@ def show_dry_run(settings: RunSettings, prepared: "Prepared") -> int:
     return 0
 
 
-def _as_json(settings: RunSettings, prepared: "Prepared", plans: "list[DryRun]") -> dict[str, object]:
+def show_group_dry_run(settings: RunSettings, group: "PreparedGroup") -> int:
+    """Print what `show_dry_run` prints of each task of a group."""
+    if settings.json_output:
+        tasks = [_as_json(settings, member) for member in group.members]
+        return _echo_json({"schema_version": DRY_RUN_SCHEMA, "group": group.group.name, "tasks": tasks})
+    for member in group.members:
+        typer.echo(f"=== task {member.task.name}")
+        show_dry_run(settings, member)
+    return 0
+
+
+def _as_json(settings: RunSettings, prepared: "Prepared") -> dict[str, object]:
+    from petals_eval.evaluation.dry_run import dry_run
+
     return {
-        "schema_version": DRY_RUN_SCHEMA,
         "task": prepared.task.name,
         "kind": prepared.task.kind,
-        "adapters": [plan.to_json() for plan in plans],
+        "notes": list(prepared.notes),
+        "adapters": [dry_run(prepared, adapter).to_json() for adapter in prepared.side.adapters or (None,)],
         "servers": _route(settings, prepared),
     }
+
+
+def _echo_json(found: dict[str, object]) -> int:
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    return 0
 
 
 def _amounts(plan: "DryRun", kind: str) -> list[str]:

@@ -13,7 +13,7 @@ __all__ = ["HELP", "SHORT", "show"]
 
 SHORT = "Show the result of a run folder."
 HELP = """Show the result of a run folder, computed anew from its journal: of a run that is finished, was
-interrupted or is under way, and of folders that earlier versions wrote. Nothing is written.
+interrupted or is under way, of a group of tasks, and of folders that earlier versions wrote. Nothing is written.
 
 \b
   petals-eval show runs/sst2
@@ -31,6 +31,8 @@ def show(
     from petals_eval.runs.thresholds import parse_thresholds
 
     settings = ResultSettings(**flags)
+    if (folder / "group.json").is_file():
+        return _show_group(folder, settings)
     with RunFolder.open(folder) as opened:
         labels, kind = opened.names_of("label_names"), opened.manifest.kind
         thresholds = parse_thresholds(settings.fail_under, settings.fail_over, labels, kind=kind)
@@ -40,3 +42,16 @@ def show(
         scored = sum(each.n_scored for each in every)
         typer.echo(f"note: this run is not finished; {plural(scored, 'example is', 'examples are')} scored", err=True)
     return show_result(result, folder, thresholds, settings)
+
+
+def _show_group(folder: Path, settings: ResultSettings) -> int:
+    from petals_eval.cli.evaluation import show_group
+    from petals_eval.runs import GroupResult
+    from petals_eval.runs.thresholds import parse_thresholds
+
+    result = GroupResult.of_folder(folder)
+    thresholds = {
+        name: parse_thresholds(settings.fail_under, settings.fail_over, each.first.label_names, kind=each.kind)
+        for name, each in result.tasks.items()
+    }
+    return show_group(result, folder, thresholds, settings)

@@ -171,7 +171,12 @@ def dry_run(prepared: Prepared, adapter: "Adapter | None", *, show: int = 2) -> 
         hidden_bytes=positions * local.hidden_size * value_bytes,
         prompt_bytes=0 if deep_prompts is None else carried * deep_prompts.numel() * local.dtype.itemsize,
         generating=counted.generating(local.hidden_size, value_bytes, local.dtype.itemsize),
-        notes=(*_draws(prepared), *notes, *_too_many_openings(counted.bos_tokens), *_unused_tensors(local, adapter)),
+        notes=(
+            *_draws(prepared),
+            *notes,
+            *_too_many_openings(counted.bos_tokens),
+            *_unused_tensors(local, adapter),
+        ),
     )
 
 
@@ -247,14 +252,16 @@ class _Counted:
             if self.bos is not None:
                 self.bos_tokens[sum(1 for _ in itertools.takewhile(self.bos.__eq__, request.input_ids))] += 1
             if request.decoding is not None:
-                self._add_text(self.prefix + len(request.input_ids), request.decoding.max_new_tokens)
+                self._add_text(request)
 
-    def _add_text(self, positions: int, new_tokens: int) -> None:
+    def _add_text(self, request: Request) -> None:
+        in_session, new_tokens = self.prefix + request.positions, request.new_tokens
         self.texts += 1
         self.new_tokens += new_tokens
-        self.session_positions += positions + new_tokens - 1
-        self.longest_session = max(self.longest_session, positions + new_tokens)
-        self.forward_positions += new_tokens * positions + new_tokens * (new_tokens - 1) // 2
+        self.session_positions += in_session
+        self.longest_session = max(self.longest_session, in_session)
+        # The first call has the text alone, the last one all but the last token.
+        self.forward_positions += new_tokens * (self.prefix + len(request.input_ids) + in_session) // 2
 
     def generating(self, hidden_size: int, value_bytes: int, session_value_bytes: int) -> Generating | None:
         """Return what the texts cost. A session is lossless, whatever the wire."""

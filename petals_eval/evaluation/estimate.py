@@ -16,21 +16,16 @@ def expected_positions(prepared: Prepared) -> int:
     generated, what they take in sessions at most.
     """
     prefix = max((adapter.prefix_length for _, adapter, _ in prepared.variants if adapter is not None), default=0)
-    positions = sum(len(request.input_ids) + prefix + _new_tokens(request) for request in _first_requests(prepared))
-    return _of_all(prepared, positions)
+    return _of_all(prepared, sum(request.positions + prefix for request in _first_requests(prepared)))
 
 
 def expected_new_tokens(prepared: Prepared) -> int:
     """Estimate the tokens that a run generates at most; 0 where it generates none."""
-    return _of_all(prepared, sum(map(_new_tokens, _first_requests(prepared))))
+    return _of_all(prepared, sum(request.new_tokens for request in _first_requests(prepared)))
 
 
 def _first_requests(prepared: Prepared) -> Iterator[Request]:
     return (request for example in prepared.first_examples for request in example.requests)
-
-
-def _new_tokens(request: Request) -> int:
-    return 0 if request.decoding is None else request.decoding.max_new_tokens
 
 
 def _of_all(prepared: Prepared, in_the_first: int) -> int:

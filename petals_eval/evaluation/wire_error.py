@@ -80,7 +80,7 @@ def _measured(
     from petals_eval.swarm import SwarmConnection
 
     name, prompts, task = variant
-    examples = [example for example in task.examples(rows, model.local.tokenizer) if example.error is None]
+    examples = [each for each in task.examples(rows, model.local.tokenizer) if each.error is None]
     if not examples:
         return WireSample(name, 0, None, None, None, "not measured: none of the examples drawn can be computed")
     settings = model.blocks.settings.model_copy(update={"wire": None})
@@ -125,7 +125,7 @@ def _answers(
 ) -> Answers:
     """Return the answers by the key of their example, in the order of its requests."""
     requests = [request for example in examples for request in example.requests]
-    found = {
-        (each.request.key, each.request.part): each.answer for each in model.compute(requests, adapter, on_tick=on_tick)
-    }
+    texts = any(request.decoding is not None for request in requests)
+    answered = (model.generate if texts else model.compute)(requests, adapter, on_tick=on_tick)
+    found = {(each.request.key, each.request.part): each.answer for each in answered}
     return {example.key: [found[example.key, request.part] for request in example.requests] for example in examples}

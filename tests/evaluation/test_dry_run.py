@@ -132,7 +132,7 @@ def test_texts_to_generate_cost_at_most_this(plan_of, shown):
         n_new_tokens=30,
         session_positions=(8 + 5 + 9) + (8 + 7 + 9) + (8 + 9 + 9),
         session_bytes=72 * HIDDEN * 4,
-        longest_session=8 + 9 + 10,
+        longest_session=8 + 9 + 9,
         forward_positions=sum(PREFIX + length + step for length in (5, 7, 9) for step in range(10)),
         forward_bytes=585 * HIDDEN * 4,
     )
@@ -142,7 +142,7 @@ def test_texts_to_generate_cost_at_most_this(plan_of, shown):
     assert "would send 3 examples as 3 requests:" in lines
     assert "  no beginning-of-text token in front of the texts" in lines
     assert any(
-        line.startswith("  30 new tokens at most, in sessions of up to 27 positions: 72 positions, 18.4 kB of hidden")
+        line.startswith("  30 new tokens at most, in sessions of up to 26 positions: 72 positions, 18.4 kB of hidden")
         for line in lines
     )
     assert "  where no server opens a session, a forward call a token: 585 positions, 149.8 kB" in lines
@@ -195,7 +195,7 @@ def test_the_estimate_counts_new_tokens_in_sessions(prepared):
     first = tuple(Asking("generation", texts).examples(prepared.part, None))
     run = replace(prepared, first_examples=first)
     assert expected_new_tokens(run) == 30
-    assert expected_positions(run) == 3 * PREFIX + 5 + 7 + 9 + 30
+    assert expected_positions(run) == 3 * PREFIX + 5 + 7 + 9 + 27
     assert expected_new_tokens(prepared) == 0
 
 

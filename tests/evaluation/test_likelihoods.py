@@ -177,7 +177,8 @@ def test_rows_that_cannot_be_asked_are_failures_and_the_others_are_scored(model,
     prepared = prepare(lambda: LocalSide(model.local, (), model.blocks.settings, "x"), task=task, data=path)
     plan = dry_run(prepared, None)
     assert (plan.n_examples, plan.n_failed, plan.n_requests) == (4, 2, 4)
-    assert "begins inside a token" in plan.why_failed
+    assert [key for key, _ in plan.failures] == ["0", "2"] and "begins inside a token" in plan.failures[0][1]
+    assert plan.n_unlabelled == 1
 
 
 def test_cutting_leaves_the_same_room_for_every_adapter(model, tmp_path):
