@@ -148,6 +148,8 @@ def dry_run(prepared: Prepared, adapter: "Adapter | None", *, show: int = 2) -> 
     for batch in micro_batches(requests(), max_tokens=at_once, prefix=prefix, boundary=boundary):
         batches += 1
         positions += len(batch.requests) * (prefix + batch.input_ids.shape[1])
+    if counted.truncated and getattr(task, "text_pair", None) is not None:
+        notes["of a pair that is too long, tokens go from the end of the longer text first"] = None
     deep_prompts = None if adapter is None else adapter.deep_prompts
     carried = batches + counted.texts  # a session is sent them with its first step
     return DryRun(

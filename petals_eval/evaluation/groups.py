@@ -78,7 +78,7 @@ def prepare_group(
     side_of_all = cache(open_side)
     members = []
     for member in group.tasks:
-        task = load_task(member)  # type: ignore[arg-type]
+        task = load_task(member)
         place = None if out is None else Path(out) / folder_name(task.name)
         wanted = () if group.metric is None else (group.metric,)
         try:

@@ -24,6 +24,11 @@ def merge(parts: Sequence[str | Path], *, out: str | Path) -> RunResult:
     Raises RunFolderError where a part is missing, given twice, not finished, or of another run (with the difference),
     and for an `out` that holds something else; MachineError for the disk.
     """
+    if isinstance(parts, str | Path) or not isinstance(parts, Sequence):
+        raise ConfigError(f"expected a list of run folders to merge, found {type(parts).__name__}")
+    odd = [each for each in (*parts, out) if not isinstance(each, str | Path)]
+    if odd:
+        raise ConfigError(f"expected paths of run folders, found {type(odd[0]).__name__}")
     if not parts:
         raise ConfigError("expected the run folders of the parts to merge; found none")
     with ExitStack() as stack:

@@ -6,7 +6,7 @@ connected. What has to be downloaded comes after what lies here.
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from pydantic import BaseModel
 
 from petals_eval.config import PromptSettings, RunSettings
-from petals_eval.data import DataSource, Rows, is_local, load_rows
+from petals_eval.data import DataSource, Rows, is_local, load_rows, rows_of
 from petals_eval.errors import ConfigError, ModelError
 from petals_eval.evaluation.shots import RowsAndShots, row_code_of, rows_and_shots, with_prompt
-from petals_eval.remote_model import LocalSide
+from petals_eval.remote_model import LocalSide, check_device, dtype_of
 from petals_eval.runs.code_hash import answering_code, task_code
 from petals_eval.runs.folder import RunFolder, check_folder, holds_finished
 from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, check_names
@@ -35,7 +35,17 @@ if TYPE_CHECKING:
     from petals_eval.local_swarm import LocalSwarm
     from petals_eval.model import Adapter, LocalPart
 
-__all__ = ["NO_ADAPTER", "Prepared", "Variant", "options_of_run", "prepare", "prepare_run", "side_of_run"]
+__all__ = [
+    "IN_MEMORY",
+    "NO_ADAPTER",
+    "Data",
+    "Prepared",
+    "Variant",
+    "options_of_run",
+    "prepare",
+    "prepare_run",
+    "side_of_run",
+]
 
 NO_ADAPTER = "no prompts"
 """The journal's name for a model evaluated as it is."""
@@ -54,6 +64,13 @@ _NOT_ANSWERING = (
     *("allow_nondeterministic", "window", "deadline", "verify", "request_timeout", "push", "generation_rows"),
 )
 """The settings of calls that change no answer: a run may go on with others."""
+
+
+IN_MEMORY = "rows in memory"
+"""What a manifest calls data that came from no file and from no hub; its fingerprint is that of the values."""
+
+Data = str | Path | DataSource | Iterable[Mapping[str, object]]
+"""What may be evaluated: a file, a hub name, a DataSource, or rows (`petals_eval.data.rows_of` says which)."""
 
 
 class Variant(NamedTuple):
@@ -116,8 +133,8 @@ class Prepared:
 def prepare(
     open_side: Callable[[], LocalSide],
     *,
-    task: str | Path | Task,
-    data: str | Path | DataSource | None = None,
+    task: str | Path | Mapping[str, Any] | Task,
+    data: Data | None = None,
     limit: int | None = None,
     seed: int = 0,
     max_length: int | None = None,
@@ -151,13 +168,15 @@ def prepare(
     is_finished = may_be_finished and out is not None and holds_finished(out)
     if out is not None and not is_finished:
         check_folder(out)
-    source = data if isinstance(data, DataSource) else resolve_source(asked, data, **source_settings)
+    given = _rows_or_source(asked, data, source_settings)
+    source = None if isinstance(given, Rows) else given
 
     def read() -> RowsAndShots:
-        rows = getattr(asked, "documents", lambda rows: rows)(load_rows(source))
+        loaded = given if isinstance(given, Rows) else load_rows(given)
+        rows = getattr(asked, "documents", lambda rows: rows)(loaded)
         return rows_and_shots(asked, rows, source, code, limit=limit, seed=seed, draws=prompt.draws)
 
-    if is_local(source):
+    if source is None or is_local(source):
         found, side = read(), open_side()
     else:
         side, found = open_side(), read()
@@ -220,6 +239,15 @@ def prepare(
     )
 
 
+def _rows_or_source(task: Task, data: Data | None, settings: dict[str, Any]) -> Rows | DataSource:
+    """Return rows that are at hand already, or from where they are read. Raises DataError, ConfigError."""
+    if isinstance(data, DataSource):
+        return data
+    if data is None or isinstance(data, str | Path):
+        return resolve_source(task, data, **settings)
+    return rows_of(data, name=IN_MEMORY)
+
+
 def prepare_run(settings: RunSettings) -> Prepared:
     """Prepare the run that the command was told of. Raises as `prepare` does."""
     open_side, swarms = side_of_run(settings)
@@ -265,19 +293,11 @@ def side_of_run(settings: RunSettings) -> "tuple[Callable[[], LocalSide], list[L
 
 def _local_options(settings: RunSettings) -> dict[str, Any]:
     """Return how the local part is loaded. Raises ConfigError for a device that this machine or torch does not have."""
-    import torch
-
-    try:
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"device: expected one that torch can use here, found {settings.device!r}: {reason}"
-        ) from error
+    check_device(settings.device)
     return {
         "revision": settings.revision,
         "token": settings.hub_token,
-        "dtype": None if settings.dtype is None else getattr(torch, settings.dtype),
+        "dtype": dtype_of(settings.dtype),
         "device": settings.device,
         "pool": settings.pool,
     }

@@ -22,7 +22,7 @@ from petals_eval.errors import MachineError, RunFolderError
 from petals_eval.runs.disk import TEMPORARY_SUFFIX, blame_the_machine, write_atomically
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import SCHEMA_VERSION, Manifest, NoisyServer, WireRecord, difference
-from petals_eval.runs.results import RunResult, run_result
+from petals_eval.runs.results import WITHOUT_POSITIONS, RunResult, run_result
 from petals_eval.runs.texts import TEXTS_FILE, TextFile
 from petals_eval.tasks.requests import Prediction
 from petals_eval.text import listed
@@ -30,7 +30,6 @@ from petals_eval.text import listed
 __all__ = ["RunFolder", "check_folder", "holds_finished", "new_default_folder"]
 
 PREDICTIONS_SCHEMA = 2
-WITHOUT_POSITIONS = ("regression",)  # kinds whose labels and predictions are numbers, and no positions of anything
 
 
 class RunFolder:

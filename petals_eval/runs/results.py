@@ -1,7 +1,7 @@
 """The result of a run, computed from its journal alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -9,9 +9,11 @@ from petals_eval.metrics import Metric, Spread, confusion_matrix, measure, title
 from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, ServerUsed, WireRecord
+from petals_eval.tasks.requests import Prediction
 from petals_eval.text import number_text
 
 __all__ = [
+    "WITHOUT_POSITIONS",
     "WITHOUT_PROMPTS",
     "AdapterResult",
     "ComputedIn",
@@ -26,6 +28,7 @@ SCHEMA_VERSION = 2
 TESTED_PETALS = ("2.2.", "2.3.")  # releases whose wire was tested; on others only the forward path is relied
 LABELLED_KINDS = ("classification", "regression", "choice")  # whose rows say what is right in their label
 OF_TEXTS_ALONE = ("new_tokens", "stopped_by_length")  # columns of generated texts that need no right text beside them
+WITHOUT_POSITIONS = ("regression",)  # kinds whose labels and predictions are numbers, and no positions
 WITHOUT_PROMPTS = "without the prompts"  # the journal's adapter name of the run that shows what the prompts are worth
 
 
@@ -40,6 +43,8 @@ class AdapterResult:
     label_names, confusion: of labels that all rows share, otherwise empty; counts, row = label, column = prediction.
     draws: with several draws of shots, the result of each, under the journal's name for it; then metrics are the means
         over them, and everything that is counted here is counted over all of them.
+    predictions: the scored examples, in the order of the data, where `petals_eval.evaluate` returned this; about 0.8 KB
+        each. Empty for the command and for `merge`: the run folder has them.
     """
 
     adapter: str
@@ -53,6 +58,7 @@ class AdapterResult:
     confusion: tuple[tuple[int, ...], ...]
     n_unlabelled: int = 0
     draws: "tuple[AdapterResult, ...]" = ()
+    predictions: tuple[Prediction, ...] = field(default=(), repr=False)
 
     @property
     def in_journal(self) -> "tuple[AdapterResult, ...]":
@@ -144,6 +150,11 @@ class RunResult:
         """The metrics of the first adapter."""
         return self.first.metrics
 
+    @property
+    def predictions(self) -> tuple[Prediction, ...]:
+        """The predictions of the first adapter."""
+        return self.first.predictions
+
     def to_json(self) -> dict[str, object]:
         """Return `metrics.json`: the first adapter's numbers on top; with several, all again under "adapters"."""
         about = {"schema_version": SCHEMA_VERSION, "task": self.task, "kind": self.kind}
@@ -184,8 +195,12 @@ def run_result(
     metrics: Sequence[str],
     label_names: Sequence[str],
     retries: int,
+    keep_predictions: bool = False,
 ) -> RunResult:
-    """Compute the result of a run from its journal. Raises as `summarise` does."""
+    """Compute the result of a run from its journal. Raises as `summarise` does.
+
+    keep_predictions: whether the result holds every prediction.
+    """
     seed = manifest.seeds.get("bootstrap", 0)
     results: dict[str, AdapterResult] = {}
     draws: dict[str, list[AdapterResult]] = {}
@@ -199,6 +214,8 @@ def run_result(
             columns=manifest.answer_columns,
             seed=seed,
         )
+        if keep_predictions:
+            found = replace(found, predictions=_predictions(journal, adapter.name, manifest))
         if adapter.adapter is None:
             results[adapter.name] = found
         else:
@@ -285,6 +302,18 @@ def summarise(
         confusion=tuple(map(tuple, confusion)),
         n_unlabelled=_unlabelled(kind, rows),
     )
+
+
+def _predictions(journal: Journal, adapter: str, manifest: Manifest) -> tuple[Prediction, ...]:
+    found = journal.predictions(adapter, len(manifest.answer_columns))
+    if manifest.kind in WITHOUT_POSITIONS:
+        return tuple(found)
+    # SQLite gives back a position as a float.
+    return tuple(replace(each, label=_whole(each.label), prediction=_whole(each.prediction)) for each in found)
+
+
+def _whole(position: float | None) -> int | None:
+    return None if position is None else int(position)
 
 
 def _unlabelled(kind: str, rows: ScoredRows) -> int:

@@ -46,20 +46,28 @@ class EncodedPair:
     answer: tuple[int, ...]
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[tuple[tuple[int, ...], bool]]:
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], max_length: int, pairs: Sequence[str] | None = None
+) -> list[tuple[tuple[int, ...], bool]]:
     """Return the tokens of each text, at most `max_length` with the tokenizer's special ones, and whether it was cut.
 
-    These are the tokens of `tokenizer(text, truncation=True, max_length=max_length)`, always cut on the right.
+    These are the tokens of `tokenizer(text, truncation=True, max_length=max_length)`, always cut on the right. With
+    `pairs`, the second texts, they are those of `tokenizer(text, pair, ...)`: a token at a time goes from the end of
+    whichever text is the longer one then.
     """
     if not texts:
         return []
+
+    def given(rows: Sequence[int]) -> tuple[list[str], ...]:
+        return tuple([several[row] for row in rows] for several in (texts, pairs) if several is not None)
+
     # verbose=False: a text longer than the model's context is no reason for a warning, for it is about to be cut.
-    whole = tokenizer(list(texts), verbose=False)["input_ids"]
+    whole = tokenizer(*given(range(len(texts))), verbose=False)["input_ids"]
     long = [row for row, ids in enumerate(whole) if len(ids) > max_length]
     kept = [tuple(ids) for ids in whole]
     if long:
         with _cutting_right(tokenizer):
-            shorter = tokenizer([texts[row] for row in long], truncation=True, max_length=max_length)["input_ids"]
+            shorter = tokenizer(*given(long), truncation=True, max_length=max_length)["input_ids"]
         for row, ids in zip(long, shorter, strict=True):
             kept[row] = tuple(ids)
     return [(ids, len(before) > len(ids)) for ids, before in zip(kept, whole, strict=True)]

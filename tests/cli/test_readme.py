@@ -229,15 +229,20 @@ def test_set_up_commands_are_there() -> None:
 
 
 @pytest.mark.usefixtures("surroundings")
-def test_the_python_example() -> None:
-    # The second one needs Petals and a training loop: tests/interop/test_live_petals_model.py runs such a loop.
-    example, _ = blocks("python")
+def test_the_python_examples() -> None:
+    # The last one needs Petals and a training loop: tests/interop/test_live_petals_model.py runs such a loop.
+    *examples, _ = blocks("python")
     names: dict[str, Any] = {}
     with LocalSwarm("my-llama", servers=2, mode="thread") as swarm:
         names["peers"] = swarm.initial_peers
-        exec(textwrap.dedent(example), names)
+        for example in examples:
+            exec(textwrap.dedent(example), names)
     accuracy = names["accuracy"]
     assert accuracy.value > 0.9 and accuracy.ci95[0] < accuracy.value
+    metrics, result = names["metrics"], names["result"]
+    assert metrics["n"] == len(result.predictions) == 400
+    for ours, theirs in (("accuracy", "accuracy"), ("f1", "f1_macro")):
+        assert metrics[ours] == pytest.approx(result.metrics[theirs].value)
     assert Path("runs/from-python/report.md").exists()
 
 
@@ -247,7 +252,7 @@ def test_the_readme_names_what_there_is() -> None:
         task.name for task in petals_eval.tasks.list_tasks()
     }
     assert all(family.title in README for family in FAMILIES.values())
-    for name in ("reviews.yaml", "questions.yaml", "words.yaml"):
+    for name in ("reviews.yaml", "questions.yaml", "words.yaml", "alike.yaml"):
         assert load_task(name).name == Path(name).stem
     commands = ("run", "show", "health", "swarm", "bootstrap", "bench forward", "bench inference")
     shown = "".join(invoke(*command.split(), "--help").out for command in commands)

@@ -150,6 +150,11 @@ def test_a_file_has_no_splits_and_the_run_says_where_shots_come_from(source):
     assert len(run.part) == COUNT - 2
 
 
+def test_shots_of_rows_in_memory(source):
+    rows = [{"text": f"film {index}", "label": ("good", "bad")[index % 2]} for index in range(COUNT)]
+    assert petals_eval.evaluate(model(), task=task(), data=rows, shots=2).first.n_examples == COUNT - 2
+
+
 def test_shots_that_the_task_writes_out(source):
     own = task(shots={"rows": [{"text": "my own", "label": "good"}]})
     run = prepared(source, task=own)

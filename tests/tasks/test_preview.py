@@ -89,3 +89,9 @@ def test_how_a_text_goes_on_is_shown(tokenizer):
     assert "  goes on for at most 1,000 tokens, or until '\\n'; the likeliest each time" in show_example(
         made, tokenizer
     )
+
+
+def test_a_row_without_a_label_says_so(tokenizer):
+    [made] = task_of(unlabelled="predict").examples(rows_of([{"text": "It is", "label": -1}]), tokenizer)
+    assert describe_example(made, tokenizer, 0, ("no", "yes"))["label"] is None
+    assert show_example(made, tokenizer, 0, ("no", "yes")).startswith("example 0  no label  ")

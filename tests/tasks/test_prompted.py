@@ -6,7 +6,7 @@ import pytest
 
 from petals_eval.data import rows_of
 from petals_eval.errors import DataError, ExampleError, ModelError, TaskError
-from petals_eval.tasks import ChoiceTask, ClassificationTask
+from petals_eval.tasks import ChoiceTask, ClassificationTask, ContinuationTask, GenerationTask
 from petals_eval.tasks.prompted import PromptedTask
 from petals_eval.tasks.shots import Shots, draw_shots
 
@@ -107,6 +107,20 @@ def test_a_chat_has_the_shots_as_turns_and_no_delimiters(chatting):
     assert request.input_ids.count(chatting.bos_token_id) == 1
 
 
+def test_every_kind_that_goes_on_from_a_text_has_shots(chatting):
+    """A continuation shows its targets, a generation the first of its right texts."""
+    target = ContinuationTask(name="t", text="Q: {question}\nA:", target="{answer}", shots=2)
+    written = GenerationTask(name="t", text="Q: {question}\nA:", answer="{answer}", max_new_tokens=5, shots=2)
+    shots = "Q: Is it day?\nA: 1\n\nQ: Is it night?\nA: 0\n\n"
+    assert third(shown(target), chatting).text == f"{shots}Q: Is it cold?\nA:[ 0]"
+    assert third(shown(written), chatting).text == f"{shots}Q: Is it cold?\nA:"
+    in_a_chat = "<s><user>Q: Is it cold?\nA:</user><assistant>"
+    for task in (target, written):
+        made = third(task.model_copy(update={"chat": True, "shots": None}), chatting)
+        assert made.text.removesuffix("[0]") == in_a_chat
+        assert made.requests[0].input_ids.count(chatting.bos_token_id) == 1
+
+
 def test_a_chat_template_that_fails_for_every_row_is_told_at_once(chatting):
     chatting.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}x"
@@ -168,9 +182,7 @@ def test_a_prompt_that_is_too_long_fails_whole(tokenizer, labels):
     made = third(shown(words(label_words=labels, shots=2, max_length=20)), tokenizer)
     assert made.requests == ()
     assert not made.truncated
-    assert "tokens with 2 shots, and max_length of t is 20. Ask for fewer shots, or raise max_length" in str(
-        made.error
-    )
+    assert "tokens with 2 shots, and max_length of t is 20. Ask for fewer shots, or raise max_length" in str(made.error)
 
 
 def test_a_choice_whose_prompt_is_too_long_for_the_model_fails_whole(tokenizer):
