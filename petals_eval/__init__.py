@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from petals_eval import errors
     from petals_eval.config import PUBLIC_SWARM, SwarmSettings
     from petals_eval.data import DataSource
+    from petals_eval.evaluation.batches import evaluate_batches
     from petals_eval.evaluation.evaluate import evaluate
     from petals_eval.evaluation.merge import merge
     from petals_eval.health import HealthReport, check_health
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from petals_eval.runs.group_result import GroupResult
     from petals_eval.runs.results import AdapterResult, RunResult
     from petals_eval.swarm import RemoteSequential, SwarmConnection
-    from petals_eval.tasks import ChoiceTask, ClassificationTask, ContinuationTask, TaskGroup
+    from petals_eval.tasks import ChoiceTask, ClassificationTask, ContinuationTask, RegressionTask, TaskGroup
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "GroupResult",
     "HealthReport",
     "LocalSwarm",
+    "RegressionTask",
     "RemoteModel",
     "RemoteSequential",
     "RunResult",
@@ -48,6 +50,7 @@ __all__ = [
     "check_health",
     "errors",
     "evaluate",
+    "evaluate_batches",
     "merge",
 ]
 
@@ -61,6 +64,7 @@ _HOMES = {
     "GroupResult": "petals_eval.runs.group_result",
     "RunResult": "petals_eval.runs.results",
     "evaluate": "petals_eval.evaluation.evaluate",
+    "evaluate_batches": "petals_eval.evaluation.batches",
     "merge": "petals_eval.evaluation.merge",
     "HealthReport": "petals_eval.health",
     "check_health": "petals_eval.health",
@@ -69,6 +73,7 @@ _HOMES = {
     "ChoiceTask": "petals_eval.tasks",
     "ClassificationTask": "petals_eval.tasks",
     "ContinuationTask": "petals_eval.tasks",
+    "RegressionTask": "petals_eval.tasks",
     "TaskGroup": "petals_eval.tasks",
 }
 

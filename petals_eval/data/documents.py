@@ -10,11 +10,11 @@ __all__ = ["joined_rows"]
 
 
 def joined_rows(rows: Rows, count: int | None, separator: str) -> Rows:
-    """Return rows each of which is `count` consecutive ones of `rows`, the last perhaps fewer; None: all of them in one.
+    """Return rows each of which is `count` consecutive ones of `rows`, the last perhaps fewer; None: all in one.
 
     Their columns are the same. A value is the texts of its rows with `separator` between them; numbers, false and true
     are written as a template writes them. Where a row has nothing the joined one has nothing, and where one has a list
-    or another thing that is no text, the joined value is the list of them. A joined row begins in the line of its first.
+    or another thing that is no text, the joined value is the list of them. A joined row's line is that of its first.
     """
     table = _Joined(rows, len(rows) if count is None else count, separator)
     return Rows(table, name=rows.name, fingerprint=table.content_hash())

@@ -67,17 +67,18 @@ def prepare_group(
     open_side: loads our side of the model; called once. options: of `prepare`, the same for all of them.
     Raises ConfigError for what a group cannot have, and as `prepare` does, with the task's name.
     """
-    for name, given, instead in (
+    for name, given, advice in (
         ("data", data, "put data into the group's tasks, as {task: sst2, data: {path: my-rows.csv}}"),
         ("shard", shard, "evaluate its tasks by themselves, which can be merged"),
     ):
         if given is not None:
-            raise ConfigError(f"{name}: not for all tasks of group {group.name} together: {instead}.")
+            raise ConfigError(f"{name}: not for all tasks of group {group.name} together: {advice}.")
     if out is not None and Path(out).is_file():
         raise ConfigError(f"out: expected a folder for group {group.name}, found a file at {out}.")
     side_of_all = cache(open_side)
     members = []
-    for task in map(load_task, group.tasks):  # loaded already, but for one that was put together in Python
+    for member in group.tasks:
+        task = load_task(member)
         place = None if out is None else Path(out) / folder_name(task.name)
         wanted = () if group.metric is None else (group.metric,)
         try:

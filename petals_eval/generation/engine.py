@@ -92,14 +92,13 @@ def generate(
     on_failed: Callable[[Request, ExampleError], object],
     on_tick: Callable[[], object] = lambda: None,
     on_notice: Callable[[str], object] = lambda line: None,
-    policy: GenerationPolicy = GenerationPolicy(),
 ) -> Generator[GrowingRow]:
     """Yield the rows of requests with a decoding as their texts are over, in any order.
 
     on_failed: told of each request that cannot be computed. on_tick: called a few times a second. on_notice: told what
     a person should know. Raises SwarmError.
     """
-    work = _Generation(local, blocks, adapter, by_calls, on_failed, on_tick, on_notice, policy)
+    work = _Generation(local, blocks, adapter, by_calls, on_failed, on_tick, on_notice)
     source = _Source(work.rows(requests))
     while True:
         left = yield from work.in_sessions(source)
@@ -138,7 +137,6 @@ class _Generation:
         on_failed: Callable[[Request, ExampleError], object],
         on_tick: Callable[[], object],
         on_notice: Callable[[str], object],
-        policy: GenerationPolicy,
     ):
         self._local, self._blocks, self._adapter = local, blocks, adapter
         self._prefix = 0 if adapter is None else adapter.prefix_length
@@ -146,8 +144,7 @@ class _Generation:
         self._deep_prompts = None if deep_prompts is None else deep_prompts.to(local.dtype)
         self._steps = by_calls
         self._on_failed, self._on_tick, self._on_notice = on_failed, on_tick, on_notice
-        self._policy = policy
-        self._patience = min(policy.patience, blocks.settings.deadline / 2)
+        self._patience = min(GenerationPolicy.patience, blocks.settings.deadline / 2)
         self._next_tick = float("-inf")
         self._at_once = blocks.settings.generation_rows
         self._ends = local.end_tokens()
@@ -208,7 +205,7 @@ class _Generation:
             return False
         if not all(other.holds_session or other.session is None for other in active):
             return False
-        return not active or self._blocks.leaves_others(self._length(row), self._policy.share_left)
+        return not active or self._blocks.leaves_others(self._length(row), GenerationPolicy.share_left)
 
     def _length(self, row: GrowingRow) -> int:
         """Return the positions that a row may come to, which a session reserves."""
@@ -292,7 +289,7 @@ class _Generation:
                     self._rest_from_sessions(f"none within {self._patience:g} s: {why}")
 
     def _rest_from_sessions(self, why: str) -> None:
-        self._no_session_until = time.monotonic() + self._policy.rest
+        self._no_session_until = time.monotonic() + GenerationPolicy.rest
         self._why = "no session", why
 
     def _abandon(self, active: Iterable[GrowingRow]) -> None:

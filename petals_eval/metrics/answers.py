@@ -35,7 +35,7 @@ class Spread:
     def to_json(self) -> dict[str, object]:
         """
         >>> Spread((0.5, 0.75)).to_json()
-        {'min': 0.5, 'max': 0.75, 'standard_deviation': 0.17677669529663687, 'values': [0.5, 0.75]}
+        {'min': 0.5, 'max': 0.75, 'standard_deviation': 0.1767766952966369, 'values': [0.5, 0.75]}
         """
         return {
             "min": min(self.values),

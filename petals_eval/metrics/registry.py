@@ -20,6 +20,7 @@ from petals_eval.metrics.generated import GENERATED_METRICS
 from petals_eval.metrics.likelihood import CONTINUATION_METRICS
 from petals_eval.metrics.probabilistic import measure_brier, measure_log_loss
 from petals_eval.metrics.ranking import measure_roc_auc
+from petals_eval.metrics.regression import Numbers, measure_mae, measure_mse, measure_pearson, measure_spearman
 from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.metrics.spec import MetricSpec, View
 
@@ -32,6 +33,7 @@ __all__ = [
     "check_metric_names",
     "compute_metrics",
     "measure",
+    "title_of",
 ]
 
 
@@ -71,6 +73,7 @@ _CLASSES = (
     MetricSpec("confusion_matrix", "confusion matrix", "always reported beside the metrics", _nothing),
 )
 
+
 def _by_unit(name: str, title: str, about: str, measure: Callable[[Documents], list[Metric]]) -> MetricSpec:
     return MetricSpec(name, title, about, measure, higher_is_better=False, best=None, view=Documents.of)
 
@@ -102,9 +105,21 @@ _DOCUMENTS = (
     ),
 )
 
+_NUMBERS = (
+    MetricSpec(
+        "pearson", "Pearson correlation", "of labels and predictions, -1 to 1", measure_pearson, view=Numbers.of
+    ),
+    MetricSpec("spearman", "Spearman correlation", "of their ranks, -1 to 1", measure_spearman, view=Numbers.of),
+    MetricSpec(
+        "mse", "mean squared error", "in squares of the label's unit", measure_mse, False, best=None, view=Numbers.of
+    ),
+    MetricSpec("mae", "mean absolute error", "in the label's unit", measure_mae, False, best=None, view=Numbers.of),
+)
+
 KINDS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
     {
         "classification": _CLASSES,
+        "regression": _NUMBERS,
         # Of choices that have names the classes' metrics, too: their first column is a score for each.
         "choice": (*CHOICE_METRICS, *_CLASSES),
         "continuation": CONTINUATION_METRICS,
@@ -149,6 +164,21 @@ def check_metric_names(
                 f"{name} needs choices that all rows share: give the task label_names, or leave the metric out."
             )
     return known
+
+
+def title_of(name: str) -> str:
+    """Return how reports call a metric, or one label's part of it.
+
+    >>> title_of("f1_macro"), title_of("recall[human]"), title_of("my own")
+    ('F1 (macro)', 'recall [human]', 'my own')
+    """
+    if name in METRICS:
+        return METRICS[name].title
+    base, bracket, part = name.partition("[")
+    if not bracket:
+        return name
+    titles = (spec.title for spec in METRICS.values() if base in (spec.score, spec.name))
+    return f"{next(titles, base)} [{part}"
 
 
 def compute_metrics(

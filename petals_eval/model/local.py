@@ -3,6 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -136,6 +137,25 @@ class LocalPart(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the local tensors are and the local computing is done."""
         return self.embeddings.weight.device
+
+    def _refuse_other_kinds(self, adapter: Adapter | None) -> None:
+        """Raise ModelError where the model's own head is asked for and its config says that it is none for one label,
+        or one number, a text."""
+        if not self.uses_own_head(adapter):
+            return
+        name, architectures = self.fingerprint["model"], getattr(self.config, "architectures", None) or ()
+        tagger = next((each for each in architectures if each.endswith("ForTokenClassification")), None)
+        if tagger is not None:
+            raise ModelError(
+                f"{name} is a {tagger}: its head gives each token a label of its own, and none to the text. Token "
+                "classification is not evaluated here; give an adapter or a model with a head for whole texts."
+            )
+        if getattr(self.config, "problem_type", None) == "multi_label_classification":
+            raise ModelError(
+                f"the config of {name} says problem_type: multi_label_classification: its head gives each label a yes "
+                "or no of its own, and none is the answer. Multi-label classification is not evaluated here; give a "
+                "head for one label out of several, or correct problem_type where it is wrong."
+            )
 
     def own_label_names(self, adapter: Adapter | None) -> tuple[str, ...] | None:
         """Return what the model's config calls the outputs of the class head, in order.
@@ -398,13 +418,13 @@ class LocalModel(LocalPart):
     @classmethod
     def from_pretrained(
         cls,
-        model: str,
+        model: str | Path,
         *,
         revision: str | None = None,
         token: str | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
-        cache_dir: str | None = None,
+        cache_dir: str | Path | None = None,
         pooling: Pooling | None = None,
     ) -> "LocalModel":
         """Read the local tensors, and only those, of a folder or hub repository; of shards only those that hold them.
@@ -430,6 +450,7 @@ class LocalModel(LocalPart):
             self._lm_weight()
         else:
             self._class_head(adapter)
+            self._refuse_other_kinds(adapter)
 
     def class_outputs(self, adapter: Adapter | None) -> int | None:
         return self._class_head(adapter)[0].shape[0]

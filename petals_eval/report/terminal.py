@@ -99,12 +99,15 @@ def _one(result: AdapterResult) -> list[Text]:
 def _side_by_side(adapters: Sequence[AdapterResult], width: int) -> list[list[Text]]:
     """Return one table if the terminal is wide enough; else intervals below their values; else several tables."""
     names = metric_names(adapters)
-    first = max((cell_len(metric_title(name)) for name in names), default=0) + 4
-    heads = [cell_len(_head(each)) for each in adapters]
-    interval = len("0.000 - 0.000, sd 0.000" if any(each.draws for each in adapters) else "0.000 - 0.000")
-    if first + sum(max(head, len("0.0000 ()") + interval) + 2 for head in heads) <= width:
-        return [_columns(adapters, names, below=False)]
-    at_once = max(1, (width - first) // (max(*heads, interval) + 2))
+    beside = _columns(adapters, names, below=False)
+    if max(cell_len(line.plain) for line in beside) <= width:
+        return [beside]
+    counted = {what for each in adapters for what in counts_of(each)}
+    first = max(map(cell_len, [*map(metric_title, names), *counted])) + 4
+    cells = [value_text(each.metrics.get(name)) for name in names for each in adapters]
+    cells += [interval_text(each.metrics.get(name)) for name in names for each in adapters]
+    widest = max(map(cell_len, [*map(_head, adapters), *cells]))
+    at_once = max(1, (width - first) // (widest + 2))
     return [_columns(adapters[i : i + at_once], names, below=True) for i in range(0, len(adapters), at_once)]
 
 

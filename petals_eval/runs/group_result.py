@@ -5,9 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from petals_eval.metrics import METRICS
-from petals_eval.runs.disk import write_atomically
+from petals_eval.errors import RunFolderError
+from petals_eval.metrics import title_of
+from petals_eval.runs.disk import blame_the_machine, write_atomically
+from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.results import SCHEMA_VERSION, AdapterResult, RunResult
+from petals_eval.tasks.group import folder_name
+from petals_eval.text import number_text
 
 __all__ = ["GroupMean", "GroupResult"]
 
@@ -82,6 +86,27 @@ class GroupResult:
             "tasks": {name: result.to_json() for name, result in self.tasks.items()},
         }
 
+    @classmethod
+    def of_folder(cls, folder: Path) -> "GroupResult":
+        """Compute the result anew of a group that was evaluated into this folder.
+
+        Raises RunFolderError where there is none, or one of its tasks is not there.
+        """
+        path = folder / "group.json"
+        with blame_the_machine(path):
+            text = path.read_text(encoding="utf-8")
+        try:
+            found = json.loads(text)
+            name, tasks = str(found["group"]), list(found["tasks"])
+            averaged = {metric for means in found["means"].values() for metric in means}
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise RunFolderError(f"Expected the result of a group in {path}; found something else: {error}.") from None
+        results = {}
+        for task in tasks:
+            with RunFolder.open(folder / folder_name(task)) as opened:
+                results[task] = opened.result()
+        return cls(name, results, averaged.pop() if len(averaged) == 1 else None)
+
     def write(self, folder: Path) -> None:
         """Write `group.json`. Raises MachineError."""
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
@@ -92,7 +117,7 @@ class GroupResult:
         lines = [f"{name}: {result}" for name, result in self.tasks.items()]
         for adapter in self.adapters:
             means = [
-                f"{METRICS[name].title} {mean.over_tasks:.4f} ({mean.over_rows:.4f} over rows)"
+                f"{title_of(name)} {number_text(mean.over_tasks)} ({number_text(mean.over_rows)} over rows)"
                 for name, mean in self.means(adapter).items()
                 if mean.over_tasks is not None and mean.over_rows is not None
             ]

@@ -73,14 +73,14 @@ class TextFile:
     def put_in_order(self, keys: Iterable[_Key]) -> None:
         """Leave the texts of these rows alone, in this order. Raises RunFolderError for a file of another kind."""
         self.close()
-        begins = {key: start for start, key, _ in self._entries()}
+        starts = {key: start for start, key, _ in self._entries()}
 
         def lines() -> Iterator[str]:
-            if begins:
+            if starts:
                 with self.path.open("rb") as file:
                     for key in keys:
-                        if key in begins:
-                            file.seek(begins[key])
+                        if key in starts:
+                            file.seek(starts[key])
                             yield file.readline().decode()
 
         write_atomically(self.path, lines())
@@ -105,7 +105,7 @@ class TextFile:
         return sum(len(line) for _, line in self._whole_lines())
 
     def _whole_lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yield where each line begins, and the line, as far as they are whole."""
+        """Yield where each line starts, and the line, as far as they are whole."""
         with blame_the_machine(self.path):
             if not self.path.is_file():
                 return
@@ -117,7 +117,7 @@ class TextFile:
                     start += len(line)
 
     def _entries(self) -> Iterator[tuple[int, _Key, str]]:
-        """Yield where each whole line begins, what it belongs to, and its text."""
+        """Yield where each whole line starts, what it belongs to, and its text."""
         for start, line in self._whole_lines():
             try:
                 found = json.loads(line)

@@ -10,6 +10,7 @@ from petals_eval.tasks.head_labels import check_head_labels
 from petals_eval.tasks.library import list_tasks, load_group, load_task, resolve_source, shipped_yaml
 from petals_eval.tasks.perplexity import PerplexityTask
 from petals_eval.tasks.preview import describe_example, show_example
+from petals_eval.tasks.regression import RegressionTask
 from petals_eval.tasks.requests import Example, Prediction, Request
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "GenerationTask",
     "PerplexityTask",
     "Prediction",
+    "RegressionTask",
     "Request",
     "Task",
     "TaskGroup",

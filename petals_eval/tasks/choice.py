@@ -104,7 +104,7 @@ class ChoiceTask(LikelihoodTask):
 
     def _texts_disagree(self) -> str | None:
         if not self._text_columns:
-            return "text and choices: should hold a placeholder such as {question} in one of them; nothing is read of a row"
+            return "text and choices: should hold a placeholder such as {question}; nothing is read of a row"
         key, texts = ("contexts", self.context_templates) if self.choices is None else ("choices", self.choices)
         for at, text in enumerate(texts or ()):
             if not text.strip():
@@ -115,8 +115,8 @@ class ChoiceTask(LikelihoodTask):
             return "continuation: should hold a text, for it is what is scored"
         if self.continuation is not None and self.asks_without_context:
             return (
-                "metrics: acc_mutual_info takes the answer's likelihood without context away, and here that is the same "
-                "for all choices; acc is that number"
+                "metrics: acc_mutual_info takes the answer's likelihood without context away, and here that is the "
+                "same for all choices; acc is that number"
             )
         return None
 
@@ -144,7 +144,9 @@ class ChoiceTask(LikelihoodTask):
             return f"label_names: should be one for each of the {len(fixed)} {way}, found {len(names)}"
         for value, name in self.label_map.items():
             if str(name).strip() not in known:
-                return f"label_map.{value}: should be one of the label names ({', '.join(names)}), found {shorten(name)}"
+                return (
+                    f"label_map.{value}: should be one of the label names ({', '.join(names)}), found {shorten(name)}"
+                )
         return None
 
     @property
@@ -264,12 +266,13 @@ def _list_of_texts(value: object, column: str, where: str, truth_words: tuple[st
     """Return the texts of a list. Raises DataError for what is no list, and for what is no text in it."""
     if not isinstance(value, list | tuple):
         raise DataError(
-            f"{where}: column {column} should hold a list of texts, one for each choice, found {shorten(value)}. A csv or "
-            "tsv file has no lists: use jsonl or parquet, or a column for each choice (choices: ['{a}', '{b}'])."
+            f"{where}: column {column} should hold a list of texts, one for each choice, found {shorten(value)}. A csv "
+            "or tsv file has no lists: use jsonl or parquet, or a column for each choice (choices: ['{a}', '{b}'])."
         )
     each = Template((("", column),), "")
     return tuple(
-        each.render({column: text}, where=f"{where}, choice {at}", truth_words=truth_words) for at, text in enumerate(value)
+        each.render({column: text}, where=f"{where}, choice {at}", truth_words=truth_words)
+        for at, text in enumerate(value)
     )
 
 

@@ -74,8 +74,8 @@ class ChoiceLabels:
     def _within(self, position: int, value: object, choices: Sequence[str], where: str, column: str) -> int:
         if position >= len(choices):
             raise DataError(
-                f"{where}: label_map makes position {position} of the label {shorten(value)} in column {column}; the row "
-                f"has {len(choices)} choices, 0 to {len(choices) - 1}."
+                f"{where}: label_map makes position {position} of the label {shorten(value)} in column {column}; the "
+                f"row has {len(choices)} choices, 0 to {len(choices) - 1}."
             )
         return position
 

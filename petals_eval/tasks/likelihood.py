@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -187,7 +187,9 @@ class LikelihoodTask(PromptedTask):
             label=asked.label,
             requests=requests,
             n_tokens=sum(len(request.input_ids) for request in requests),
-            truncated=any(len(pair.context) + len(pair.answer) - 1 > len(ids) for pair, ids in zip(tokens, inputs, strict=True)),
+            truncated=any(
+                len(pair.context) + len(pair.answer) - 1 > len(ids) for pair, ids in zip(tokens, inputs, strict=True)
+            ),
             text=_shown(pairs[:count]),
             row_hash=self._row_hash(row),
             reference=Scored(places[:count], places[count:], sizes),
@@ -222,7 +224,9 @@ class LikelihoodTask(PromptedTask):
 
         numbers = [as_float64(answer) for answer in answers]
         if len(numbers) != len(example.requests):
-            raise PetalsEvalError(f"example {example.key}: expected {len(example.requests)} answers, found {len(numbers)}.")
+            raise PetalsEvalError(
+                f"example {example.key}: expected {len(example.requests)} answers, found {len(numbers)}."
+            )
         if not all(np.isfinite(each).all() for each in numbers):
             raise NotFiniteError(
                 f"example {example.key}: expected finite likelihoods, found {[each.tolist() for each in numbers]}. The "
@@ -259,7 +263,7 @@ def _together(
     # In this order an input that begins others stands right before one of these.
     ordered = sorted(range(len(inputs)), key=lambda index: inputs[index])
     carrier = list(range(len(inputs)))
-    for index, longer in reversed(list(zip(ordered, ordered[1:], strict=False))):
+    for index, longer in reversed(list(pairwise(ordered))):
         if inputs[carrier[longer]][: len(inputs[index])] == inputs[index]:
             carrier[index] = carrier[longer]
     parts = {index: part for part, index in enumerate(dict.fromkeys(carrier))}

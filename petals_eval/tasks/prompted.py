@@ -69,7 +69,7 @@ class Prompting(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     without_shots: ClassVar[str | None] = None
-    """Of a kind that takes neither shots nor a chat: why, after "a task of kind ..."."""
+    """Of a kind around whose texts nothing can stand: why, after "a task of kind ..."."""
 
     instruction: str = ""
     system: str = ""
@@ -102,8 +102,9 @@ class Prompting(BaseModel):
     def prompt_problem(self) -> str | None:
         """Return why this kind cannot have what is asked for here, or None."""
         kind = getattr(self, "kind", "")
-        if self.without_shots is not None and (self.wants_shots or self.chat):
-            what = "shots" if self.wants_shots else "chat"
+        if self.without_shots is not None and self.is_prompted:
+            asked = {"shots": self.wants_shots, "chat": self.chat, "instruction": self.instruction}
+            what = next((name for name, wanted in asked.items() if wanted), "system")
             return f"{what}: a task of kind {kind} {self.without_shots}. Leave {what} out"
         if self.wants_shots and self.shots is not None and self.shots.balanced and not self.label_names_of_shots():
             return "shots.balanced: needs labels that all rows share. Leave it out"

@@ -17,7 +17,7 @@ Label = int | float | None
 """What is right: the position of a label or a choice, a number for a regression, None where nobody says."""
 
 Values = tuple[tuple[float, ...], ...]
-"""Numbers of a prediction, (items, columns): what items and columns are is the kind's (`petals_eval.metrics.kinds`)."""
+"""Numbers of a prediction, (items, columns): what an item is is the kind's, and the task names its columns."""
 
 Finish = Literal["end", "stop", "length"]
 """Why a generated text ends: the model's own end, a stop sequence, or as many tokens as there may be."""
@@ -164,6 +164,8 @@ class Prediction:
     @property
     def probabilities(self) -> tuple[float, ...]:
         """The softmax of the scores."""
-        highest = max(self.scores)
-        powers = [math.exp(score - highest) for score in self.scores]
-        return tuple(power / sum(powers) for power in powers)
+        scores = self.scores
+        highest = max(scores)
+        powers = [math.exp(score - highest) for score in scores]
+        total = sum(powers)
+        return tuple(power / total for power in powers)

@@ -1,17 +1,20 @@
 """Runs of choices and continuations over a swarm: against a plain loop, interrupted, in parts, and with bad rows."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import petals_eval
-from petals_eval.data import DataSource
+import petals_eval.evaluation.wire_error
+from petals_eval.data import DataSource, sample
 from petals_eval.errors import ConfigError, InterruptedRunError, TaskError
 from petals_eval.evaluation.dry_run import dry_run
 from petals_eval.evaluation.prepare import prepare
 from petals_eval.remote_model import LocalSide
+from petals_eval.runs import RunFolder
 from petals_eval.tasks import ChoiceTask, ContinuationTask
 from tests.model.reference import causal_lm
 from tests.support.real_swarm import STORIES, ProgressLines, predictions, stories_swarm
@@ -23,14 +26,20 @@ COPA = ChoiceTask(
 
 
 @pytest.fixture(scope="module")
-def model(realdata):
-    """The real model as it is, over two servers."""
-    with (
-        stories_swarm(realdata, [(0, 3), (3, 5)]) as swarm,
-        petals_eval.RemoteModel.from_pretrained(
-            str(realdata / STORIES), initial_peers=swarm.initial_peers, dht_prefix=swarm.dht_prefix
-        ) as remote,
-    ):
+def swarm(realdata):
+    with stories_swarm(realdata, [(0, 3), (3, 5)]) as started:
+        yield started
+
+
+def connected(realdata, swarm, **settings):
+    """The real model as it is, over the swarm's two servers."""
+    peers = {"initial_peers": swarm.initial_peers, "dht_prefix": swarm.dht_prefix}
+    return petals_eval.RemoteModel.from_pretrained(str(realdata / STORIES), **peers, **settings)
+
+
+@pytest.fixture(scope="module")
+def model(realdata, swarm):
+    with connected(realdata, swarm) as remote:
         yield remote
 
 
@@ -65,7 +74,7 @@ def test_copa_is_what_a_plain_loop_over_hugging_faces_forward_gives(model, whole
     result = petals_eval.evaluate(model, task=COPA, data=copa, out=tmp_path / "run")
     assert (result.first.n_scored, result.first.n_failed) == (150, 0)
     lines = predictions(tmp_path / "run")
-    rows = [json.loads(line) for line in open(copa.path)]
+    rows = [json.loads(line) for line in Path(copa.path).read_text().splitlines()]
     right = dict.fromkeys(ACCURACIES, 0)
     for line, row in zip(lines, rows, strict=True):
         choices = (row["choice1"], row["choice2"])
@@ -115,7 +124,11 @@ def test_an_interrupted_run_of_choices_gives_the_numbers_of_a_quiet_one_and_so_d
         for line, other in zip(lines, predictions(tmp_path / folder), strict=True):
             # A row in a micro-batch of another size may differ in its last bits.
             assert other["log_likelihood"] == pytest.approx(line["log_likelihood"], abs=1e-4)
-            assert {**other, "log_likelihood": 0, "unconditioned": 0} == {**line, "log_likelihood": 0, "unconditioned": 0}
+            assert {**other, "log_likelihood": 0, "unconditioned": 0} == {
+                **line,
+                "log_likelihood": 0,
+                "unconditioned": 0,
+            }
 
 
 def test_the_last_words_of_sentences(model, whole, realdata, tmp_path):
@@ -164,17 +177,24 @@ def test_rows_that_cannot_be_asked_are_failures_and_the_others_are_scored(model,
     prepared = prepare(lambda: LocalSide(model.local, (), model.blocks.settings, "x"), task=task, data=path)
     plan = dry_run(prepared, None)
     assert (plan.n_examples, plan.n_failed, plan.n_requests) == (4, 2, 4)
-    assert "begins inside a token" in plan.why_failed
+    assert [key for key, _ in plan.failures] == ["0", "2"] and "begins inside a token" in plan.failures[0][1]
+    assert plan.n_unlabelled == 1
 
 
 def test_cutting_leaves_the_same_room_for_every_adapter(model, tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"q": "once upon a time " * 200, "choices": [" He fell.", " He sat."], "label": 1}) + "\n")
-    task = ChoiceTask(name="t", text="{q}", choices_column="choices", label_column="label", delimiter="", too_long="cut")
+    path.write_text(
+        json.dumps({"q": "once upon a time " * 200, "choices": [" He fell.", " He sat."], "label": 1}) + "\n"
+    )
+    task = ChoiceTask(
+        name="t", text="{q}", choices_column="choices", label_column="label", delimiter="", too_long="cut"
+    )
     result = petals_eval.evaluate(model, task=task, data=path, out=tmp_path / "run")
     assert (result.first.n_scored, result.first.n_truncated) == (1, 1)
 
-    adapter = type("Adapter", (), {"name": "a", "kind": "ptune", "sha256": "0", "prefix_length": 16, "head_weight": None})()
+    adapter = type(
+        "Adapter", (), {"name": "a", "kind": "ptune", "sha256": "0", "prefix_length": 16, "head_weight": None}
+    )()
     side = LocalSide(model.local, (adapter,), model.blocks.settings, "x")
     [example] = prepare(lambda: side, task=task, data=path, without_prompts=False).first_examples
     assert [len(request.input_ids) for request in example.requests] == [512 - 16, 512 - 16]
@@ -195,3 +215,23 @@ def test_thresholds_name_metrics_that_the_kind_has(model, copa):
     )
     with pytest.raises(TaskError, match="acc is that number"):
         prepared("acc_mutual_info=0.5", task=contexts)
+
+
+def test_a_lossy_wire_is_measured_on_the_rows_that_can_be_asked(realdata, swarm, tmp_path, monkeypatch):
+    rows = [
+        {"q": "I see th", "choices": ["e", "at"], "label": 0},
+        {"q": "Tom ran.", "choices": [" He", " A"], "label": 1},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = ChoiceTask(name="t", text="{q}", choices_column="choices", label_column="label", delimiter="")
+    with connected(realdata, swarm, wire="float16") as model:
+        petals_eval.evaluate(model, task=task, data=path, out=tmp_path / "both")
+        monkeypatch.setattr(petals_eval.evaluation.wire_error, "sample", lambda rows, limit, seed: sample(rows, 1, 1))
+        petals_eval.evaluate(model, task=task, data=path, out=tmp_path / "one")
+    samples = {}
+    for name in ("both", "one"):
+        with RunFolder.open(tmp_path / name) as folder:
+            samples[name] = folder.manifest.wire.sample
+    assert samples["both"].examples == 1 and 0 < samples["both"].largest < 0.1
+    assert (samples["one"].examples, samples["one"].note) == (0, "not measured: no example can be computed")

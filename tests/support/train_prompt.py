@@ -2,8 +2,8 @@
 
     python -m tests.support.train_prompt MODEL STORIES OUT [--seed 0] [--steps 40]
 
-MODEL is the folder of a causal language model, STORIES a text whose blank lines separate paragraphs. The last of them are
-trained on, and the first, which tests evaluate, are not. OUT gets `adapter_config.json` and
+MODEL is the folder of a causal language model, STORIES a text whose blank lines separate paragraphs. The last of them
+are trained on, and the first, which tests evaluate, are not. OUT gets `adapter_config.json` and
 `adapter_model.safetensors`. It takes a few seconds on a CPU.
 """
 
@@ -14,7 +14,8 @@ import torch
 
 TOKENS = 8  # of the prompt
 LENGTH = 128  # tokens of a training text
-BATCH = 16
+BATCH = 8
+BEGINNING = "Once upon a time, there was a little girl."  # what the prompt is before it is trained
 
 
 def train_prompt(model: Path, stories: Path, out: Path, *, seed: int = 0, steps: int = 40) -> list[float]:
@@ -25,7 +26,14 @@ def train_prompt(model: Path, stories: Path, out: Path, *, seed: int = 0, steps:
     torch.manual_seed(seed)
     whole = AutoModelForCausalLM.from_pretrained(model)
     texts = _texts(AutoTokenizer.from_pretrained(model), stories)
-    tuned = peft.get_peft_model(whole, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS))
+    settings = peft.PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=TOKENS,
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text=BEGINNING,
+        tokenizer_name_or_path=str(model),
+    )
+    tuned = peft.get_peft_model(whole, settings)
     trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=0.05)
     losses = []
@@ -43,7 +51,7 @@ def train_prompt(model: Path, stories: Path, out: Path, *, seed: int = 0, steps:
 def _texts(tokenizer, stories: Path) -> torch.Tensor:
     """Return (texts, LENGTH) tokens of the last paragraphs, one after the other."""
     paragraphs = stories.read_text(encoding="utf-8").split("\n\n")
-    ids = tokenizer("\n\n".join(paragraphs[-400:]))["input_ids"]
+    ids = tokenizer("\n\n".join(paragraphs[-400:]), verbose=False)["input_ids"]
     return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
 
 

@@ -24,7 +24,7 @@ def lists(**changes) -> ChoiceTask:
 
 def contexts(**changes) -> ChoiceTask:
     values = {"text": None, "choices": None, "contexts": ["{q} {a}", "{q} {b}"], "continuation": "the end."}
-    return task_of(**values, **changes)
+    return task_of(**{**values, **changes})
 
 
 def made(task, rows, tokenizer):
@@ -104,8 +104,11 @@ def test_from_a_file(tmp_path):
     path.write_text("kind: choice\ntext: ''\ncontexts: ['{a}', '{b}']\ncontinuation: x\nlabel_column: label\n")
     with pytest.raises(TaskError, match="text: has no meaning with contexts"):
         load_task(path)
-    path.write_text("kind: choice\ncontexts: ['{a}', '{b}']\ncontinuation: x\nlabel_column: label\nlabel_map: {1: 0, 2: 1}\n")
-    assert load_task(path).columns_read == ("a", "b", "label")
+    path.write_text(
+        "kind: choice\ncontexts: ['{a}', '{b}']\ncontinuation: x\nlabel_column: label\nlabel_map: {1: 0, 2: 1}\n"
+    )
+    task = load_task(path)
+    assert isinstance(task, ChoiceTask) and task.columns_read == ("a", "b", "label")
 
 
 def test_the_fingerprint_is_what_changes_an_answer():
@@ -137,12 +140,15 @@ def test_a_row_as_a_shot():
     assert (turn.question, turn.answer, turn.delimiter) == (ROW["q"], "She was happy.", " ")
     turn = contexts().turn(row, "shots, row 0")
     assert (turn.question, turn.answer) == ("Lily saw a dog. She was happy.", "the end.")
-    with pytest.raises(DataError, match="^shots, row 0: the label"):
+    with pytest.raises(DataError, match=r"^shots, row 0: the label"):
         task_of(label_column="q").turn(row, "shots, row 0")
 
 
 def test_as_many_choices_as_each_row_likes(tokenizer):
-    rows = [{"q": "Lily saw", "choices": ["a dog", "a cat"], "label": 0}, {"q": "Tom", "choices": list("xyz"), "label": 2}]
+    rows = [
+        {"q": "Lily saw", "choices": ["a dog", "a cat"], "label": 0},
+        {"q": "Tom", "choices": list("xyz"), "label": 2},
+    ]
     found = made(lists(), rows, tokenizer)
     assert [len(example.reference.places) for example in found] == [2, 3]
     assert [example.label for example in found] == [0, 2]
@@ -240,7 +246,9 @@ def test_bad_rows_are_told_before_anything_is_sent(tokenizer, task, row, said):
 
 
 def test_a_column_that_holds_no_list():
-    with pytest.raises(DataError, match=r"row 0: column choices should hold a list of texts.*found 'one\|two'.*use jsonl"):
+    with pytest.raises(
+        DataError, match=r"row 0: column choices should hold a list of texts.*found 'one\|two'.*use jsonl"
+    ):
         lists().check(rows_of([{"q": "x", "choices": "one|two", "label": 0}]))
 
 
@@ -315,9 +323,10 @@ def test_without_context_is_asked_only_for_mutual_information(tokenizer):
 
 @pytest.mark.parametrize("limit", ["max_length", "the model"])
 def test_a_row_that_is_too_long_fails_or_loses_its_first_tokens(tokenizer, limit):
-    row = {**ROW, "q": "once upon a time " * 10 + "Lily saw a dog."}
+    row = {**ROW, "q": "once upon a time " * 10 + "Lily saw a dog.", "b": "She was happy and it ran."}
     wholes = [tokenizer.encode(f"{row['q']} {choice}") for choice in (row["a"], row["b"])]
     longest = len(wholes[0]) - 1
+    assert len(wholes[1]) > len(wholes[0])
 
     def example(room, **changes):
         changes |= {"max_length": room} if limit == "max_length" else {}

@@ -79,13 +79,16 @@ def test_windows_that_this_model_cannot_read(changes, context, expected):
         ({"context": 9, "max_length": 8}, "context: should be at most max_length (8), found 9"),
         ({"context": 0}, "context: should be greater than or equal to 1, found 0"),
         ({"rows_per_document": 0}, "rows_per_document: should be a whole number of 1 or more, or all, found 0"),
-        ({"rows_per_document": "each"}, "rows_per_document: should be a whole number of 1 or more, or all, found 'each'"),
+        (
+            {"rows_per_document": "each"},
+            "rows_per_document: should be a whole number of 1 or more, or all, found 'each'",
+        ),
         ({"rows_per_document": True}, "rows_per_document: should be a whole number of 1 or more, or all, found True"),
         ({"text": "text"}, "text: should hold a placeholder for each column"),
         ({"counted": "{"}, "counted: "),
         ({"windows": 3}, "windows: unknown key."),
         ({"bos": "twice"}, "bos: should be 'auto', 'always' or 'never'"),
-        ({"data": {"path": ""}}, "data.path: "),
+        ({"data": {"path": ""}}, "this task's data: this data source cannot be used:\n  path: "),
     ],
 )
 def test_a_wrong_definition(changes, expected):
@@ -104,7 +107,7 @@ def test_a_task_file(tmp_path):
     assert isinstance(task, PerplexityTask) and isinstance(task, Task)
     assert (task.name, task.rows_per_document, task.separator, task.context) == ("stories", "all", "\n", 8)
     (tmp_path / "wrong.yaml").write_text('kind: perplexity\ntext: "{text}"\nmetrics: [accuracy]\n')
-    with pytest.raises(TaskError, match="wrong.yaml: metrics: Expected the name of a metric of perplexity"):
+    with pytest.raises(TaskError, match=r"wrong\.yaml: metrics: Expected the name of a metric of perplexity"):
         load_task(tmp_path / "wrong.yaml")
 
 
@@ -216,7 +219,7 @@ def test_a_text_without_tokens(tokenizer):
         def __call__(self, texts, **options):
             return {"input_ids": [] if isinstance(texts, str) else [[] for _ in texts]}
 
-    with pytest.raises(DataError, match="data, row 0: this tokenizer makes no token of the text 'One.'"):
+    with pytest.raises(DataError, match=r"data, row 0: this tokenizer makes no token of the text 'One\.'"):
         made(task_of(bos="never"), ["One."], Nothing())
     Nothing.eos_token_id = None
     with pytest.raises(ModelError, match="no token that begins or ends a text"):

@@ -24,11 +24,11 @@ ANSWERS = (" and it ran", "  two blanks", "the end", "\nNew line", " ")
 def by_the_harness(tokenizer, text, answer, add_bos_token) -> tuple[list[int], list[int]]:
     """`TemplateLM._encode_pair` and the empty context of `loglikelihood`, with `HFLM.tok_encode`."""
 
-    def encode(string, special):
-        if special is None and string.startswith(tokenizer.decode(start)):
+    def encode(string, add_special_tokens=None):
+        special = add_bos_token if add_special_tokens is None else add_special_tokens
+        if add_special_tokens is None and string.startswith(tokenizer.decode(start)):
             special = False
-        options = {} if special is None else {"add_special_tokens": special}
-        return tokenizer.encode(string, **options)
+        return tokenizer.encode(string, **({} if special is None else {"add_special_tokens": special}))
 
     start = tokenizer.bos_token_id
     if text == "":
@@ -37,8 +37,8 @@ def by_the_harness(tokenizer, text, answer, add_bos_token) -> tuple[list[int], l
     blanks = len(text) - len(text.rstrip())
     if blanks:
         text, answer = text[:-blanks], text[-blanks:] + answer
-    whole = encode(text + answer, add_bos_token)
-    context = encode(text, add_bos_token)
+    whole = encode(text + answer)
+    context = encode(text)
     return context, whole[len(context) :]
 
 

@@ -1,4 +1,4 @@
-"""Windows: every token once, in windows that a model can read, and the contexts that lm-evaluation-harness gives them."""
+"""Windows: every token once, in windows that a model can read, after the context that the harness gives it."""
 
 import pytest
 from hypothesis import given
@@ -18,8 +18,8 @@ def spelled(windows: Windows) -> list[tuple[list[int], dict[int, int]]]:
     return [(list(window.input_ids), dict(window.targets)) for window in windows]
 
 
-# Written out by hand from lm-evaluation-harness 0.4.13, lm_eval/utils.py: what goes through the model is the context and
-# the predicted tokens without the last one.
+# Written out by hand from lm-evaluation-harness 0.4.13, lm_eval/utils.py: what goes through the model is the context
+# and the predicted tokens without the last one.
 @pytest.mark.parametrize(
     ("count", "longest", "context", "expected"),
     [
