@@ -3,15 +3,15 @@
 It knows nothing of petals_eval. Settings come as JSON on stdin, answers go as JSON to stdout:
 
     {"tasks": [{"name", "yaml" or "config", "rows", "shots", "overrides", "bos"}, ...],
-     "model": folder or null, "bos": [null, true, false]}
+     "model": folder}
 
 yaml: one of the harness's own task files, below lm_eval/tasks. config: a definition in its words instead. rows: a jsonl
 file in place of the data set; shots: one in place of its training split. overrides: keys of the definition to change.
 bos: the values of the model's `add_bos_token` with which the task is computed.
 
-Without a model, for each task: {"requests": [[[context, continuation] or [text] or [context, settings], ... a request],
-... a row], "right": [position or text, ... a row]}. With one, by bos as text: {"requests", "answers", "metrics"}, where
-answers are those of the backend `hf` to each request: [log-likelihood, is greedy], a log-likelihood, or a text.
+Answers, for each task: {"requests": [[[context, continuation] or [text] or [context, settings], ... a request], ... a
+row], "right": [position or text, ... a row], "by_bos": {bos as text: {"answers", "metrics"}}}, where answers are those
+of the backend `hf` to each request: [log-likelihood, is greedy], a log-likelihood, or a text.
 """
 
 import contextlib
@@ -99,7 +99,6 @@ def computed(settings: dict[str, Any], bos: bool | None) -> dict[str, dict[str, 
             first = [sample for sample in done["samples"][name] if sample["filter"] == filters[0]]
             rows = sorted(first, key=lambda sample: sample["doc_id"])
             found[name] = {
-                "requests": [sample["arguments"] for sample in rows],
                 "answers": [[answers[0] for answers in sample["resps"]] for sample in rows],
                 "metrics": {key: value for key, value in done["results"][name].items() if isinstance(value, float)},
             }
@@ -109,13 +108,10 @@ def computed(settings: dict[str, Any], bos: bool | None) -> dict[str, dict[str, 
 def main() -> None:
     settings = json.load(sys.stdin)
     with contextlib.redirect_stdout(sys.stderr):  # the harness prints
-        if settings.get("model") is None:
-            answer: dict[str, Any] = {wanted["name"]: asked(load(wanted)) for wanted in settings["tasks"]}
-        else:
-            answer = {wanted["name"]: {} for wanted in settings["tasks"]}
-            for bos in settings["bos"]:
-                for name, found in computed(settings, bos).items():
-                    answer[name][str(bos)] = found
+        answer: dict[str, Any] = {wanted["name"]: asked(load(wanted)) | {"by_bos": {}} for wanted in settings["tasks"]}
+        for bos in (None, True, False):
+            for name, found in computed(settings, bos).items():
+                answer[name]["by_bos"][str(bos)] = found
     json.dump(answer, sys.stdout, default=float)
 
 

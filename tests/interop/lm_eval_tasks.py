@@ -16,7 +16,7 @@ ROWS = HERE.parent / "tasks" / "rows"
 class Counterpart:
     """A task file of the harness, below its lm_eval/tasks, and rows of ours with the columns of its data set.
 
-    metrics: our name of each of its metrics, which may be that of one filter. shots: rows in place of its training split.
+    metrics: our name of each of its metrics, or of one of its filters. shots: rows in place of its training split.
     """
 
     yaml: str
@@ -70,29 +70,17 @@ COUNTERPARTS = {
             "exact_match,flexible-extract": "exact_match[flexible]",
         },
         shots="gsm8k.train.jsonl",
+        # Five shots in the context of the small model leave room for so many new tokens.
+        overrides={
+            "generation_kwargs": {
+                "until": ["Question:", "</s>", "<|im_end|>"],
+                "do_sample": False,
+                "temperature": 0.0,
+                "max_gen_toks": 32,
+            }
+        },
     ),
 }
-
-
-def _choice(text: str, theirs: str, choices: list[str], metrics: list[str], **more: str) -> "Own":
-    """A task of choices in our words and in the harness's. choices: templates of ours. more: our names of metrics."""
-    columns = [choice[1:-1] for choice in choices if choice.startswith("{")]
-    ours = {"kind": "choice", "text": text, "choices": choices, "label_column": "label"}
-    return Own(
-        {
-            **ours,
-            "metrics": [*metrics, *{name.partition("[")[0] + "_per_class" * ("[" in name) for name in more.values()}],
-        },
-        {
-            "output_type": "multiple_choice",
-            "doc_to_text": theirs,
-            "doc_to_choice": f"{{{{[{', '.join(columns)}]}}}}" if columns else choices,
-            "doc_to_target": "label",
-            "metric_list": [{"metric": name, "aggregation": "mean"} for name in metrics]
-            + [{"metric": name} for name in more],
-        },
-        {name: name for name in metrics} | more,
-    )
 
 
 @dataclass(frozen=True)
@@ -104,26 +92,47 @@ class Own:
     metrics: dict[str, str]
 
 
+def _choice(text: str, choices: list[str], metrics: dict[str, str], listed: list[str] | None = None) -> Own:
+    """A task of choices in our words and in the harness's. text, choices: templates of ours. metrics: as in `Own`.
+
+    listed: what of them our task lists, where the names are others.
+    """
+    columns = [choice.strip("{}") for choice in choices if choice.startswith("{")]
+    return Own(
+        {
+            "kind": "choice",
+            "text": text,
+            "choices": choices,
+            "label_column": "label",
+            "metrics": listed or list(metrics.values()),
+        },
+        {
+            "output_type": "multiple_choice",
+            "doc_to_text": text.replace("{", "{{").replace("}", "}}"),
+            "doc_to_choice": f"{{{{[{', '.join(columns)}]}}}}" if columns else choices,
+            "doc_to_target": "label",
+            "metric_list": [{"metric": name} for name in metrics],
+        },
+        metrics,
+    )
+
+
 OWN = {
     "copa_questions": _choice(
         "{premise}\nWhat was the {question}?",
-        "{{premise}}\nWhat was the {{question}}?",
         ["{choice1}", "{choice2}"],
-        ["acc", "acc_norm", "acc_bytes", "acc_mutual_info"],
+        {name: name for name in ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")},
     ),
     "trec_words": _choice(
         "Question: {text}\nThe answer is",
-        "Question: {{text}}\nThe answer is",
         ["a description", "a thing", "some letters", "a person", "a place", "a number"],
-        ["acc", "acc_norm", "acc_bytes"],
+        {name: name for name in ("acc", "acc_norm", "acc_bytes")},
     ),
     "sst2_words": _choice(
         "{sentence}\nThis film was",
-        "{{sentence}}\nThis film was",
         ["bad", "good"],
-        ["acc", "acc_norm"],
-        mcc="mcc",
-        f1="f1[good]",
+        {"acc": "acc", "acc_norm": "acc_norm", "mcc": "mcc", "f1": "f1[good]"},
+        ["acc", "acc_norm", "mcc", "f1_per_class"],
     ),
     "stories": Own(
         {"kind": "perplexity", "text": "{page}"},
@@ -164,6 +173,25 @@ OWN = {
 }
 
 
+BOS: dict[str, bool | None] = {"auto": None, "always": True, "never": False}
+"""Our word for each value of the harness's `add_bos_token`."""
+
+
+def bos_of(name: str) -> list[str]:
+    """With and without a beginning-of-text token; of shipped tasks with few rows, one a kind without."""
+    if name in OWN:
+        return ["always", "never"]
+    return ["auto", "never"] if name in ("winogrande", "lambada", "wikitext") else ["auto"]
+
+
+def ask_lm_eval(model: Path, own_rows: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """What lm_eval_reference.py answers of all tasks; `folder` is for its caches."""
+    wanted = [counterpart.wanted(name) for name, counterpart in COUNTERPARTS.items()]
+    wanted += [{"name": name, "config": own.theirs, "rows": str(own_rows[name])} for name, own in OWN.items()]
+    tasks = [each | {"bos": [BOS[bos] for bos in bos_of(each["name"])]} for each in wanted]
+    return _ask({"tasks": tasks, "model": str(model)}, folder)
+
+
 def write_own_rows(realdata: Path, folder: Path) -> dict[str, Path]:
     """Write the rows of the tasks of our own as jsonl. Returns the file of each."""
     copa = [json.loads(line) for name in ("dev", "test") for line in _lines(realdata / "copa" / f"{name}.jsonl")]
@@ -171,7 +199,7 @@ def write_own_rows(realdata: Path, folder: Path) -> dict[str, Path]:
     sst2 = [line.rpartition("\t") for line in _lines(realdata / "sst2" / "dev.tsv")]
     paragraphs = (realdata / "tinystories" / "validation.txt").read_text(encoding="utf-8").strip().split("\n\n")
     # Documents of 40 paragraphs; the first of them are enough for every digit, and all take as long as everything else.
-    documents = ["\n\n".join(paragraphs[at : at + 40]) for at in range(0, 20 * 40, 40)]
+    documents = ["\n\n".join(paragraphs[at : at + 40]) for at in range(0, 12 * 40, 40)]
     words = [paragraph.split(" ") for paragraph in paragraphs[:16]]
     rows: dict[str, list[dict[str, Any]]] = {
         "copa_questions": copa,
@@ -190,8 +218,7 @@ def _lines(path: Path, encoding: str = "utf-8") -> list[str]:
     return path.read_text(encoding=encoding).splitlines()
 
 
-def ask_lm_eval(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What lm_eval_reference.py answers; `folder` is for its caches."""
+def _ask(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     environment = os.environ | {
         "HF_HOME": str(folder),
         "HF_HUB_OFFLINE": "1",

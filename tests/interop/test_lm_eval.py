@@ -4,6 +4,7 @@ Its side is computed once, in a process of its own; ours over a local swarm, and
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,40 +16,14 @@ import yaml
 import petals_eval
 from petals_eval.tasks import Task, load_task
 from tests.interop.conftest import BOUNDED
-from tests.interop.lm_eval_tasks import COUNTERPARTS, OWN, ROWS, ask_lm_eval, write_own_rows
+from tests.interop.lm_eval_tasks import BOS, COUNTERPARTS, OWN, ROWS, bos_of
 from tests.support.real_swarm import STORIES, predictions, stories_swarm
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(600)  # the harness computes everything before the first of them
 
-BOS: dict[str, bool | None] = {"auto": None, "always": True, "never": False}
 LIKELIHOOD_ERROR = 1e-4  # of a choice or a continuation, in nats
 DOCUMENT_ERROR = 1e-6  # of a document, of its value
-
-# Five shots in the context of this small model leave room for so many tokens.
-GSM8K = {"until": ["Question:", "</s>", "<|im_end|>"], "do_sample": False, "max_gen_toks": 32}
-CASES = [(name, bos) for name in OWN for bos in ("always", "never")] + [
-    (name, bos) for name in COUNTERPARTS for bos in BOS
-]
-
-
-@pytest.fixture(scope="module")
-def own_rows(realdata, tmp_path_factory) -> dict[str, Path]:
-    return write_own_rows(realdata, tmp_path_factory.mktemp("rows"))
-
-
-@pytest.fixture(scope="module")
-def theirs(realdata, own_rows, tmp_path_factory) -> dict[str, Any]:
-    """What the harness computed: {task: {bos in its words: {"requests", "answers", "metrics"}}}."""
-    wanted = [counterpart.wanted(name) | {"bos": list(BOS.values())} for name, counterpart in COUNTERPARTS.items()]
-    for each in wanted:
-        if each["name"] == "gsm8k":
-            each["overrides"] = {"generation_kwargs": GSM8K}
-    wanted += [
-        {"name": name, "config": own.theirs, "rows": str(own_rows[name]), "bos": [True, False]}
-        for name, own in OWN.items()
-    ]
-    settings = {"tasks": wanted, "model": str(realdata / STORIES), "bos": list(BOS.values())}
-    return ask_lm_eval(settings, tmp_path_factory.mktemp("lm-eval"))
+CASES = [(name, bos) for name in (*OWN, *COUNTERPARTS) for bos in bos_of(name)]
 
 
 @dataclass(frozen=True)
@@ -75,8 +50,9 @@ def task_of(name: str, bos: str, folder: Path) -> Task:
     if name in OWN:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(OWN[name].ours | {"bos": bos}))
         return load_task(folder / f"{name}.yaml")
-    changes = {"bos": bos} | ({"max_new_tokens": GSM8K["max_gen_toks"]} if name == "gsm8k" else {})
-    return load_task(name).model_copy(update=changes)
+    settings = COUNTERPARTS[name].overrides.get("generation_kwargs")
+    changes = {} if settings is None else {"max_new_tokens": settings["max_gen_toks"]}
+    return load_task(name).model_copy(update={"bos": bos, **changes})
 
 
 def run(model: petals_eval.RemoteModel, name: str, bos: str, own_rows: dict[str, Path], folder: Path) -> Ours:
@@ -118,7 +94,18 @@ def check(name: str, ours: Ours, theirs: dict[str, Any]) -> None:
     for key, value in theirs["metrics"].items():
         metric, _, kind = key.partition(",")
         own = ours.metrics[table.get(key, table.get(metric, ""))]
-        assert f"{own:.4f}" == f"{value:.4f}", f"{metric} ({kind}): ours {own}, theirs {value}"
+        assert is_same(own, value), f"{metric} ({kind}): ours {own}, theirs {value}"
+
+
+def is_same(own: float, value: float) -> bool:
+    """Whether both are printed alike, with four digits behind the point.
+
+    The perplexity of a text that is very unlike what the model was trained on has more digits than a float32, in which
+    the harness adds up: of it what a document's likelihood tells.
+    """
+    if value < 1000:
+        return f"{own:.4f}" == f"{value:.4f}"
+    return math.isclose(own, value, rel_tol=DOCUMENT_ERROR * math.log(value))
 
 
 def as_list(values: float | list[float]) -> list[float]:
@@ -126,13 +113,14 @@ def as_list(values: float | list[float]) -> list[float]:
 
 
 @pytest.mark.parametrize(("name", "bos"), CASES)
-def test_every_number_is_the_harnesss(name, bos, model, theirs, own_rows, tmp_path):
-    check(name, run(model, name, bos, own_rows, tmp_path), theirs[name][str(BOS[bos])])
+def test_every_number_is_the_harnesss(name, bos, model, lm_eval, own_rows, tmp_path):
+    check(name, run(model, name, bos, own_rows, tmp_path), lm_eval[name]["by_bos"][str(BOS[bos])])
 
 
-@pytest.mark.parametrize("name", ["copa_questions", "winogrande", "lambada", "wikitext", "stories_continued"])
-def test_every_number_through_real_petals_servers(name, stories, theirs, own_rows, realdata, tmp_path):
+@pytest.mark.parametrize("name", ["copa_questions", "lambada", "wikitext", "stories_continued"])
+def test_every_number_through_real_petals_servers(name, stories, lm_eval, own_rows, realdata, tmp_path):
     with petals_eval.RemoteModel.from_pretrained(
         str(realdata / STORIES), initial_peers=stories.initial_peers, dht_prefix=STORIES, **BOUNDED
     ) as remote:
-        check(name, run(remote, name, "always", own_rows, tmp_path), theirs[name]["True"])
+        bos = bos_of(name)[0]
+        check(name, run(remote, name, bos, own_rows, tmp_path), lm_eval[name]["by_bos"][str(BOS[bos])])

@@ -11,17 +11,12 @@ from petals_eval.config import PromptSettings
 from petals_eval.data import load_rows
 from petals_eval.evaluation.shots import row_code_of, rows_and_shots, with_prompt
 from petals_eval.tasks import Example, list_tasks, load_task, resolve_source
-from tests.interop.lm_eval_tasks import COUNTERPARTS, ROWS, ask_lm_eval
+from tests.interop.lm_eval_tasks import COUNTERPARTS, ROWS
 from tests.support.byte_tokenizer import byte_tokenizer
 
+pytestmark = pytest.mark.timeout(600)  # the harness computes everything before the first of them
+
 CHOICES = [name for name in COUNTERPARTS if name not in ("lambada", "wikitext", "gsm8k")]
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    """What the harness asks of each row, and what is right: {task: {"requests", "right"}}."""
-    wanted = [counterpart.wanted(name) for name, counterpart in COUNTERPARTS.items()]
-    return ask_lm_eval({"tasks": wanted}, tmp_path_factory.mktemp("lm-eval"))
 
 
 @functools.cache
@@ -60,30 +55,30 @@ def test_every_shipped_task_that_asks_the_word_head_has_a_counterpart():
 
 
 @pytest.mark.parametrize("name", [*CHOICES, "lambada"])
-def test_contexts_and_continuations(name, theirs):
+def test_contexts_and_continuations(name, lm_eval):
     found = [asked(example) for example in examples_of(name)]
-    assert found == [[moved(*request) for request in row] for row in theirs[name]["requests"]]
+    assert found == [[moved(*request) for request in row] for row in lm_eval[name]["requests"]]
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_what_is_right(name, theirs):
-    assert [example.label for example in examples_of(name)] == theirs[name]["right"]
+def test_what_is_right(name, lm_eval):
+    assert [example.label for example in examples_of(name)] == lm_eval[name]["right"]
 
 
-def test_documents(theirs):
+def test_documents(lm_eval):
     examples = examples_of("wikitext")
     tokenizer = byte_tokenizer()
     tokens = [[token for request in example.requests for _, token in request.targets] for example in examples]
-    expected = [text for [[text]] in theirs["wikitext"]["requests"]]
+    expected = [text for [[text]] in lm_eval["wikitext"]["requests"]]
     assert [tokenizer.decode(ids) for ids in tokens] == [example.text for example in examples] == expected
 
 
-def test_texts_to_go_on_from_with_the_shots_that_the_harness_draws(theirs):
+def test_texts_to_go_on_from_with_the_shots_that_the_harness_draws(lm_eval):
     tokenizer, examples = byte_tokenizer(), examples_of("gsm8k")
     found = [tokenizer.decode(example.requests[0].input_ids) for example in examples]
-    assert found == [context for [[context, _]] in theirs["gsm8k"]["requests"]]
+    assert found == [context for [[context, _]] in lm_eval["gsm8k"]["requests"]]
     assert len(set(found)) == len(examples) and all(context.count("Question:") == 6 for context in found)
-    assert [example.reference for example in examples] == [(right,) for right in theirs["gsm8k"]["right"]]
-    for example, [[_, settings]] in zip(examples, theirs["gsm8k"]["requests"], strict=True):
+    assert [example.reference for example in examples] == [(right,) for right in lm_eval["gsm8k"]["right"]]
+    for example, [[_, settings]] in zip(examples, lm_eval["gsm8k"]["requests"], strict=True):
         decoding = example.requests[0].decoding
         assert list(decoding.stop) == settings["until"] and decoding.temperature == settings["temperature"] == 0
