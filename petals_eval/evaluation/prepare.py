@@ -138,6 +138,8 @@ def prepare(
     Raises CallerError (its kinds say what is wrong), MachineError for what cannot be read or written here.
     """
     task = with_prompt(_with_unlabelled(_with_max_length(load_task(task), max_length), unlabelled), prompt)
+    if save_texts and task.kind != "generation":
+        raise ConfigError(f"--save-texts: task {task.name} generates no texts; leave it out")
     code = row_code_of(task, is_allowed=prompt.allow_task_code)
     thresholds = tuple(Threshold.parse(text, task.label_names) for text in fail_under)
     task = _with_metrics(task, [threshold.metric for threshold in thresholds])
@@ -168,8 +170,6 @@ def prepare(
         rows=len(rows),
         shard=None if piece is None else (piece.index, piece.count),
     )
-    if save_texts and task.kind != "generation":
-        raise ConfigError(f"--save-texts: task {task.name} generates no texts; leave it out")
     answering: dict[str, Any] = {}
     if code is not None and code.sha256 is not None:
         answering["prepare_code"] = code.sha256
