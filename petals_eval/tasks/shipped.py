@@ -108,6 +108,6 @@ _WIKITEXT = (
 def wikitext(row: Columns) -> dict[str, Any]:
     """Return the row with `text`, the page as it is usually written; WikiText sets blanks around its marks."""
     text = row["page"]
-    for found, instead in _WIKITEXT:
-        text = text.replace(found, instead) if isinstance(found, str) else found.sub(instead, text)
+    for found, shown in _WIKITEXT:
+        text = text.replace(found, shown) if isinstance(found, str) else found.sub(shown, text)
     return {**row, "text": text}

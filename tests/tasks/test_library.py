@@ -36,13 +36,15 @@ def fails(task) -> str:
 
 def test_the_shipped_tasks():
     tasks = list_tasks()
-    assert [task.name for task in tasks] == ["ag_news", "boolq", "cola", "rte", "sst2", "trec"]
+    with_head = ["ag_news", "boolq", "cb", "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "trec", "wic"]
+    assert [task.name for task in tasks if task.head == "class"] == with_head
+    assert [task.name for task in tasks] == sorted(task.name for task in tasks)
     for task in tasks:
-        assert isinstance(task, Task) and task.head == "class"
+        assert isinstance(task, Task)
         assert load_task(task.name) == task
-        assert check_metric_names(task.metrics) == task.metrics
+        assert check_metric_names(task.metrics, task.kind, label_names=task.label_names) == task.metrics
         assert task.description
-        assert resolve_source(task).split in ("test", "validation")
+        assert resolve_source(task).split.startswith(("test", "validation"))
 
 
 def test_listing_tasks_imports_nothing_heavy():
@@ -66,7 +68,8 @@ def test_a_mapping_is_what_a_file_would_hold(tmp_path):
     mapping = {"text": "{text}", "label_column": "label", "label_names": ["neg", "pos"], "metrics": ("accuracy",)}
     task = load_task(mapping)
     assert (task.name, task.fingerprint()) == ("task", load_task(written(tmp_path, GOOD)).fingerprint())
-    assert load_task(MappingProxyType({**mapping, "name": "mine"})) == load_task(tmp_path / "mine.yaml")
+    named, written_down = load_task(MappingProxyType({**mapping, "name": "mine"})), load_task(tmp_path / "mine.yaml")
+    assert named.model_dump() == written_down.model_dump()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +129,7 @@ def test_a_syntax_error_names_the_line(tmp_path):
 
 def test_names_that_are_no_task(tmp_path):
     message = fails("sst")
-    assert "there is no task sst. Did you mean sst2?" in message and "ag_news, boolq, cola, rte, sst2, trec" in message
+    assert "there is no task sst. Did you mean sst2?" in message and "ag_news, arc_challenge, arc_easy, " in message
     assert "there is no task file ./none.yaml (looked for /" in fails("./none.yaml")
     assert "expected the name of a task" in fails(3)
     binary = tmp_path / "a.yaml"
