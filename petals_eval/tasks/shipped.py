@@ -77,7 +77,7 @@ def lambada(row: Columns) -> dict[str, Any]:
 
 
 # In this order, for one makes what the next one meets. Those of texts are as they stand, the others regular expressions.
-_WIKITEXT = (
+_WIKITEXT: "tuple[tuple[str | re.Pattern[str], str], ...]" = (
     ("s '", "s'"),
     (re.compile(r"/' [0-9]/"), "/'[0-9]/"),
     (" @-@ ", "-"),
