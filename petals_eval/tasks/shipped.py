@@ -76,7 +76,7 @@ def lambada(row: Columns) -> dict[str, Any]:
     return {**row, "context": context, "word": word}
 
 
-# In this order, for one makes what the next one meets. Those of texts are as they stand, the others regular expressions.
+# In this order, for one makes what the next one meets: texts as they stand, and regular expressions.
 _WIKITEXT = (
     ("s '", "s'"),
     (re.compile(r"/' [0-9]/"), "/'[0-9]/"),
