@@ -161,6 +161,8 @@ def prepare(
     Raises CallerError (its kinds say what is wrong), MachineError for what cannot be read or written here.
     """
     asked = with_prompt(_with_unlabelled(_with_max_length(load_task(task), max_length), unlabelled), prompt)
+    if save_texts and asked.kind != "generation":
+        raise ConfigError(f"--save-texts: task {asked.name} generates no texts; leave it out")
     code = row_code_of(asked, is_allowed=prompt.allow_task_code)
     thresholds = parse_thresholds(fail_under, fail_over, asked.label_names, kind=asked.kind)
     asked = _with_metrics(asked, [*(threshold.metric for threshold in thresholds), *more_metrics])
@@ -195,8 +197,6 @@ def prepare(
         rows=len(rows),
         shard=None if piece is None else (piece.index, piece.count),
     )
-    if save_texts and asked.kind != "generation":
-        raise ConfigError(f"--save-texts: task {asked.name} generates no texts; leave it out")
     answering: dict[str, Any] = {}
     if code is not None and code.sha256 is not None:
         answering["prepare_code"] = code.sha256

@@ -82,7 +82,7 @@ def _measured(
     name, prompts, task = variant
     examples = [each for each in task.examples(rows, model.local.tokenizer) if each.error is None]
     if not examples:
-        return WireSample(name, 0, None, None, None, "not measured: none of the examples drawn can be computed")
+        return WireSample(name, 0, None, None, None, "not measured: no example can be computed")
     settings = model.blocks.settings.model_copy(update={"wire": None})
     with SwarmConnection.connect(settings) as connection:
         blocks = connection.remote_sequential(model.blocks.dht_prefix, len(model.blocks))

@@ -112,8 +112,8 @@ class Answers:
             )
         scores = known.values[:, 0].reshape(len(known), len(label_names))
         powers = np.exp(scores - scores.max(axis=1, keepdims=True)) if len(known) else scores
-        shares = powers / powers.sum(axis=1, keepdims=True)
-        return cls.checked(known.labels.astype(np.int64), scores.argmax(axis=1), shares, label_names, seed)
+        powers /= powers.sum(axis=1, keepdims=True)
+        return cls.checked(known.labels.astype(np.int64), scores.argmax(axis=1), powers, label_names, seed)
 
     @classmethod
     def checked(

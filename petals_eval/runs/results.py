@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from petals_eval.metrics import Metric, Spread, confusion_matrix, measure, title_of
-from petals_eval.metrics.answers import Answers
 from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, ServerUsed, WireRecord
@@ -289,8 +288,8 @@ def summarise(
     found = measure(kind, metrics, rows, label_names=label_names, seed=seed)
     confusion: list[list[int]] = []
     if label_names:
-        answers = Answers.of(rows, label_names, seed)
-        confusion = confusion_matrix(answers.labels, answers.predictions, len(label_names)).tolist()
+        known = rows.labelled()
+        confusion = confusion_matrix(known.labels, known.predictions, len(label_names)).tolist()
     return AdapterResult(
         adapter=adapter,
         n_examples=counts.scored + counts.failed,

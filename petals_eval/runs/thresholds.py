@@ -25,7 +25,7 @@ class Threshold:
 
     @classmethod
     def parse(
-        cls, text: str, label_names: Sequence[str], *, kind: str = "classification", is_upper: bool = False
+        cls, text: str, label_names: Sequence[str], kind: str = "classification", *, is_upper: bool = False
     ) -> "Threshold":
         """Read "accuracy=0.7", or with `is_upper` "log_loss=0.5".
 

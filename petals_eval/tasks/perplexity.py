@@ -83,9 +83,10 @@ class PerplexityTask(PromptedTask):
     @field_validator("rows_per_document", mode="before")
     @classmethod
     def _some_or_all(cls, rows: Any) -> Any:
-        if rows != "all" and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+        number = int(rows) if isinstance(rows, str) and rows.isdecimal() else rows  # a task file has texts alone
+        if rows != "all" and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
             raise ValueError("should be a whole number of 1 or more, or all")
-        return rows
+        return number
 
     def _disagreement(self) -> str | None:
         if self.max_length is not None and self.context > self.max_length:

@@ -1,7 +1,7 @@
 """What the rows of data sets become before the templates of the shipped tasks: each task file names its function.
 
-What comes out is what lm-evaluation-harness 0.4.13 asks of the same rows; tests/interop/test_lm_eval_texts.py holds it. A
-function gets a row's values by column and returns them with those that its task reads beside or instead.
+What comes out is what lm-evaluation-harness 0.4.13 asks of the same rows; tests/interop/test_lm_eval_texts.py holds it.
+A function gets a row's values by column, and returns them with others that its task reads.
 """
 
 import re
@@ -62,7 +62,7 @@ def arc(row: Columns) -> dict[str, Any]:
 
 
 def winogrande(row: Columns) -> dict[str, Any]:
-    """Return the row with `contexts`, the sentence up to its gap with each option in the gap, and `ending`, the rest."""
+    """Return the row with `contexts`, the sentence up to its gap with each option in it, and `ending`, the rest."""
     before, gap, after = row["sentence"].partition("_")
     if not gap:
         raise ValueError("sentence should have a gap, written as _")
@@ -77,7 +77,7 @@ def lambada(row: Columns) -> dict[str, Any]:
 
 
 # In this order, for one makes what the next one meets: texts as they stand, and regular expressions.
-_WIKITEXT = (
+_WIKITEXT: tuple[tuple[str | re.Pattern[str], str], ...] = (
     ("s '", "s'"),
     (re.compile(r"/' [0-9]/"), "/'[0-9]/"),
     (" @-@ ", "-"),
@@ -108,6 +108,6 @@ _WIKITEXT = (
 def wikitext(row: Columns) -> dict[str, Any]:
     """Return the row with `text`, the page as it is usually written; WikiText sets blanks around its marks."""
     text = row["page"]
-    for found, instead in _WIKITEXT:
-        text = text.replace(found, instead) if isinstance(found, str) else found.sub(instead, text)
+    for found, shown in _WIKITEXT:
+        text = text.replace(found, shown) if isinstance(found, str) else found.sub(shown, text)
     return {**row, "text": text}

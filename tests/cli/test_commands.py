@@ -97,7 +97,8 @@ def test_a_shipped_task_as_the_file_that_it_is(tmp_path: Path) -> None:
         outcome = invoke("tasks", task.name)
         assert (outcome.code, outcome.err) == (0, "")
         (tmp_path / f"{task.name}.yaml").write_text(outcome.out, encoding="utf-8")
-        assert load_task(tmp_path / f"{task.name}.yaml").model_dump() == task.model_dump()
+        read = load_task(tmp_path / f"{task.name}.yaml")
+        assert isinstance(read, type(task)) and read.model_dump() == task.model_dump()
     outcome = invoke("tasks", "hellaswg")
     assert outcome.code == 2
     assert "there is no shipped task hellaswg. Did you mean hellaswag?" in outcome.error

@@ -107,6 +107,12 @@ def test_long_heads_are_computed_in_slices(tiny, monkeypatch):
     assert torch.allclose(tiny.head(hidden, batch)[0], whole)
 
 
+def test_the_normaliser_that_writes_over_logits_is_logsumexp_to_the_bit():
+    logits = 20 * torch.randn(9, 3000)
+    logits[0], logits[1, 5] = 0.0, -torch.inf
+    assert torch.equal(local_module._logsumexp_over(logits.clone()), logits.logsumexp(-1))
+
+
 def test_answers_do_not_depend_on_the_batch(tmp_path):
     folder = make_tiny("bloom", tmp_path)
     local, model = LocalModel.from_pretrained(str(folder)), causal_lm(folder)

@@ -1,6 +1,7 @@
 """The published JSON Schemas describe what is written: every file of a run's folder, and every key of it."""
 
 import json
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from jsonschema.exceptions import ValidationError
 from petals_eval.metrics import KINDS
 from petals_eval.runs import (
     WITHOUT_PROMPTS,
+    AdapterRecord,
     AdapterResult,
     ComputedIn,
+    GroupResult,
     LosslessServer,
     Manifest,
     NoisyServer,
@@ -22,6 +25,7 @@ from petals_eval.runs import (
     WireRecord,
     WireSample,
     run_result,
+    summarise,
 )
 from petals_eval.tasks.requests import Prediction
 from tests.fake_model import FakeModel, evaluate, write_rows
@@ -85,7 +89,7 @@ def check_folder(folder: Path) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["manifest", "metrics", "predictions", "failures"])
+@pytest.mark.parametrize("name", ["manifest", "metrics", "predictions", "failures", "texts", "group"])
 def test_a_schema_is_one_and_takes_no_empty_object(name: str) -> None:
     Draft202012Validator.check_schema(schema(name))
     with pytest.raises(ValidationError):
@@ -102,16 +106,22 @@ def test_the_files_of_a_real_run_are_as_they_are_published(tmp_path: Path) -> No
     assert len(json.loads(line)["row_hash"]) == 16
 
 
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_lines_of_every_kind_are_as_they_are_published(tmp_path: Path, kind: str) -> None:
     columns, values, label, prediction = ROWS[kind]
     labels = list(LABELS) if kind == "classification" else []
-    made = manifest(kind=kind, answer_columns=columns, run_settings={"metrics": ["m"], "label_names": labels})
+    settings = {"metrics": ["m"], "label_names": labels}
+    texts = {"save_texts": True} if kind == "generation" else {}
+    made = manifest(kind=kind, answer_columns=columns, run_settings=settings, answer_settings=texts)
+    found = Prediction("0", label, prediction, values, 7, 2, HASH)
     with RunFolder.create(tmp_path / "run", made, task="t") as folder:
-        folder.journal.add("trec-ptune", Prediction("0", label, prediction, values, 7, 2, HASH), kind=kind)
+        folder.save_text("trec-ptune", replace(found, text="a text", finish="stop") if texts else found)
+        folder.journal.add("trec-ptune", found, kind=kind)
         folder.journal.add_failure("trec-ptune", "1", label, "too long", kind=kind, row_hash=HASH)
-        folder.finish(_result(folder, kind))
-    assert check_folder(tmp_path / "run") == {"manifest", "metrics", "predictions", "failures"}
+        told = run_result(folder.manifest, folder.journal, task="t", metrics=[], label_names=labels, retries=0)
+        folder.finish(told)
+    files = {"manifest", "metrics", "predictions", "failures"}
+    assert check_folder(tmp_path / "run") == (files | {"texts"} if texts else files)
     line = json.loads((tmp_path / "run" / "predictions.jsonl").read_text())
     assert (line["kind"], line["label"], line["prediction"]) == (kind, label, prediction)
     assert (line["n_requests"], line["row_hash"]) == (2, HASH)
@@ -150,7 +160,14 @@ def test_all_that_a_run_may_know_is_described(tmp_path: Path) -> None:
         first = _summary(folder, "trec-ptune")
         bare = _summary(folder, WITHOUT_PROMPTS)
         told = RunResult(
-            "t", {"trec-ptune": first, "other": first}, bare, 1, 2, (ComputedIn(None, None, None, 1),), (noisy,), wire
+            "t",
+            {"trec-ptune": first, "other": replace(first, adapter="other")},
+            bare,
+            1,
+            2,
+            (ComputedIn(None, None, None, 1),),
+            (noisy,),
+            wire,
         )
         folder.finish(told)
     assert check_folder(tmp_path / "run") == {"manifest", "metrics", "predictions"}
@@ -165,6 +182,28 @@ def test_all_that_a_run_may_know_is_described(tmp_path: Path) -> None:
     )
 
 
+def test_several_draws_of_shots_and_groups_of_tasks_are_described(tmp_path: Path) -> None:
+    drawn = [
+        AdapterRecord(name=f"prompts, draw {draw}", kind="ptune", sha256="bb", adapter="prompts", draw=draw)
+        for draw in (1, 2)
+    ]
+    names = {"metrics": ["accuracy", "f1_per_class"], "label_names": list(LABELS)}
+    with RunFolder.create(tmp_path / "run", manifest(adapters=drawn, run_settings=names), task="t") as folder:
+        for draw in drawn:
+            for key in range(4):
+                scores = tuple((score,) for score in (0.0, 1.0, key))
+                folder.journal.add(draw.name, Prediction(str(key), key % 3, 1, scores, 7, 1, HASH))
+        told = folder.result()
+        folder.finish(told)
+    assert check_folder(tmp_path / "run") == {"manifest", "metrics", "predictions"}
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert len(metrics["draws"]) == len(metrics["metrics"]["accuracy"]["draws"]["values"]) == 2
+    group = GroupResult("g", {"run": told}).to_json()
+    check("group", group)
+    for each in group["tasks"].values():
+        check("metrics", each)
+
+
 def test_both_files_say_the_same_of_what_both_have() -> None:
     ours, theirs = schema("metrics")["$defs"], schema("manifest")["$defs"]
     assert {name: ours[name] for name in ("noisy_server", "wire", "wire_sample")} == {
@@ -177,16 +216,4 @@ def test_both_files_say_the_same_of_what_both_have() -> None:
 
 
 def _summary(folder: RunFolder, adapter: str) -> AdapterResult:
-    from petals_eval.runs import summarise
-
     return summarise(folder.journal, adapter, ["accuracy", "f1_per_class", "roc_auc"], LABELS)
-
-
-def _result(folder: RunFolder, kind: str) -> RunResult:
-    """The result of a run, of kinds whose metrics this test knows nothing of without any."""
-    labels = LABELS if kind == "classification" else ()
-    if kind in KINDS:
-        return run_result(folder.manifest, folder.journal, task="t", metrics=[], label_names=labels, retries=0)
-    counted = folder.journal.counts("trec-ptune")
-    alone = AdapterResult("trec-ptune", 2, 1, 0, counted.n_tokens, 0.0, {}, (), ())
-    return RunResult("t", {"trec-ptune": alone}, kind=kind)

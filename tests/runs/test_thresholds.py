@@ -105,10 +105,10 @@ def test_bars_that_cannot_be_set(text: str, message: str) -> None:
 
 
 def test_a_bar_is_one_of_the_kind_of_task() -> None:
-    assert Threshold.parse("pearson=0.5", (), "regression") == Threshold("pearson", 0.5)
+    assert Threshold.parse("pearson=0.5", (), kind="regression") == Threshold("pearson", 0.5)
     for text, message in (
         ("accuracy=0.5", "a metric of regression; found 'accuracy'"),
         ("mse=1", "better when it is lo"),
     ):
         with pytest.raises(ConfigError, match=message):
-            Threshold.parse(text, (), "regression")
+            Threshold.parse(text, (), kind="regression")

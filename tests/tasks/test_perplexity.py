@@ -100,12 +100,15 @@ def test_a_wrong_definition(changes, expected):
 
 def test_a_task_file(tmp_path):
     (tmp_path / "stories.yaml").write_text(
-        'kind: perplexity\ntext: "{text}"\nrows_per_document: all\nseparator: "\\n"\ncontext: 8\n'
+        'kind: perplexity\ntext: "{text}"\nrows_per_document: all\nseparator: "\\n"\ncontext: 8\nmax_length: null\n'
         "metrics: [word_perplexity]\n"
     )
     task = load_task(tmp_path / "stories.yaml")
     assert isinstance(task, PerplexityTask) and isinstance(task, Task)
     assert (task.name, task.rows_per_document, task.separator, task.context) == ("stories", "all", "\n", 8)
+    (tmp_path / "pages.yaml").write_text('kind: perplexity\ntext: "{text}"\nrows_per_document: 12\nmax_length: 64\n')
+    task = load_task(tmp_path / "pages.yaml")
+    assert (task.rows_per_document, task.max_length, task.counted) == (12, 64, None)
     (tmp_path / "wrong.yaml").write_text('kind: perplexity\ntext: "{text}"\nmetrics: [accuracy]\n')
     with pytest.raises(TaskError, match=r"wrong\.yaml: metrics: Expected the name of a metric of perplexity"):
         load_task(tmp_path / "wrong.yaml")

@@ -13,7 +13,8 @@ import pytest
 from petals_eval.data import Rows, load_rows, rows_of
 from petals_eval.errors import DataError
 from petals_eval.evaluation.shots import row_code_of
-from petals_eval.tasks import Example, list_tasks, load_task, resolve_source
+from petals_eval.tasks import Example, list_tasks, resolve_source
+from petals_eval.tasks.library import DefinedTask
 
 ROWS = Path(__file__).with_name("rows")
 TRAINED = [task.name for task in list_tasks() if task.head == "class"]
@@ -37,22 +38,26 @@ def read(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (ROWS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def shipped(name: str) -> DefinedTask:
+    return next(task for task in list_tasks() if task.name == name)
+
+
 def examples(name: str, rows: Rows, tokenizer: Any) -> list[Example]:
-    task = load_task(name)
+    task = shipped(name)
     code = row_code_of(task, is_allowed=False)
     return list(task.examples(rows if code is None else code.of(rows), tokenizer))
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_rows_for_a_trained_head(name, tokenizer):
-    task = load_task(name)
+    task = shipped(name)
     rows = load_rows(resolve_source(task, ROWS / f"{name}.jsonl"))
     assert len(rows) >= 5
     found = examples(name, rows, tokenizer)
     assert {example.label for example in found} == set(range(len(task.label_names)))
-    texts = [task.text] if isinstance(task.text, str) else task.text
+    assert isinstance(task.text, str)
     for example, row in zip(found, read(name), strict=True):
-        assert not example.truncated and example.text == "".join(texts).format(**row)
+        assert not example.truncated and example.text == task.text.format(**row)
 
 
 @pytest.mark.parametrize(("data", "names"), CLASSES.items())
@@ -101,7 +106,7 @@ def test_rows_of_another_form_are_named(name, data, changes, said, tokenizer):
 )
 def test_hidden_labels_can_be_left_out_of_the_metrics(name, hidden, tokenizer):
     rows = [row | hidden for row in read(name)]
-    task = load_task(name)
+    task = shipped(name)
     code = row_code_of(task, is_allowed=False)
     prepared = rows_of(rows) if code is None else code.of(rows_of(rows))
     with pytest.raises(DataError, match="--unlabelled predict"):
