@@ -248,7 +248,7 @@ def test_the_python_examples() -> None:
 
 @pytest.mark.usefixtures("surroundings")
 def test_the_readme_names_what_there_is() -> None:
-    assert set(re.findall(r"lists the tasks that ship: ([^.]*)\.", README)[0].split(", ")) == {
+    assert set(re.split(r",\s+", re.findall(r"lists the tasks that ship: ([^.]*)\.", README)[0])) == {
         task.name for task in petals_eval.tasks.list_tasks()
     }
     assert all(family.title in README for family in FAMILIES.values())
