@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from petals_eval import errors
     from petals_eval.config import PUBLIC_SWARM, SwarmSettings
     from petals_eval.data import DataSource
+    from petals_eval.evaluation.batches import evaluate_batches
     from petals_eval.evaluation.evaluate import evaluate
     from petals_eval.evaluation.merge import merge
     from petals_eval.health import HealthReport, check_health
     from petals_eval.local_swarm import LocalSwarm
     from petals_eval.remote_model import RemoteModel
+    from petals_eval.runs.group_result import GroupResult
     from petals_eval.runs.results import AdapterResult, RunResult
     from petals_eval.swarm import RemoteSequential, SwarmConnection
-    from petals_eval.tasks import ChoiceTask, ClassificationTask, ContinuationTask
+    from petals_eval.tasks import ChoiceTask, ClassificationTask, ContinuationTask, RegressionTask, TaskGroup
 
 __version__ = "0.1.0"
 
@@ -34,17 +36,21 @@ __all__ = [
     "ClassificationTask",
     "ContinuationTask",
     "DataSource",
+    "GroupResult",
     "HealthReport",
     "LocalSwarm",
+    "RegressionTask",
     "RemoteModel",
     "RemoteSequential",
     "RunResult",
     "SwarmConnection",
     "SwarmSettings",
+    "TaskGroup",
     "__version__",
     "check_health",
     "errors",
     "evaluate",
+    "evaluate_batches",
     "merge",
 ]
 
@@ -55,8 +61,10 @@ _HOMES = {
     "LocalSwarm": "petals_eval.local_swarm",
     "RemoteModel": "petals_eval.remote_model",
     "AdapterResult": "petals_eval.runs.results",
+    "GroupResult": "petals_eval.runs.group_result",
     "RunResult": "petals_eval.runs.results",
     "evaluate": "petals_eval.evaluation.evaluate",
+    "evaluate_batches": "petals_eval.evaluation.batches",
     "merge": "petals_eval.evaluation.merge",
     "HealthReport": "petals_eval.health",
     "check_health": "petals_eval.health",
@@ -65,6 +73,8 @@ _HOMES = {
     "ChoiceTask": "petals_eval.tasks",
     "ClassificationTask": "petals_eval.tasks",
     "ContinuationTask": "petals_eval.tasks",
+    "RegressionTask": "petals_eval.tasks",
+    "TaskGroup": "petals_eval.tasks",
 }
 
 

@@ -1,6 +1,7 @@
 """Every setting of a swarm connection and of a run, with its default, its unit and its flag, in one place."""
 
 from inspect import get_annotations
+from os import PathLike, fspath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -89,7 +90,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 def _as_list(value: object) -> object:
     """Take one name for a list of one."""
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str | PathLike) else value
+
+
+def _as_text(value: object) -> object:
+    """Take a path for its text."""
+    return fspath(value) if isinstance(value, PathLike) else value
 
 
 def _split(value: object) -> object:
@@ -129,6 +135,8 @@ def _blocks(value: object) -> object:
 Peers = Annotated[tuple[Multiaddress, ...], BeforeValidator(_split)]
 SomePeers = Annotated[Peers, AfterValidator(_at_least_one)]
 Blocks = Annotated[tuple[int, int], BeforeValidator(_blocks)]
+Place = Annotated[str, BeforeValidator(_as_text)]  # a path, or the name of something on the hub
+Places = Annotated[tuple[Place, ...], BeforeValidator(_as_list)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 Identities = Annotated[tuple[Annotated[str, AfterValidator(_identity)], ...], BeforeValidator(_as_list)]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -233,7 +241,7 @@ class SwarmSettings(CallSettings):
 class ModelSettings(Settings, heading=MODEL):
     """Which model."""
 
-    model: str = option(..., "Hub name or local folder.", "NAME")
+    model: Place = option(..., "Hub name or local folder.", "NAME")
     revision: str | None = option(None, "Revision of the model on the hub.", "REV")
     token: SecretStr | None = option(None, "Hub token for gated repositories (or set HF_TOKEN).", "TOKEN")
 
@@ -273,8 +281,8 @@ class ModelOnSwarm(ModelSettings, heading=SWARM):
 class TaskSettings(Settings, heading=TASK):
     """What is evaluated."""
 
-    task: str = option(..., "Shipped task (see petals-eval tasks) or YAML file.", "TASK")
-    data: str | None = option(None, "csv, tsv, jsonl, parquet or text file, or hub name.", "DATA", unset="the task's")
+    task: Place = option(..., "Shipped task (see petals-eval tasks) or YAML file.", "TASK")
+    data: Place | None = option(None, "csv, tsv, jsonl, parquet or text file, or hub name.", "DATA", unset="the task's")
     subset: str | None = option(None, "Subset of a hub data set.", "NAME")
     split: str | None = option(None, "Split of a hub data set.", "NAME")
     data_revision: str | None = option(None, "Revision of a hub data set.", "REV")
@@ -315,13 +323,16 @@ class ResultSettings(Settings, heading=OUTPUT):
 
     max_failed: Annotated[int, Field(ge=0)] = option(0, "Exit code 1 if more examples than this fail.")
     fail_under: Names = option((), "Exit code 1 if a metric is below this; repeatable.", "METRIC=X...")
+    fail_over: Names = option(
+        (), "Exit code 1 if a metric that is better when lower is above this; repeatable.", "METRIC=X..."
+    )
     json_output: bool = option(False, "Print metrics.json alone on stdout.", flag="--json", alias="json")
 
 
 class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, ResultSettings):
     """One run, as the command line and its YAML file give it: every flag of `petals-eval run` is a field here."""
 
-    adapter: Names = option(
+    adapter: Places = option(
         (), "Prompt-tuned checkpoints: file, folder or hub name; shown side by side.", "NAME...", heading=MODEL
     )
     without_prompts: bool = option(False, "Also evaluate the first adapter's head without its prompts.", heading=MODEL)
@@ -342,14 +353,8 @@ class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, Resu
     tokens_per_micro_batch: Positive | None = option(
         None, "Positions sent together, prompts included.", unset="found out", heading=SERVERS
     )
-    out: str | None = option(
+    out: Place | None = option(
         None, "Run folder; an unfinished run goes on.", "FOLDER", unset="runs/<task>-<time>", heading=OUTPUT
     )
     save_texts: bool = option(False, "Keep generated texts, in texts.jsonl of the run folder.", heading=OUTPUT)
-    dry_run: bool = option(False, "Show what would be sent; send nothing.", heading=OUTPUT)
-
-    @model_validator(mode="after")
-    def _something_to_print(self) -> Self:
-        if self.dry_run and self.json_output:
-            raise ValueError("--dry-run computes no metrics, so there is nothing for --json to print: leave one out")
-        return self
+    dry_run: bool = option(False, "Show what would be sent, with --json as JSON; send nothing.", heading=OUTPUT)

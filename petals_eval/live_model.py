@@ -13,8 +13,9 @@ import contextlib
 import random
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -80,7 +81,7 @@ def local_side(model: nn.Module, *, tokenizer: Any = None) -> Iterator[LocalSide
     base = _base_of(model)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        part = LivePart(model, base, _tokenizer_of(model) if tokenizer is None else tokenizer)
+        part = LivePart(model, base, partial(_tokenizer_of, model) if tokenizer is None else lambda: tokenizer)
         config: Any = model.config
         yield LocalSide(part, part.adapters, _settings_of(config, _chosen.get(model, {})), _dht_prefix_of(config))
     except BaseException:
@@ -133,10 +134,10 @@ class LivePart(LocalPart):
     adapters: the prompts as they are at this moment, with the class head; () where the model has none.
     """
 
-    def __init__(self, model: nn.Module, base: nn.Module, tokenizer: Any):
+    def __init__(self, model: nn.Module, base: nn.Module, load_tokenizer: Callable[[], Any]):
         config: Any = model.config
         super().__init__(config, family_of(config))
-        self._tokenizer = tokenizer
+        self._load_tokenizer = load_tokenizer
         self._kind = type(model).__name__
         # Petals' models of every family have them under these names, as properties where Hugging Face calls them else.
         self.embeddings = cast(nn.Embedding, base.word_embeddings)
@@ -169,14 +170,18 @@ class LivePart(LocalPart):
 
     @property
     def tokenizer(self) -> Any:
-        """The caller's, or that of the model which the config names."""
-        return self._tokenizer
+        """The caller's, or that of the model which the config names, looked for when first asked for.
+
+        Raises ConfigError, ModelError.
+        """
+        return self._load_tokenizer()
 
     def check_head(self, head: Literal["class", "lm"], adapter: Adapter | None) -> None:
         if head == "lm":
             self._lm_module()
         else:
             self._class_head()
+            self._refuse_other_kinds(adapter)
 
     def class_outputs(self, adapter: Adapter | None) -> int | None:
         return getattr(self._class_head(), "out_features", None)

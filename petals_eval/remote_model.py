@@ -3,13 +3,15 @@
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from petals_eval.config import CallSettings, Pool, SwarmSettings
+from petals_eval.config import Blocks, CallSettings, Place, Places, Pool, Settings, SwarmSettings
 from petals_eval.data.batching import HasTokens, MicroBatch, micro_batches
 from petals_eval.errors import ConfigError, ExampleError
 from petals_eval.tasks.requests import Generated, Request
+from petals_eval.validation import shorten
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +23,16 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound=HasTokens)
 
-__all__ = ["LocalSide", "RemoteModel", "RequestAnswer", "check_home_blocks", "default_dht_prefix", "load_local"]
+__all__ = [
+    "LocalSide",
+    "RemoteModel",
+    "RequestAnswer",
+    "check_device",
+    "check_home_blocks",
+    "default_dht_prefix",
+    "dtype_of",
+    "load_local",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,16 +91,16 @@ class RemoteModel:
     @classmethod
     def from_pretrained(
         cls,
-        model: str,
+        model: str | Path,
         *,
         initial_peers: str | Sequence[str],
-        adapter: str | Sequence[str] | None = None,
+        adapter: str | Path | Sequence[str | Path] | None = None,
         dht_prefix: str | None = None,
         revision: str | None = None,
         token: str | None = None,
-        dtype: "torch.dtype | None" = None,
-        device: str = "cpu",
-        cache_dir: str | None = None,
+        dtype: "str | torch.dtype | None" = None,
+        device: "str | torch.device" = "cpu",
+        cache_dir: str | Path | None = None,
         pool: Pool = "auto",
         verify_local: tuple[int, int] | None = None,
         **swarm_settings: Any,
@@ -100,7 +111,7 @@ class RemoteModel:
         initial_peers: multiaddresses of bootstrap peers, one or several; one that answers is enough.
         adapter: one or several prompt-tuned checkpoints (file, folder or hub name).
         dht_prefix: the name the servers announce; by default Petals' own rule for the hub name.
-        dtype: of the computation at home; the checkpoint's own by default.
+        dtype: of the computation at home, such as "float32" or torch.float32; the checkpoint's own by default.
         pool: which token of a text a class head reads where the text holds the padding token, by one of the rules of
             `petals_eval.model.pooling`; "auto": as the library does that trained the head.
         verify_local: blocks (start, stop) to load here, too, and hold the servers of these blocks against.
@@ -109,16 +120,30 @@ class RemoteModel:
         Raises ModelError, AdapterError, ConfigError, SwarmUnreachableError.
         """
         settings = SwarmSettings(**{"initial_peers": initial_peers, **swarm_settings})
+        given: dict[str, Any] = {
+            "model": model,
+            "adapter": () if adapter is None else adapter,
+            "dht_prefix": dht_prefix,
+            "revision": revision,
+            "token": token,
+            "device": _device_text(device),
+            "cache_dir": cache_dir,
+            "pool": pool,
+            "verify_local": verify_local,
+        }
+        loading = _LoadSettings(**given)
+        check_device(loading.device)
+        source: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": loading.cache_dir}
         local, adapters = load_local(
-            model, adapter, revision=revision, token=token, dtype=dtype, device=device, cache_dir=cache_dir, pool=pool
+            loading.model, loading.adapter, dtype=dtype_of(dtype), device=loading.device, pool=pool, **source
         )
-        side = LocalSide(local, adapters, settings, dht_prefix or default_dht_prefix(model, local.family))
+        side = LocalSide(local, adapters, settings, dht_prefix or default_dht_prefix(loading.model, local.family))
         home = None
-        if verify_local is not None:
+        if loading.verify_local is not None:
             from petals_eval.model.blocks import BlockSpan
 
-            check_home_blocks(verify_local, side)
-            home = BlockSpan.load(model, *verify_local, revision=revision, token=token, cache_dir=cache_dir)
+            check_home_blocks(loading.verify_local, side)
+            home = BlockSpan.load(loading.model, *loading.verify_local, **source)
         return cls.connect(side, settings.initial_peers, home)
 
     @classmethod
@@ -284,15 +309,64 @@ class RemoteModel:
         self.close()
 
 
+class _LoadSettings(Settings):
+    """What `RemoteModel.from_pretrained` takes beside the settings of a swarm."""
+
+    model: Place
+    adapter: Places
+    dht_prefix: str | None
+    revision: str | None
+    token: str | None
+    device: str
+    cache_dir: Place | None
+    pool: Pool
+    verify_local: Blocks | None
+
+
+def dtype_of(dtype: "str | torch.dtype | None") -> "torch.dtype | None":
+    """Return the dtype of torch that is meant, such as by "float32"; None and "auto" stand for the checkpoint's own.
+
+    Raises ConfigError for what is no dtype of floating point.
+    """
+    import torch
+
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(
+            f"dtype: expected a dtype of floating point, such as float32 or bfloat16, found {shorten(dtype)}"
+        )
+    return found
+
+
+def check_device(device: str) -> None:
+    """Raise ConfigError for a device that this machine or torch does not have."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device: expected one that torch can use here, found {device!r}: {reason}") from error
+
+
+def _device_text(device: object) -> object:
+    """Return how torch spells a device of its own; what is none stays as it is, to be refused."""
+    import torch
+
+    return str(device) if isinstance(device, torch.device) else device
+
+
 def load_local(
-    model: str,
-    adapter: str | Sequence[str] | None = None,
+    model: str | Path,
+    adapter: str | Path | Sequence[str | Path] | None = None,
     *,
     revision: str | None = None,
     token: str | None = None,
     dtype: "torch.dtype | None" = None,
     device: str = "cpu",
-    cache_dir: str | None = None,
+    cache_dir: str | Path | None = None,
     pool: Pool = "auto",
 ) -> "tuple[LocalModel, tuple[Adapter, ...]]":
     """Load what stays at home, and the prompts tuned for it. Raises ModelError, AdapterError."""
@@ -307,7 +381,7 @@ def load_local(
         cache_dir=cache_dir,
         pooling=None if pool == "auto" else pool,
     )
-    names = [adapter] if isinstance(adapter, str) else list(adapter or ())
+    names = [adapter] if isinstance(adapter, str | Path) else list(adapter or ())
     return local, tuple(
         load_adapter(
             name,
@@ -334,16 +408,14 @@ def check_home_blocks(blocks: tuple[int, int], side: LocalSide) -> None:
     check_blocks(*blocks, side.local.num_blocks, str(side.local.fingerprint["model"]))
 
 
-def default_dht_prefix(model: str, family: "Family") -> str:
+def default_dht_prefix(model: str | Path, family: "Family") -> str:
     """Return the prefix that Petals servers announce for a hub repository.
 
     Raises ConfigError for a local folder: it has none on a foreign swarm.
     """
-    from pathlib import Path
-
     if Path(model).expanduser().is_dir():
         raise ConfigError(
             f"{model} is a local folder, so the name its servers announce is not known: give it with --dht-prefix "
             "(dht_prefix=... in Python). For a hub model it would follow from the hub name."
         )
-    return family.dht_prefix(model)
+    return family.dht_prefix(str(model))

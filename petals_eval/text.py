@@ -1,5 +1,6 @@
-"""Text for people: words of strangers (peers, checkpoints, data sets) made safe to show, counts and lists."""
+"""Text for people: words of strangers (peers, checkpoints, data sets) made safe to show, numbers, counts and lists."""
 
+import math
 import sys
 from collections.abc import Iterable
 from typing import IO, TYPE_CHECKING
@@ -7,7 +8,7 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["PLAIN_WIDTH", "console_for", "listed", "plural", "printable"]
+__all__ = ["PLAIN_WIDTH", "console_for", "listed", "number_text", "plural", "printable"]
 
 PLAIN_WIDTH = 200  # columns; where there is no terminal a line is not wrapped to a width nobody asked for
 
@@ -37,6 +38,26 @@ def printable(text: str, *, longest: int | None = 400, keep_lines: bool = False)
         else "\ufffd"
         for character in text
     )
+
+
+def number_text(value: float, decimals: int = 4, *, beside: float | None = None) -> str:
+    """Return a number with so many decimals; from 100 on with fewer, so that the digits stay as many; and a small one
+    with its own digits, so that it is not 0.
+
+    beside: the number that it is an interval's bound of, whose size says how many decimals there are.
+
+    >>> [number_text(value) for value in (0.736, -0.25, 0.0, 12.34567, 123.4567, 12345.6789, 1234567.8, 12345678.9)]
+    ['0.7360', '-0.2500', '0.0000', '12.3457', '123.457', '12,345.7', '1,234,568', '1.23457e+07']
+    >>> number_text(0.00012345), number_text(0.0000123, 3, beside=0.25), number_text(98.7, 3, beside=1234.5)
+    ('0.000123', '0.000', '98.7')
+    """
+    size = abs(value if beside is None else beside)
+    if not size < 1e7:
+        return f"{value:.{decimals + 2}g}"
+    if 0 < size < 0.001:
+        return f"{value:.{decimals - 1}g}"
+    beyond = max(0, math.floor(math.log10(size)) - 1) if size else 0
+    return f"{value:,.{max(0, decimals - beyond)}f}"
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:

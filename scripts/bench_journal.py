@@ -21,7 +21,7 @@ from pathlib import Path
 import petals_eval
 from petals_eval.runs import Journal
 
-METHODS = ("add", "add_failure", "withdraw", "flush", "flush_if_due", "done_keys", "counts", "arrays", "servers")
+METHODS = ("add", "add_failure", "withdraw", "flush", "flush_if_due", "done_keys", "counts", "scored_rows", "servers")
 
 
 class Watch:

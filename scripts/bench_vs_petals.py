@@ -133,7 +133,7 @@ def running(workload: Workload, folder: Path, limit: int | None) -> Iterator[tup
         stack.enter_context(swarm)
         common = {
             "model": str(workload.model),
-            "adapter": str(workload.adapter),
+            "adapter": None if workload.adapter is None else str(workload.adapter),
             "initial_peers": swarm.initial_peers,
             "dht_prefix": DHT_PREFIX,
         }
@@ -148,26 +148,29 @@ def running(workload: Workload, folder: Path, limit: int | None) -> Iterator[tup
             folder / "petals.log",
         )
         stack.enter_context(petals)
-        state = workload.adapter / "petals_state_dict.pt" if workload.adapter.is_dir() else workload.adapter
-        petals.ask(
-            **common | {"adapter": str(state)},
-            tuning_mode=workload.tuning_mode,
-            max_length=workload.max_length,
-            texts=data["texts"][:8],
-            labels=data["labels"][:8],
-            padding="longest",
-        )
+        some = {key: values[:8] for key, values in data.items()}
+        if workload.adapter is None:
+            petals.ask(**common, **some)
+        else:
+            state = workload.adapter / "petals_state_dict.pt" if workload.adapter.is_dir() else workload.adapter
+            petals.ask(
+                **common | {"adapter": str(state)},
+                tuning_mode=workload.tuning_mode,
+                max_length=workload.max_length,
+                **some,
+                padding="longest",
+            )
         yield Bench(workload, swarm, network), ours, petals, data
 
 
 def compare(workload: Workload, folder: Path, pairs: int, limit: int | None, batch_sizes: list[int] | None) -> dict:
     """Our client against Petals' own, in turn on the same servers."""
     with running(workload, folder, limit) as (bench, ours, petals, data):
-        rows = len(data["texts"])
+        rows = len(data["labels"])
         sweep = {}
         for size in batch_sizes or workload.batch_sizes:
             some = {key: values[: workload.sweep_rows] for key, values in data.items()}
-            record = bench.run("petals, sweep", petals, len(some["texts"]), **some, batch_size=size, padding="longest")
+            record = bench.run("petals, sweep", petals, len(some["labels"]), **some, batch_size=size, padding="longest")
             sweep[size] = record["rows_per_second"]
             print(f"  Petals' loop at batch size {size}: {record['rows_per_second']:.1f} rows/s")
         best = max(sweep, key=lambda size: sweep[size])
@@ -207,7 +210,7 @@ def compare(workload: Workload, folder: Path, pairs: int, limit: int | None, bat
 def compare_with_itself(workload: Workload, folder: Path, pairs: int, limit: int | None) -> dict:
     """Our client with all servers against our client without some of them."""
     with running(workload, folder, limit) as (bench, ours, _, data):
-        rows = len(data["texts"])
+        rows = len(data["labels"])
         without = [bench.swarm.servers[index].peer_id for index in workload.leave_out]
         some, every = {"deny_servers": without}, {}
         for settings in (some, every):

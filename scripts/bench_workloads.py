@@ -22,13 +22,14 @@ SLOWED = 5
 class Workload:
     """What both loops evaluate.
 
+    adapter: None for a task that asks the word head of the model as it is.
     links: one a server; None: no emulated network. batch_sizes: what Petals' loop is tried with.
     padded: also time Petals' loop padded to max_length. leave_out: servers (by place in `spans`) without which our
     client is timed instead of Petals', for comparison with itself.
     """
 
     model: Path
-    adapter: Path
+    adapter: Path | None
     tuning_mode: str
     task: str
     data: Path
@@ -82,6 +83,7 @@ class Workloads:
             "trec-test": lambda: replace(self._trec(), padded=True),
             "trec-all": self._trec_all,
             "sst2": self._sst2,
+            "choice": self._choice,
             "trec-local": lambda: replace(self._trec(), links=None, padded=True),
             "wide-float32": lambda: self._wide("float32"),
             "wide-bfloat16": lambda: self._wide("bfloat16"),
@@ -111,6 +113,10 @@ class Workloads:
     def _sst2(self) -> Workload:
         adapter, data = self.realdata / "adapters" / "sst2-deep_ptune", self.realdata / "sst2" / "dev.tsv"
         return replace(self._trec(), adapter=adapter, task="sst2", data=data)
+
+    def _choice(self) -> Workload:
+        task, data = make_choices(self.folder / "endings", self.realdata / "trec" / "TREC.train.all", rows=1000)
+        return replace(self._trec(), adapter=None, tuning_mode="", task=task, data=data, sweep_rows=250)
 
     def _slow_replica(self) -> Workload:
         slow = replace(HOME, delay=HOME.delay * SLOWED, up_mbps=100 / SLOWED, down_mbps=100 / SLOWED)
@@ -176,6 +182,31 @@ def make_llama(folder: Path, *, hidden: int, blocks: int = 8) -> tuple[Path, Pat
     prompts, head = 0.02 * torch.randn(PREFIX, hidden), 0.2 * torch.randn(LABELS, hidden)
     torch.save({"model.prompt_embeddings.weight": prompts, "score.weight": head}, adapter)
     return folder, adapter
+
+
+def make_choices(folder: Path, questions: Path, *, rows: int, choices: int = 4, words: int = 4) -> tuple[str, Path]:
+    """A task of choices: how a question of TREC goes on, its own last `words` or those of three others.
+
+    Returns its YAML file and its data.
+    """
+    folder.mkdir(exist_ok=True)
+    draw = random.Random(0)
+    split = [line.split(" ")[1:] for line in questions.read_text(encoding="latin-1").splitlines()]
+    asked = [each for each in split if len(each) > 2 * words][:rows]
+    endings = [" ".join(each[-words:]) for each in asked]
+    lines = []
+    for row, each in enumerate(asked):
+        others = draw.sample(sorted(set(endings) - {endings[row]}), choices - 1)
+        label = draw.randrange(choices)
+        offered = [*others[:label], endings[row], *others[label:]]
+        lines.append(json.dumps({"start": " ".join(each[:-words]), "endings": offered, "label": label}))
+    data, task = folder / "endings.jsonl", folder / "endings.yaml"
+    data.write_text("\n".join(lines) + "\n")
+    task.write_text(
+        'kind: choice\nname: endings\ntext: "{start}"\nchoices_column: endings\nlabel_column: label\n'
+        "metrics: [acc, acc_norm]\n"
+    )
+    return str(task), data
 
 
 def make_task(folder: Path, *, rows: int, tokens: tuple[int, int]) -> tuple[str, Path]:

@@ -9,7 +9,8 @@ what changes, and find the model and the swarm warm:
     task, data      as petals_eval.evaluate takes them
     limit           the first so many rows; null: all
     swarm           more settings of petals_eval.config.SwarmSettings; other ones are another connection
-    what            "rows" -> {"texts": [...], "labels": [...]}, as the model is to read them (the first line), or
+    what            "rows" -> {"texts": [...], "labels": [...]}, as the model is to read them (the first line), and
+                    {"requests": [[[ids, targets], ...], ...], "labels": [...]} for a task of choices, or
                     "evaluate" -> {"predictions": [...], "probabilities": [[...]], "accuracy", "seconds", "retries"}
     profile         a file that cProfile writes, or null
 """
@@ -25,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from bench_loops import softmax
 
 import petals_eval
 from petals_eval.data import Rows, load_rows, sample
@@ -39,6 +41,9 @@ def rows_of(settings: dict) -> Rows:
 def examples(model: RemoteModel, settings: dict) -> dict:
     task = load_task(settings["task"])
     found = list(task.examples(rows_of(settings), model.local.tokenizer))
+    if task.kind == "choice":
+        asked = [[[each.input_ids, each.targets] for each in example.requests] for example in found]
+        return {"requests": asked, "labels": [each.label for each in found]}
     return {"texts": [each.text for each in found], "labels": [each.label for each in found]}
 
 
@@ -58,10 +63,10 @@ def evaluate(model: RemoteModel, settings: dict) -> dict:
     lines.sort(key=lambda line: int(line["key"]))
     return {
         "seconds": seconds,
-        "accuracy": result.metrics["accuracy"].value,
+        "accuracy": result.metrics["accuracy" if "accuracy" in result.metrics else "acc"].value,
         "retries": result.retries,
         "predictions": [line["prediction"] for line in lines],
-        "probabilities": [line["probabilities"] for line in lines],
+        "probabilities": [line.get("probabilities") or softmax(line["log_likelihood"]) for line in lines],
     }
 
 

@@ -50,7 +50,10 @@ printf 'import hivemind_flat\n' >"$packages/hivemind_flat.pth"
 wanted="$({ pwd && cat pyproject.toml; } | cksum)"
 if ! is_done "$folder/installed-petals-eval" "$wanted"; then
   install_pinned --no-build-isolation --editable .
-  "$folder/bin/python" -W ignore -c 'import petals.cli.run_server, petals_eval' ||
+  # Where pip takes torch's CUDA build, a triton comes with it that Petals' old bitsandbytes fails to import: a server would
+  # announce itself and die. Nothing here uses it, and bitsandbytes does without.
+  "$folder/bin/python" -m pip uninstall --quiet --yes triton >&2
+  "$folder/bin/python" -W ignore -c 'import bitsandbytes, petals.cli.run_server, petals_eval' ||
     fail "petals or petals_eval cannot be imported in $folder (see above)."
   printf '%s\n' "$wanted" >"$folder/installed-petals-eval"
 fi

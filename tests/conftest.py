@@ -2,13 +2,14 @@
 
 import os
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--client-kills", type=int, default=4, help="kills of the client in tests/chaos")
+    parser.addoption("--client-kills", type=int, default=3, help="kills of the client in tests/chaos")
     parser.addoption("--client-seed", type=int, default=1, help="of their moments")
     parser.addoption("--session-kills", type=int, default=10, help="kills of a client with sessions in tests/interop")
     parser.addoption("--session-seed", type=int, default=1, help="of their moments")
@@ -20,10 +21,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out the cases that only scripts/soak.sh has the time for."""
     if config.getoption("--soak"):
         return
-    left_out = [item for item in items if item.get_closest_marker("soak") is not None]
+    left_out = {item for item in items if item.get_closest_marker("soak") is not None} | _beyond_sample(items)
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item.get_closest_marker("soak") is None]
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _beyond_sample(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Return the cases of tests marked `sample(k)` beyond k of each, drawn by a seed of its own for each test."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sample") is not None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out: set[pytest.Item] = set()
+    for name, alike in cases.items():
+        marker = alike[0].get_closest_marker("sample")
+        kept = marker.args[0] if marker is not None else len(alike)
+        left_out.update(Random(name).sample(alike, max(0, len(alike) - kept)))
+    return left_out
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -41,6 +56,16 @@ def realdata() -> Path:
         if os.environ.get("CI") == "true":
             pytest.fail(message)
         pytest.skip(message)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def causal_prompt(realdata, tmp_path_factory) -> Path:
+    """A prompt that PEFT trained for stories260K-hf as a causal language model: an adapter without a head."""
+    from tests.support.train_prompt import train_prompt
+
+    folder: Path = tmp_path_factory.mktemp("adapters") / "stories-prompt"
+    train_prompt(realdata / "stories260K-hf", realdata / "tinystories" / "validation.txt", folder)
     return folder
 
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,20 +12,26 @@ from petals_eval.cli.open_swarm import open_model
 from petals_eval.config import ResultSettings, RunSettings
 
 if TYPE_CHECKING:
+    from petals_eval.evaluation.prepare import Prepared
     from petals_eval.model import Adapter
-    from petals_eval.runs import RunResult
+    from petals_eval.remote_model import RemoteModel
+    from petals_eval.runs import GroupResult, RunResult
     from petals_eval.runs.thresholds import Threshold
+    from petals_eval.tasks import TaskGroup
 
-__all__ = ["execute", "show_result"]
+__all__ = ["execute", "show_group", "show_result"]
 
 
 def execute(settings: RunSettings) -> int:
     """Do what the settings say and print the result on stdout; everything on the way goes to stderr."""
-    from petals_eval.evaluation.estimate import estimate_run, expected_positions
     from petals_eval.evaluation.evaluate import evaluate_prepared
     from petals_eval.evaluation.prepare import prepare_run
     from petals_eval.report import ProgressDisplay
+    from petals_eval.tasks import load_group
 
+    group = load_group(settings.task)
+    if group is not None:
+        return _execute_group(settings, group)
     prepared = prepare_run(settings)
     if settings.dry_run:
         from petals_eval.cli.dry_run import show_dry_run
@@ -35,11 +41,49 @@ def execute(settings: RunSettings) -> int:
     with open_model(settings, prepared) as model, prepared.open_folder() as folder:
         task, examples = prepared.task.name, len(prepared.part)
         _say(f"{_prompts_text(prepared.side.adapters)} · task {task} · {examples:,} examples")
-        if settings.local_swarm is None:  # what an embedded swarm claims is made up
-            _say(estimate_run(model.blocks.snapshot, expected_positions(prepared)))
+        _say_estimate(settings, model, [prepared])
         with ProgressDisplay(prepared.total) as progress:
             result = evaluate_prepared(prepared, folder, model, progress=progress)
     return show_result(result, folder.path, prepared.thresholds, settings)
+
+
+def _execute_group(settings: RunSettings, group: "TaskGroup") -> int:
+    """Do what the settings say for each task of a group."""
+    from petals_eval.evaluation.evaluate import evaluate_group
+    from petals_eval.evaluation.groups import prepare_group_run
+    from petals_eval.report import ProgressDisplay
+
+    prepared = prepare_group_run(settings, group)
+    if settings.dry_run:
+        from petals_eval.cli.dry_run import show_group_dry_run
+
+        return show_group_dry_run(settings, prepared)
+    with open_model(settings, prepared) as model:
+        begun = prepared.in_folder()
+        left = [member for member in begun.members if not member.is_finished]
+        finished = f", {len(begun.members) - len(left)} of them finished" if len(left) < len(begun.members) else ""
+        _say(f"{_prompts_text(prepared.side.adapters)} · group {group.name} · {len(begun.members)} tasks{finished}")
+        _say_estimate(settings, model, left)
+        with ProgressDisplay(begun.total) as progress:
+            result = evaluate_group(begun, model, progress=progress)
+    thresholds = {member.task.name: member.thresholds for member in begun.members}
+    return show_group(result, begun.out, thresholds, settings)
+
+
+def _say_estimate(settings: RunSettings, model: "RemoteModel", left: "Sequence[Prepared]") -> None:
+    """Say how long it takes to score what is left; not on an embedded swarm, whose claims are made up."""
+    from petals_eval.evaluation.estimate import (
+        estimate_generation,
+        estimate_run,
+        expected_new_tokens,
+        expected_positions,
+    )
+
+    if settings.local_swarm is not None or not left:
+        return
+    _say(estimate_run(model.blocks.snapshot, sum(map(expected_positions, left))))
+    if new_tokens := sum(map(expected_new_tokens, left)):
+        _say(estimate_generation(model.blocks.snapshot, new_tokens))
 
 
 def show_result(result: "RunResult", folder: Path, thresholds: "Sequence[Threshold]", settings: ResultSettings) -> int:
@@ -53,6 +97,34 @@ def show_result(result: "RunResult", folder: Path, thresholds: "Sequence[Thresho
     else:
         print_result(result, console_for(sys.stdout), folder=folder)
     lines = missed(result, thresholds, settings.max_failed)
+    for line in lines:
+        _say(line)
+    return 1 if lines else 0
+
+
+def show_group(
+    result: "GroupResult",
+    folder: Path | None,
+    thresholds: "Mapping[str, Sequence[Threshold]]",
+    settings: ResultSettings,
+) -> int:
+    """Print the results of a group's tasks, and on stderr which of each task's thresholds they missed.
+
+    Returns the exit code: 1 where there is one.
+    """
+    from petals_eval.report import console_for, print_group
+    from petals_eval.runs.thresholds import missed
+
+    if settings.json_output:
+        typer.echo(json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
+        _say(f"run folders: {folder}")
+    else:
+        print_group(result, console_for(sys.stdout), folder=folder)
+    lines = [
+        f"{name}: {line}"
+        for name, each in result.tasks.items()
+        for line in missed(each, thresholds[name], settings.max_failed)
+    ]
     for line in lines:
         _say(line)
     return 1 if lines else 0

@@ -31,10 +31,11 @@ def merge(
     from petals_eval.cli.evaluation import show_result
     from petals_eval.evaluation.merge import merge as merge_parts
     from petals_eval.runs import Manifest
-    from petals_eval.runs.thresholds import Threshold
+    from petals_eval.runs.thresholds import parse_thresholds
 
     settings = ResultSettings(**flags)
-    names = Manifest.read(parts[0] / "manifest.json").run_settings.get("label_names")
+    first = Manifest.read(parts[0] / "manifest.json")
+    names = first.run_settings.get("label_names")
     labels = [str(name) for name in names] if isinstance(names, list) else []
-    thresholds = [Threshold.parse(text, labels) for text in settings.fail_under]
+    thresholds = parse_thresholds(settings.fail_under, settings.fail_over, labels, kind=first.kind)
     return show_result(merge_parts(parts, out=out), out, thresholds, settings)

@@ -10,6 +10,7 @@ from petals_eval.config import PUBLIC_SWARM, RunSettings
 from petals_eval.text import plural
 
 if TYPE_CHECKING:
+    from petals_eval.evaluation.groups import PreparedGroup
     from petals_eval.evaluation.prepare import Prepared
     from petals_eval.local_swarm import LocalSwarm
     from petals_eval.remote_model import RemoteModel
@@ -20,7 +21,7 @@ STRANGERS = "note: on the public swarm, strangers' machines see the activations 
 
 
 @contextlib.contextmanager
-def open_model(settings: RunSettings, prepared: "Prepared") -> "Iterator[RemoteModel]":
+def open_model(settings: RunSettings, prepared: "Prepared | PreparedGroup") -> "Iterator[RemoteModel]":
     """Connect what is prepared to the swarm of the settings; an embedded one is started, and runs until the end."""
     from petals_eval.model.blocks import BlockSpan
     from petals_eval.remote_model import RemoteModel

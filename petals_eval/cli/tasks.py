@@ -1,27 +1,59 @@
-"""`petals-eval tasks`: the tasks that ship."""
+"""`petals-eval tasks`: the tasks that ship, and the metrics that there are."""
+
+from typing import Annotated
 
 import typer
 
 __all__ = ["HELP", "SHORT", "tasks"]
 
-SHORT = "List the tasks that ship."
-HELP = "List the tasks that ship, with their labels, data and text template."
+SHORT = "List the tasks that ship, print one, or list metrics."
+HELP = """List the tasks that ship by kind, print one of them to start your own from, or list the metrics.
+
+\b
+  petals-eval tasks
+  petals-eval tasks boolq > mine.yaml
+  petals-eval tasks --metrics
+  petals-eval tasks --metrics choice
+"""
 
 
-def tasks() -> int:
+def tasks(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A task, or with --metrics a kind.")] = None,
+    metrics: Annotated[bool, typer.Option("--metrics", help="List the metrics by kind of task.")] = False,
+) -> int:
+    if metrics:
+        _list_metrics(name)
+    elif name is None:
+        _list_tasks()
+    else:
+        from petals_eval.tasks import shipped_yaml
+
+        typer.echo(shipped_yaml(name), nl=False)
+    return 0
+
+
+def _list_tasks() -> None:
     from petals_eval.tasks import list_tasks
 
-    for task in list_tasks():
-        source = task.data
-        rows = {
-            "labels": ", ".join(task.label_names),
-            "text": repr(task.text)
-            + (f", at most {length} tokens" if (length := getattr(task, "max_length", None)) else ""),
-            "data": " ".join(filter(None, (source.path, source.subset, source.split))) if source else "none",
-            "metrics": ", ".join(task.metrics),
-        }
-        typer.echo(f"{task.name:<10} {task.description}")
-        for name, value in rows.items():
-            typer.echo(f"{'':<10} {name:<8} {value}")
-    typer.echo("\nA task of your own is a YAML file: petals-eval run --task my-task.yaml (README.md shows one).")
-    return 0
+    shipped = list_tasks()
+    for kind in dict.fromkeys(task.kind for task in shipped):
+        typer.echo(f"{kind}:")
+        for task in shipped:
+            if task.kind == kind:
+                source = task.data
+                data = " ".join(filter(None, (source.path, source.subset, source.split))) if source else "none"
+                typer.echo(f"  {task.name:<16} {task.description}\n  {'':<16} data {data}; {', '.join(task.metrics)}")
+    typer.echo(
+        "\npetals-eval tasks NAME prints a task as the YAML file that it is, to start one of your own from:\n"
+        "petals-eval run --task my-task.yaml. README.md shows the keys; --metrics lists the metrics."
+    )
+
+
+def _list_metrics(kind: str | None) -> None:
+    from petals_eval.metrics import KINDS, available_metrics
+
+    for each in KINDS if kind is None else (kind,):
+        names = available_metrics(each)
+        typer.echo(f"{each}:")
+        for spec in KINDS[each]:
+            typer.echo(f"  {spec.name:<{max(map(len, names))}}  {spec.about}")

@@ -55,6 +55,7 @@ def micro_batches(
     boundary: int | None = None,
     max_rows: int = 128,
     lookahead: int = 2048,
+    tokens_ahead: int = 1 << 18,
 ) -> Iterator[MicroBatch[R]]:
     """Group a stream of requests by length.
 
@@ -64,18 +65,20 @@ def micro_batches(
     boundary: rows of up to so many positions, prefix included, never share a micro-batch with longer ones; None: all
         may.
     max_rows: rows per micro-batch at most.
-    lookahead: requests held back to find others of similar length; a tenth of it at first, so that the first need not
-        wait for the rest to be made. Memory is bounded by it, not by the data set.
+    lookahead: requests held back to find others of similar length, as long as they have no more than `tokens_ahead`
+        tokens together; a tenth of both at first, so that the first need not wait for the rest to be made. Memory is
+        bounded by them, not by the data set: a request with a target at every token takes some 130 bytes for each.
 
     Yields the longest of each window first: a size no server takes shows at once, and the time left only gets better.
     """
     window: list[R] = []
-    wanted = max(1, lookahead // 10)
+    wanted, most_tokens, held = max(1, lookahead // 10), tokens_ahead // 10, 0
     for request in requests:
         window.append(request)
-        if len(window) >= wanted:
+        held += len(request.input_ids)
+        if len(window) >= wanted or held >= most_tokens:
             yield from _by_length(window, max_tokens, prefix, boundary, max_rows)
-            window, wanted = [], lookahead
+            window, wanted, most_tokens, held = [], lookahead, tokens_ahead, 0
     yield from _by_length(window, max_tokens, prefix, boundary, max_rows)
 
 

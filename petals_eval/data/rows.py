@@ -6,15 +6,18 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral, Rational, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from petals_eval.data.source import DataSource, is_local, local_path
-from petals_eval.data.tables import Table
+from petals_eval.data.tables import Readable, Table, class_names_of
 from petals_eval.errors import DataError
+from petals_eval.text import listed
+from petals_eval.validation import shorten
 
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
+    from pandas import DataFrame
 
 __all__ = ["DataSource", "Row", "Rows", "load_rows", "row_hash", "rows_of"]
 
@@ -49,7 +52,7 @@ class Rows:
 
     def __init__(
         self,
-        table: Table,
+        table: Readable,
         *,
         name: str,
         fingerprint: str | None = None,
@@ -136,33 +139,128 @@ def load_rows(source: DataSource) -> Rows:
     return _not_empty(Rows(load_file(source), name=path.name, fingerprint=file_fingerprint(source)), source)
 
 
-def rows_of(data: "Dataset | Iterable[Mapping[str, object]]", *, name: str = "data") -> Rows:
-    """Return rows that are at hand already: a `datasets.Dataset`, or dictionaries with the same keys.
+def rows_of(data: "Dataset | DataFrame | Iterable[Mapping[str, object]]", *, name: str = "data") -> Rows:
+    """Return rows that are at hand already.
 
-    The values keep their types: 4 stays a whole number beside 4.5. Raises DataError for rows that differ in their keys
-    or in the types of a column, and for no rows.
+    data: a `datasets.Dataset` or `IterableDataset`, whose class names count; a pandas DataFrame, whose index does not;
+        or any iterable of mappings with the same keys, which is read once. `Rows` stay as they are.
+
+    The values keep their types: 4 stays a whole number beside 4.5. Numbers and arrays of NumPy, pandas and torch become
+    Python's, and what these mark as missing (NaN, NaT, NA) becomes None.
+
+    Raises DataError, which names the row, for rows that are no mappings, that differ in their keys or in the types of a
+    column, and for no rows.
     """
+    if isinstance(data, Rows):
+        return data
     import datasets
+    import pandas  # datasets needs it, too
 
+    if isinstance(data, Mapping):  # also a DatasetDict
+        raise DataError(_what_to_do_with(data, name))
+    class_names: dict[str, tuple[str, ...]] = {}
     if isinstance(data, datasets.Dataset):
         table = Table(data.with_format(None))
     else:
-        records = [dict(row) for row in data]
-        odd = next((index for index, row in enumerate(records) if row.keys() != records[0].keys()), None)
-        if odd is not None:
-            raise DataError(
-                f"row {odd} has the columns {', '.join(records[odd])}, but row 0 has {', '.join(records[0])}. "
-                "Give every row the same columns."
-            )
-        numbers = _numbers_without_a_type(records)
-        stored = [{**row, **{key: _written(row[key]) for key in numbers}} for row in records] if numbers else records
-        try:
-            table = Table(datasets.Dataset.from_list(stored), numbers=numbers)
-        except (ValueError, TypeError, OverflowError) as error:  # what pyarrow raises for values of mixed types
-            raise DataError(f"{name}: every column needs values of one type ({str(error)[:120]}).") from error
+        if isinstance(data, datasets.IterableDataset):
+            class_names = class_names_of(data.features or {})
+            data = data.with_format(None)
+        records = _records(data, name) if not isinstance(data, pandas.DataFrame) else _records_of_frame(data, name)
+        table = _table_of(records, name)
     if len(table) == 0:
         raise DataError(f"{name} is empty: expected at least one row.")
+    if class_names:
+        table.class_names = class_names
     return Rows(table, name=name)
+
+
+def _what_to_do_with(data: Mapping[Any, Any], name: str) -> str:
+    """Return what is wrong with a mapping where rows are expected: it holds several splits, or columns."""
+    keys = [str(key) for key in data]
+    first = keys[0] if keys else "..."
+    if any(hasattr(part, "column_names") for part in data.values()):
+        return f"{name}: expected the rows of one split, found several ({listed(keys)}): give one, as data[{first!r}]."
+    return (
+        f"{name}: expected rows, found one mapping ({listed(keys)}). Of columns make rows first, by "
+        "datasets.Dataset.from_dict(...) or pandas.DataFrame(...); a single row goes into a list."
+    )
+
+
+def _records(data: object, name: str) -> list[dict[str, object]]:
+    """Return rows as dictionaries of plain values. Raises DataError."""
+    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+        raise DataError(
+            f"{name}: expected a list of mappings, a pandas DataFrame or a datasets.Dataset, found "
+            f"{type(data).__name__}."
+        )
+    records: list[dict[str, object]] = []
+    for index, row in enumerate(data):
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"{name}, row {index}: expected a mapping of column names to values, found {type(row).__name__} "
+                f"({shorten(row, 40)})."
+            )
+        odd = next((key for key in row if not isinstance(key, str)), None)
+        if odd is not None:
+            raise DataError(f"{name}, row {index}: expected text as names of columns, found {shorten(odd)}.")
+        if records and row.keys() != records[0].keys():
+            raise DataError(
+                f"{name}, row {index} has the columns {', '.join(row)}, but row 0 has {', '.join(records[0])}. "
+                "Give every row the same columns."
+            )
+        records.append({key: _plain(value) for key, value in row.items()})
+    return records
+
+
+def _records_of_frame(frame: "DataFrame", name: str) -> list[dict[str, object]]:
+    """Return the rows of a DataFrame by position, whatever its index is. Raises DataError."""
+    columns = list(frame.columns)
+    odd = [column for column in columns if not isinstance(column, str)]
+    if odd or len(set(columns)) < len(columns):
+        found = f"{shorten(odd[0])}" if odd else "one name twice"
+        raise DataError(
+            f"{name}: expected text as names of a DataFrame's columns, each once, found {found} among "
+            f"{listed(map(str, columns))}. Rename them."
+        )
+    cells = (map(_plain, frame[column].tolist()) for column in columns)
+    return [dict(zip(columns, row, strict=True)) for row in zip(*cells, strict=True)]
+
+
+def _table_of(records: list[dict[str, object]], name: str) -> Table:
+    """Return the rows in a table of Arrow's. Raises DataError for values that it has no type for."""
+    import datasets
+    import pyarrow
+
+    numbers = _numbers_without_a_type(records)
+    stored = [{**row, **{key: _written(row[key]) for key in numbers}} for row in records] if numbers else records
+    try:
+        return Table(datasets.Dataset.from_list(stored), numbers=numbers)
+    except (ValueError, TypeError, OverflowError, pyarrow.ArrowException) as error:  # values of mixed types
+        raise DataError(f"{name}: every column needs values of one type ({str(error)[:120]}).") from error
+
+
+def _plain(value: object) -> object:
+    """Return a value of NumPy, pandas or torch as Python's own; None for what is missing."""
+    if value is None or type(value) in (str, int, bool):
+        return value
+    if isinstance(value, float):
+        return float(value) if value == value else None
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if callable(to_list := getattr(value, "tolist", None)):  # NumPy's numbers and arrays, torch's tensors, a Series
+        return _plain(to_list())
+    return None if _is_missing(value) else value
+
+
+def _is_missing(value: object) -> bool:
+    """Return whether a value is pandas' NaT or NA."""
+    import pandas
+
+    return value is pandas.NaT or value is pandas.NA
 
 
 def _numbers_without_a_type(records: list[dict[str, object]]) -> list[str]:

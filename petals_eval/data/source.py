@@ -1,11 +1,13 @@
 """Where labelled rows come from, and how their file is read."""
 
 import re
+from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -85,6 +87,10 @@ class FileReading(BaseModel):
         return encoding
 
 
+def _as_text(path: object) -> object:
+    return fspath(path) if isinstance(path, PathLike) else path
+
+
 class DataSource(FileReading):
     """A data set on the Hugging Face hub, or a local file. A wrong value raises DataError.
 
@@ -94,7 +100,7 @@ class DataSource(FileReading):
     The other settings are those of `FileReading` and apply to local files.
     """
 
-    path: str = Field(min_length=1)
+    path: Annotated[str, BeforeValidator(_as_text)] = Field(min_length=1)
     subset: str | None = None
     split: str | None = None
     revision: str | None = None

@@ -3,14 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from petals_eval.data.json_text import value_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["LINE", "JsonTable", "Table", "TextTable"]
+__all__ = ["LINE", "JsonTable", "Readable", "Table", "TextTable", "class_names_of"]
 
 LINE = "line"
 """In the table of a file, the column of the lines where the rows begin. The file's own columns are called 0, 1, ...
@@ -19,6 +19,20 @@ there: Arrow would cut a name at a zero byte."""
 _OBJECT = "0"  # of a JSON file, its only column
 
 _CHUNK_ROWS = 500
+
+
+class Readable(Protocol):
+    """What rows are read from: a table, or what is made of others. The members are those of `Table`."""
+
+    columns: tuple[str, ...]
+    class_names: Mapping[str, tuple[str, ...]]
+    truth_words: tuple[str, str]
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: range | list[int]) -> Iterator[tuple[Mapping[str, object], int | None]]: ...
+
+    def content_hash(self) -> str: ...
 
 
 class Table:
@@ -33,16 +47,10 @@ class Table:
 
     def __init__(self, dataset: "Dataset", *, numbers: Sequence[str] = ()):
         """`numbers`: columns for which Arrow has no exact type; their numbers are stored as Python writes them."""
-        from datasets import ClassLabel
-
         self._dataset = dataset
         self._numbers = frozenset(numbers)
         self.columns: tuple[str, ...] = tuple(dataset.column_names)
-        self.class_names: Mapping[str, tuple[str, ...]] = {
-            column: tuple(feature.names)
-            for column, feature in dataset.features.items()
-            if isinstance(feature, ClassLabel)
-        }
+        self.class_names: Mapping[str, tuple[str, ...]] = class_names_of(dataset.features)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -74,6 +82,13 @@ class Table:
 
     def _values(self, column: str, cells: list[Any]) -> list[Any]:
         return [None if cell is None else _number(cell) for cell in cells] if column in self._numbers else cells
+
+
+def class_names_of(features: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
+    """Return the names of the classes, in order, of each column that has them."""
+    from datasets import ClassLabel
+
+    return {column: tuple(feature.names) for column, feature in features.items() if isinstance(feature, ClassLabel)}
 
 
 class TextTable(Table):

@@ -1,49 +1,87 @@
 """A dry run: what an evaluation would send, and to whom. Nothing is sent."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from petals_eval.data import micro_batches
 from petals_eval.errors import ExampleError
 from petals_eval.evaluation.prepare import Prepared
+from petals_eval.runs.results import LABELLED_KINDS
 from petals_eval.swarm.scheduling.tuning import SizePolicy
-from petals_eval.tasks import show_example
+from petals_eval.tasks import describe_example, show_example
 from petals_eval.tasks.requests import Example, Request
-from petals_eval.text import listed, printable
+from petals_eval.text import listed, plural, printable
 
 if TYPE_CHECKING:
     from petals_eval.model import Adapter, LocalPart
     from petals_eval.swarm.wire.records import Snapshot
 
-__all__ = ["DryRun", "dry_run", "route_lines"]
+__all__ = ["DryRun", "Generating", "dry_run", "route_lines"]
+
+SHOWN_FAILURES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Generating:
+    """What texts cost that are to be generated: at most, as if each took all the tokens that it may.
+
+    n_new_tokens: of all texts together.
+    session_positions: in sessions, which keep what was computed: each text to go on from once, then a position for each
+        new token but the last. session_bytes: of their hidden states, to each hop and as much back.
+    longest_session: positions that one of them reserves in each block of a server.
+    forward_positions, forward_bytes: where no server opens a session, by a forward call of the whole text a token.
+    """
+
+    n_texts: int
+    n_new_tokens: int
+    session_positions: int
+    session_bytes: int
+    longest_session: int
+    forward_positions: int
+    forward_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
     """What one adapter's evaluation would send.
 
-    shown: the first examples as text and as tokens, with prompt and pooling positions.
-    n_failed: examples that cannot be computed, among all n_examples; why_failed: the first of them.
-    n_text_tokens: without prompts and padding; n_positions: with them.
+    adapter: its name; None without prompts.
+    shown: the first examples as text and as tokens, with prompt and pooling positions; described: the same as values
+        that JSON can hold.
+    n_examples: of them n_failed cannot be computed; failures: the first few, as (key, reason). n_unlabelled: those of
+        which nobody says what is right, in kinds of task where somebody might.
+    n_requests: of the examples that can be computed; most_requests: of one of them.
+    n_targets: log-likelihoods wanted of the word head.
+    bos_tokens: how many requests begin with so many beginning-of-text tokens; empty where the tokenizer has none.
+    n_text_tokens: without prompts and padding; n_positions: with them. Neither counts texts to be generated.
     hidden_bytes: of the hidden states, in the dtype at home or the lossy wire's; they travel to each hop and back.
     prompt_bytes: of the deep prompts, which travel once, split among the hops.
+    generating: what the texts to be generated cost; None where there are none.
     notes: what else one should know of it, a sentence each.
     Servers of a narrower dtype than the one at home are sent less.
     """
 
+    adapter: str | None
     shown: tuple[str, ...]
+    described: tuple[dict[str, Any], ...]
     n_examples: int
     n_requests: int
+    most_requests: int
     n_micro_batches: int
     n_truncated: int
+    n_unlabelled: int
     n_failed: int
-    why_failed: str
+    failures: tuple[tuple[str, str], ...]
+    n_targets: int
+    bos_tokens: Mapping[int, int]
     n_text_tokens: int
     n_positions: int
     hidden_bytes: int
     prompt_bytes: int
+    generating: Generating | None = None
     notes: tuple[str, ...] = ()
 
     def bytes_sent(self, hops: int) -> int:
@@ -51,6 +89,18 @@ class DryRun:
 
     def bytes_received(self, hops: int) -> int:
         return self.hidden_bytes * hops
+
+    def to_json(self) -> dict[str, object]:
+        """Return all but `shown`, as values that JSON can hold."""
+        found = {
+            each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("shown", "described")
+        }
+        found["examples"] = list(self.described)
+        found["bos_tokens"] = {str(count): requests for count, requests in self.bos_tokens.items()}
+        found["failures"] = [{"key": key, "reason": reason} for key, reason in self.failures]
+        found["generating"] = None if self.generating is None else asdict(self.generating)
+        found["notes"] = list(self.notes)
+        return found
 
 
 def dry_run(prepared: Prepared, adapter: "Adapter | None", *, show: int = 2) -> DryRun:
@@ -71,46 +121,79 @@ def dry_run(prepared: Prepared, adapter: "Adapter | None", *, show: int = 2) -> 
     def pooled_token(input_ids: Sequence[int]) -> int:
         return local.pooled_token(input_ids, adapter)
 
-    shown = tuple(show_example(example, tokenizer, prefix, task.label_names, pooled_token) for example in first)
+    how = (tokenizer, prefix, task.label_names, pooled_token)
     notes: dict[str, None] = {}
-    counted = _Counted()
+    counted = _Counted(prefix, getattr(tokenizer, "bos_token_id", None), task.kind in LABELLED_KINDS)
 
     def requests() -> Iterator[Request]:
-        for example in counted.over(itertools.chain(first, examples)):
+        """Yield the requests of one forward pass each; all are counted."""
+        for example in itertools.chain(first, examples):
+            counted.add(example)
             try:
                 if example.error is not None:
                     raise example.error
                 for request in example.requests:
                     local.check_length(len(request.input_ids), prefix, request.new_tokens)
             except ExampleError as error:
-                counted.fail(error)
-            else:
-                if task.head == "class":
-                    found = (local.pooling_note(request.input_ids, adapter) for request in example.requests)
-                    notes.update((note, None) for note in found if note is not None)
-                yield from example.requests
+                counted.fail(example, error)
+                continue
+            counted.add_requests(example.requests)
+            if task.head == "class":
+                found = (local.pooling_note(request.input_ids, adapter) for request in example.requests)
+                notes.update((note, None) for note in found if note is not None)
+            yield from (request for request in example.requests if request.decoding is None)
 
-    batches = positions = n_requests = 0
+    batches = positions = 0
     boundary = local.rotary.original_length
     for batch in micro_batches(requests(), max_tokens=at_once, prefix=prefix, boundary=boundary):
         batches += 1
-        n_requests += len(batch.requests)
         positions += len(batch.requests) * (prefix + batch.input_ids.shape[1])
+    if counted.truncated and getattr(task, "text_pair", None) is not None:
+        notes["of a pair that is too long, tokens go from the end of the longer text first"] = None
     deep_prompts = None if adapter is None else adapter.deep_prompts
+    carried = batches + counted.texts  # a session is sent them with its first step
     return DryRun(
-        shown=shown,
+        adapter=None if adapter is None else adapter.name,
+        shown=tuple(show_example(example, *how) for example in first),
+        described=tuple(describe_example(example, *how) for example in first),
         n_examples=counted.examples,
-        n_requests=n_requests,
+        n_requests=counted.requests,
+        most_requests=counted.most_requests,
         n_micro_batches=batches,
         n_truncated=counted.truncated,
+        n_unlabelled=counted.unlabelled,
         n_failed=counted.failed,
-        why_failed=counted.why_failed,
+        failures=tuple(counted.failures),
+        n_targets=counted.targets,
+        bos_tokens=dict(sorted(counted.bos_tokens.items())),
         n_text_tokens=counted.tokens,
         n_positions=positions,
         hidden_bytes=positions * local.hidden_size * value_bytes,
-        notes=(*notes, *_unused_tensors(local, adapter)),
-        prompt_bytes=0 if deep_prompts is None else batches * deep_prompts.numel() * local.dtype.itemsize,
+        prompt_bytes=0 if deep_prompts is None else carried * deep_prompts.numel() * local.dtype.itemsize,
+        generating=counted.generating(local.hidden_size, value_bytes, local.dtype.itemsize),
+        notes=(
+            *_draws(prepared),
+            *notes,
+            *_too_many_openings(counted.bos_tokens),
+            *_unused_tensors(local, adapter),
+        ),
     )
+
+
+def _draws(prepared: Prepared) -> Iterator[str]:
+    draws = len({id(variant.task) for variant in prepared.variants})
+    if draws > 1:
+        yield f"this is the first of {draws} draws of shots; the others are of about the same size"
+
+
+def _too_many_openings(bos_tokens: Mapping[int, int]) -> Iterator[str]:
+    """Yield a sentence where texts begin twice."""
+    twice = sum(requests for count, requests in bos_tokens.items() if count > 1)
+    if twice:
+        yield (
+            f"{plural(twice, 'text begins', 'texts begin')} with more than one beginning-of-text token: the text brings"
+            " one, and the tokenizer puts another in front"
+        )
 
 
 def _unused_tensors(local: "LocalPart", adapter: "Adapter | None") -> Iterator[str]:
@@ -128,22 +211,71 @@ def _unused_tensors(local: "LocalPart", adapter: "Adapter | None") -> Iterator[s
 
 @dataclass(slots=True)
 class _Counted:
+    """What a dry run counts. prefix: tuned prompt tokens. bos: the beginning-of-text token. may_be_unlabelled: whether
+    a missing label is worth a word."""
+
+    prefix: int
+    bos: int | None
+    may_be_unlabelled: bool
     examples: int = 0
     tokens: int = 0
     truncated: int = 0
+    unlabelled: int = 0
     failed: int = 0
-    why_failed: str = ""
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    requests: int = 0
+    most_requests: int = 0
+    targets: int = 0
+    bos_tokens: Counter[int] = field(default_factory=Counter)
+    texts: int = 0
+    new_tokens: int = 0
+    session_positions: int = 0
+    longest_session: int = 0
+    forward_positions: int = 0
 
-    def fail(self, error: ExampleError) -> None:
+    def add(self, example: Example) -> None:
+        self.examples += 1
+        self.tokens += example.n_tokens
+        self.truncated += example.truncated
+        self.unlabelled += self.may_be_unlabelled and example.label is None
+
+    def fail(self, example: Example, error: ExampleError) -> None:
         self.failed += 1
-        self.why_failed = self.why_failed or str(error)
+        if len(self.failures) < SHOWN_FAILURES:
+            self.failures.append((example.key, str(error)))
 
-    def over(self, examples: Iterable[Example]) -> Iterator[Example]:
-        for example in examples:
-            self.examples += 1
-            self.tokens += example.n_tokens
-            self.truncated += example.truncated
-            yield example
+    def add_requests(self, requests: Sequence[Request]) -> None:
+        self.requests += len(requests)
+        self.most_requests = max(self.most_requests, len(requests))
+        for request in requests:
+            self.targets += len(request.targets)
+            if self.bos is not None:
+                self.bos_tokens[sum(1 for _ in itertools.takewhile(self.bos.__eq__, request.input_ids))] += 1
+            if request.decoding is not None:
+                self._add_text(request)
+
+    def _add_text(self, request: Request) -> None:
+        in_session, new_tokens = self.prefix + request.positions, request.new_tokens
+        self.texts += 1
+        self.new_tokens += new_tokens
+        self.session_positions += in_session
+        self.longest_session = max(self.longest_session, in_session)
+        # The first call has the text alone, the last one all but the last token.
+        self.forward_positions += new_tokens * (self.prefix + len(request.input_ids) + in_session) // 2
+
+    def generating(self, hidden_size: int, value_bytes: int, session_value_bytes: int) -> Generating | None:
+        """Return what the texts cost. A session is lossless, whatever the wire."""
+        if not self.texts:
+            return None
+        return Generating(
+            n_texts=self.texts,
+            n_new_tokens=self.new_tokens,
+            session_positions=self.session_positions,
+            session_bytes=self.session_positions * hidden_size * session_value_bytes,
+            longest_session=self.longest_session,
+            forward_positions=self.forward_positions,
+            forward_bytes=self.forward_positions * hidden_size * value_bytes,
+        )
 
 
 def route_lines(snapshot: "Snapshot") -> list[str]:

@@ -1,22 +1,63 @@
 """Before a run: can this swarm do it, and how long will it take? From the records alone, in one line."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from petals_eval.evaluation.prepare import Prepared
 from petals_eval.swarm.wire.records import Snapshot
 from petals_eval.swarm.wire.span import spans_text
+from petals_eval.tasks.requests import Request
 from petals_eval.text import plural
 
-__all__ = ["estimate_run", "expected_positions"]
+__all__ = ["estimate_generation", "estimate_run", "expected_new_tokens", "expected_positions"]
 
 
 def expected_positions(prepared: Prepared) -> int:
-    """Estimate the positions of a run, prompts included, from the length of its first examples."""
-    first = prepared.first_examples
+    """Estimate the positions of a run, prompts included, from the length of its first examples; of texts that are to be
+    generated, what they take in sessions at most.
+    """
     prefix = max((adapter.prefix_length for _, adapter, _ in prepared.variants if adapter is not None), default=0)
-    requests = [request for example in first for request in example.requests]
-    positions = sum(len(request.input_ids) + prefix for request in requests) / max(1, len(first))
-    return round(positions * prepared.total)
+    return _of_all(prepared, sum(request.positions + prefix for request in _first_requests(prepared)))
+
+
+def expected_new_tokens(prepared: Prepared) -> int:
+    """Estimate the tokens that a run generates at most; 0 where it generates none."""
+    return _of_all(prepared, sum(request.new_tokens for request in _first_requests(prepared)))
+
+
+def _first_requests(prepared: Prepared) -> Iterator[Request]:
+    return (request for example in prepared.first_examples for request in example.requests)
+
+
+def _of_all(prepared: Prepared, in_the_first: int) -> int:
+    return round(in_the_first / max(1, len(prepared.first_examples)) * prepared.total)
+
+
+def estimate_generation(snapshot: Snapshot, new_tokens: int) -> str:
+    """Return a line on what it takes at most to generate so many tokens, one text after the other.
+
+    A token waits for every block in turn. A server says how many tokens a second one block of its own takes in a
+    session (`inference_rps`), and Petals' client plans its sessions by that, too.
+
+    >>> from petals_eval.swarm.wire.records import ServerRecord, SpanServer
+    >>> from petals_eval.swarm.wire.span import Span
+    >>> record = ServerRecord(state=2, throughput=50.0, inference_rps=60.0)
+    >>> snapshot = Snapshot(3, {"a": SpanServer("a", Span(0, 3), record)})
+    >>> estimate_generation(snapshot, 10_000)
+    'generation: at most 10,000 new tokens; at the 50 ms a token that servers claim, one text after the other takes at \
+most 8 min, the way there and back not counted'
+    """
+    line = f"generation: at most {plural(new_tokens, 'new token')}"
+    fastest = [0.0] * snapshot.num_blocks
+    for server in snapshot.servers.values():
+        for block in range(server.span.start, min(server.span.stop, snapshot.num_blocks)):
+            fastest[block] = max(fastest[block], server.record.inference_rps or 0.0)
+    if not all(fastest):
+        return f"{line}; how fast the servers are at that, they do not say"
+    seconds = sum(1 / rate for rate in fastest)
+    return (
+        f"{line}; at the {1000 * seconds:,.0f} ms a token that servers claim, one text after the other takes at most "
+        f"{_duration(new_tokens * seconds)}, the way there and back not counted"
+    )
 
 
 def estimate_run(snapshot: Snapshot, positions: int, measured: Mapping[str, float] | None = None) -> str:

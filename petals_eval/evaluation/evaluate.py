@@ -1,67 +1,146 @@
 """The evaluation: from rows to a result, tied together."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
-from petals_eval.data import DataSource
+from petals_eval.config import Place, Positive, PromptSettings, Settings
 from petals_eval.errors import CallerError, ConfigError, InterruptedRunError, MachineError, PetalsEvalError
-from petals_eval.evaluation.prepare import Prepared, prepare
+from petals_eval.evaluation.groups import PreparedGroup, prepare_group
+from petals_eval.evaluation.prepare import Data, Prepared, prepare
 from petals_eval.evaluation.scoring import Progress, Scoring
 from petals_eval.evaluation.wire_error import note_sample
 from petals_eval.remote_model import LocalSide
 from petals_eval.runs.folder import RunFolder
+from petals_eval.runs.group_result import GroupResult
 from petals_eval.runs.results import RunResult, run_result
-from petals_eval.tasks import Task
+from petals_eval.tasks import Task, TaskGroup, load_group
 
 if TYPE_CHECKING:
     import torch
 
     from petals_eval.remote_model import RemoteModel
 
-__all__ = ["Progress", "evaluate", "evaluate_prepared", "finish"]
+__all__ = [
+    "Progress",
+    "check_progress",
+    "evaluate",
+    "evaluate_group",
+    "evaluate_prepared",
+    "finish",
+    "is_remote_model",
+]
+
+
+class _Options(TypedDict, total=False):
+    """What `evaluate` takes besides the model and the task, for type checkers: what it returns depends on the task."""
+
+    data: Data | None
+    limit: int | None
+    seed: int
+    shard: str | None
+    unlabelled: Literal["error", "predict"] | None
+    without_prompts: bool
+    shots: int | None
+    shots_data: str | None
+    shots_split: str | None
+    shots_seed: int | None
+    draws: int
+    chat: bool
+    system: str | None
+    bos: Literal["auto", "always", "never"] | None
+    allow_task_code: bool
+    save_texts: bool
+    out: str | Path | None
+    tokens_per_micro_batch: int | None
+    tokenizer: Any
+    progress: Progress | None
+
+
+@overload
+def evaluate(
+    model: "RemoteModel | torch.nn.Module", *, task: TaskGroup, **options: Unpack[_Options]
+) -> GroupResult: ...
+
+
+@overload
+def evaluate(
+    model: "RemoteModel | torch.nn.Module",
+    *,
+    task: str | Path | Mapping[str, Any] | Task,
+    **options: Unpack[_Options],
+) -> RunResult: ...
 
 
 def evaluate(
     model: "RemoteModel | torch.nn.Module",
     *,
-    task: str | Path | Task,
-    data: str | Path | DataSource | None = None,
+    task: str | Path | Mapping[str, Any] | Task | TaskGroup,
+    data: Data | None = None,
     limit: int | None = None,
     seed: int = 0,
     shard: str | None = None,
     unlabelled: Literal["error", "predict"] | None = None,
     without_prompts: bool = False,
+    shots: int | None = None,
+    shots_data: str | None = None,
+    shots_split: str | None = None,
+    shots_seed: int | None = None,
+    draws: int = 1,
+    chat: bool = False,
+    system: str | None = None,
+    bos: Literal["auto", "always", "never"] | None = None,
+    allow_task_code: bool = False,
     out: str | Path | None = None,
     tokens_per_micro_batch: int | None = None,
     save_texts: bool = False,
     tokenizer: Any = None,
     progress: Progress | None = None,
-) -> RunResult:
+) -> RunResult | GroupResult:
     """Evaluate a model, with each of its adapters, on a task.
 
     model: a RemoteModel, or a Petals model with a head as it lives in a training loop: its embeddings, prompts and head
         as they are now, over our own connection to its swarm (`petals_eval.live_model`).
-    task: a shipped task's name, a YAML file, or a Task object.
-    data: a file, a hub name or a DataSource; None: the task's own.
+    task: a shipped task's name, a YAML file, a mapping of what such a file holds, or a Task object. A group of tasks (a
+        TaskGroup, its YAML file or a mapping) gives a GroupResult, and `out` is then a folder with one for each task.
+    data: a file, a hub name or a DataSource; rows: a list of mappings or any other iterable of them, a pandas DataFrame
+        or a datasets.Dataset; None: the task's own.
     limit, seed: evaluate this many examples, drawn by the seed; the seed also draws the bootstrap of the intervals.
     shard: "2/3" evaluates the second of three parts; `petals_eval.merge` joins their run folders.
     unlabelled: "predict" rows that have no label, which are in no metric then; None: as the task says, which by default
         takes them for a mistake.
     without_prompts: evaluate the first adapter's head without its prompts, too.
+    shots, shots_data, shots_split, shots_seed: how many rows stand before each question with their answers, and from
+        where they are drawn by which seed; None: as the task says (`petals_eval.tasks.shots.Shots`).
+    draws: evaluate so many draws of shots, by the seed and those after it; metrics are the means over them.
+    chat, system: write texts in the tokenizer's chat template, shots as turns, with this system message.
+    bos: whether a beginning-of-text token stands in front; None: as the task says.
+    allow_task_code: let the task's own function prepare rows where it did not come with this package.
     out: the run folder; an unfinished run of the same settings in it goes on. None: nothing is kept.
     save_texts: keep generated texts, in texts.jsonl of the run folder.
     tokenizer: for a Petals model; None: the one that lies with the model its config names.
 
     The model is in the mode it was in before when this returns or raises; nothing here computes a gradient.
+    The result holds every prediction, too (`RunResult.predictions`).
     An example that cannot be computed is a failure with its reason in the run folder, and is counted in the result
     (`n_failed`); it is never a wrong answer. Where none at all can be computed that is an error.
 
     Raises CallerError for what cannot work, SwarmError when the swarm cannot do it, MachineError for the disk,
     InterruptedRunError on Ctrl-C; what was scored by then is in the run folder.
     """
-    is_remote = all(hasattr(model, name) for name in ("local", "blocks", "compute"))
+    is_remote = is_remote_model(model)
+    values: dict[str, Any] = {
+        "limit": limit,
+        "seed": seed,
+        "shard": shard,
+        "unlabelled": unlabelled,
+        "without_prompts": without_prompts,
+        "out": out,
+        "tokens_per_micro_batch": tokens_per_micro_batch,
+    }
+    _Values(**values)
+    check_progress(progress)
     if is_remote and tokenizer is not None:
         raise ConfigError("a RemoteModel has a tokenizer of its own: leave tokenizer= out")
     with contextlib.ExitStack() as stack:
@@ -75,53 +154,148 @@ def evaluate(
 
             return stack.enter_context(live_model.local_side(remote, tokenizer=tokenizer))
 
-        prepared = prepare(
-            open_side,
-            task=task,
-            data=data,
-            limit=limit,
-            seed=seed,
-            shard=shard,
-            unlabelled=unlabelled,
-            without_prompts=without_prompts,
-            out=out,
-            is_kept=out is not None,
-            tokens_per_micro_batch=tokens_per_micro_batch,
-            save_texts=save_texts,
-        )
-        folder = stack.enter_context(prepared.open_folder())
-        if not is_remote:
+        def connected(side: LocalSide) -> Any:
+            if is_remote:
+                return remote
             from petals_eval import live_model
 
-            remote = live_model.connected(remote, prepared.side)
-        return evaluate_prepared(prepared, folder, remote, progress=progress)
+            return live_model.connected(remote, side)
+
+        prompt = PromptSettings(
+            shots=shots,
+            shots_data=shots_data,
+            shots_split=shots_split,
+            shots_seed=shots_seed,
+            draws=draws,
+            chat=chat,
+            system=system,
+            bos=bos,
+            allow_task_code=allow_task_code,
+        )
+        options: dict[str, Any] = {
+            "data": data,
+            "limit": limit,
+            "seed": seed,
+            "shard": shard,
+            "unlabelled": unlabelled,
+            "without_prompts": without_prompts,
+            "prompt": prompt,
+            "out": out,
+            "is_kept": out is not None,
+            "tokens_per_micro_batch": tokens_per_micro_batch,
+            "save_texts": save_texts,
+        }
+        group = load_group(task)
+        if group is not None:
+            members = prepare_group(open_side, group, **options).in_folder()
+            return evaluate_group(members, connected(members.side), progress=progress)
+        prepared = prepare(open_side, task=task, **options)  # type: ignore[arg-type]
+        folder = stack.enter_context(prepared.open_folder())
+        return evaluate_prepared(prepared, folder, connected(prepared.side), progress=progress, keep_predictions=True)
+
+
+class _Values(Settings):
+    """The arguments of `evaluate` that are plain values, looked at before anything is read."""
+
+    limit: int | None
+    seed: int
+    shard: str | None
+    unlabelled: Literal["error", "predict"] | None
+    without_prompts: bool
+    out: Place | None
+    tokens_per_micro_batch: Positive | None
+
+
+def is_remote_model(model: object) -> bool:
+    """Return whether this is a RemoteModel, or does what one does, and no live Petals model."""
+    return all(hasattr(model, name) for name in ("local", "blocks", "compute"))
+
+
+def check_progress(progress: object) -> None:
+    """Raise ConfigError for what does not want to know how far an evaluation is."""
+    if progress is not None and not all(callable(getattr(progress, name, None)) for name in ("update", "waiting")):
+        raise ConfigError(
+            "progress: expected an object with the methods update(done, retries, servers, message) and waiting(message)"
+            f", found {type(progress).__name__}"
+        )
+
+
+def evaluate_group(group: PreparedGroup, model: "RemoteModel", *, progress: Progress | None = None) -> GroupResult:
+    """Evaluate the tasks of a group, one after the other, and write `group.json` where the group has a folder.
+
+    What is finished already is read, and not computed again. Raises as `evaluate` does.
+    """
+    results: dict[str, RunResult] = {}
+    done = 0
+    for member in group.members:
+        if member.is_finished and member.out is not None:
+            with RunFolder.open(member.out) as folder:
+                results[member.task.name] = _result(member, folder, retries=0)
+            continue
+        behind = None if progress is None else _FurtherOn(progress, done)
+        with member.open_folder() as folder:
+            results[member.task.name] = evaluate_prepared(member, folder, model, progress=behind)
+        done += member.total
+    found = GroupResult(group.group.name, results, group.group.metric)
+    if group.is_kept and group.out is not None:
+        found.write(group.out)
+    return found
+
+
+class _FurtherOn:
+    """Tells a progress of a group's task what was done in those before it, too."""
+
+    def __init__(self, progress: Progress, done: int):
+        self._progress = progress
+        self._done = done
+
+    def update(self, done: int, retries: int = 0, servers: int = 0, message: str | None = None) -> None:
+        self._progress.update(self._done + done, retries, servers, message=message)
+
+    def waiting(self, message: str) -> None:
+        self._progress.waiting(message)
 
 
 def evaluate_prepared(
-    prepared: Prepared, folder: RunFolder, model: "RemoteModel", *, progress: Progress | None = None
+    prepared: Prepared,
+    folder: RunFolder,
+    model: "RemoteModel",
+    *,
+    progress: Progress | None = None,
+    keep_predictions: bool = False,
 ) -> RunResult:
     """Score what is prepared over a model's swarm, and write what came of it into the run's folder.
 
+    keep_predictions: whether the result holds every prediction; the folder does in any case.
+
     Raises as `evaluate` does.
     """
-    task = prepared.task
     retries_before = model.blocks.status().retries
     scoring = Scoring(prepared, folder, model, progress)
     with _told_what_is_kept(scoring, kept=prepared.is_kept):
+        for note in prepared.notes:
+            scoring.say(f"note: {note}")
         if folder.resumed:
             scoring.say_what_is_left()
         note_sample(prepared, folder, model, on_tick=scoring.tick)
         scoring.score_all()
-        result = run_result(
-            folder.manifest,
-            folder.journal,
-            task=task.name,
-            metrics=task.metrics,
-            label_names=task.label_names,
-            retries=model.blocks.status().retries - retries_before,
-        )
+        retries = model.blocks.status().retries - retries_before
+        result = _result(prepared, folder, retries=retries, keep_predictions=keep_predictions)
         finish(folder, result)
     return result
+
+
+def _result(prepared: Prepared, folder: RunFolder, *, retries: int, keep_predictions: bool = False) -> RunResult:
+    task = prepared.task
+    return run_result(
+        folder.manifest,
+        folder.journal,
+        task=task.name,
+        metrics=task.metrics,
+        label_names=task.label_names,
+        retries=retries,
+        keep_predictions=keep_predictions,
+    )
 
 
 def finish(folder: RunFolder, result: RunResult) -> None:

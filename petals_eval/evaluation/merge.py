@@ -1,6 +1,5 @@
 """Merging the parts of a run: their journals become one, and the numbers are computed from that."""
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -8,7 +7,6 @@ from pathlib import Path
 
 from petals_eval.errors import ConfigError, RunFolderError
 from petals_eval.evaluation.evaluate import finish
-from petals_eval.runs.disk import blame_the_machine
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import SCHEMA_VERSION, Manifest, WireRecord, difference
 from petals_eval.runs.results import RunResult, run_result
@@ -26,13 +24,18 @@ def merge(parts: Sequence[str | Path], *, out: str | Path) -> RunResult:
     Raises RunFolderError where a part is missing, given twice, not finished, or of another run (with the difference),
     and for an `out` that holds something else; MachineError for the disk.
     """
+    if isinstance(parts, str | Path) or not isinstance(parts, Sequence):
+        raise ConfigError(f"expected a list of run folders to merge, found {type(parts).__name__}")
+    odd = [each for each in (*parts, out) if not isinstance(each, str | Path)]
+    if odd:
+        raise ConfigError(f"expected paths of run folders, found {type(odd[0]).__name__}")
     if not parts:
         raise ConfigError("expected the run folders of the parts to merge; found none")
     with ExitStack() as stack:
         opened = [stack.enter_context(RunFolder.open(path)) for path in parts]
         whole = _whole(opened)
         _check_rows(opened)
-        metrics, label_names = (_names_of(opened[0], key) for key in ("metrics", "label_names"))
+        metrics, label_names = (opened[0].names_of(key) for key in ("metrics", "label_names"))
         task = str(whole.task.get("name", "run"))
         folder = stack.enter_context(RunFolder.create(out, whole, task=task))
         held = sum(_rows(folder).values())
@@ -43,7 +46,7 @@ def merge(parts: Sequence[str | Path], *, out: str | Path) -> RunResult:
                 f"Expected {folder.path} to be empty; found an unfinished run in it. Name another folder with --out."
             )
         folder.absorb_texts(opened)
-        retries = sum(_retries(part) for part in opened)
+        retries = sum(part.noted_retries() for part in opened)
         result = run_result(
             folder.manifest, folder.journal, task=task, metrics=metrics, label_names=label_names, retries=retries
         )
@@ -138,21 +141,3 @@ def _rows(part: RunFolder) -> dict[str, int]:
     """Count the examples that are done, by adapter; failures are among them."""
     counts = {adapter.name: part.journal.counts(adapter.name) for adapter in part.manifest.adapters}
     return {name: each.scored + each.failed for name, each in counts.items()}
-
-
-def _names_of(part: RunFolder, key: str) -> list[str]:
-    names = part.manifest.run_settings.get(key)
-    if not isinstance(names, list):
-        raise RunFolderError(f"Expected {key} in the manifest of {part.path}; found none.")
-    return [str(name) for name in names]
-
-
-def _retries(part: RunFolder) -> int:
-    """Return the retries of a part's last session, which its metrics.json has."""
-    path = part.path / "metrics.json"
-    with blame_the_machine(path):
-        text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
-    try:
-        return int(json.loads(text).get("retries", 0))
-    except (ValueError, TypeError, AttributeError):
-        raise RunFolderError(f"Expected the metrics of a run in {path}; found something else.") from None

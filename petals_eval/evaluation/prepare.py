@@ -6,7 +6,7 @@ connected. What has to be downloaded comes after what lies here.
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from pydantic import BaseModel
 
 from petals_eval.config import PromptSettings, RunSettings
-from petals_eval.data import DataSource, Rows, is_local, load_rows
+from petals_eval.data import DataSource, Rows, is_local, load_rows, rows_of
 from petals_eval.errors import ConfigError, ModelError
 from petals_eval.evaluation.shots import RowsAndShots, row_code_of, rows_and_shots, with_prompt
-from petals_eval.remote_model import LocalSide
+from petals_eval.remote_model import LocalSide, check_device, dtype_of
 from petals_eval.runs.code_hash import answering_code, task_code
-from petals_eval.runs.folder import RunFolder, check_folder
+from petals_eval.runs.folder import RunFolder, check_folder, holds_finished
 from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, check_names
 from petals_eval.runs.privacy import shareable_name
 from petals_eval.runs.results import WITHOUT_PROMPTS
 from petals_eval.runs.shard import Shard
-from petals_eval.runs.thresholds import Threshold
+from petals_eval.runs.thresholds import Threshold, parse_thresholds
 from petals_eval.tasks import Task, check_head_labels, load_task, resolve_source
 from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.prompted import Prompting
@@ -35,7 +35,17 @@ if TYPE_CHECKING:
     from petals_eval.local_swarm import LocalSwarm
     from petals_eval.model import Adapter, LocalPart
 
-__all__ = ["NO_ADAPTER", "Prepared", "Variant", "prepare", "prepare_run"]
+__all__ = [
+    "IN_MEMORY",
+    "NO_ADAPTER",
+    "Data",
+    "Prepared",
+    "Variant",
+    "options_of_run",
+    "prepare",
+    "prepare_run",
+    "side_of_run",
+]
 
 NO_ADAPTER = "no prompts"
 """The journal's name for a model evaluated as it is."""
@@ -44,7 +54,7 @@ _FIRST_EXAMPLES = 50
 
 _PREPARED = (
     *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "unlabelled", "shard"),
-    *("without_prompts", "fail_under", "tokens_per_micro_batch", "out", "save_texts"),
+    *("without_prompts", "fail_under", "fail_over", "tokens_per_micro_batch", "out", "save_texts"),
 )
 """The settings of a run that `prepare` takes under their own names."""
 
@@ -54,6 +64,13 @@ _NOT_ANSWERING = (
     *("allow_nondeterministic", "window", "deadline", "verify", "request_timeout", "push", "generation_rows"),
 )
 """The settings of calls that change no answer: a run may go on with others."""
+
+
+IN_MEMORY = "rows in memory"
+"""What a manifest calls data that came from no file and from no hub; its fingerprint is that of the values."""
+
+Data = str | Path | DataSource | Iterable[Mapping[str, object]]
+"""What may be evaluated: a file, a hub name, a DataSource, or rows (`petals_eval.data.rows_of` says which)."""
 
 
 class Variant(NamedTuple):
@@ -73,6 +90,7 @@ class Prepared:
     variants: its adapters, or the model as it is, each with every draw of shots.
     manifest: of the run folder `out`; None: a new one below runs/. is_kept: otherwise the folder is temporary.
     local_swarm: not started; the one that the model's blocks will be on. notes: what a person should know of the rows.
+    is_finished: the folder holds this very run, and nothing is left to be done.
     """
 
     task: Task
@@ -88,6 +106,7 @@ class Prepared:
     is_kept: bool
     local_swarm: "LocalSwarm | None" = None
     notes: tuple[str, ...] = ()
+    is_finished: bool = False
 
     @property
     def total(self) -> int:
@@ -114,8 +133,8 @@ class Prepared:
 def prepare(
     open_side: Callable[[], LocalSide],
     *,
-    task: str | Path | Task,
-    data: str | Path | DataSource | None = None,
+    task: str | Path | Mapping[str, Any] | Task,
+    data: Data | None = None,
     limit: int | None = None,
     seed: int = 0,
     max_length: int | None = None,
@@ -124,34 +143,42 @@ def prepare(
     without_prompts: bool = False,
     prompt: PromptSettings = _AS_THE_TASK_SAYS,
     fail_under: Sequence[str] = (),
+    fail_over: Sequence[str] = (),
     tokens_per_micro_batch: int | None = None,
     out: str | Path | None = None,
     is_kept: bool = True,
     save_texts: bool = False,
+    more_metrics: Sequence[str] = (),
+    may_be_finished: bool = False,
     **source_settings: Any,
 ) -> Prepared:
     """Read and check what a run needs: task, data, prompts, head, thresholds, folder.
 
     open_side: loads our side of the model; called once. source_settings: of `DataSource`, such as split; None among
-    them is what the task says. The others are those of `evaluate` and of `RunSettings`.
+    them is what the task says. more_metrics: to be computed besides the task's. may_be_finished: whether `out` may hold
+    this run, finished. The others are those of `evaluate` and of `RunSettings`.
 
     Raises CallerError (its kinds say what is wrong), MachineError for what cannot be read or written here.
     """
-    task = with_prompt(_with_unlabelled(_with_max_length(load_task(task), max_length), unlabelled), prompt)
-    if save_texts and task.kind != "generation":
-        raise ConfigError(f"--save-texts: task {task.name} generates no texts; leave it out")
-    code = row_code_of(task, is_allowed=prompt.allow_task_code)
-    thresholds = tuple(Threshold.parse(text, task.label_names) for text in fail_under)
-    task = _with_metrics(task, [threshold.metric for threshold in thresholds])
+    asked = with_prompt(_with_unlabelled(_with_max_length(load_task(task), max_length), unlabelled), prompt)
+    if save_texts and asked.kind != "generation":
+        raise ConfigError(f"--save-texts: task {asked.name} generates no texts; leave it out")
+    code = row_code_of(asked, is_allowed=prompt.allow_task_code)
+    thresholds = parse_thresholds(fail_under, fail_over, asked.label_names, kind=asked.kind)
+    asked = _with_metrics(asked, [*(threshold.metric for threshold in thresholds), *more_metrics])
     piece = None if shard is None else Shard.parse(shard)
-    if out is not None:
+    is_finished = may_be_finished and out is not None and holds_finished(out)
+    if out is not None and not is_finished:
         check_folder(out)
-    source = data if isinstance(data, DataSource) else resolve_source(task, data, **source_settings)
+    given = _rows_or_source(asked, data, source_settings)
+    source = None if isinstance(given, Rows) else given
 
     def read() -> RowsAndShots:
-        return rows_and_shots(task, load_rows(source), source, code, limit=limit, seed=seed, draws=prompt.draws)
+        loaded = given if isinstance(given, Rows) else load_rows(given)
+        rows = getattr(asked, "documents", lambda rows: rows)(loaded)
+        return rows_and_shots(asked, rows, source, code, limit=limit, seed=seed, draws=prompt.draws)
 
-    if is_local(source):
+    if source is None or is_local(source):
         found, side = read(), open_side()
     else:
         side, found = open_side(), read()
@@ -159,9 +186,9 @@ def prepare(
     part = rows if piece is None else piece.of(rows)
     variants = _variants(side.adapters, without_prompts)
     for _, adapter in variants:
-        _check_head(side.local, task, adapter)
-    task = _bound(task, side.local, [adapter for _, adapter in variants])
-    tasks = _shown(task, found, side.local.tokenizer)
+        _check_head(side.local, asked, adapter)
+    asked = _bound(asked, side.local, [adapter for _, adapter in variants])
+    tasks = _shown(asked, found, side.local.tokenizer)
     record = DataRecord(
         name=rows.name,
         fingerprint=rows.fingerprint,
@@ -177,14 +204,16 @@ def prepare(
         answering["save_texts"] = True
     manifest = _manifest(
         side,
-        task,
+        asked,
         record,
         _records(variants, len(tasks)),
-        _fingerprint(task, found),
+        _fingerprint(asked, found),
         answering,
         {"tokens_per_micro_batch": tokens_per_micro_batch, "rows_left_out": found.left_out},
     )
-    if out is not None:
+    if out is not None and is_finished:
+        holds_finished(out, manifest)
+    elif out is not None:
         check_folder(out, manifest)
     return Prepared(
         task=tasks[0],
@@ -206,11 +235,37 @@ def prepare(
         out=None if out is None else Path(out),
         is_kept=is_kept,
         notes=found.notes,
+        is_finished=is_finished,
     )
+
+
+def _rows_or_source(task: Task, data: Data | None, settings: dict[str, Any]) -> Rows | DataSource:
+    """Return rows that are at hand already, or from where they are read. Raises DataError, ConfigError."""
+    if isinstance(data, DataSource):
+        return data
+    if data is None or isinstance(data, str | Path):
+        return resolve_source(task, data, **settings)
+    return rows_of(data, name=IN_MEMORY)
 
 
 def prepare_run(settings: RunSettings) -> Prepared:
     """Prepare the run that the command was told of. Raises as `prepare` does."""
+    open_side, swarms = side_of_run(settings)
+    prepared = prepare(open_side, **options_of_run(settings))
+    return replace(prepared, local_swarm=swarms[0] if swarms else None)
+
+
+def options_of_run(settings: RunSettings) -> dict[str, Any]:
+    """Return what `prepare` is told of a command's settings."""
+    as_they_are = {name: getattr(settings, name) for name in _PREPARED}
+    return {"revision": settings.data_revision, "prompt": settings, **as_they_are}
+
+
+def side_of_run(settings: RunSettings) -> "tuple[Callable[[], LocalSide], list[LocalSwarm]]":
+    """Return what loads our side of the command's model, and a list that then has the swarm to be embedded, if any.
+
+    Raises ConfigError, ModelError for what is wrong with the settings themselves.
+    """
     from petals_eval.model.prompts import adapter_name
     from petals_eval.model.sources import open_source
 
@@ -233,26 +288,16 @@ def prepare_run(settings: RunSettings) -> Prepared:
             check_home_blocks(settings.verify_local, side)
         return side
 
-    as_they_are = {name: getattr(settings, name) for name in _PREPARED}
-    prepared = prepare(open_side, revision=settings.data_revision, prompt=settings, **as_they_are)
-    return replace(prepared, local_swarm=swarms[0] if swarms else None)
+    return open_side, swarms
 
 
 def _local_options(settings: RunSettings) -> dict[str, Any]:
     """Return how the local part is loaded. Raises ConfigError for a device that this machine or torch does not have."""
-    import torch
-
-    try:
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"device: expected one that torch can use here, found {settings.device!r}: {reason}"
-        ) from error
+    check_device(settings.device)
     return {
         "revision": settings.revision,
         "token": settings.hub_token,
-        "dtype": None if settings.dtype is None else getattr(torch, settings.dtype),
+        "dtype": dtype_of(settings.dtype),
         "device": settings.device,
         "pool": settings.pool,
     }
@@ -274,9 +319,7 @@ def _local_swarm(settings: RunSettings) -> "LocalSwarm":
 def _with_max_length(task: Task, max_length: int | None) -> Task:
     if max_length is None:
         return task
-    if not isinstance(task, BaseModel) or "max_length" not in type(task).model_fields:
-        raise ConfigError(f"--max-length: task {task.name} has no max_length that could be changed")
-    return cast(Task, task.model_copy(update={"max_length": max_length}))
+    return _changed(task, "max_length", max_length, flag="--max-length")
 
 
 def _with_unlabelled(task: Task, unlabelled: Unlabelled | None) -> Task:
@@ -289,18 +332,25 @@ def _with_unlabelled(task: Task, unlabelled: Unlabelled | None) -> Task:
 
 def _with_metrics(task: Task, names: Sequence[str]) -> Task:
     """Return the task with these metrics computed, too. Raises ConfigError, TaskError where it cannot have them."""
-    if not names or not isinstance(task, BaseModel):
+    if set(names) <= set(task.metrics):
         return task
     from petals_eval.metrics import check_metric_names
 
     metrics = check_metric_names([*task.metrics, *names], task.kind, label_names=task.label_names)
-    return cast(Task, type(task).model_validate({**_given(task), "metrics": metrics}))
+    return _changed(task, "metrics", metrics, flag="--fail-under and --fail-over")
 
 
-def _given(task: BaseModel) -> dict[str, Any]:
-    """Return the keys of a task that were given, under the names that its definition has for them."""
-    fields = type(task).model_fields
-    return {fields[name].alias or name: getattr(task, name) for name in task.model_fields_set}
+def _changed(task: Task, name: str, value: object, *, flag: str) -> Task:
+    """Return the task with another value of one of its keys.
+
+    Raises ConfigError where it has no such key, TaskError where its definition does not take the value.
+    """
+    fields = type(task).model_fields if isinstance(task, BaseModel) else {}
+    if not isinstance(task, BaseModel) or name not in fields:
+        raise ConfigError(f"{flag}: task {task.name} has no {name} that could be changed")
+    # Made anew and so validated: the new value may need what the task cannot give.
+    given = {fields[key].alias or key: getattr(task, key) for key in task.model_fields_set}
+    return cast(Task, type(task).model_validate({**given, name: value}))
 
 
 def _bound(task: Task, local: "LocalPart", adapters: "Sequence[Adapter | None]") -> Task:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
@@ -45,11 +45,11 @@ def with_prompt(task: Task, wanted: PromptSettings) -> Task:
             raise ConfigError(f"bos: a task of kind {task.kind} takes its opening tokens from the tokenizer.")
         if shots or wanted.shots_data is not None:
             changes["shots"] = _shots(task, shots, wanted.shots_data)
-        changed: Task = task.model_copy(update=changes)
+        name, changed = task.name, task.model_copy(update=changes)
         if problem := changed.prompt_problem():
-            raise ConfigError(f"task {task.name}: {problem}.")
+            raise ConfigError(f"task {name}: {problem}.")
         _check_draws(changed, wanted.draws)
-        return changed
+        return cast(Task, changed)
     return task
 
 

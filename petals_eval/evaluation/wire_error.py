@@ -5,21 +5,26 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from petals_eval.data import Rows, sample
-from petals_eval.errors import RequestTooLargeError
+from petals_eval.errors import ExampleError
 from petals_eval.evaluation.prepare import Prepared, Variant
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import LosslessServer, WireRecord, WireSample
+from petals_eval.tasks import Task
 from petals_eval.tasks.requests import Example, Generated, as_float64
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from petals_eval.model import Adapter
     from petals_eval.remote_model import RemoteModel
 
-__all__ = ["SAMPLE", "note_lossless_servers", "note_sample"]
+__all__ = ["SAMPLE", "compared", "note_lossless_servers", "note_sample"]
 
 SAMPLE = 16  # examples that are computed both ways
+
+Answers = dict[str, "list[torch.Tensor | Generated]"]
+"""Of each example, by its key, in the order of its requests."""
 
 
 def note_sample(prepared: Prepared, folder: RunFolder, model: "RemoteModel", *, on_tick: Callable[[], object]) -> None:
@@ -33,8 +38,8 @@ def note_sample(prepared: Prepared, folder: RunFolder, model: "RemoteModel", *, 
     variant = prepared.variants[0]
     try:
         found = _measured(model, sample(prepared.rows, SAMPLE, prepared.seed), variant, on_tick)
-    except RequestTooLargeError as error:
-        found = WireSample(variant[0], 0, None, None, 0, f"not measured: {error}")
+    except ExampleError as error:
+        found = WireSample(variant[0], 0, None, None, None, f"not measured: {error}")
     folder.note_wire(replace(folder.manifest.wire or WireRecord(wire), sample=found))
 
 
@@ -71,40 +76,56 @@ def _measured(
     variant: Variant,
     on_tick: Callable[[], object],
 ) -> WireSample:
-    import numpy as np
-
     from petals_eval.remote_model import RemoteModel
     from petals_eval.swarm import SwarmConnection
 
     name, prompts, task = variant
     examples = [each for each in task.examples(rows, model.local.tokenizer) if each.error is None]
     if not examples:
-        return WireSample(name, 0, None, None, 0, "not measured: no example can be computed")
+        return WireSample(name, 0, None, None, None, "not measured: no example can be computed")
     settings = model.blocks.settings.model_copy(update={"wire": None})
     with SwarmConnection.connect(settings) as connection:
         blocks = connection.remote_sequential(model.blocks.dht_prefix, len(model.blocks))
         exact = _answers(RemoteModel(model.local, blocks), examples, prompts, on_tick)
     moved = _answers(model, examples, prompts, on_tick)
-    differences = np.concatenate(
-        [
-            np.abs(as_float64(after) - as_float64(before)).ravel()
-            for key in exact
-            for before, after in zip(exact[key], moved[key], strict=True)
-        ]
-    )
-    changed = sum(
-        task.predict(example, exact[example.key]).prediction != task.predict(example, moved[example.key]).prediction
-        for example in examples
-    )
-    return WireSample(name, len(examples), float(differences.max()), float(differences.mean()), changed)
+    return compared(task, name, examples, exact, moved)
+
+
+def compared(task: Task, adapter: str, examples: Sequence[Example], exact: Answers, moved: Answers) -> WireSample:
+    """Return how far answers moved, exact ones on the way to those of a lossy wire."""
+    import numpy as np
+
+    pairs = [(before, after) for key in exact for before, after in zip(exact[key], moved[key], strict=True)]
+    differences = [
+        np.abs(_numbers(after) - _numbers(before)) for before, after in pairs if not isinstance(before, Generated)
+    ]
+    if not differences:
+        changed = sum(before != after for before, after in pairs)
+        return WireSample(adapter, len(examples), None, None, changed)
+    every, predictions = np.concatenate(differences), _changed_predictions(task, examples, exact, moved)
+    return WireSample(adapter, len(examples), float(every.max()), float(every.mean()), predictions)
+
+
+def _numbers(answer: "torch.Tensor | Generated") -> "np.ndarray":
+    """Return the logits or log-likelihoods of an answer, without what it says of greedy decoding."""
+    numbers = as_float64(answer)
+    return numbers if numbers.ndim == 1 else numbers[:, 0]
+
+
+def _changed_predictions(task: Task, examples: Sequence[Example], exact: Answers, moved: Answers) -> int | None:
+    """Count the predictions that differ; None where this kind of task predicts nothing."""
+    both = [(task.predict(each, exact[each.key]), task.predict(each, moved[each.key])) for each in examples]
+    if all(before.prediction is None for before, _ in both):
+        return None
+    return sum(before.prediction != after.prediction for before, after in both)
 
 
 def _answers(
     model: "RemoteModel", examples: Sequence[Example], adapter: "Adapter | None", on_tick: Callable[[], object]
-) -> "dict[str, list[torch.Tensor | Generated]]":
+) -> Answers:
     """Return the answers by the key of their example, in the order of its requests."""
     requests = [request for example in examples for request in example.requests]
-    found = {
-        (each.request.key, each.request.part): each.answer for each in model.compute(requests, adapter, on_tick=on_tick)
-    }
+    texts = any(request.decoding is not None for request in requests)
+    answered = (model.generate if texts else model.compute)(requests, adapter, on_tick=on_tick)
+    found = {(each.request.key, each.request.part): each.answer for each in answered}
     return {example.key: [found[example.key, request.part] for request in example.requests] for example in examples}

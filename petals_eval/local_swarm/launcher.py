@@ -53,7 +53,7 @@ class LocalSwarm:
         links: "LinkProfile | Sequence[LinkProfile] | None" = None,
         revision: str | None = None,
         token: str | None = None,
-        cache_dir: str | None = None,
+        cache_dir: str | Path | None = None,
         startup_timeout: float = 120.0,
         **options: Any,
     ):
@@ -79,7 +79,8 @@ class LocalSwarm:
         self.dht_prefix = dht_prefix or _default_prefix(source, family)
         self.mode = mode
         self._startup_timeout = startup_timeout
-        self._options = {**options, "revision": source.revision or revision, "token": token, "cache_dir": cache_dir}
+        cache = None if cache_dir is None else str(cache_dir)
+        self._options = {**options, "revision": source.revision or revision, "token": token, "cache_dir": cache}
         # A wrong setting shows now, before anything is started.
         chosen = split_evenly(self.num_blocks, servers) if spans is None else spans
         self._planned = [self._settings(span, {}) for span in chosen]

@@ -17,7 +17,9 @@ from petals_eval.metrics.registry import (
     check_metric_names,
     compute_metrics,
     measure,
+    title_of,
 )
+from petals_eval.metrics.regression import mae, mse, pearson, spearman
 from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.metrics.spec import MetricSpec
 
@@ -38,11 +40,16 @@ __all__ = [
     "confusion_matrix",
     "ece",
     "log_loss",
+    "mae",
     "majority_baseline",
     "mcc",
     "measure",
+    "mse",
+    "pearson",
     "per_class",
     "precision_recall_f1",
     "roc_auc",
+    "spearman",
+    "title_of",
     "wilson",
 ]

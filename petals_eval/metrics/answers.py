@@ -35,7 +35,7 @@ class Spread:
     def to_json(self) -> dict[str, object]:
         """
         >>> Spread((0.5, 0.75)).to_json()
-        {'min': 0.5, 'max': 0.75, 'standard_deviation': 0.17677669529663687, 'values': [0.5, 0.75]}
+        {'min': 0.5, 'max': 0.75, 'standard_deviation': 0.1767766952966369, 'values': [0.5, 0.75]}
         """
         return {
             "min": min(self.values),
@@ -112,8 +112,8 @@ class Answers:
             )
         scores = known.values[:, 0].reshape(len(known), len(label_names))
         powers = np.exp(scores - scores.max(axis=1, keepdims=True)) if len(known) else scores
-        shares = powers / powers.sum(axis=1, keepdims=True)
-        return cls.checked(known.labels.astype(np.int64), scores.argmax(axis=1), shares, label_names, seed)
+        powers /= powers.sum(axis=1, keepdims=True)
+        return cls.checked(known.labels.astype(np.int64), scores.argmax(axis=1), powers, label_names, seed)
 
     @classmethod
     def checked(

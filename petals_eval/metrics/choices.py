@@ -70,10 +70,14 @@ def _by(column: str) -> Callable[[ScoredRows], Floats]:
     return lambda rows: rows.column("log_likelihood") / rows.column(column)
 
 
-# As lm-evaluation-harness 0.4.13 computes those of these names (`ConfigurableTask.process_results`); it has no acc_tokens.
+# Those of these names are lm-evaluation-harness 0.4.13's (`ConfigurableTask.process_results`); acc_tokens is our own.
 CHOICE_METRICS = (
-    _spec("acc", "acc", "share of rows whose right choice is the likeliest", lambda rows: rows.column("log_likelihood")),
-    _spec("acc_norm", "acc (per character)", "acc by the log-likelihood over the choice's characters", _by("characters")),
+    _spec(
+        "acc", "acc", "share of rows whose right choice is the likeliest", lambda rows: rows.column("log_likelihood")
+    ),
+    _spec(
+        "acc_norm", "acc (per character)", "acc by the log-likelihood over the choice's characters", _by("characters")
+    ),
     _spec("acc_bytes", "acc (per byte)", "acc by the log-likelihood over the choice's UTF-8 bytes", _by("bytes")),
     _spec("acc_tokens", "acc (per token)", "acc by the log-likelihood over the answer's tokens", _by("tokens")),
     _spec(

@@ -67,10 +67,10 @@ def _perplexity(name: str, log_likelihoods: Floats, counts: Floats, seed: int) -
         return Metric(name, None, None, f"more than a number holds: exp({nats:.1f})")
     means = resampled_means(np.stack([log_likelihoods, counts], axis=1), seed)
     with np.errstate(over="ignore"):
-        interval = percentile_interval(np.exp(-means[:, 0] / means[:, 1]))
-    if interval is not None and not np.isfinite(interval[1]):
-        return Metric(name, value, None, "no interval: its upper bound is more than a number holds")
-    return Metric(name, value, interval, fewer_resamples(len(means)))
+        resampled = np.exp(-means[:, 0] / means[:, 1])
+    if not np.isfinite(resampled).all():
+        return Metric(name, value, None, "no interval: resamples reach more than a number holds")
+    return Metric(name, value, percentile_interval(resampled), fewer_resamples(len(means)))
 
 
 # acc and perplexity are those of lm-evaluation-harness 0.4.13's output type `loglikelihood`.
@@ -94,7 +94,11 @@ CONTINUATION_METRICS = (
         view=Continuations.of,
     ),
     MetricSpec(
-        "acc", "acc", "share of rows whose target greedy decoding would write", measure_greedy, is_share=True,
+        "acc",
+        "acc",
+        "share of rows whose target greedy decoding would write",
+        measure_greedy,
+        is_share=True,
         view=Continuations.of,
     ),
 )

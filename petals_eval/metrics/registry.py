@@ -1,7 +1,7 @@
 """The metrics by kind of task and by name, and the functions that compute them."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -14,11 +14,13 @@ from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.calibration import measure_ece
 from petals_eval.metrics.choices import CHOICE_METRICS
 from petals_eval.metrics.correlation import measure_mcc
+from petals_eval.metrics.documents import Documents, measured
 from petals_eval.metrics.fscores import AVERAGES, SCORES, averaged, for_each_label
 from petals_eval.metrics.generated import GENERATED_METRICS
 from petals_eval.metrics.likelihood import CONTINUATION_METRICS
 from petals_eval.metrics.probabilistic import measure_brier, measure_log_loss
 from petals_eval.metrics.ranking import measure_roc_auc
+from petals_eval.metrics.regression import Numbers, measure_mae, measure_mse, measure_pearson, measure_spearman
 from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.metrics.spec import MetricSpec, View
 
@@ -31,6 +33,7 @@ __all__ = [
     "check_metric_names",
     "compute_metrics",
     "measure",
+    "title_of",
 ]
 
 
@@ -70,12 +73,57 @@ _CLASSES = (
     MetricSpec("confusion_matrix", "confusion matrix", "always reported beside the metrics", _nothing),
 )
 
+
+def _by_unit(name: str, title: str, about: str, measure: Callable[[Documents], list[Metric]]) -> MetricSpec:
+    return MetricSpec(name, title, about, measure, higher_is_better=False, best=None, view=Documents.of)
+
+
+_DOCUMENTS = (
+    _by_unit(
+        "token_perplexity",
+        "token perplexity",
+        "e to the power of minus the mean log-likelihood a token",
+        measured("token_perplexity", "tokens"),
+    ),
+    _by_unit(
+        "word_perplexity",
+        "word perplexity",
+        "the same a word of the original text, whatever the tokenizer",
+        measured("word_perplexity", "words"),
+    ),
+    _by_unit(
+        "byte_perplexity",
+        "byte perplexity",
+        "the same a byte of the original text in utf-8",
+        measured("byte_perplexity", "bytes"),
+    ),
+    _by_unit(
+        "bits_per_byte",
+        "bits per byte",
+        "minus the mean log-likelihood a byte, in bits",
+        measured("bits_per_byte", "bytes", in_bits=True),
+    ),
+)
+
+_NUMBERS = (
+    MetricSpec(
+        "pearson", "Pearson correlation", "of labels and predictions, -1 to 1", measure_pearson, view=Numbers.of
+    ),
+    MetricSpec("spearman", "Spearman correlation", "of their ranks, -1 to 1", measure_spearman, view=Numbers.of),
+    MetricSpec(
+        "mse", "mean squared error", "in squares of the label's unit", measure_mse, False, best=None, view=Numbers.of
+    ),
+    MetricSpec("mae", "mean absolute error", "in the label's unit", measure_mae, False, best=None, view=Numbers.of),
+)
+
 KINDS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
     {
         "classification": _CLASSES,
+        "regression": _NUMBERS,
         # Of choices that have names the classes' metrics, too: their first column is a score for each.
         "choice": (*CHOICE_METRICS, *_CLASSES),
         "continuation": CONTINUATION_METRICS,
+        "perplexity": _DOCUMENTS,
         "generation": GENERATED_METRICS,
     }
 )
@@ -116,6 +164,21 @@ def check_metric_names(
                 f"{name} needs choices that all rows share: give the task label_names, or leave the metric out."
             )
     return known
+
+
+def title_of(name: str) -> str:
+    """Return how reports call a metric, or one label's part of it.
+
+    >>> title_of("f1_macro"), title_of("recall[human]"), title_of("my own")
+    ('F1 (macro)', 'recall [human]', 'my own')
+    """
+    if name in METRICS:
+        return METRICS[name].title
+    base, bracket, part = name.partition("[")
+    if not bracket:
+        return name
+    titles = (spec.title for spec in METRICS.values() if base in (spec.score, spec.name))
+    return f"{next(titles, base)} [{part}"
 
 
 def compute_metrics(

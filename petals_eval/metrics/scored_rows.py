@@ -1,5 +1,7 @@
 """What was scored of one kind of task, as arrays: what every metric is computed from."""
 
+import math
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -34,31 +36,31 @@ class ScoredRows:
         return len(self.labels)
 
     @classmethod
-    def of(
-        cls, rows: Iterable[tuple[float | None, float | None, bytes]], columns: Sequence[str], *, count: int
-    ) -> "ScoredRows":
-        """Return arrays of `count` rows (label, prediction, little-endian float64 values as bytes).
+    def of(cls, rows: Iterable[tuple[float | None, float | None, bytes]], columns: Sequence[str]) -> "ScoredRows":
+        """Return arrays of rows (label, prediction, little-endian float64 values as bytes).
 
-        Raises DataError for values that are not whole rows of the columns.
+        Raises DataError for values that are not whole items of the columns.
         """
-        labels, predictions = np.full(count, np.nan), np.full(count, np.nan)
-        starts = np.zeros(count + 1, np.int64)
+        labels, predictions, stops = array("d"), array("d"), array("q", [0])
         blobs = bytearray()
         width = 8 * len(columns)
-        for index, (label, prediction, blob) in enumerate(rows):
-            if label is not None:
-                labels[index] = label
-            if prediction is not None:
-                predictions[index] = prediction
+        for label, prediction, blob in rows:
             if not blob or len(blob) % width:
                 raise DataError(
-                    f"row {index} holds {len(blob)} bytes of values; expected a multiple of {width}, for the columns "
-                    f"{', '.join(columns)}."
+                    f"row {len(labels)} holds {len(blob)} bytes of values; expected a multiple of {width}, for the "
+                    f"columns {', '.join(columns)}."
                 )
+            labels.append(math.nan if label is None else label)
+            predictions.append(math.nan if prediction is None else prediction)
             blobs += blob
-            starts[index + 1] = starts[index] + len(blob) // width
-        values = np.frombuffer(blobs, dtype="<f8").reshape(-1, len(columns))
-        return cls(labels, predictions, values, starts, tuple(columns))
+            stops.append(len(blobs) // width)
+        return cls(
+            labels=np.asarray(labels),
+            predictions=np.asarray(predictions),
+            values=np.frombuffer(blobs, dtype="<f8").reshape(-1, len(columns)),
+            starts=np.asarray(stops),
+            columns=tuple(columns),
+        )
 
     @property
     def items(self) -> NDArray[np.int64]:

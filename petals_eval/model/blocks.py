@@ -3,6 +3,7 @@
 import copy
 import threading
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,14 +44,14 @@ class BlockSpan:
     @classmethod
     def load(
         cls,
-        model: str,
+        model: str | Path,
         start: int,
         stop: int,
         dtype: torch.dtype | None = None,
         *,
         revision: str | None = None,
         token: str | None = None,
-        cache_dir: str | None = None,
+        cache_dir: str | Path | None = None,
     ) -> "BlockSpan":
         """Load blocks start:stop of a local folder or a repository of the hub; `dtype` None keeps the checkpoint's.
 

@@ -2,6 +2,7 @@
 
 import json
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +39,12 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls, model: str, *, revision: str | None = None, token: str | None = None, cache_dir: str | None = None
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
     ) -> "Checkpoint":
         """Read the config of the folder or hub repository `model`; the weights are not touched yet.
 

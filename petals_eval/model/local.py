@@ -3,6 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -22,8 +23,8 @@ from petals_eval.model.tensor_roles import Role, block_number, find_head, looks_
 
 __all__ = ["LocalModel", "LocalPart"]
 
-# Logits computed at once: positions times vocabulary. Bounds the memory of a head over many positions (64 MiB each in
-# float32 for the logits and what log-sum-exp makes of them).
+# Logits computed at once: positions times vocabulary. Bounds the memory of a head over many positions (64 MiB in
+# float32).
 _LOGITS_AT_ONCE = 1 << 24
 
 
@@ -136,6 +137,25 @@ class LocalPart(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the local tensors are and the local computing is done."""
         return self.embeddings.weight.device
+
+    def _refuse_other_kinds(self, adapter: Adapter | None) -> None:
+        """Raise ModelError where the model's own head is asked for and its config says that it is none for one label,
+        or one number, a text."""
+        if not self.uses_own_head(adapter):
+            return
+        name, architectures = self.fingerprint["model"], getattr(self.config, "architectures", None) or ()
+        tagger = next((each for each in architectures if each.endswith("ForTokenClassification")), None)
+        if tagger is not None:
+            raise ModelError(
+                f"{name} is a {tagger}: its head gives each token a label of its own, and none to the text. Token "
+                "classification is not evaluated here; give an adapter or a model with a head for whole texts."
+            )
+        if getattr(self.config, "problem_type", None) == "multi_label_classification":
+            raise ModelError(
+                f"the config of {name} says problem_type: multi_label_classification: its head gives each label a yes "
+                "or no of its own, and none is the answer. Multi-label classification is not evaluated here; give a "
+                "head for one label out of several, or correct problem_type where it is wrong."
+            )
 
     def own_label_names(self, adapter: Adapter | None) -> tuple[str, ...] | None:
         """Return what the model's config calls the outputs of the class head, in order.
@@ -307,24 +327,25 @@ class LocalPart(nn.Module, ABC):
                 wanted.append((places.setdefault((row, prefix + position), len(places)), token))
         place_rows, positions = zip(*places, strict=True)
         chosen = hidden[list(place_rows), list(positions)].to(self.device, self.dtype)
-        values = self._scores(chosen, torch.tensor(wanted, device="cpu"))
-
         counts = [len(batch.requests[row].targets) for row in rows]
         asks = [batch.requests[row].asks_greedy for row in rows]
+        values = self._scores(chosen, torch.tensor(wanted, device="cpu"), asks_greedy=any(asks))
         split = zip(rows, values.split(counts), asks, strict=True)
         return {row: found if asks_greedy else found[:, 0].clone() for row, found, asks_greedy in split}
 
-    def _scores(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def _scores(self, hidden: torch.Tensor, wanted: torch.Tensor, *, asks_greedy: bool) -> torch.Tensor:
         """Return (n, 2) float32 on the CPU, log-likelihood and whether it is the greedy token, for (places, hidden) and
-        int64 (n, 2) of place and token."""
-        values = torch.empty(wanted.shape[0], 2, dtype=torch.float32, device="cpu")
+        int64 (n, 2) of place and token. The latter is 0 where nobody asks: it takes another look at all logits."""
+        values = torch.zeros(wanted.shape[0], 2, dtype=torch.float32, device="cpu")
         step = max(1, _LOGITS_AT_ONCE // self._lm_vocabulary())
         for start in range(0, hidden.shape[0], step):
             inside = (wanted[:, 0] >= start) & (wanted[:, 0] < start + step)
             place, token = (wanted[inside] - wanted.new_tensor([start, 0])).to(self.device).unbind(1)
             logits = self._lm_logits(self.norm(hidden[start : start + step])).float()
-            values[inside, 0] = (logits[place, token] - logits.logsumexp(-1)[place]).cpu()
-            values[inside, 1] = (logits.argmax(-1)[place] == token).float().cpu()
+            wanted_logits = logits[place, token]
+            if asks_greedy:
+                values[inside, 1] = (logits.argmax(-1)[place] == token).float().cpu()
+            values[inside, 0] = (wanted_logits - _logsumexp_over(logits)[place]).cpu()
         return values
 
     def _check_width(self, name: str, what: str, tensor: torch.Tensor) -> None:
@@ -398,13 +419,13 @@ class LocalModel(LocalPart):
     @classmethod
     def from_pretrained(
         cls,
-        model: str,
+        model: str | Path,
         *,
         revision: str | None = None,
         token: str | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
-        cache_dir: str | None = None,
+        cache_dir: str | Path | None = None,
         pooling: Pooling | None = None,
     ) -> "LocalModel":
         """Read the local tensors, and only those, of a folder or hub repository; of shards only those that hold them.
@@ -430,6 +451,7 @@ class LocalModel(LocalPart):
             self._lm_weight()
         else:
             self._class_head(adapter)
+            self._refuse_other_kinds(adapter)
 
     def class_outputs(self, adapter: Adapter | None) -> int | None:
         return self._class_head(adapter)[0].shape[0]
@@ -558,6 +580,13 @@ def _norm(held: dict[str, torch.Tensor], name: str, eps: float) -> nn.Module:
     norm.weight = nn.Parameter(weight, requires_grad=False)
     norm.bias = nn.Parameter(bias, requires_grad=False)
     return norm
+
+
+def _logsumexp_over(logits: torch.Tensor) -> torch.Tensor:
+    """Return what `logits.logsumexp(-1)` gives, to the bit, and leave nothing of the logits (rows, vocabulary): written
+    over, they take less than half the time, and no memory beside their own."""
+    highest = logits.amax(-1, keepdim=True)
+    return logits.sub_(highest).exp_().sum(-1).log_().add_(highest[:, 0])
 
 
 def _is_tied(config: Any) -> bool:

@@ -26,6 +26,11 @@ def read_peft_config(path: Path) -> dict[str, Any]:
         kind = str(config["peft_type"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path} is not a PEFT config: expected JSON with a `peft_type`.") from error
+    if config.get("task_type") == "TOKEN_CLS":
+        raise AdapterError(
+            f"{path} is for token classification (task_type TOKEN_CLS): its head gives each token a label of its own, "
+            "and none to the text. Expected SEQ_CLS or CAUSAL_LM."
+        )
     if kind in _KINDS:
         return config
     reasons = {

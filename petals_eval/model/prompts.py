@@ -25,14 +25,14 @@ _NOT_WEIGHTS = ("optimizer", "scheduler", "rng_state", "training_args", "scaler"
 
 @isolated_arithmetic()
 def load_adapter(
-    path_or_hub: str,
+    path_or_hub: str | Path,
     *,
     family: Family,
     config: Any,
     checkpoint: "Checkpoint | None" = None,
     revision: str | None = None,
     token: str | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Adapter:
     """Load tuned prompts for a model of this `family` and `config`.
 
@@ -55,7 +55,7 @@ def load_adapter(
     return _load_petals(source, family, config, checkpoint)
 
 
-def adapter_name(path_or_hub: str) -> str:
+def adapter_name(path_or_hub: str | Path) -> str:
     """Return the name that the adapter from there will have; nothing is read. Raises AdapterError for a wrong path."""
     path = Path(path_or_hub).expanduser()
     return path.name if _is_petals_file(path) else _source(path_or_hub).name
@@ -66,7 +66,7 @@ def _is_petals_file(path: Path) -> bool:
     return path.is_file() and not is_peft
 
 
-def _source(place: str, **options: Any) -> Source:
+def _source(place: str | Path, **options: Any) -> Source:
     path = Path(place).expanduser()
     return Folder(path.parent, AdapterError) if path.is_file() else open_source(place, error=AdapterError, **options)
 

@@ -50,12 +50,17 @@ class HubRepository:
     """
 
     def __init__(
-        self, name: str, revision: str | None, token: str | None, cache_dir: str | None, error: type[CallerError]
+        self,
+        name: str,
+        revision: str | None,
+        token: str | None,
+        cache_dir: str | Path | None,
+        error: type[CallerError],
     ):
         self.name = name
         self.revision = revision
         self.token = token
-        self.cache_dir = cache_dir
+        self.cache_dir = None if cache_dir is None else str(cache_dir)
         self.error = error
 
     def __str__(self) -> str:
@@ -138,18 +143,18 @@ def _hub_answers() -> bool:
 
 
 def open_source(
-    place: str,
+    place: str | Path,
     *,
     revision: str | None = None,
     token: str | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | Path | None = None,
     error: type[CallerError],
 ) -> Source:
     """Return the folder at the path `place`, or the hub repository of that name. Nothing is read yet.
 
     Raises `error` if it is neither.
     """
-    path = Path(place).expanduser()
+    place, path = str(place), Path(place).expanduser()
     if path.is_dir():
         return Folder(path, error)
     if not _HUB_NAME.fullmatch(place):

@@ -2,7 +2,7 @@
 
 from petals_eval.report.markdown import markdown_report
 from petals_eval.report.progress import ProgressDisplay
-from petals_eval.report.terminal import print_result
+from petals_eval.report.terminal import print_group, print_result
 from petals_eval.text import console_for, printable
 
-__all__ = ["ProgressDisplay", "console_for", "markdown_report", "print_result", "printable"]
+__all__ = ["ProgressDisplay", "console_for", "markdown_report", "print_group", "print_result", "printable"]

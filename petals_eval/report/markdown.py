@@ -30,7 +30,7 @@ def markdown_report(result: RunResult, manifest: Manifest, servers: Sequence[tup
         *(_draws(each) for each in adapters if each.draws),
         "\n".join(f"- {_safe(note)}" for note in notes(adapters)),
         "\n".join([*(f"- {_safe(each.adapter)}: {counts_line(each)}" for each in adapters), f"- {swarm_line(result)}"]),
-        *(_confusion(each) for each in adapters),
+        *(_confusion(each) for each in adapters if each.label_names),
         _origin(manifest),
         _servers(servers),
         _wire(result.wire),
@@ -42,7 +42,10 @@ def markdown_report(result: RunResult, manifest: Manifest, servers: Sequence[tup
 
 def _metrics(adapters: Sequence[AdapterResult]) -> str:
     rows = [[metric_title(name), *(_cell(each, name) for each in adapters)] for name in metric_names(adapters)]
-    intervals = "95% intervals in brackets: Wilson's for accuracy, a seeded percentile bootstrap for the rest."
+    intervals = (
+        "95% intervals in brackets: Wilson's for shares of the examples such as accuracy, a seeded percentile "
+        "bootstrap for the rest."
+    )
     if any(each.draws for each in adapters):
         intervals = (
             "Means over draws of shots; in brackets the least, the greatest, and the standard deviation of a draw."

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-from petals_eval.metrics import METRICS, Metric
+from petals_eval.metrics import Metric, title_of
 from petals_eval.runs import AdapterResult, ComputedIn, RunResult, WireRecord
-from petals_eval.text import plural, printable
+from petals_eval.text import number_text, plural, printable
 
 __all__ = [
     "counts_line",
@@ -23,25 +23,27 @@ __all__ = [
 
 
 def value_text(metric: Metric | None) -> str:
-    """Return a value with four decimals; "-" where there is none."""
-    return "-" if metric is None or metric.value is None else f"{metric.value:.4f}"
+    """Return a value with four decimals, or six digits of a large one; "-" where there is none."""
+    return "-" if metric is None or metric.value is None else number_text(metric.value)
 
 
 def interval_text(metric: Metric | None) -> str:
-    """Return an interval with three decimals, or the spread over draws; an empty text where there is none."""
-    if metric is not None and metric.draws is not None:
+    """Return an interval with three decimals, or five digits of a large value's, or the spread over draws; an empty
+    text where there is none."""
+    if metric is None:
+        return ""
+    if metric.draws is not None:
         values, deviation = metric.draws.values, metric.draws.standard_deviation
-        return f"{min(values):.3f} - {max(values):.3f}, sd {deviation:.3f}"
-    return "" if metric is None or metric.ci95 is None else f"{metric.ci95[0]:.3f} - {metric.ci95[1]:.3f}"
+        spread = [number_text(each, 3, beside=metric.value) for each in (min(values), max(values), deviation)]
+        return f"{spread[0]} - {spread[1]}, sd {spread[2]}"
+    if metric.ci95 is None:
+        return ""
+    return " - ".join(number_text(bound, 3, beside=metric.value) for bound in metric.ci95)
 
 
 def metric_title(name: str) -> str:
     """Return "F1 (macro)" for "f1_macro", "recall [human]" for "recall[human]"."""
-    if name in METRICS:
-        return METRICS[name].title
-    score, bracket, label = name.partition("[")
-    title = METRICS[f"{score}_per_class"].title if f"{score}_per_class" in METRICS else score
-    return printable(f"{title} {bracket}{label}", longest=60)
+    return printable(title_of(name), longest=60)
 
 
 def interval_title(results: Iterable[AdapterResult]) -> str:
@@ -71,7 +73,8 @@ def notes(results: Sequence[AdapterResult]) -> list[str]:
 
 
 def counts_of(result: AdapterResult) -> dict[str, str]:
-    """Return examples, failures, cut texts and speed. What is 0 is left out, but failures are always said."""
+    """Return examples, failures, examples without a label, cut texts and speed. What is 0 is left out, but failures are
+    always said."""
     found = {"examples": f"{result.n_examples:,}", "failed": f"{result.n_failed:,}"}
     if result.n_unlabelled:
         found["without a label"] = f"{result.n_unlabelled:,}"
@@ -138,11 +141,14 @@ def _sample_text(wire: WireRecord) -> str:
     sample = wire.sample
     if sample is None:
         return "how far it moved answers was not measured"
-    if sample.largest is None or sample.mean is None:
+    if sample.note is not None:
         return f"how far it moved answers was {sample.note}"
+    if sample.largest is None or sample.mean is None:
+        return f"changed {sample.changed or 0:,} of {plural(sample.examples, 'text')}"
+    changed = "" if sample.changed is None else f"; {plural(sample.changed, 'prediction')} changed"
     return (
         f"moved the answers to {plural(sample.examples, 'example')} by up to {sample.largest:.2g}, "
-        f"{sample.mean:.2g} on average; {plural(sample.changed, 'prediction')} changed"
+        f"{sample.mean:.2g} on average{changed}"
     )
 
 

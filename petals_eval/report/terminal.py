@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from petals_eval.metrics import Metric
 from petals_eval.report.numbers import (
     counts_line,
     counts_of,
@@ -22,10 +23,10 @@ from petals_eval.report.numbers import (
     value_text,
     wire_lines,
 )
-from petals_eval.runs import AdapterResult, RunResult
+from petals_eval.runs import AdapterResult, GroupResult, RunResult
 from petals_eval.text import printable
 
-__all__ = ["print_result"]
+__all__ = ["print_group", "print_result"]
 
 NAME_WIDTH = 24  # of an adapter at the head of its column
 
@@ -43,6 +44,29 @@ def print_result(result: RunResult, console: Console, *, folder: Path | None = N
         console.print(Padding(Text(below), (0, 0, 0, 2), expand=False))
     if folder is not None:
         console.print(Text(f"run folder: {printable(str(folder))}"), soft_wrap=True)
+
+
+def print_group(result: GroupResult, console: Console, *, folder: Path | None = None) -> None:
+    """Print each task's metrics and their means over tasks and over rows: a table for each adapter."""
+    names = result.metric_names
+    for adapter in result.adapters:
+        means = result.means(adapter)
+        rows = [
+            [printable(task, longest=NAME_WIDTH), f"{each.n_scored:,}", *(value_text(each.metrics[n]) for n in names)]
+            for task, each in result.of(adapter).items()
+        ]
+        rows.append(["mean over tasks", "", *(value_text(Metric(n, means[n].over_tasks)) for n in names)])
+        rows.append(["mean over rows", "", *(value_text(Metric(n, means[n].over_rows)) for n in names)])
+        head = printable(adapter, longest=NAME_WIDTH) if len(result.adapters) > 1 else ""
+        for line in _table([head, "scored", *map(metric_title, names)], rows):
+            console.print(line, soft_wrap=True)
+    if not names:
+        console.print(Text("  no metric that all of these tasks have: their run folders have the metrics of each"))
+    failed = sum(each.n_failed for task in result.tasks.values() for each in task.adapters.values())
+    if failed:
+        console.print(Text(f"  {failed:,} examples failed: failures.jsonl in their task's folder says why"))
+    if folder is not None:
+        console.print(Text(f"run folders: {printable(str(folder))}"), soft_wrap=True)
 
 
 def _below(result: RunResult, adapters: Sequence[AdapterResult]) -> list[str]:
@@ -75,12 +99,15 @@ def _one(result: AdapterResult) -> list[Text]:
 def _side_by_side(adapters: Sequence[AdapterResult], width: int) -> list[list[Text]]:
     """Return one table if the terminal is wide enough; else intervals below their values; else several tables."""
     names = metric_names(adapters)
-    first = max((cell_len(metric_title(name)) for name in names), default=0) + 4
-    heads = [cell_len(_head(each)) for each in adapters]
-    interval = len("0.000 - 0.000, sd 0.000" if any(each.draws for each in adapters) else "0.000 - 0.000")
-    if first + sum(max(head, len("0.0000 ()") + interval) + 2 for head in heads) <= width:
-        return [_columns(adapters, names, below=False)]
-    at_once = max(1, (width - first) // (max(*heads, interval) + 2))
+    beside = _columns(adapters, names, below=False)
+    if max(cell_len(line.plain) for line in beside) <= width:
+        return [beside]
+    counted = {what for each in adapters for what in counts_of(each)}
+    first = max(map(cell_len, [*map(metric_title, names), *counted])) + 4
+    cells = [value_text(each.metrics.get(name)) for name in names for each in adapters]
+    cells += [interval_text(each.metrics.get(name)) for name in names for each in adapters]
+    widest = max(map(cell_len, [*map(_head, adapters), *cells]))
+    at_once = max(1, (width - first) // (widest + 2))
     return [_columns(adapters[i : i + at_once], names, below=True) for i in range(0, len(adapters), at_once)]
 
 

@@ -1,6 +1,7 @@
 """The run folder: what a run was, every example it scored, and what came of it."""
 
 from petals_eval.runs.folder import RunFolder
+from petals_eval.runs.group_result import GroupMean, GroupResult
 from petals_eval.runs.journal import Counts, Failure, Journal
 from petals_eval.runs.manifest import (
     AdapterRecord,
@@ -20,6 +21,7 @@ from petals_eval.runs.results import (
     ComputedIn,
     RunResult,
     computed_in,
+    over_draws,
     run_result,
     summarise,
 )
@@ -33,6 +35,8 @@ __all__ = [
     "Counts",
     "DataRecord",
     "Failure",
+    "GroupMean",
+    "GroupResult",
     "Journal",
     "LosslessServer",
     "Manifest",
@@ -46,6 +50,7 @@ __all__ = [
     "WireSample",
     "computed_in",
     "difference",
+    "over_draws",
     "run_result",
     "summarise",
 ]

@@ -21,16 +21,15 @@ from typing import Self
 from petals_eval.errors import MachineError, RunFolderError
 from petals_eval.runs.disk import TEMPORARY_SUFFIX, blame_the_machine, write_atomically
 from petals_eval.runs.journal import Journal
-from petals_eval.runs.manifest import Manifest, NoisyServer, WireRecord, difference
-from petals_eval.runs.results import RunResult
+from petals_eval.runs.manifest import SCHEMA_VERSION, Manifest, NoisyServer, WireRecord, difference
+from petals_eval.runs.results import WITHOUT_POSITIONS, RunResult, run_result
 from petals_eval.runs.texts import TEXTS_FILE, TextFile
 from petals_eval.tasks.requests import Prediction
 from petals_eval.text import listed
 
-__all__ = ["RunFolder", "check_folder"]
+__all__ = ["RunFolder", "check_folder", "holds_finished", "new_default_folder"]
 
 PREDICTIONS_SCHEMA = 2
-WITHOUT_POSITIONS = ("regression",)  # kinds whose labels and predictions are numbers, and no positions
 
 
 class RunFolder:
@@ -59,7 +58,7 @@ class RunFolder:
         Raises RunFolderError where the folder holds a finished run, another run (the message shows the difference),
         something else, or is in use by another process; MachineError where it cannot be written.
         """
-        folder = _new_default(task) if path is None else Path(path)
+        folder = new_default_folder(task) if path is None else Path(path)
         _refuse_file(folder)
         with blame_the_machine(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +83,37 @@ class RunFolder:
                 raise RunFolderError(f"Expected the folder of a run at {folder}; found no manifest.json there.")
         manifest = Manifest.read(folder / "manifest.json")
         return cls(folder, manifest, Journal(folder / "journal.sqlite", read_only=True), resumed=False, lock=None)
+
+    def result(self) -> RunResult:
+        """Compute the result anew from the journal as it stands: of a run that is finished, interrupted or under way.
+
+        Raises RunFolderError where the manifest does not say what to compute, MachineError.
+        """
+        return run_result(
+            self.manifest,
+            self.journal,
+            task=str(self.manifest.task.get("name", "run")),
+            metrics=self.names_of("metrics"),
+            label_names=self.names_of("label_names"),
+            retries=self.noted_retries(),
+        )
+
+    def names_of(self, setting: str) -> list[str]:
+        """Return the names that a setting of the run lists. Raises RunFolderError where the manifest has none."""
+        names = self.manifest.run_settings.get(setting)
+        if not isinstance(names, list):
+            raise RunFolderError(f"Expected {setting} in the manifest of {self.path}; found none.")
+        return [str(name) for name in names]
+
+    def noted_retries(self) -> int:
+        """Return the retries of the last session, which metrics.json has; 0 before there is one."""
+        path = self.path / "metrics.json"
+        with blame_the_machine(path):
+            text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
+        try:
+            return int(json.loads(text).get("retries", 0))
+        except (ValueError, TypeError, AttributeError):
+            raise RunFolderError(f"Expected the metrics of a run in {path}; found something else.") from None
 
     def finish(self, result: RunResult, *, report: str | None = None) -> None:
         """Write predictions, metrics and report, and mark the run as finished. The last step is the mark, so a run that
@@ -165,15 +195,17 @@ class RunFolder:
     def _prediction_lines(self, adapter: str) -> Iterator[str]:
         in_dispute = {each.peer_id for each in self.manifest.noisy_servers if each.verdict == "disputed"}
         disputed = self.journal.keys_computed_by(adapter, in_dispute)
-        columns, positions = self.manifest.answer_columns, self.manifest.kind not in WITHOUT_POSITIONS
+        columns, kind = self.manifest.answer_columns, self.manifest.kind
         for each in self.journal.predictions(adapter, len(columns)):
             line: dict[str, object] = {
                 "schema_version": PREDICTIONS_SCHEMA,
+                "kind": kind,
                 "key": each.key,
                 "row_hash": each.row_hash,
-                "label": _position(each.label) if positions else each.label,
-                "prediction": _position(each.prediction) if positions else each.prediction,
-                **_named(each, columns, self.manifest.kind),
+                "label": _shown(each.label, kind),
+                "prediction": _shown(each.prediction, kind),
+                **_named(each, columns, kind),
+                "n_requests": each.n_requests,
                 "n_tokens": each.n_tokens,
             }
             if each.key in disputed:
@@ -185,9 +217,11 @@ class RunFolder:
             for failure in self.journal.failures(adapter):
                 line = {
                     "schema_version": PREDICTIONS_SCHEMA,
+                    "kind": self.manifest.kind,
                     "adapter": adapter,
                     "key": failure.key,
-                    "label": _position(failure.label),
+                    "row_hash": failure.row_hash,
+                    "label": _shown(failure.label, self.manifest.kind),
                     "reason": failure.reason,
                 }
                 yield json.dumps(line, ensure_ascii=False) + "\n"
@@ -240,9 +274,9 @@ class RunFolder:
             self._lock = None
 
 
-def _position(number: float | None) -> int | float | None:
-    """Return a position as the whole number that it is, and any other number as it is."""
-    return int(number) if number is not None and number == int(number) else number
+def _shown(number: float | None, kind: str) -> int | float | None:
+    """Return a label or a prediction as files have it: the position of a label or a choice is a whole number."""
+    return number if number is None or kind in WITHOUT_POSITIONS else int(number)
 
 
 def _named(prediction: Prediction, columns: Sequence[str], kind: str) -> dict[str, object]:
@@ -271,6 +305,27 @@ def check_folder(path: str | Path, manifest: Manifest | None = None) -> None:
         _unfinished(folder, manifest)
 
 
+def holds_finished(path: str | Path, manifest: Manifest | None = None) -> bool:
+    """Return whether a run lies in a folder that is finished.
+
+    manifest: of the run that is meant; None: it is not known yet. Raises RunFolderError where another one lies there.
+    """
+    place = Path(path) / "manifest.json"
+    if not place.is_file():
+        return False
+    found = Manifest.read(place)
+    if found.finished is None:
+        return False
+    different = [] if manifest is None else difference(found, manifest)
+    if different:
+        lines = "\n".join(f"  {line}" for line in different)
+        raise RunFolderError(
+            f"Expected the finished run in {path} to be this one; found another:\n{lines}\n"
+            "Run it with the settings it was begun with, or name another folder with --out."
+        )
+    return True
+
+
 def _refuse_file(folder: Path) -> None:
     with blame_the_machine(folder):
         if folder.exists() and not folder.is_dir():
@@ -295,7 +350,8 @@ def _unfinished(folder: Path, manifest: Manifest | None) -> Manifest | None:
             f"Expected {folder} to be empty or to hold an unfinished run; found a run that was finished at "
             f"{found.finished}. Name another folder with --out."
         )
-    if manifest is not None and found.answer_settings.get("code") != manifest.answer_settings.get("code"):
+    other_code = manifest is not None and found.answer_settings.get("code") != manifest.answer_settings.get("code")
+    if other_code or found.schema_version < SCHEMA_VERSION:
         raise RunFolderError(
             f"Expected the unfinished run in {folder} to be of this version of petals-eval; found one of another, "
             "whose answers may differ. Finish it with the version it was begun with, or name another folder with --out."
@@ -314,9 +370,9 @@ def _left_by_a_crash(name: str) -> bool:
     return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
 
 
-def _new_default(task: str) -> Path:
-    """Make a new folder and return its path."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", task).strip(".-") or "run"
+def new_default_folder(name: str) -> Path:
+    """Make a new folder `runs/<name>-<year-month-day-hour-minute>` and return its path. Raises MachineError."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "run"
     stem = f"{stem}-{datetime.now():%Y-%m-%d-%H%M}"
     count = 1
     while True:

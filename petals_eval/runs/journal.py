@@ -286,7 +286,7 @@ class Journal:
         columns: the names of the values' columns. Raises DataError where values do not fit them.
         """
         sql = f"SELECT label, prediction, answer {_VALID} AND status = 'ok' {_IN_ORDER}"
-        return ScoredRows.of(self._select(sql, (adapter,)), columns, count=self.counts(adapter).scored)
+        return ScoredRows.of(self._select(sql, (adapter,)), columns)
 
     def servers(self) -> list[tuple[ServerUsed, int]]:
         """Return the servers that computed valid rows, each with how many, most first."""

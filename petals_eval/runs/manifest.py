@@ -8,9 +8,17 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from petals_eval.errors import ConfigError, RunFolderError
 from petals_eval.runs.disk import blame_the_machine, write_atomically
@@ -102,15 +110,16 @@ class LosslessServer:
 class WireSample:
     """Examples computed on the lossy wire and lossless.
 
-    adapter: its name. largest, mean: of the absolute differences of all answers (logits, or log-likelihoods of label
-    words); None where `note` says why there are none. changed: predictions that differ.
+    adapter: its name. largest, mean: of the absolute differences of all answers (logits or log-likelihoods); None where
+    the answers are texts, or `note` says why nothing was measured. changed: predictions that differ, or texts; None
+    where the kind of task has neither.
     """
 
     adapter: str
     examples: int
     largest: float | None
     mean: float | None
-    changed: int
+    changed: int | None
     note: str | None = None
 
 
@@ -124,8 +133,20 @@ class WireRecord:
     lossless: tuple[LosslessServer, ...] = ()
 
 
+_READING = {"is_read": True}
+
+
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    """What is written has the fields that are here. What is read may have more: a later release may have added some."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _write_no_others(cls, values: Any, info: ValidationInfo) -> Any:
+        if info.context is not _READING and isinstance(values, dict) and (unknown := values.keys() - cls.model_fields):
+            raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
+        return values
 
 
 class ModelRecord(_Record):
@@ -254,7 +275,10 @@ class Manifest(_Record):
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
-        """Raises RunFolderError for a file that is no manifest, or one of a newer release; MachineError."""
+        """Read a manifest of this schema or an older one; fields that are not known here are left out.
+
+        Raises RunFolderError for a file that is no manifest, or one of a newer schema; MachineError.
+        """
         with blame_the_machine(path):
             text = path.read_bytes()
         try:
@@ -264,7 +288,7 @@ class Manifest(_Record):
                     f"Expected {path} with schema version {SCHEMA_VERSION} or older; found {found}. "
                     "A newer petals-eval wrote it: update this one, or choose another folder with --out."
                 )
-            return cls.model_validate_json(text)
+            return cls.model_validate_json(text, context=_READING)
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"])) or "the file"

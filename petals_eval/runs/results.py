@@ -1,14 +1,19 @@
 """The result of a run, computed from its journal alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
-from petals_eval.metrics import METRICS, Metric, Spread, confusion_matrix, measure
-from petals_eval.metrics.answers import Answers
+import numpy as np
+
+from petals_eval.metrics import Metric, Spread, confusion_matrix, measure, title_of
+from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, ServerUsed, WireRecord
+from petals_eval.tasks.requests import Prediction
+from petals_eval.text import number_text
 
 __all__ = [
+    "WITHOUT_POSITIONS",
     "WITHOUT_PROMPTS",
     "AdapterResult",
     "ComputedIn",
@@ -22,6 +27,8 @@ __all__ = [
 SCHEMA_VERSION = 2
 TESTED_PETALS = ("2.2.", "2.3.")  # releases whose wire was tested; on others only the forward path is relied
 LABELLED_KINDS = ("classification", "regression", "choice")  # whose rows say what is right in their label
+OF_TEXTS_ALONE = ("new_tokens", "stopped_by_length")  # columns of generated texts that need no right text beside them
+WITHOUT_POSITIONS = ("regression",)  # kinds whose labels and predictions are numbers, and no positions
 WITHOUT_PROMPTS = "without the prompts"  # the journal's adapter name of the run that shows what the prompts are worth
 
 
@@ -36,6 +43,8 @@ class AdapterResult:
     label_names, confusion: of labels that all rows share, otherwise empty; counts, row = label, column = prediction.
     draws: with several draws of shots, the result of each, under the journal's name for it; then metrics are the means
         over them, and everything that is counted here is counted over all of them.
+    predictions: the scored examples, in the order of the data, where `petals_eval.evaluate` returned this; about 0.8 KB
+        each. Empty for the command and for `merge`: the run folder has them.
     """
 
     adapter: str
@@ -49,6 +58,7 @@ class AdapterResult:
     confusion: tuple[tuple[int, ...], ...]
     n_unlabelled: int = 0
     draws: "tuple[AdapterResult, ...]" = ()
+    predictions: tuple[Prediction, ...] = field(default=(), repr=False)
 
     @property
     def in_journal(self) -> "tuple[AdapterResult, ...]":
@@ -110,6 +120,7 @@ class ComputedIn:
 class RunResult:
     """What `evaluate` returns of a run.
 
+    kind: of the task.
     adapters: by name, in the order they were given; at least one.
     without_prompts: the same examples without tuned prompts, where that was asked for.
     retries: micro-batches that were sent again. servers: how many computed something.
@@ -127,6 +138,7 @@ class RunResult:
     computed_in: tuple[ComputedIn, ...] = ()
     noisy_servers: tuple[NoisyServer, ...] = ()
     wire: WireRecord | None = None
+    kind: str = "classification"
 
     @property
     def first(self) -> AdapterResult:
@@ -138,9 +150,15 @@ class RunResult:
         """The metrics of the first adapter."""
         return self.first.metrics
 
+    @property
+    def predictions(self) -> tuple[Prediction, ...]:
+        """The predictions of the first adapter."""
+        return self.first.predictions
+
     def to_json(self) -> dict[str, object]:
         """Return `metrics.json`: the first adapter's numbers on top; with several, all again under "adapters"."""
-        found: dict[str, object] = {"schema_version": SCHEMA_VERSION, "task": self.task, **self.first.to_json()}
+        about = {"schema_version": SCHEMA_VERSION, "task": self.task, "kind": self.kind}
+        found: dict[str, object] = {**about, **self.first.to_json()}
         found |= {"retries": self.retries, "servers": self.servers}
         found["computed_in"] = [asdict(each) for each in self.computed_in]
         found["noisy_servers"] = [asdict(each) for each in self.noisy_servers]
@@ -177,8 +195,12 @@ def run_result(
     metrics: Sequence[str],
     label_names: Sequence[str],
     retries: int,
+    keep_predictions: bool = False,
 ) -> RunResult:
-    """Compute the result of a run from its journal. Raises as `summarise` does."""
+    """Compute the result of a run from its journal. Raises as `summarise` does.
+
+    keep_predictions: whether the result holds every prediction.
+    """
     seed = manifest.seeds.get("bootstrap", 0)
     results: dict[str, AdapterResult] = {}
     draws: dict[str, list[AdapterResult]] = {}
@@ -192,6 +214,8 @@ def run_result(
             columns=manifest.answer_columns,
             seed=seed,
         )
+        if keep_predictions:
+            found = replace(found, predictions=_predictions(journal, adapter.name, manifest))
         if adapter.adapter is None:
             results[adapter.name] = found
         else:
@@ -207,6 +231,7 @@ def run_result(
         computed_in=computed_in(used),
         noisy_servers=manifest.noisy_servers,
         wire=manifest.wire,
+        kind=manifest.kind,
     )
 
 
@@ -263,8 +288,8 @@ def summarise(
     found = measure(kind, metrics, rows, label_names=label_names, seed=seed)
     confusion: list[list[int]] = []
     if label_names:
-        answers = Answers.of(rows, label_names, seed)
-        confusion = confusion_matrix(answers.labels, answers.predictions, len(label_names)).tolist()
+        known = rows.labelled()
+        confusion = confusion_matrix(known.labels, known.predictions, len(label_names)).tolist()
     return AdapterResult(
         adapter=adapter,
         n_examples=counts.scored + counts.failed,
@@ -275,8 +300,30 @@ def summarise(
         metrics=found,
         label_names=tuple(label_names),
         confusion=tuple(map(tuple, confusion)),
-        n_unlabelled=int((~rows.is_labelled).sum()) if kind in LABELLED_KINDS else 0,
+        n_unlabelled=_unlabelled(kind, rows),
     )
+
+
+def _predictions(journal: Journal, adapter: str, manifest: Manifest) -> tuple[Prediction, ...]:
+    found = journal.predictions(adapter, len(manifest.answer_columns))
+    if manifest.kind in WITHOUT_POSITIONS:
+        return tuple(found)
+    # SQLite gives back a position as a float.
+    return tuple(replace(each, label=_whole(each.label), prediction=_whole(each.prediction)) for each in found)
+
+
+def _whole(position: float | None) -> int | None:
+    return None if position is None else int(position)
+
+
+def _unlabelled(kind: str, rows: ScoredRows) -> int:
+    """Count the rows of which nobody says what is right, in kinds where somebody might."""
+    if kind in LABELLED_KINDS:
+        return int((~rows.is_labelled).sum())
+    compared = [name for name in rows.columns if name not in OF_TEXTS_ALONE]
+    if kind != "generation" or not compared:
+        return 0
+    return int(np.isnan([rows.column(name) for name in compared]).all(axis=0).sum())
 
 
 def _rounded(value: float | None) -> float | None:
@@ -285,13 +332,16 @@ def _rounded(value: float | None) -> float | None:
 
 def _line(result: AdapterResult) -> str:
     parts = []
+    of_labels = tuple(f"[{label}]" for label in result.label_names)
     for name, metric in result.metrics.items():
-        if "[" in name or metric.value is None:
+        if metric.value is None or name.endswith(of_labels):
             continue
-        interval = f" ({metric.ci95[0]:.3f} - {metric.ci95[1]:.3f})" if metric.ci95 else ""
+        bounds = [number_text(bound, 3, beside=metric.value) for bound in metric.ci95 or ()]
+        interval = f" ({' - '.join(bounds)})" if bounds else ""
         if metric.draws is not None:
-            interval = f" (sd {metric.draws.standard_deviation:.4f} over {len(metric.draws.values)} draws)"
-        parts.append(f"{METRICS[name].title} {metric.value:.4f}{interval}")
+            deviation = number_text(metric.draws.standard_deviation, beside=metric.value)
+            interval = f" (sd {deviation} over {len(metric.draws.values)} draws)"
+        parts.append(f"{title_of(name)} {number_text(metric.value)}{interval}")
     counts = f"n {result.n_scored}" + (f", failed {result.n_failed}" if result.n_failed else "")
     counts += f", without a label {result.n_unlabelled}" if result.n_unlabelled else ""
     return ", ".join([*parts, counts])

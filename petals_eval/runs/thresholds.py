@@ -1,59 +1,92 @@
-"""Thresholds that a result has to reach, and those that it missed."""
+"""Thresholds that a result has to keep to, and those that it missed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from petals_eval.errors import ConfigError
-from petals_eval.metrics import METRICS, check_metric_names
+from petals_eval.metrics import KINDS, MetricSpec, check_metric_names
 from petals_eval.runs.results import AdapterResult, RunResult
+from petals_eval.text import number_text
 
-__all__ = ["Threshold", "missed"]
+__all__ = ["Threshold", "missed", "parse_thresholds"]
 
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """The least that a metric must reach.
+    """What a metric must reach, or must not exceed.
 
     name: of a metric, or of one label's part of it, such as "recall[human]".
+    bound: the least that it must be; with `is_upper` the most that it may be.
     """
 
     name: str
-    minimum: float
+    bound: float
+    is_upper: bool = False
 
     @classmethod
-    def parse(cls, text: str, label_names: Sequence[str]) -> "Threshold":
-        """Read "accuracy=0.7".
+    def parse(
+        cls, text: str, label_names: Sequence[str], kind: str = "classification", *, is_upper: bool = False
+    ) -> "Threshold":
+        """Read "accuracy=0.7", or with `is_upper` "log_loss=0.5".
 
-        Raises ConfigError for a metric that is unknown, has no number or is better when lower, and for a number that
-        none can reach.
+        Raises ConfigError for a metric that this kind of task does not have, that has no single number or is better
+        the other way, and for a number that none can reach.
 
         >>> Threshold.parse("f1_macro=0.5", ("no", "yes"))
-        Threshold(name='f1_macro', minimum=0.5)
+        Threshold(name='f1_macro', bound=0.5, is_upper=False)
         """
+        flag = "fail_over" if is_upper else "fail_under"
         name, equals, number = text.rpartition("=")
         try:
-            found = cls(name.strip(), float(number))
+            found = cls(name.strip(), float(number), is_upper)
         except ValueError:
             found = cls("", 0.0)
-        if not equals or not found.name or found.minimum != found.minimum:
-            raise ConfigError(f"fail_under: expected METRIC=NUMBER such as accuracy=0.7; found {text!r}")
-        spec = METRICS[found.metric] if found.metric in METRICS else METRICS[check_metric_names([found.name])[0]]
-        if found.name not in spec.names(label_names) or spec.name == "confusion_matrix":
-            known = ", ".join(spec.names(label_names))
-            raise ConfigError(f"fail_under: {found.name} is not a single number. Expected one such as {known}.")
-        if not spec.higher_is_better:
-            raise ConfigError(f"fail_under: {found.name} is better when it is lower, so nothing can be below it.")
-        if found.minimum > 1:  # all that are better when higher end there
+        if not equals or not found.name or found.bound != found.bound:
+            example = "log_loss=0.5" if is_upper else "accuracy=0.7"
+            raise ConfigError(f"{flag}: expected METRIC=NUMBER such as {example}; found {text!r}")
+        spec = found._spec(kind)
+        names = spec.names(label_names)
+        is_part = found.metric == spec.name and not spec.score and not label_names  # of a metric with parts of its own
+        if spec.name == "confusion_matrix" or (found.name not in names and not is_part):
+            raise ConfigError(f"{flag}: {found.name} is not a single number. Expected one such as {', '.join(names)}.")
+        if spec.higher_is_better == is_upper:
+            better, right_flag = ("higher", "--fail-under") if is_upper else ("lower", "--fail-over")
             raise ConfigError(
-                f"fail_under: expected at most 1, the best {found.name} there is; found {found.minimum:g}."
+                f"{flag}: {found.name} is better when it is {better}. Give {right_flag} {found.name}={number.strip()}."
+            )
+        if not is_upper and spec.best is not None and found.bound > spec.best:
+            raise ConfigError(
+                f"{flag}: expected at most {spec.best:g}, the best {found.name} there is; found {found.bound:g}."
             )
         return found
 
     @property
     def metric(self) -> str:
         """What a task has to list for it: "recall_per_class" for "recall[human]"."""
-        score, bracket, _ = self.name.partition("[")
-        return f"{score}_per_class" if bracket else self.name
+        base, bracket, _ = self.name.partition("[")
+        scores = {spec.score for specs in KINDS.values() for spec in specs}
+        return f"{base}_per_class" if bracket and base in scores else base
+
+    def is_kept_by(self, value: float | None) -> bool:
+        """Return whether a value is good enough; one that is not defined is not."""
+        if value is None:
+            return False
+        return value <= self.bound if self.is_upper else value >= self.bound
+
+    def _spec(self, kind: str) -> MetricSpec:
+        # Of what is no name at all the whole is shown, with the names that come close.
+        known = {spec.name: spec for spec in KINDS[kind]} if kind in KINDS else {}
+        return known[self.metric if self.metric in known else check_metric_names([self.name], kind)[0]]
+
+
+def parse_thresholds(
+    fail_under: Sequence[str], fail_over: Sequence[str], label_names: Sequence[str], *, kind: str = "classification"
+) -> tuple[Threshold, ...]:
+    """Return the thresholds of a run. Raises as `Threshold.parse`."""
+    return (
+        *(Threshold.parse(text, label_names, kind=kind) for text in fail_under),
+        *(Threshold.parse(text, label_names, kind=kind, is_upper=True) for text in fail_over),
+    )
 
 
 def missed(result: RunResult, thresholds: Sequence[Threshold], max_failed: int) -> list[str]:
@@ -74,11 +107,12 @@ def missed(result: RunResult, thresholds: Sequence[Threshold], max_failed: int) 
         for threshold in thresholds:
             metric = adapter.metrics.get(threshold.name)
             value = None if metric is None else metric.value
-            if value is None or value < threshold.minimum:
-                found = "has no value" if value is None else f"is {value:.4f}"
+            if not threshold.is_kept_by(value):
+                found = "has no value" if value is None else f"is {number_text(value)}"
+                where, asks = ("above", "over allows") if threshold.is_upper else ("below", "under asks for")
                 lines.append(
-                    f"below the bar{_whose(adapter, adapters)}: {threshold.name} {found}, --fail-under asks for "
-                    f"{threshold.minimum:g}"
+                    f"{where} the bar{_whose(adapter, adapters)}: {threshold.name} {found}, --fail-{asks} "
+                    f"{threshold.bound:g}"
                 )
     return lines
 

@@ -7,8 +7,10 @@ from petals_eval.tasks.continuation import ContinuationTask
 from petals_eval.tasks.generation import GenerationTask
 from petals_eval.tasks.group import TaskGroup
 from petals_eval.tasks.head_labels import check_head_labels
-from petals_eval.tasks.library import list_tasks, load_group, load_task, resolve_source
+from petals_eval.tasks.library import list_tasks, load_group, load_task, resolve_source, shipped_yaml
+from petals_eval.tasks.perplexity import PerplexityTask
 from petals_eval.tasks.preview import describe_example, show_example
+from petals_eval.tasks.regression import RegressionTask
 from petals_eval.tasks.requests import Example, Prediction, Request
 
 __all__ = [
@@ -17,7 +19,9 @@ __all__ = [
     "ContinuationTask",
     "Example",
     "GenerationTask",
+    "PerplexityTask",
     "Prediction",
+    "RegressionTask",
     "Request",
     "Task",
     "TaskGroup",
@@ -27,5 +31,6 @@ __all__ = [
     "load_group",
     "load_task",
     "resolve_source",
+    "shipped_yaml",
     "show_example",
 ]

@@ -1,6 +1,7 @@
 """Choices: which of several texts the model finds likeliest after another."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -103,19 +104,19 @@ class ChoiceTask(LikelihoodTask):
 
     def _texts_disagree(self) -> str | None:
         if not self._text_columns:
-            return "text and choices: should hold a placeholder such as {question} in one of them; nothing is read of a row"
-        constant = [constant_text(text) for text in self.choices or ()]
-        for at, text in enumerate(constant):
-            if text is not None and not text.strip():
-                return f"choices.{at}: should hold a text"
-            if text is not None and text in constant[:at]:
-                return f"choices.{at}: should differ from the others, found {shorten(text)} twice"
+            return "text and choices: should hold a placeholder such as {question}; nothing is read of a row"
+        key, texts = ("contexts", self.context_templates) if self.choices is None else ("choices", self.choices)
+        for at, text in enumerate(texts or ()):
+            if not text.strip():
+                return f"{key}.{at}: should hold a text"
+            if text in (texts or ())[:at]:
+                return f"{key}.{at}: should differ from the others, found {shorten(text)} twice"
         if self.continuation is not None and not self.continuation.strip():
             return "continuation: should hold a text, for it is what is scored"
         if self.continuation is not None and self.asks_without_context:
             return (
-                "metrics: acc_mutual_info takes the answer's likelihood without context away, and here that is the same "
-                "for all choices; acc is that number"
+                "metrics: acc_mutual_info takes the answer's likelihood without context away, and here that is the "
+                "same for all choices; acc is that number"
             )
         return None
 
@@ -143,7 +144,9 @@ class ChoiceTask(LikelihoodTask):
             return f"label_names: should be one for each of the {len(fixed)} {way}, found {len(names)}"
         for value, name in self.label_map.items():
             if str(name).strip() not in known:
-                return f"label_map.{value}: should be one of the label names ({', '.join(names)}), found {shorten(name)}"
+                return (
+                    f"label_map.{value}: should be one of the label names ({', '.join(names)}), found {shorten(name)}"
+                )
         return None
 
     @property
@@ -239,8 +242,7 @@ class ChoiceTask(LikelihoodTask):
         class_names = None if source is None else source.class_names.get(self.label_column)
         told: dict[str, Any] = {"where": where, "column": self.label_column, "unlabelled": self.unlabelled}
         if self.label_names:
-            names = {key: str(name) for key, name in self.label_map.items()}
-            return Labels(self.label_names, names, class_names).index(value, **told)
+            return _labels(self.label_names, tuple(self.label_map.items()), class_names).index(value, **told)
         return ChoiceLabels(self._positions, class_names).position(value, choices, **told)
 
     @property
@@ -252,16 +254,25 @@ class ChoiceTask(LikelihoodTask):
 _PLACES = {"text": "before the answer", "continuation": "after the text"}
 
 
+@lru_cache(maxsize=64)
+def _labels(
+    names: tuple[str, ...], label_map: tuple[tuple[str, str | int], ...], class_names: tuple[str, ...] | None
+) -> Labels:
+    """Return what reads the labels of choices with names: one for all rows."""
+    return Labels(names, {key: str(name) for key, name in label_map}, class_names)
+
+
 def _list_of_texts(value: object, column: str, where: str, truth_words: tuple[str, str]) -> tuple[str, ...]:
     """Return the texts of a list. Raises DataError for what is no list, and for what is no text in it."""
     if not isinstance(value, list | tuple):
         raise DataError(
-            f"{where}: column {column} should hold a list of texts, one for each choice, found {shorten(value)}. A csv or "
-            "tsv file has no lists: use jsonl or parquet, or a column for each choice (choices: ['{a}', '{b}'])."
+            f"{where}: column {column} should hold a list of texts, one for each choice, found {shorten(value)}. A csv "
+            "or tsv file has no lists: use jsonl or parquet, or a column for each choice (choices: ['{a}', '{b}'])."
         )
     each = Template((("", column),), "")
     return tuple(
-        each.render({column: text}, where=f"{where}, choice {at}", truth_words=truth_words) for at, text in enumerate(value)
+        each.render({column: text}, where=f"{where}, choice {at}", truth_words=truth_words)
+        for at, text in enumerate(value)
     )
 
 

@@ -65,16 +65,17 @@ class ChoiceLabels:
     def _words(self, value: object) -> tuple[str, ...]:
         """Return how the value may be spelled as a key: exactly where that is one."""
         names = self.class_names or ()
-        is_class = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names)
-        exact = (names[int(str(value))].strip(), spelled(value)) if is_class else (spelled(value),)
+        exact = [spelled(value)]
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
+            exact.insert(0, names[value].strip())
         known = tuple(word for word in exact if word in self.mapping)
         return known[:1] or other_spellings(value)
 
     def _within(self, position: int, value: object, choices: Sequence[str], where: str, column: str) -> int:
         if position >= len(choices):
             raise DataError(
-                f"{where}: label_map makes position {position} of the label {shorten(value)} in column {column}; the row "
-                f"has {len(choices)} choices, 0 to {len(choices) - 1}."
+                f"{where}: label_map makes position {position} of the label {shorten(value)} in column {column}; the "
+                f"row has {len(choices)} choices, 0 to {len(choices) - 1}."
             )
         return position
 

@@ -4,25 +4,33 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from petals_eval.data.rows import Row, Rows, row_hash
 from petals_eval.data.source import DataSource, FileFormat, FileReading
 from petals_eval.errors import (
     AdapterError,
-    DataError,
     ExampleError,
-    NotFiniteError,
     PetalsEvalError,
     RequestTooLargeError,
     TaskError,
+)
+from petals_eval.tasks.headed import (
+    CHUNK_ROWS,
+    HeadTexts,
+    check_columns,
+    check_finite,
+    no_tokens,
+    place_of,
+    with_pair,
 )
 from petals_eval.tasks.labels import Labels, Unlabelled, spelled_keys
 from petals_eval.tasks.prompted import Prompting, Turn
 from petals_eval.tasks.requests import Example, Generated, Prediction, Request, as_float64
 from petals_eval.tasks.template import Template
-from petals_eval.tasks.tokens import Continued, continue_texts, cut, encode, tokenize
-from petals_eval.validation import closest, shorten
+from petals_eval.tasks.tokens import Continued, continue_texts, cut, encode
+from petals_eval.text import plural
+from petals_eval.validation import shorten
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,14 +38,14 @@ if TYPE_CHECKING:
 
 __all__ = ["ClassificationTask"]
 
-_CHUNK_ROWS = 256
-
 
 class ClassificationTask(Prompting):
     """One label out of several. A wrong definition raises TaskError.
 
     name, description: for people.
     text: template with a {column} for each value that is read, such as "{premise} </s> {hypothesis}".
+    text_pair: for a trained head that reads pairs of texts, the template of the second one: the tokenizer joins the two
+        in its own way, as `tokenizer(text, text_pair)` does. `text` may also be a list of both.
     label_column: the column of the labels. Its values may be label names, positions in `label_names` (also as text),
         or true and false; where the source names its classes, these names decide and not their numbers.
         `petals_eval.tasks.labels.Labels` has the rules.
@@ -58,15 +66,16 @@ class ClassificationTask(Prompting):
     What `Prompting` has stands around the text: a shot shows a text and its label word, or for a trained head, after a
     blank, its label name.
 
-    A text that is too long keeps its first tokens. With label words the template's fixed end and the word keep their
-    place too, and the text before them is cut. Where anything stands around the text nothing is cut: an example that
-    is too long fails, for its shots or its question would not be whole.
+    A text that is too long keeps its first tokens; of a pair the longer one is cut first. With label words the
+    template's fixed end and the word keep their place too, and the text before them is cut. Where anything stands
+    around the text nothing is cut: an example that is too long fails, for its shots or its question would not be whole.
     """
 
     kind: Literal["classification"] = "classification"
     name: str = Field(min_length=1)
     description: str = ""
     text: str
+    text_pair: str | None = None
     label_column: str = Field(min_length=1)
     label_names: tuple[str, ...] = Field(min_length=2)
     label_map: Annotated[dict[str, str], BeforeValidator(spelled_keys)] = Field(default_factory=dict)
@@ -78,10 +87,16 @@ class ClassificationTask(Prompting):
     normalize: Literal["sum", "mean"] = "sum"
     unlabelled: Unlabelled = "error"
 
-    @field_validator("text")
+    @model_validator(mode="before")
     @classmethod
-    def _well_formed(cls, text: str) -> str:
-        Template.parse(text)
+    def _spelled_as_pair(cls, values: Any) -> Any:
+        return with_pair(values)
+
+    @field_validator("text", "text_pair")
+    @classmethod
+    def _well_formed(cls, text: str | None) -> str | None:
+        if text is not None:
+            Template.parse(text)
         return text
 
     @field_validator("label_names")
@@ -113,6 +128,16 @@ class ClassificationTask(Prompting):
                 f"label_words: should be one word for each of the {len(self.label_names)} labels, "
                 f"found {len(self.label_words)}"
             )
+        if self.label_words is not None and self.text_pair is not None:
+            return (
+                "text_pair: should be left out where there are label_words, which follow one text: write both columns "
+                f"into text, found {shorten(self.text_pair)}"
+            )
+        if self.text_pair is not None and self.is_prompted:
+            return (
+                "text_pair: should be left out where shots, an instruction or a chat template stand around the text: "
+                f"write both columns into text, found {shorten(self.text_pair)}"
+            )
         return None
 
     @property
@@ -126,6 +151,8 @@ class ClassificationTask(Prompting):
     def fingerprint(self) -> dict[str, object]:
         """Return all that changes an answer: neither the name nor the metrics, and not where the data lies."""
         changing = {"kind", "text", "label_column", "label_names", "label_map", "max_length"}
+        if self.text_pair is not None:
+            changing.add("text_pair")
         if self.label_words is not None:
             changing |= {"label_words", "normalize"}
         own = self.model_dump(mode="json", include=changing)
@@ -134,16 +161,14 @@ class ClassificationTask(Prompting):
     def turn(self, row: Row, where: str) -> Turn:
         """Return a row with its right answer: its label word, or its label name for a trained head."""
         rows, template = self.shot_rows, Template.parse(self.text)
-        for column in (*template.columns, self.label_column):
-            if column not in row.columns:
-                raise DataError(f"{where} has no column {column}, which task {self.name} reads.")
         classes = None if rows is None else rows.class_names.get(self.label_column)
         labels = Labels(self.label_names, self.label_map, classes)
-        index = labels.index(row.columns[self.label_column], where=where, column=self.label_column)
+        value, told = row.columns[self.label_column], {"where": where, "column": self.label_column}
+        index = labels.index(value, **told, unlabelled=self.unlabelled)
         truth_words = ("False", "True") if rows is None else rows.truth_words
         text = template.render(row.columns, where=where, truth_words=truth_words)
-        if self.label_words is None:
-            return Turn(text, self.label_names[index])
+        if index is None or self.label_words is None:
+            return Turn(text, None if index is None else self.label_names[index])
         return Turn(text, self.label_words[index], delimiter="")
 
     def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
@@ -152,17 +177,17 @@ class ClassificationTask(Prompting):
         All of them are checked before the first one comes out. Raises DataError as `check` does.
         """
         self.check(rows)
-        template = Template.parse(self.text)
+        texts = HeadTexts.parse(self.text, self.text_pair)
         labels = self._labels(rows)
         source = iter(rows)
-        while chunk := list(islice(source, _CHUNK_ROWS)):
+        while chunk := list(islice(source, CHUNK_ROWS)):
             found = [self._label(row, labels, rows) for row in chunk]
             if self.is_prompted:
-                yield from self._prompted(rows, chunk, found, template, tokenizer)
+                yield from self._prompted(rows, chunk, found, texts.first, tokenizer)
             elif self.label_words is None:
-                yield from self._for_trained_head(rows, chunk, found, template, tokenizer)
+                yield from texts.examples(rows, chunk, found, tokenizer, self.max_length, self.label_column)
             else:
-                yield from self._for_label_words(rows, chunk, found, template, tokenizer, self.label_words)
+                yield from self._for_label_words(rows, chunk, found, texts.first, tokenizer, self.label_words)
 
     def check(self, rows: Rows) -> None:
         """Look at the columns, labels and texts of all rows: a wrong label in the last one should not end a run of
@@ -170,19 +195,26 @@ class ClassificationTask(Prompting):
 
         Rows that passed, and parts of them, are not looked at again.
         """
-        read_as = (self.text, self.label_column, self.label_names, self.unlabelled, *self.label_map.items())
+        reading = (self.text, self.text_pair, self.label_column, self.label_names, self.unlabelled)
+        read_as = (*reading, *self.label_map.items())
         if read_as in rows.passed:
             return
-        template = Template.parse(self.text)
-        self._check_columns(rows, template)
+        texts = HeadTexts.parse(self.text, self.text_pair)
+        check_columns(rows, (*texts.columns, self.label_column), self.name)
         labels = self._labels(rows)
         for row in rows:
             self._label(row, labels, rows)
-            _text(template, rows, row)
+            texts.render(row, rows)
         rows.passed.add(read_as)
 
     def check_outputs(self, shape: tuple[int, ...]) -> None:
         """Raise AdapterError where a head that answers with scores of this shape was trained for other labels."""
+        if shape == (1,):
+            raise AdapterError(
+                f"the head gives one number, as one for regression does, but task {self.name} has "
+                f"{len(self.label_names)} labels ({', '.join(self.label_names)}). Use the adapter that was trained for "
+                "this task, or a task with kind: regression."
+            )
         if shape != (len(self.label_names),):
             raise AdapterError(
                 f"the head gives {shape} scores, but task {self.name} has {len(self.label_names)} labels "
@@ -197,14 +229,8 @@ class ClassificationTask(Prompting):
         Raises AdapterError when the head has another number of labels, and NotFiniteError for scores that are not
         finite: servers' answers are checked before they get here, so these come from the local norm or head.
         """
-        import numpy as np
-
         scores = self._scores(example, [as_float64(answer) for answer in answers])
-        if not np.isfinite(scores).all():
-            raise NotFiniteError(
-                f"example {example.key}: expected finite scores, found {scores.tolist()}. The local norm or head "
-                "overflowed, or its weights are damaged: try --dtype float32, and check the adapter and the model."
-            )
+        check_finite(example, scores)
         return example.predicted(int(scores.argmax()), scores[:, None].tolist())
 
     def _scores(self, example: Example, answers: "list[np.ndarray]") -> "np.ndarray":
@@ -220,31 +246,12 @@ class ClassificationTask(Prompting):
         self.check_outputs(answers[0].shape)
         return answers[0]
 
-    def _check_columns(self, rows: Rows, template: Template) -> None:
-        for column in (*template.columns, self.label_column):
-            if column not in rows.columns:
-                raise DataError(
-                    f"{rows.name} has no column {column}, which task {self.name} reads. "
-                    f"Columns found: {', '.join(rows.columns)}.{closest(column, rows.columns)}"
-                )
-
     def _labels(self, rows: Rows) -> Labels:
         return Labels(self.label_names, self.label_map, rows.class_names.get(self.label_column))
 
     def _label(self, row: Row, labels: Labels, rows: Rows) -> int | None:
-        value, where = row.columns[self.label_column], _where(rows, row)
+        value, where = row.columns[self.label_column], place_of(rows, row)
         return labels.index(value, where=where, column=self.label_column, unlabelled=self.unlabelled)
-
-    def _for_trained_head(
-        self, rows: Rows, chunk: list[Row], found: list[int | None], template: Template, tokenizer: Any
-    ) -> Iterator[Example]:
-        texts = [_text(template, rows, row) for row in chunk]
-        tokenized = tokenize(tokenizer, texts, self.max_length)
-        for row, label, text, (ids, truncated) in zip(chunk, found, texts, tokenized, strict=True):
-            if not ids:
-                raise _no_tokens(rows, row, text)
-            key = str(row.index)
-            yield Example(key, label, (Request(key, 0, ids),), len(ids), truncated, text, self._row_hash(row, template))
 
     def _for_label_words(
         self,
@@ -261,7 +268,7 @@ class ClassificationTask(Prompting):
             chunk, found, texts, continue_texts(tokenizer, texts, bodies, words), strict=True
         ):
             if not continued.context:
-                raise _no_tokens(rows, row, text)
+                raise no_tokens(rows, row, text)
             self._check_words(continued, words)
             try:
                 context, truncated = cut(continued, self.max_length)
@@ -276,7 +283,7 @@ class ClassificationTask(Prompting):
             yield Example(str(row.index), label, requests, n_tokens, truncated, text, row_hash)
 
     def _prompted(
-        self, rows: Rows, chunk: list[Row], found: list[int], template: Template, tokenizer: Any
+        self, rows: Rows, chunk: list[Row], found: list[int | None], template: Template, tokenizer: Any
     ) -> Iterator[Example]:
         """Yield examples whose text stands in a prompt: whole, or as failures."""
         texts: list[str] = []
@@ -294,12 +301,12 @@ class ClassificationTask(Prompting):
             key, row_hash = str(row.index), self._row_hash(row, template)
             n_tokens = len(context) + max(map(len, words), default=0)
             if not context:
-                raise _no_tokens(rows, row, text)
+                raise no_tokens(rows, row, text)
             if error is None and n_tokens > self.max_length:
                 shots = self.shots.number if self.shots is not None else 0
                 error = RequestTooLargeError(
-                    f"its prompt has {n_tokens} tokens with {shots} shots, and max_length of task {self.name} is "
-                    f"{self.max_length}. Ask for fewer shots, or raise max_length as far as the model reads."
+                    f"its prompt has {n_tokens} tokens with {plural(shots, 'shot')}, and max_length of {self.name} "
+                    f"is {self.max_length}. Ask for fewer shots, or raise max_length as far as the model reads."
                 )
             if error is not None:
                 yield Example(key, label, (), n_tokens, False, text, row_hash, error=error)
@@ -355,14 +362,5 @@ def _ids(found: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
 
 
 def _text(template: Template, rows: Rows, row: Row, *, with_tail: bool = True) -> str:
-    where = _where(rows, row)
+    where = place_of(rows, row)
     return template.render(row.columns, where=where, with_tail=with_tail, truth_words=rows.truth_words)
-
-
-def _where(rows: Rows, row: Row) -> str:
-    line = "" if row.line is None else f" (line {row.line})"
-    return f"{rows.name}, row {row.index}{line}"
-
-
-def _no_tokens(rows: Rows, row: Row, text: str) -> DataError:
-    return DataError(f"{_where(rows, row)}: this tokenizer makes no token of the text {text!r:.80}. Remove the row.")

@@ -45,7 +45,9 @@ class ContinuationTask(LikelihoodTask):
 
     def _disagreement(self) -> str | None:
         if not self.columns_read:
-            return "text and target: should hold a placeholder such as {context} in one of them; nothing is read of a row"
+            return (
+                "text and target: should hold a placeholder such as {context} in one of them; nothing is read of a row"
+            )
         return None
 
     @property

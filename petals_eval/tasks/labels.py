@@ -14,7 +14,16 @@ from petals_eval.errors import DataError
 from petals_eval.text import listed
 from petals_eval.validation import shorten
 
-__all__ = ["Labels", "Unlabelled", "is_unlabelled", "no_label", "other_spellings", "spelled", "spelled_keys"]
+__all__ = [
+    "NUMBER",
+    "Labels",
+    "Unlabelled",
+    "is_unlabelled",
+    "no_label",
+    "other_spellings",
+    "spelled",
+    "spelled_keys",
+]
 
 Unlabelled = Literal["error", "predict"]
 """What becomes of rows of which nobody says what is right: an error before anything is sent, or a prediction that is in
@@ -25,7 +34,7 @@ _TRUTH = {"false": 0, "False": 0, "true": 1, "True": 1}
 _OTHER_TRUTH = {"true": "True", "True": "true", "false": "False", "False": "false"}
 # A whole number that is written in the one usual way, and as pandas writes it in a column with fractions or gaps.
 _WHOLE = re.compile(r"(0|-?[1-9][0-9]*)(\.0)?")
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _NO_LABELS = (list, tuple, dict, bytes)
 # Above it a number such as 1e999999999 would be written out for hours.
 _MAX_DIGITS = 400
@@ -90,7 +99,7 @@ def no_label(value: object, unlabelled: Unlabelled, complaint: str) -> None:
     """Return None, the label of a row that has none, for a value from which the task could read no label.
 
     This is the rule of every kind of task that has labels. Raises DataError with the complaint, which names row, column
-    and what was found, for a value that is there and is wrong, and unless `unlabelled` is "predict" for one that is not.
+    and what was found, for a value that is there and wrong, and unless `unlabelled` is "predict" for one that is not.
     """
     if not is_unlabelled(value):
         raise DataError(complaint)
@@ -143,7 +152,7 @@ class Labels:
     @cached_property
     def _numbered(self) -> bool:
         """Whether a key or a name is a number."""
-        return any(_NUMBER.fullmatch(word) for word in (*self._keys, *self._names))
+        return any(NUMBER.fullmatch(word) for word in (*self._keys, *self._names))
 
     @cached_property
     def _truths(self) -> dict[str, int]:
@@ -210,9 +219,9 @@ class Labels:
         if fitting := list(self._fitting(value if name is None else name)):
             shown = " and ".join(f"{spelling} ({self.names[index]})" for spelling, index in fitting)
             hints.append(f"It could be meant for {shown}.")
-        elif self._numbered and _NUMBER.fullmatch(word):
+        elif self._numbered and NUMBER.fullmatch(word):
             hints.append("Where keys or names are numbers, no number is read as a position.")
-        elif _NUMBER.fullmatch(word) and _whole(value) is None:
+        elif NUMBER.fullmatch(word) and _whole(value) is None:
             hints.append("A position is a whole number without a sign and without zeros before it.")
         elif alike := next((known for known in (*self._keys, *self._names) if _folded(known) == _folded(word)), None):
             hints.append(f"It differs from {alike!r} in capital letters, or in how Unicode composes its letters.")

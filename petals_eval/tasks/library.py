@@ -16,34 +16,45 @@ from petals_eval.tasks.classification import ClassificationTask
 from petals_eval.tasks.continuation import ContinuationTask
 from petals_eval.tasks.generation import GenerationTask
 from petals_eval.tasks.group import TaskGroup, folder_name
+from petals_eval.tasks.perplexity import PerplexityTask
 from petals_eval.tasks.prompted import Prompting
+from petals_eval.tasks.regression import RegressionTask
 from petals_eval.validation import closest, shorten
 
-__all__ = ["DefinedTask", "list_tasks", "load_group", "load_task", "resolve_source"]
+__all__ = ["DefinedTask", "list_tasks", "load_group", "load_task", "resolve_source", "shipped_yaml"]
 
-DefinedTask = ClassificationTask | ChoiceTask | ContinuationTask | GenerationTask
+DefinedTask = ClassificationTask | RegressionTask | ChoiceTask | ContinuationTask | PerplexityTask | GenerationTask
 """A task that a YAML file can define."""
 
 _KINDS: dict[str, type[DefinedTask]] = {
     "classification": ClassificationTask,
+    "regression": RegressionTask,
     "choice": ChoiceTask,
     "continuation": ContinuationTask,
+    "perplexity": PerplexityTask,
     "generation": GenerationTask,
 }
 _SUFFIXES = (".yaml", ".yml")
 _GROUP_KEYS = ("group", "tasks", "metric", "description")
 
 
-def load_task(task: "str | Path | Task") -> Task:
-    """Return a shipped task by its name, a task of your own by the path of its YAML file, or a task object as it is.
+def load_task(task: "str | Path | Mapping[str, Any] | Task") -> Task:
+    """Return a shipped task by its name, a task of your own by the path of its YAML file or by what such a file holds,
+    or a task object as it is.
 
-    In a YAML file a relative path of `data` starts at the file's own folder.
+    In a YAML file a relative path of `data` starts at the file's own folder, in a mapping at the current one. A mapping
+    without a name is called "task".
     Raises TaskError, which names the file, the key, what was expected there and what was found.
     """
+    if isinstance(task, Mapping):
+        built = _build(dict(task), "the task's mapping", name="task", folder=None)
+        _check_metrics(built, "the task's mapping")
+        return built
     if not isinstance(task, str | Path):
         if not isinstance(task, Task):
             raise TaskError(
-                f"expected the name of a task, the path of a YAML file or a Task object, found {type(task).__name__}. "
+                "expected the name of a task, the path of a YAML file, a mapping of what one holds, or a Task object, "
+                f"found {type(task).__name__}. "
                 "A Task has name, kind, columns, label_names, metrics, head, examples, predict and fingerprint."
             )
         _check_metrics(task, "the task object")
@@ -73,7 +84,7 @@ def load_group(group: object) -> TaskGroup | None:
     Raises TaskError as `load_task` does, and for two tasks of one name.
     """
     if isinstance(group, TaskGroup):
-        return _distinct(replace(group, tasks=tuple(map(load_task, group.tasks))))  # type: ignore[arg-type]
+        return _distinct(replace(group, tasks=tuple(map(load_task, group.tasks))))
     if isinstance(group, Mapping):
         return _group(dict(group), f"group {group['group']}", None) if "group" in group else None
     if not isinstance(group, str | Path) or not local_path(group).is_file() or group in _shipped():
@@ -91,6 +102,16 @@ def list_tasks() -> list[DefinedTask]:
     """Return the tasks that come with the package, by name."""
     shipped = _shipped()
     return [_parse(shipped[name], f"the shipped task {name}", name=name, folder=None) for name in sorted(shipped)]
+
+
+def shipped_yaml(name: str) -> str:
+    """Return the YAML text of a task that comes with the package. Raises TaskError, with names that come close."""
+    shipped = _shipped()
+    if name not in shipped:
+        raise TaskError(
+            f"there is no shipped task {name}.{closest(name, shipped)} There are: {', '.join(sorted(shipped))}."
+        )
+    return shipped[name]
 
 
 def resolve_source(task: Task, path: str | Path | None = None, **overrides: Any) -> DataSource:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -187,7 +187,9 @@ class LikelihoodTask(PromptedTask):
             label=asked.label,
             requests=requests,
             n_tokens=sum(len(request.input_ids) for request in requests),
-            truncated=any(len(pair.context) + len(pair.answer) - 1 > len(ids) for pair, ids in zip(tokens, inputs, strict=True)),
+            truncated=any(
+                len(pair.context) + len(pair.answer) - 1 > len(ids) for pair, ids in zip(tokens, inputs, strict=True)
+            ),
             text=_shown(pairs[:count]),
             row_hash=self._row_hash(row),
             reference=Scored(places[:count], places[count:], sizes),
@@ -209,11 +211,11 @@ class LikelihoodTask(PromptedTask):
         limit = min(limits)
         if self.too_long == "cut" and len(pair.answer) <= limit:
             return whole[-limit:]
-        whose = "task's max_length" if self.max_length == limit else "model reads, its prompts not counted"
-        advice = "Shorten it." if self.too_long == "cut" else "Shorten them, or let too_long: cut drop the text's first tokens."
+        whose = "the task's max_length" if self.max_length == limit else "what the model reads beside its prompts"
+        cut = "" if self.too_long == "cut" else ", or let too_long: cut drop the first tokens of the text"
         raise RequestTooLargeError(
             f"a text of {len(pair.context)} tokens and an answer of {len(pair.answer)} make {len(whole)} to be read; "
-            f"expected {limit} at most, the {whose}. {advice}"
+            f"expected {limit} at most, which is {whose}. Shorten the row{cut}."
         )
 
     def _likelihoods(self, example: Example, answers: "Sequence[torch.Tensor | Generated]") -> "list[np.ndarray]":
@@ -222,7 +224,9 @@ class LikelihoodTask(PromptedTask):
 
         numbers = [as_float64(answer) for answer in answers]
         if len(numbers) != len(example.requests):
-            raise PetalsEvalError(f"example {example.key}: expected {len(example.requests)} answers, found {len(numbers)}.")
+            raise PetalsEvalError(
+                f"example {example.key}: expected {len(example.requests)} answers, found {len(numbers)}."
+            )
         if not all(np.isfinite(each).all() for each in numbers):
             raise NotFiniteError(
                 f"example {example.key}: expected finite likelihoods, found {[each.tolist() for each in numbers]}. The "
@@ -259,7 +263,7 @@ def _together(
     # In this order an input that begins others stands right before one of these.
     ordered = sorted(range(len(inputs)), key=lambda index: inputs[index])
     carrier = list(range(len(inputs)))
-    for index, longer in reversed(list(zip(ordered, ordered[1:], strict=False))):
+    for index, longer in reversed(list(pairwise(ordered))):
         if inputs[carrier[longer]][: len(inputs[index])] == inputs[index]:
             carrier[index] = carrier[longer]
     parts = {index: part for part, index in enumerate(dict.fromkeys(carrier))}

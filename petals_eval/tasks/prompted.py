@@ -69,7 +69,7 @@ class Prompting(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     without_shots: ClassVar[str | None] = None
-    """Of a kind that takes neither shots nor a chat: why, after "a task of kind ..."."""
+    """Of a kind around whose texts nothing can stand: why, after "a task of kind ..."."""
 
     instruction: str = ""
     system: str = ""
@@ -102,8 +102,9 @@ class Prompting(BaseModel):
     def prompt_problem(self) -> str | None:
         """Return why this kind cannot have what is asked for here, or None."""
         kind = getattr(self, "kind", "")
-        if self.without_shots is not None and (self.wants_shots or self.chat):
-            what = "shots" if self.wants_shots else "chat"
+        if self.without_shots is not None and self.is_prompted:
+            asked = {"shots": self.wants_shots, "chat": self.chat, "instruction": self.instruction}
+            what = next((name for name, wanted in asked.items() if wanted), "system")
             return f"{what}: a task of kind {kind} {self.without_shots}. Leave {what} out"
         if self.wants_shots and self.shots is not None and self.shots.balanced and not self.label_names_of_shots():
             return "shots.balanced: needs labels that all rows share. Leave it out"
@@ -198,7 +199,13 @@ class Prompting(BaseModel):
         """Return the exchange of a shot. Raises DataError for a row that has no answer."""
         pool, line = self.shot_rows, "" if shot.line is None else f" (line {shot.line})"
         where = f"a shot, {'' if pool is None else f'{pool.name}, '}row {shot.index}{line}"
-        turn = self.turn(shot, where)
+        try:
+            turn = self.turn(shot, where)
+        except KeyError as error:
+            raise DataError(
+                f"{where} has no column {error}, which task {getattr(self, 'name', '')} reads. Columns found: "
+                f"{', '.join(shot.columns)}."
+            ) from error
         if not turn.answer:
             raise DataError(f"{where} has no answer to show. Draw the shots from rows that have one.")
         return turn

@@ -17,7 +17,7 @@ Label = int | float | None
 """What is right: the position of a label or a choice, a number for a regression, None where nobody says."""
 
 Values = tuple[tuple[float, ...], ...]
-"""Numbers of a prediction, (items, columns): what items and columns are is the kind's (`petals_eval.metrics.kinds`)."""
+"""Numbers of a prediction, (items, columns): what an item is is the kind's, and the task names its columns."""
 
 Finish = Literal["end", "stop", "length"]
 """Why a generated text ends: the model's own end, a stop sequence, or as many tokens as there may be."""
@@ -100,7 +100,8 @@ class Example:
     """A row, ready to be computed.
 
     key: stable within a data set (it is the row's index there, before sampling); the journal's key.
-    label: what is right. requests: one or more; their answers together give the prediction.
+    label: what is right. requests: one or more; their answers together give the prediction. A long document makes its
+        own as they are asked for.
     n_tokens: text tokens of all requests, without tuned prompts and padding.
     truncated: whether text was cut to the task's maximum length.
     text: the text as the model reads it.
@@ -111,7 +112,7 @@ class Example:
 
     key: str
     label: Label
-    requests: tuple[Request, ...]
+    requests: Sequence[Request]
     n_tokens: int
     truncated: bool
     text: str
@@ -163,6 +164,8 @@ class Prediction:
     @property
     def probabilities(self) -> tuple[float, ...]:
         """The softmax of the scores."""
-        highest = max(self.scores)
-        powers = [math.exp(score - highest) for score in self.scores]
-        return tuple(power / sum(powers) for power in powers)
+        scores = self.scores
+        highest = max(scores)
+        powers = [math.exp(score - highest) for score in scores]
+        total = sum(powers)
+        return tuple(power / total for power in powers)

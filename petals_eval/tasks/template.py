@@ -38,6 +38,10 @@ class Template:
         """The columns used, each once, in the order of their first use."""
         return tuple(dict.fromkeys(column for _, column in self.segments))
 
+    def is_filled(self, values: Mapping[str, object]) -> bool:
+        """Return whether a column of a row that can be rendered holds more than blanks."""
+        return any(str(values[column]).strip() for column in self.columns)
+
     def render(
         self,
         values: Mapping[str, object],
@@ -45,10 +49,12 @@ class Template:
         where: str,
         with_tail: bool = True,
         truth_words: tuple[str, str] = ("False", "True"),
+        may_be_empty: bool = False,
     ) -> str:
         """Return the text of a row: texts as they are, numbers as `str` writes them, false and true as `truth_words`.
 
-        `where` names the row in the DataError for a value that is missing, empty or no text.
+        `where` names the row in the DataError for a value that is missing or no text, and, unless `may_be_empty`, where
+        no column holds any text.
         """
         parts: list[str] = []
         filled = False
@@ -61,7 +67,7 @@ class Template:
             shown = truth_words[value] if isinstance(value, bool) else str(value)
             filled = filled or bool(shown.strip())
             parts += (literal, shown)
-        if self.segments and not filled:
+        if self.segments and not filled and not may_be_empty:
             raise DataError(
                 f"{where} is empty: no text in {', '.join(self.columns)}. Remove the row, or name another column."
             )

@@ -46,20 +46,28 @@ class EncodedPair:
     answer: tuple[int, ...]
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[tuple[tuple[int, ...], bool]]:
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], max_length: int, pairs: Sequence[str] | None = None
+) -> list[tuple[tuple[int, ...], bool]]:
     """Return the tokens of each text, at most `max_length` with the tokenizer's special ones, and whether it was cut.
 
-    These are the tokens of `tokenizer(text, truncation=True, max_length=max_length)`, always cut on the right.
+    These are the tokens of `tokenizer(text, truncation=True, max_length=max_length)`, always cut on the right. With
+    `pairs`, the second texts, they are those of `tokenizer(text, pair, ...)`: a token at a time goes from the end of
+    whichever text is the longer one then.
     """
     if not texts:
         return []
+
+    def given(rows: Sequence[int]) -> tuple[list[str], ...]:
+        return tuple([several[row] for row in rows] for several in (texts, pairs) if several is not None)
+
     # verbose=False: a text longer than the model's context is no reason for a warning, for it is about to be cut.
-    whole = tokenizer(list(texts), verbose=False)["input_ids"]
+    whole = tokenizer(*given(range(len(texts))), verbose=False)["input_ids"]
     long = [row for row, ids in enumerate(whole) if len(ids) > max_length]
     kept = [tuple(ids) for ids in whole]
     if long:
         with _cutting_right(tokenizer):
-            shorter = tokenizer([texts[row] for row in long], truncation=True, max_length=max_length)["input_ids"]
+            shorter = tokenizer(*given(long), truncation=True, max_length=max_length)["input_ids"]
         for row, ids in zip(long, shorter, strict=True):
             kept[row] = tuple(ids)
     return [(ids, len(before) > len(ids)) for ids, before in zip(kept, whole, strict=True)]
@@ -146,7 +154,7 @@ def encode_pairs(
 ) -> list[EncodedPair | ExampleError]:
     """Return the tokens of each pair (text, answer after it), or why there are none.
 
-    As lm-evaluation-harness 0.4.13 has them (`TemplateLM._encode_pair` and `loglikelihood`), whose `add_bos_token` None,
+    As lm-evaluation-harness 0.4.13 has them (`TemplateLM._encode_pair`, `loglikelihood`), whose `add_bos_token` None,
     True and False are `bos` auto, always and never: blanks at the end of the text belong to the answer, whose tokens
     are what the whole has beyond the text's own. An answer without a text is tokenised without opening tokens and
     stands after `start_token`; where it begins with that token itself, this one is the text.
@@ -184,8 +192,8 @@ def _merged(tokenizer: Any, context: Sequence[int], whole: Sequence[int], answer
     shared = _shared_beginning(context, whole)
     token = tokenizer.convert_ids_to_tokens(whole[shared]) if shared < len(whole) else ""
     return ExampleError(
-        f"the answer {answer!r:.80} begins inside a token: this tokenizer makes {token!r} of the end of the text and the "
-        f"beginning of the answer, so the answer has no likelihood of its own. Expected a token to begin with it: put a "
+        f"the answer {answer!r:.80} begins inside a token: this tokenizer makes {token!r} of the end of the text and "
+        "the beginning of the answer, which has no likelihood of its own. Expected a token to begin with it: put a "
         "blank or a line end between the two (delimiter)."
     )
 

@@ -128,6 +128,7 @@ def freeze(server):
     os.killpg(server._pid, signal.SIGSTOP)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("harm", [lambda server: server.kill(), freeze], ids=["killed", "stopped"])
 def test_losing_one_of_two_replicas_in_mid_run_changes_no_prediction(harm, files, swarm_of, quiet, tmp_path):
     swarm = swarm_of([(0, 3), (0, 3), (3, 5)])
@@ -153,6 +154,7 @@ def test_losing_one_of_two_replicas_in_mid_run_changes_no_prediction(harm, files
     assert result.metrics["accuracy"].value == ACCURACY
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("update_period", "deadline", "error", "says"),
     [
@@ -198,6 +200,7 @@ def test_without_the_only_server_of_a_block_the_run_ends_in_time_and_keeps_what_
     )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("leaving", ["killed", "in order"])
 def test_a_run_goes_on_when_another_server_takes_over_the_blocks(leaving, files, swarm_of, quiet, tmp_path):
     swarm = swarm_of([(0, 2), (2, 5)])

@@ -29,6 +29,7 @@ from tests.chaos.test_killed_servers import (
 __all__ = ["files", "quiet", "swarm_of"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("leaving", ["stopped", "killed"])
 def test_a_run_waits_for_the_only_server_of_a_block_and_finishes(leaving, files, swarm_of, quiet, tmp_path, request):
     """stopped: it hangs, with its connections open. killed: it starts anew under its old identity."""

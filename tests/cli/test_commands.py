@@ -11,7 +11,7 @@ from petals_eval.cli import main
 from petals_eval.tasks import list_tasks
 from tests.cli.invoking import invoke
 
-COMMANDS = ("run", "demo", "swarm", "bootstrap", "tasks")
+COMMANDS = ("run", "demo", "swarm", "bootstrap", "show", "tasks")
 
 
 @pytest.mark.parametrize("width", [80, 110])

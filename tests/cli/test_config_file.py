@@ -27,7 +27,7 @@ def fails(folder: Path, text: str) -> str:
 @pytest.mark.parametrize("written", ["0012345", "2024_01", "1e3", "on", "no", "00", "2020-01-01", "1:30", "0x1F", ".5"])
 def test_texts_are_what_is_written(tmp_path, written):
     names = ("model", "revision", "task", "data", "subset", "split", "data-revision", "dht-prefix", "out", "device")
-    lists = ("adapter", "allow-server", "fail-under")
+    lists = ("adapter", "allow-server", "fail-under", "fail-over")
     text = "".join(f"{name}: {written}\n" for name in names) + "".join(f"{name}: [{written}, x]\n" for name in lists)
     found = settings_of(tmp_path, f"{text}token: {written}\nlocal-swarm: 1\n")
     assert {getattr(found, name.replace("-", "_")) for name in names} == {written}

@@ -147,7 +147,6 @@ def test_tasks_models_and_files_that_are_not_there(stage: Stage) -> None:
         (["--local-swarm", "2", "--limit", "0"], "limit: expected more than 0 (found 0)"),
         (["--local-swarm", "2", "--dtype", "int8"], "dtype: expected 'float32', 'bfloat16' or 'float16'"),
         (["--local-swarm", "2", "--device", "gpu"], "device: expected one that torch can use here, found 'gpu'"),
-        (["--local-swarm", "2", "--dry-run", "--json"], "nothing for --json to print"),
         (["--initial-peers", NOBODY], "is a local folder", "give it with --dht-prefix")[:2],
     ],
 )

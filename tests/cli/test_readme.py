@@ -174,6 +174,9 @@ def test_a_command_of_the_readme(command: Typed) -> None:
         for part in OURS:
             if "--shard" in part.words:
                 assert run_typed(part.words).code == 0
+    if words[1] == "show":
+        run = ("run", "--model", "my-llama", "--adapter", "prompts", "--task", "reviews.yaml", "--limit", 20)
+        assert invoke(*run, "--local-swarm", 1, "--out", words[2]).code == 0
     if "$PEERS" in words:
         with LocalSwarm("my-llama", servers=2, mode="thread") as swarm:
             at = words.index("$PEERS")
@@ -226,15 +229,20 @@ def test_set_up_commands_are_there() -> None:
 
 
 @pytest.mark.usefixtures("surroundings")
-def test_the_python_example() -> None:
-    # The second one needs Petals and a training loop: tests/interop/test_live_petals_model.py runs such a loop.
-    example, _ = blocks("python")
+def test_the_python_examples() -> None:
+    # The last one needs Petals and a training loop: tests/interop/test_live_petals_model.py runs such a loop.
+    *examples, _ = blocks("python")
     names: dict[str, Any] = {}
     with LocalSwarm("my-llama", servers=2, mode="thread") as swarm:
         names["peers"] = swarm.initial_peers
-        exec(textwrap.dedent(example), names)
+        for example in examples:
+            exec(textwrap.dedent(example), names)
     accuracy = names["accuracy"]
     assert accuracy.value > 0.9 and accuracy.ci95[0] < accuracy.value
+    metrics, result = names["metrics"], names["result"]
+    assert metrics["n"] == len(result.predictions) == 400
+    for ours, theirs in (("accuracy", "accuracy"), ("f1", "f1_macro")):
+        assert metrics[ours] == pytest.approx(result.metrics[theirs].value)
     assert Path("runs/from-python/report.md").exists()
 
 
@@ -244,9 +252,9 @@ def test_the_readme_names_what_there_is() -> None:
         task.name for task in petals_eval.tasks.list_tasks()
     }
     assert all(family.title in README for family in FAMILIES.values())
-    for name in ("reviews.yaml", "questions.yaml", "words.yaml"):
+    for name in ("reviews.yaml", "questions.yaml", "words.yaml", "alike.yaml"):
         assert load_task(name).name == Path(name).stem
-    commands = ("run", "health", "swarm", "bootstrap", "bench forward", "bench inference")
+    commands = ("run", "show", "health", "swarm", "bootstrap", "bench forward", "bench inference")
     shown = "".join(invoke(*command.split(), "--help").out for command in commands)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--help", "--version", "--servers"}
     assert [flag for flag in sorted(flags) if flag not in shown] == []

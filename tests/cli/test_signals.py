@@ -69,6 +69,7 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("number", "code", "words"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended by SIGTERM")],
@@ -166,6 +167,7 @@ def test_sigterm_while_metrics_are_computed(stage: Stage) -> None:
     assert json.loads(Path("r/metrics.json").read_text())["metrics"]["accuracy"]["value"] == 0.7360
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGINT, signal.SIGTERM]], ids=["one", "two"])
 def test_a_way_out_that_hangs_is_cut_short(unhurried: Stage, numbers: list[signal.Signals]) -> None:
     """The libp2p daemon is frozen, so letting go of the swarm takes its five seconds and more."""

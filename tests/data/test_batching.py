@@ -27,11 +27,14 @@ def requests_of(lengths: list[int]) -> list[Asked]:
     boundary=st.none() | st.integers(1, 80),
     max_rows=st.integers(1, 16),
     lookahead=st.integers(1, 40),
+    tokens_ahead=st.integers(1, 400),
 )
-def test_every_request_comes_out_once_within_the_budgets(lengths, max_tokens, prefix, boundary, max_rows, lookahead):
+def test_every_request_comes_out_once_within_the_budgets(
+    lengths, max_tokens, prefix, boundary, max_rows, lookahead, tokens_ahead
+):
     asked = requests_of(lengths)
     limits = {"max_tokens": max_tokens, "prefix": prefix, "boundary": boundary, "max_rows": max_rows}
-    batches = list(micro_batches(asked, **limits, lookahead=lookahead))
+    batches = list(micro_batches(asked, **limits, lookahead=lookahead, tokens_ahead=tokens_ahead))
     assert sorted(request.number for batch in batches for request in batch.requests) == list(range(len(asked)))
     for batch in batches:
         rows, longest = batch.input_ids.shape
@@ -81,6 +84,23 @@ def test_no_more_is_read_ahead_than_the_lookahead():
     for _ in range(3):
         next(batches)
     assert read == 55
+
+
+def test_long_requests_are_not_held_back_in_numbers():
+    read = 0
+
+    def endless():
+        nonlocal read
+        while True:
+            read += 1
+            yield Asked(read, (1,) * 50)
+
+    batches = micro_batches(endless(), max_tokens=50, lookahead=1000, tokens_ahead=1000)
+    next(batches)
+    assert read == 2  # a tenth at first
+    next(batches)
+    next(batches)
+    assert read == 2 + 20
 
 
 def test_the_budget_may_change_while_batches_are_made():

@@ -1,7 +1,13 @@
 """Rows at hand, and reproducible samples of them."""
 
+from collections import OrderedDict
+from types import MappingProxyType
+
 import datasets
+import numpy as np
+import pandas
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +25,88 @@ def test_rows_from_dictionaries_and_data_sets_are_the_same():
     assert one.columns == other.columns == ("text", "label")
     assert [(row.index, dict(row.columns)) for row in one] == list(enumerate(records))
     assert one.fingerprint == other.fingerprint != rows_of(records[:1]).fingerprint
+
+
+RECORDS = [{"text": "a", "label": 1}, {"text": "b", "label": 0}, {"text": "c", "label": 1}]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        tuple,
+        iter,
+        lambda records: (MappingProxyType(record) for record in records),
+        lambda records: [OrderedDict(record) for record in records],
+        lambda records: [{"label": np.int64(each["label"]), "text": np.str_(each["text"])} for each in records],
+        lambda records: [{"text": each["text"], "label": torch.tensor(each["label"])} for each in records],
+        pandas.DataFrame,
+        lambda records: pandas.DataFrame(records, index=[7, 7, 3]),
+        lambda records: pandas.DataFrame(records).astype({"text": "category", "label": "Int64"}),
+        lambda records: pandas.DataFrame(records).set_index("text", drop=False),
+        datasets.Dataset.from_list,
+        lambda records: datasets.Dataset.from_list(records).with_format("torch"),
+        lambda records: datasets.Dataset.from_list(records).to_iterable_dataset(),
+        lambda records: datasets.IterableDataset.from_generator(lambda: iter(records)),
+        lambda records: rows_of(records),
+    ],
+)
+def test_every_form_of_rows_is_the_same_rows(form):
+    found = rows_of(form(RECORDS))
+    if found.columns == ("text", "label"):
+        assert found.fingerprint == rows_of(RECORDS).fingerprint
+    assert [(row.index, dict(row.columns), row.line) for row in found] == [(i, r, None) for i, r in enumerate(RECORDS)]
+    assert all(type(row.columns["label"]) is int and type(row.columns["text"]) is str for row in found)
+
+
+def test_what_is_missing_is_missing_whoever_says_so():
+    frame = pandas.DataFrame(
+        {"text": ["a", None], "score": [1.5, float("nan")], "label": pandas.array([1, None], "Int64")}
+    )
+    expected = [{"text": "a", "score": 1.5, "label": 1}, {"text": None, "score": None, "label": None}]
+    assert [dict(row.columns) for row in rows_of(frame)] == expected
+    assert [dict(row.columns) for row in rows_of(frame.to_dict("records"))] == expected
+    later = pandas.DataFrame({"when": [pandas.Timestamp("2026-01-02"), pandas.NaT]})
+    assert [row.columns["when"] for row in rows_of(later)][1] is None
+
+
+def test_lists_and_mappings_in_a_row_are_plain_too():
+    choices = {"text": np.array(["x", "y"], object), "label": ["A", "B"]}
+    [row] = rows_of([{"choices": choices, "scores": np.array([0.5, 1.0]), "ids": torch.tensor([1, 2])}])
+    assert row.columns == {"choices": {"text": ["x", "y"], "label": ["A", "B"]}, "scores": [0.5, 1.0], "ids": [1, 2]}
+
+
+def test_class_names_of_a_data_set_count_also_where_it_is_read_once():
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    data = datasets.Dataset.from_list(RECORDS, features=features)
+    for each in (data, data.to_iterable_dataset()):
+        assert rows_of(each).class_names == {"label": ("no", "yes")}
+    assert rows_of(data).fingerprint == rows_of(data.to_iterable_dataset()).fingerprint != rows_of(RECORDS).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (7, "data: expected a list of mappings, a pandas DataFrame or a datasets.Dataset, found int"),
+        ("rows", "data: expected a list of mappings, .* found str"),
+        ([1, 2], r"data, row 0: expected a mapping of column names to values, found int \(1\)"),
+        ([{"a": 1}, ("a", 2)], "data, row 1: expected a mapping .* found tuple"),
+        ([{1: "a"}], "data, row 0: expected text as names of columns, found 1"),
+        ({"text": ["a"], "label": [1]}, r"data: expected rows, found one mapping \(text, label\)"),
+        (
+            datasets.DatasetDict(test=datasets.Dataset.from_list(RECORDS)),
+            r"several \(test\): give one, as data\['test'\]",
+        ),
+        (pandas.DataFrame([[1, 2]]), "text as names of a DataFrame's columns, each once, found 0 among 0, 1"),
+        (pandas.DataFrame([[1, 2]], columns=["a", "a"]), "each once, found one name twice among a, a"),
+        (pandas.DataFrame({"a": []}), "data is empty"),
+        ((row for row in ()), "data is empty"),
+        ([{"a": object()}], "data: every column needs values of one type"),
+        ([{"a": {1, 2}}, {"a": 3}], "data: every column needs values of one type"),
+    ],
+)
+def test_what_is_no_rows(data, said):
+    with pytest.raises(DataError, match=said):
+        rows_of(data)
 
 
 def test_rows_can_be_read_again():
@@ -75,6 +163,19 @@ def test_a_sample_keeps_values_and_source_positions():
     part = sample(sample(rows, 1500, 1), 700, 2)
     assert len(part) == 700
     assert all(row.columns["text"] == f"t{row.index}" for row in part)
+
+
+def test_rows_that_are_left_out_do_not_change_the_luck_of_the_others():
+    rows = numbered(100)
+    whole = [row.index for row in sample(rows, 20, 3)]
+    left_out = whole[::4]
+    kept = [row.index for row in sample(rows, 20, 3, leave_out=left_out)]
+    assert len(kept) == 20
+    assert not set(kept) & set(left_out)
+    assert set(whole) - set(left_out) <= set(kept)
+    assert [row.index for row in sample(rows, None, 3, leave_out=[0, 99])] == list(range(1, 99))
+    with pytest.raises(DataError, match="expected more rows than the 100 that are left out"):
+        sample(rows, None, 3, leave_out=range(100))
 
 
 def test_seeds_and_limits_change_the_fingerprint():

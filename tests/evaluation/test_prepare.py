@@ -131,3 +131,22 @@ def test_a_finished_folder_and_one_of_other_settings_are_told_before_anything_is
         with pytest.raises(RunFolderError, match=message):
             evaluate(model, source, tmp_path / "run", limit=limit)
         assert not model.sent
+
+
+def test_a_dry_run_shows_a_pair_as_the_tokenizer_has_it_and_a_row_without_a_label(alone, realdata):
+    (alone / "pairs.yaml").write_text(TWO.replace('"{text}"', '["{text}", "{other}"]') + "max_length: 9\n")
+    (alone / "rows.csv").write_text("text,other,label\nit is a dog and it ran,no,good\nit is,no cat,\n")
+    command = ["run", "--model", realdata / "stories260K-hf", "--local-swarm", 1, "--task", "pairs.yaml", "--dry-run"]
+    command += ["--adapter", realdata / "adapters" / "sst2-deep_ptune", "--data", "rows.csv"]
+    refused = invoke(*command)
+    assert refused.code == 2 and "row 1 (line 3): the label in column label is ''" in refused.error
+    assert "--unlabelled predict" in refused.error
+    shown = invoke(*command, "--unlabelled", "predict").out.splitlines()
+    first, second = (at for at, line in enumerate(shown) if line.startswith("example "))
+    assert shown[first].startswith("example 0  label good  9 text tokens, cut")
+    assert shown[first + 1 : first + 3] == ["  | it is a dog and it ran", "  | no"]
+    [tokens] = [line for line in shown[first:second] if line.startswith("  positions 8-16:")]
+    # Of the longer text the end is gone, and the tokenizer put its own token in front of each.
+    assert tokens.split(": ")[1] == "<s> ▁it ▁ is ▁a ▁do <s> ▁n o"
+    assert shown[second].startswith("example 1  no label  ") and "cut" not in shown[second]
+    assert any("of a pair that is too long, tokens go from the end of the longer text first" in line for line in shown)

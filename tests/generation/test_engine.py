@@ -11,6 +11,7 @@ from petals_eval.errors import DeadlineError, RequestTooLargeError
 from petals_eval.generation.engine import GenerationPolicy
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.faults.catalog import OtherLayout, Slow
+from petals_eval.local_swarm.server.cache_budget import CacheBudget
 from petals_eval.model import load_adapter
 from petals_eval.tasks.requests import Decoding, Request
 from tests.model.reference import causal_lm, deep_prompts_added
@@ -104,8 +105,13 @@ def expected_text(whole, model, adapter, request) -> str:
     return tokenizer.decode(new, skip_special_tokens=True)
 
 
+def budget_of(server) -> CacheBudget:
+    """The room for caches of a server in this process."""
+    return server._server.budget
+
+
 def cache_in_use(swarm) -> int:
-    return sum(server._server.budget.used_bytes for server in swarm.servers if server.is_alive())
+    return sum(budget_of(server).used_bytes for server in swarm.servers if server.is_alive())
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -283,7 +289,7 @@ def test_our_sessions_leave_others_half_of_a_cache(folder):
             [dataclasses.replace(each, decoding=Decoding(new)) for each in asked],
             on_tick=lambda: most.append(cache_in_use(swarm)),
         )
-        total = swarm.servers[0]._server.budget.total_bytes
+        total = budget_of(swarm.servers[0]).total_bytes
         assert 0 < max(most) <= total // 2
         assert cache_in_use(swarm) == 0
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from petals_eval.swarm import RemoteSequential, Work
+from tests.interop.lm_eval_tasks import ask_lm_eval, write_own_rows
 from tests.interop.petals_folders import make_petals_tiny
 from tests.interop.real_petals import RealPetalsSwarm
 
@@ -25,6 +27,18 @@ def stories(stories_dir: Path) -> Iterator[RealPetalsSwarm]:
     """The real model on three real servers, float32."""
     with RealPetalsSwarm(stories_dir, [(0, 2), (2, 4), (4, 5)], dht_prefix=STORIES) as swarm:
         yield swarm
+
+
+@pytest.fixture(scope="session")
+def own_rows(realdata: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The rows of the tasks with templates of our own, by task."""
+    return write_own_rows(realdata, tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="session")
+def lm_eval(stories_dir: Path, own_rows: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What lm-evaluation-harness asks and computes of all tasks, by task: lm_eval_reference.py says how it looks."""
+    return ask_lm_eval(stories_dir, own_rows, tmp_path_factory.mktemp("lm-eval"))
 
 
 @pytest.fixture(scope="session", params=["bloom", "falcon"])

@@ -286,6 +286,11 @@ def answers(settings: dict) -> dict:
     petals_eval.evaluate(model, task=task, data=data, out=folder)
     logits = own_logits(model, texts)
     found["classes"] = {"ours": read_folder(folder)["probabilities"], "own": logits.softmax(-1).tolist()}
+    model.train()
+    expected = logits.argmax(-1)
+    found["batches"] = petals_eval.evaluate_batches(model, padded_batches(texts, expected.tolist()))
+    found["still training"] = all(module.training for module in (model, model.transformer.ln_f, model.score))
+    model.eval()
     found["window"] = read_folder(folder)["manifest"]["run_settings"]["window"]
     petals_model.close(model)
     end(model)
@@ -294,6 +299,8 @@ def answers(settings: dict) -> dict:
     model = prompted(AutoDistributedModelForCausalLM, settings)
     folder = Path(settings["folder"]) / "words"
     petals_eval.evaluate(model, task=task, data=data, out=folder, tokenizer=tokenizer, without_prompts=True)
+    found["token batches"] = petals_eval.evaluate_batches(model, padded_batches(texts, [list(ids) for ids in texts]))
+    found["own loss"] = own_loss(model, texts)
     words = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in LABEL_WORDS]
     with torch.no_grad():
         likelihoods = [model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in texts]
@@ -302,6 +309,42 @@ def answers(settings: dict) -> dict:
     found["refused"] = refused(model, data, names)
     end(model)
     return found
+
+
+def padded_batches(texts: list[list[int]], labels: list) -> list[dict[str, torch.Tensor]]:
+    """What an evaluation loop has, padded on the left; labels are classes, or tokens."""
+    batches = []
+    for first in range(0, len(texts), 5):
+        rows = texts[first : first + 5]
+        longest = max(map(len, rows))
+        gaps = [longest - len(row) for row in rows]
+        given = labels[first : first + 5]
+        tokens = isinstance(given[0], list)
+        batches.append(
+            {
+                "input_ids": torch.tensor([[0] * gap + row for gap, row in zip(gaps, rows, strict=True)]),
+                "attention_mask": torch.tensor(
+                    [[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows, strict=True)]
+                ),
+                "labels": torch.tensor(
+                    [[-100] * gap + row for gap, row in zip(gaps, given, strict=True)] if tokens else given
+                ),
+            }
+        )
+    return batches
+
+
+def own_loss(model, texts: list[list[int]]) -> float:
+    """The mean over all tokens of the loss that Petals' model gives for a text alone."""
+    total = count = 0.0
+    for ids in texts:
+        if len(ids) > 1:
+            row = torch.tensor([ids])
+            with torch.no_grad():
+                logits = model(input_ids=row).logits[0, :-1]
+            total += float(functional.cross_entropy(logits, row[0, 1:], reduction="sum"))
+            count += len(ids) - 1
+    return total / count
 
 
 def prompted(kind, settings: dict, **options):

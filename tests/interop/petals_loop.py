@@ -13,6 +13,8 @@ what changes, and find the model and the swarm warm:
     texts           or these ...            -> {"logits": [[...]], "predictions": [...], "seconds": ...}
     max_length      ... cut to this many tokens (default 96), `batch_size` (default 32) of them at a time
     padding         "longest" or "max_length" (the default: as in Petals' SST-2 example)
+    requests        or score these: for each row its choices, each [token ids, [[position, token], ...]], `batch_size`
+                    of them at a time -> {"logits": [[likelihoods of the choices]], "predictions": [...], ...}
     labels          right answers, one a text: the "seconds" are up to the "accuracy" that is answered, too
     generate        or go on greedily from these token ids ...      -> {"tokens": [...]}
     max_new_tokens  ... by this many
@@ -97,6 +99,31 @@ def classify_tokens(model, settings: dict) -> dict:
     return {"logits": logits}
 
 
+def score(model, settings: dict) -> dict:
+    """The requests of a task of choices, one batch after the other: padded on the right to the longest of each."""
+    every = [request for row in settings["requests"] for request in row]
+    size = settings.get("batch_size", 32)
+    likelihoods = []
+    started = time.perf_counter()
+    model.eval()
+    for first in range(0, len(every), size):
+        batch = every[first : first + size]
+        longest = max(len(ids) for ids, _ in batch)
+        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])
+        with torch.no_grad():
+            scores = model(input_ids=padded).logits.float().log_softmax(-1)
+        for row, (_, targets) in enumerate(batch):
+            likelihoods.append(sum(float(scores[row, position, token]) for position, token in targets))
+    rows, at = [], 0
+    for row in settings["requests"]:
+        rows.append(likelihoods[at : at + len(row)])
+        at += len(row)
+    predictions = [max(range(len(row)), key=row.__getitem__) for row in rows]
+    accuracy = sum(map(int.__eq__, predictions, settings["labels"])) / len(rows)
+    seconds = time.perf_counter() - started
+    return {"logits": rows, "predictions": predictions, "accuracy": accuracy, "seconds": seconds}
+
+
 def generate(model, settings: dict) -> dict:
     tokens = model.generate(
         torch.tensor([settings["generate"]]), max_new_tokens=settings["max_new_tokens"], do_sample=False
@@ -105,16 +132,17 @@ def generate(model, settings: dict) -> dict:
 
 
 def answers(lines: Iterable[str]) -> Iterator[dict]:
-    tasks = {"generate": generate, "tokens": classify_tokens, "classify": classify}
+    tasks = {"generate": generate, "requests": score, "tokens": classify_tokens, "classify": classify}
     loaders = {
         "generate": partial(load, AutoDistributedModelForCausalLM),
+        "requests": partial(load, AutoDistributedModelForCausalLM),
         "tokens": load_classifier,
         "classify": load_classifier,
     }
     settings, models = {}, {}
     for line in lines:
         settings |= json.loads(line)
-        kind = next((kind for kind in ("generate", "tokens") if kind in settings), "classify")
+        kind = next((kind for kind in ("generate", "requests", "tokens") if kind in settings), "classify")
         if kind not in models:
             models[kind] = loaders[kind](settings)
         yield tasks[kind](models[kind], settings)

@@ -18,6 +18,7 @@ def run_script(what, swarm, folder, **settings):
     return run_petals_loop({"folder": str(folder), **settings}, folder, timeout=85, script="live_model_script.py")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mode", ["deep_ptune", "ptune"])
 def test_training_goes_on_as_if_nothing_had_been_evaluated(mode, stories, stories_dir, realdata, tmp_path):
     adapter_dir = realdata / "adapters" / f"trec-{mode}"
@@ -55,6 +56,7 @@ def test_training_goes_on_as_if_nothing_had_been_evaluated(mode, stories, storie
     assert (found["open_after_error"], found["open_again"], found["left_open"]) == (0, 1, 0)
 
 
+@pytest.mark.sample(1)
 def test_other_families_and_label_words(tiny, tmp_path):
     rows = [{"text": text, "label": row % 3} for row, text in enumerate(["is it good", "bad", "no, the great yes"] * 4)]
     data = tmp_path / "rows.jsonl"
@@ -64,6 +66,8 @@ def test_other_families_and_label_words(tiny, tmp_path):
         ours, own = torch.tensor(found[head]["ours"]), torch.tensor(found[head]["own"])
         assert ours.argmax(-1).tolist() == own.argmax(-1).tolist()
         torch.testing.assert_close(ours, own, rtol=0, atol=1e-5)
+    assert found["batches"] == {"accuracy": 1.0, "f1": 1.0, "n": 12} and found["still training"]
+    assert found["token batches"]["loss"] == pytest.approx(found["own loss"], rel=1e-5)
     assert found["window"] == 3
     assert found["refused"].startswith("AdapterError: class logits were asked for, but a Distributed")
 

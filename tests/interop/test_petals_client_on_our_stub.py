@@ -33,6 +33,7 @@ def asked(stub, stories_dir, tmp_path):
     return {"model": str(model), "initial_peers": stub.initial_peers, "dht_prefix": STORIES}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", REFERENCE)
 def test_the_evaluation_loop_of_petals_example_on_trec(asked, name, realdata, stories_dir, tmp_path):
     mode, right = REFERENCE[name]

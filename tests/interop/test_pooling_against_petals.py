@@ -12,6 +12,7 @@ from tests.model.test_pooling import PAD, TEXTS, requests_of
 LABELS, PREFIX, HIDDEN, BLOCKS = 3, 4, 32, 2
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", PETALS_FAMILIES)
 def test_the_token_that_petals_reads(family, tmp_path):
     model = make_petals_tiny(family, tmp_path / "model", blocks=BLOCKS, hidden=HIDDEN, pad_token_id=PAD)

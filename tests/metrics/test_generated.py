@@ -39,7 +39,7 @@ def measured(pairs, metrics):
     for text, right in pairs:
         example = Example("0", None, (), 0, False, "", reference=tuple(right) or None)
         rows.append((None, None, packed(task.predict(example, [Generated((1,), text, "end")]).values)))
-    return measure("generation", task.metrics, ScoredRows.of(rows, task.columns, count=len(rows)), seed=1)
+    return measure("generation", task.metrics, ScoredRows.of(rows, task.columns), seed=1)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -125,7 +125,7 @@ def test_counts_of_length():
     example = Example("0", None, (), 0, False, "")
     made = [Generated((1,) * count, "", "length" if count == 4 else "end") for count in (1, 2, 4, 4)]
     rows = [(None, None, packed(task.predict(example, [each]).values)) for each in made]
-    found = measure("generation", task.metrics, ScoredRows.of(rows, task.columns, count=4))
+    found = measure("generation", task.metrics, ScoredRows.of(rows, task.columns))
     assert found["new_tokens"].value == 11 / 4
     assert (found["stopped_by_length"].value, found["stopped_by_length"].ci95) == (0.5, wilson(2, 4))
 

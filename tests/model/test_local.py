@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -105,6 +107,12 @@ def test_long_heads_are_computed_in_slices(tiny, monkeypatch):
     assert torch.allclose(tiny.head(hidden, batch)[0], whole)
 
 
+def test_the_normaliser_that_writes_over_logits_is_logsumexp_to_the_bit():
+    logits = 20 * torch.randn(9, 3000)
+    logits[0], logits[1, 5] = 0.0, -torch.inf
+    assert torch.equal(local_module._logsumexp_over(logits.clone()), logits.logsumexp(-1))
+
+
 def test_answers_do_not_depend_on_the_batch(tmp_path):
     folder = make_tiny("bloom", tmp_path)
     local, model = LocalModel.from_pretrained(str(folder)), causal_lm(folder)
@@ -181,3 +189,35 @@ def test_the_names_of_the_outputs_are_those_of_the_head_that_is_used(tmp_path):
     assert (
         LocalModel.from_pretrained(str(make_tiny("llama", tmp_path / "plain", labels=3))).own_label_names(None) is None
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            {"problem_type": "multi_label_classification"},
+            "tiny says problem_type: multi_label_classification: .* is not",
+        ),
+        (
+            {"architectures": ["LlamaForTokenClassification"]},
+            "tiny is a LlamaForTokenClassification: .* for whole texts",
+        ),
+    ],
+)
+def test_a_head_for_several_labels_or_for_tokens_is_refused_with_the_reason(config, said, tmp_path):
+    folder = make_tiny("llama", tmp_path / "tiny", labels=3)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    local = LocalModel.from_pretrained(folder)
+    with pytest.raises(ModelError, match=said):
+        local.check_head("class", None)
+    # Of an adapter that brings its own head nothing is known but that; and the word head is another one.
+    local.check_head("class", make_adapter(local, "ptune", labels=3))
+    with pytest.raises(ModelError, match=said):
+        local.check_head("class", make_adapter(local, "ptune"))
+
+
+@pytest.mark.parametrize("problem", [None, "single_label_classification", "regression"])
+def test_a_head_for_one_answer_is_taken(problem, tmp_path):
+    folder = make_tiny("llama", tmp_path / "tiny", labels=3, problem_type=problem)
+    LocalModel.from_pretrained(folder).check_head("class", None)

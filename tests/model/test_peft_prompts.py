@@ -162,3 +162,8 @@ def test_the_published_bloomz_adapter(realdata):
     assert tuple(adapter.prompts.shape) == (8, 1024) and adapter.prompts.dtype == torch.float32
     with pytest.raises(AdapterError, match=r"\(bigscience/bloomz-560m\): token_dim 1024; expected 16"):
         _load(place)
+
+
+def test_a_head_for_tokens_is_refused(tmp_path):
+    with pytest.raises(AdapterError, match=r"task_type TOKEN_CLS\): its head gives each token a label of its own"):
+        _load(_folder(tmp_path / "mine", task_type="TOKEN_CLS"))

@@ -1,6 +1,7 @@
 """What a person reads: aligned, complete, and nothing a stranger wrote can forge it."""
 
 import io
+import re
 import time
 from pathlib import Path
 
@@ -94,6 +95,43 @@ def test_several_adapters_stand_side_by_side_in_any_width(names: tuple[str, ...]
     assert "0.6841" in next(line for line in lines if "F1 (macro)" in line)
 
 
+def perplexities(name: str = "stories", **changes: object) -> AdapterResult:
+    """Of a kind of task whose rows have no labels and whose metrics are no shares."""
+    metrics = {
+        "token_perplexity": Metric("token_perplexity", 12.345678, (11.98765, 12.71234)),
+        "word_perplexity": Metric("word_perplexity", 12345.6789, (9876.54321, 15432.1)),
+        "bits_per_byte": Metric("bits_per_byte", 0.000123456, (0.000111, 0.000133)),
+        "match[strict]": Metric("match[strict]", 0.25, (0.2, 0.3)),
+    }
+    bare: dict = {"metrics": metrics, "label_names": (), "confusion": ()}
+    return adapter_result(name, **(bare | changes))
+
+
+def test_numbers_that_are_no_shares_keep_their_digits_and_rows_without_labels_have_no_confusion_matrix() -> None:
+    result = RunResult("stories", {"stories": perplexities(n_unlabelled=12)}, kind="perplexity")
+    found = printed(result)
+    assert [re.split("  +", line)[-2:] for line in found.splitlines()[1:5]] == [
+        ["12.3457", "11.988 - 12.712"],
+        ["12,345.7", "9,877 - 15,432"],
+        ["0.000123", "0.00011 - 0.00013"],
+        ["0.2500", "0.200 - 0.300"],
+    ]
+    assert "  500 examples · 0 failed · 12 without a label · 3 truncated ·" in found
+    report = markdown_report(result, manifest())
+    assert "12,345.7 (9,877 - 15,432)" in report and "Confusion" not in report
+    assert "12.3457 (11.988 - 12.712)" in str(result) and "match [strict] 0.2500" in str(result)
+    assert str(result).endswith("n 500, without a label 12")
+    told = result.to_json()
+    assert told["kind"] == "perplexity" and "label_names" not in told and told["n_unlabelled"] == 12
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_large_numbers_stand_side_by_side_in_any_width(width: int) -> None:
+    found = printed(RunResult("t", {name: perplexities(name) for name in "abcd"}), width=width)
+    assert max(map(len, found.splitlines())) <= width
+    assert found.count("9,877 - 15,432") == 4
+
+
 def test_two_adapters_fit_eighty_columns_in_one_table() -> None:
     lines = printed(run_result("trec-deep_ptune", "trec-ptune"), width=80).splitlines()
     assert lines[0].split() == ["trec-deep_ptune", "trec-ptune"]
@@ -176,6 +214,10 @@ def test_what_a_lossy_wire_did_is_said() -> None:
     assert "how far it moved answers was not measured: an input" in printed(
         run_result(wire=WireRecord("float16", note))
     )
+    texts = WireSample("trec-ptune", 16, None, None, 3)
+    assert "wire float16: changed 3 of 16 texts\n" in printed(run_result(wire=WireRecord("float16", texts)))
+    documents = WireSample("trec-ptune", 1, 0.5, 0.25, None)
+    assert "to 1 example by up to 0.5, 0.25 on average\n" in printed(run_result(wire=WireRecord("float16", documents)))
     assert "wire" not in printed(run_result()) + markdown_report(run_result(), manifest())
     forged = WireRecord("float16", None, (), (LosslessServer("peer", FORGERY),))
     for text in (printed(run_result(wire=forged)), markdown_report(run_result(wire=forged), manifest())):

@@ -56,11 +56,13 @@ def test_a_finished_run_holds_everything(tmp_path: Path) -> None:
     seven = prediction(7, 1)
     assert lines[7] == {
         "schema_version": 2,
+        "kind": "classification",
         "key": "7",
         "row_hash": "",
         "label": 1,
         "prediction": seven.prediction,
         "probabilities": list(seven.probabilities),
+        "n_requests": 1,
         "n_tokens": 7,
     }
     assert read(path / "failures.jsonl")[0]["reason"] == "no server takes it"
@@ -257,6 +259,25 @@ def test_a_disk_that_fills_leaves_the_old_file_whole(tmp_path: Path, monkeypatch
             folder.write_results(result(folder))
     assert (tmp_path / "metrics.json").read_text() == before
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_computes_its_result_anew_whether_it_is_finished_or_not(tmp_path: Path) -> None:
+    names: dict = {"metrics": list(METRICS), "label_names": list(LABELS)}
+    with RunFolder.create(tmp_path / "run", manifest(run_settings=names), task="trec") as folder:
+        score(folder, keys=range(7))
+        folder.journal.flush()
+        with RunFolder.open(tmp_path / "run") as reader:
+            assert reader.result().metrics == result(folder).metrics
+        score(folder, keys=range(7, 20))
+        told = result(folder)
+        folder.finish(told)
+    with RunFolder.open(tmp_path / "run") as reader:
+        assert reader.result().metrics == told.metrics
+        assert (reader.result().first.confusion, reader.result().retries) == (told.first.confusion, 3)
+    with RunFolder.create(tmp_path / "bare", manifest(), task="trec") as folder:
+        score(folder)
+        with pytest.raises(RunFolderError, match=r"Expected metrics in the manifest of .*bare; found none"):
+            folder.result()
 
 
 def test_a_result_prints_as_one_line_in_a_training_loop(tmp_path: Path) -> None:

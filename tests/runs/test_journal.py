@@ -1,5 +1,6 @@
 """The journal: one valid row a key, nothing committed is lost, and who is to blame when the disk cannot."""
 
+import itertools
 import resource
 import signal
 import sqlite3
@@ -19,6 +20,7 @@ from petals_eval.runs import Counts, Journal, ServerUsed
 from petals_eval.runs import journal as journal_module
 from petals_eval.runs.lookup_tables import LookupTables
 from petals_eval.runs.rows import Row
+from petals_eval.tasks.requests import Prediction
 from tests.runs.samples import SERVERS, prediction, reachable_folder, unprivileged
 
 
@@ -86,6 +88,43 @@ def test_arrays_are_what_the_metrics_need(path: Path) -> None:
         assert found.column("score").tolist() == [score for key in (1, 2, 3, 4) for score in prediction(key).scores]
         with pytest.raises(DataError, match=r"row 0 holds 24 bytes of values; expected a multiple of 16"):
             journal.scored_rows("a", ("score", "length"))
+
+
+def test_rows_of_several_items_and_of_none_come_back(path: Path) -> None:
+    """Choices: a row has as many items as it has choices."""
+    columns = ("log_likelihood", "characters")
+    values = [((-1.5, 3.0), (-2.5, 9.0)), ((-0.5, 1.0), (-0.25, 2.0), (-7.0, 4.0))]
+    with Journal(path, create=True) as journal:
+        assert len(journal.scored_rows("a", columns)) == 0
+        for key, items in enumerate(values):
+            journal.add("a", Prediction(str(key), None, None, items, 5), kind="choice")
+        found = journal.scored_rows("a", columns)
+        assert found.items.tolist() == [2, 3]
+        assert found.column("characters").tolist() == [3.0, 9.0, 1.0, 2.0, 4.0]
+        assert np.isnan(found.labels).all() and np.isnan(found.predictions).all()
+        assert [each.values for each in journal.predictions("a", 2)] == values
+        alone = found.chosen(np.array([False, True]))
+        assert (alone.starts.tolist(), alone.column("log_likelihood").tolist()) == ([0, 3], [-0.5, -0.25, -7.0])
+
+
+def test_rows_may_come_while_others_are_read(path: Path) -> None:
+    """Another process writes into a run that is looked at."""
+    with Journal(path, create=True) as writer:
+        for key in range(50):
+            writer.add("a", prediction(key))
+        writer.flush()
+        with Journal(path, read_only=True) as reader:
+            real, came = reader._select, iter(range(50, 2000))
+
+            def select(*arguments):
+                for key in itertools.islice(came, 40):
+                    writer.add("a", prediction(key))
+                writer.flush()
+                yield from real(*arguments)
+
+            reader._select = select  # type: ignore[method-assign]
+            found = reader.scored_rows("a")
+    assert len(found) >= 90 and found.items.tolist() == [3] * len(found)
 
 
 def test_a_recomputation_supersedes_and_keeps_the_old_row(path: Path) -> None:

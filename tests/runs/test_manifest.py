@@ -6,9 +6,19 @@ import socket
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from petals_eval.errors import ConfigError, MachineError, RunFolderError
-from petals_eval.runs import AdapterRecord, DataRecord, Manifest, ModelRecord, difference
+from petals_eval.runs import (
+    AdapterRecord,
+    DataRecord,
+    Manifest,
+    ModelRecord,
+    NoisyServer,
+    WireRecord,
+    WireSample,
+    difference,
+)
 from petals_eval.runs.manifest import package_versions
 from petals_eval.runs.privacy import shareable_name, shareable_settings
 from tests.runs.samples import SERVERS, manifest, reachable_folder, unprivileged
@@ -33,6 +43,21 @@ def test_it_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert stored["finished"] >= stored["created"]
     assert {"python", "petals_eval", "torch", "transformers", "hivemind", "numpy"} <= set(stored["packages"])
     assert stored["answer_settings"] != stored["run_settings"]
+
+
+def test_fields_of_later_releases_are_left_out_and_none_is_made_up(tmp_path: Path) -> None:
+    noisy = NoisyServer("12D3KooWAlpha", 0, 3, None, 0.1, is_used=False)
+    wire = WireRecord("float16", WireSample("trec-ptune", 16, 0.1, 0.01, 0))
+    written = manifest().finish(SERVERS).model_copy(update={"noisy_servers": (noisy,), "wire": wire})
+    written.write(tmp_path / "manifest.json")
+    stored = json.loads((tmp_path / "manifest.json").read_text())
+    inner = (stored["model"], stored["adapters"][0], stored["data"], stored["servers"][0], stored["noisy_servers"][0])
+    for each in (stored, *inner, stored["wire"], stored["wire"]["sample"]):
+        each["in_a_later_release"] = {"any": ["thing"]}
+    (tmp_path / "manifest.json").write_text(json.dumps(stored))
+    assert Manifest.read(tmp_path / "manifest.json") == written
+    with pytest.raises(ValidationError, match="unknown fields revisoin"):
+        ModelRecord(name="m", sha256="aa", revisoin="abc")  # type: ignore[call-arg]
 
 
 def test_no_path_host_user_or_token_gets_in(tmp_path: Path) -> None:

@@ -101,6 +101,31 @@ def test_a_bad_row_is_named(tokenizer, record, expected):
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [None, float("nan"), "", "  ", -1, "-1"])
+def test_a_row_without_a_label_is_predicted_where_that_is_asked_for(tokenizer, value):
+    records = [{"text": "a", "label": "yes"}] * 2 if isinstance(value, str) else [{"text": "a", "label": 1}] * 2
+    records.append({"text": "a", "label": value})
+    made = examples(task_of(unlabelled="predict"), records, tokenizer)
+    assert [one.label for one in made] == [1, 1, None]
+    assert task_of().predict(made[-1], [torch.tensor([0.0, 1.0])]).label is None
+    with pytest.raises(DataError, match=r"row 2: the label .* --unlabelled predict"):
+        examples(task_of(), records, tokenizer)
+    # Rows that passed where labels may be missing have not passed where they may not.
+    rows = rows_of(records)
+    task_of(unlabelled="predict").check(rows)
+    with pytest.raises(DataError):
+        task_of().check(rows)
+
+
+def test_what_is_a_label_stays_one_and_a_wrong_one_stays_an_error(tokenizer):
+    signed = task_of(label_map={"-1": "no", "1": "yes", "": "yes"}, unlabelled="predict")
+    records = [{"text": "a", "label": label} for label in ("-1", "1", "")]
+    assert [one.label for one in examples(signed, records, tokenizer)] == [0, 1, 1]
+    for wrong in ("maybe", "-2", "2"):
+        with pytest.raises(DataError, match="row 0: the label in column label is"):
+            examples(task_of(unlabelled="predict"), [{"text": "a", "label": wrong}], tokenizer)
+
+
 def test_text_that_is_no_text(tokenizer):
     with pytest.raises(DataError, match="row 0: column text should hold text, found list"):
         examples(task_of(), [{"text": ["a"], "label": 0}], tokenizer)
@@ -152,6 +177,11 @@ def test_a_head_with_other_labels():
         task_of().predict(example(), [torch.zeros(6)])
 
 
+def test_a_head_for_regression():
+    with pytest.raises(AdapterError, match=r"gives one number, as one for regression does, but task t has 2 labels"):
+        task_of().check_outputs((1,))
+
+
 def test_answers_that_do_not_belong():
     with pytest.raises(PetalsEvalError, match="expected 1 answers, found 2"):
         task_of().predict(example(), [torch.zeros(2), torch.zeros(2)])
@@ -165,6 +195,7 @@ def test_the_fingerprint_holds_what_changes_an_answer():
         {"label_names": ["yes", "no"]},
         {"label_map": {"x": "yes"}},
         {"max_length": 9},
+        {"text_pair": "{other}"},
         {"label_words": [" no", " yes"]},
     ):
         assert task_of(**changes).fingerprint() != base

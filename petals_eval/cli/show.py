@@ -1,0 +1,57 @@
+"""`petals-eval show`: the result of a run folder, computed anew from what its journal holds."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from petals_eval.cli.flags import flags_of
+from petals_eval.config import ResultSettings
+from petals_eval.text import plural
+
+__all__ = ["HELP", "SHORT", "show"]
+
+SHORT = "Show the result of a run folder."
+HELP = """Show the result of a run folder, computed anew from its journal: of a run that is finished, was
+interrupted or is under way, of a group of tasks, and of folders that earlier versions wrote. Nothing is written.
+
+\b
+  petals-eval show runs/sst2
+  petals-eval show runs/sst2 --json
+"""
+
+
+@flags_of(ResultSettings)
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Run folder.")],
+    **flags: Any,
+) -> int:
+    from petals_eval.cli.evaluation import show_result
+    from petals_eval.runs import RunFolder
+    from petals_eval.runs.thresholds import parse_thresholds
+
+    settings = ResultSettings(**flags)
+    if (folder / "group.json").is_file():
+        return _show_group(folder, settings)
+    with RunFolder.open(folder) as opened:
+        labels, kind = opened.names_of("label_names"), opened.manifest.kind
+        thresholds = parse_thresholds(settings.fail_under, settings.fail_over, labels, kind=kind)
+        result = opened.result()
+    if opened.manifest.finished is None:
+        every = [*result.adapters.values(), *([result.without_prompts] if result.without_prompts else [])]
+        scored = sum(each.n_scored for each in every)
+        typer.echo(f"note: this run is not finished; {plural(scored, 'example is', 'examples are')} scored", err=True)
+    return show_result(result, folder, thresholds, settings)
+
+
+def _show_group(folder: Path, settings: ResultSettings) -> int:
+    from petals_eval.cli.evaluation import show_group
+    from petals_eval.runs import GroupResult
+    from petals_eval.runs.thresholds import parse_thresholds
+
+    result = GroupResult.of_folder(folder)
+    thresholds = {
+        name: parse_thresholds(settings.fail_under, settings.fail_over, each.first.label_names, kind=each.kind)
+        for name, each in result.tasks.items()
+    }
+    return show_group(result, folder, thresholds, settings)

@@ -1,0 +1,110 @@
+"""Perplexities of documents: by token, by word and by byte, weighted as lm-evaluation-harness weights them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from petals_eval.metrics.answers import Metric
+from petals_eval.metrics.intervals import Floats, percentile_interval, resampled_means
+from petals_eval.metrics.probabilistic import fewer_resamples
+from petals_eval.metrics.scored_rows import ScoredRows
+
+__all__ = ["Documents", "bits_per_unit", "nats_per_unit", "perplexity"]
+
+Unit = Literal["tokens", "words", "bytes"]
+
+
+def nats_per_unit(log_likelihoods: ArrayLike, units: ArrayLike) -> float:
+    """Return minus the sum of natural-log likelihoods (n,) over the sum of units (n,): long documents weigh more.
+
+    >>> nats_per_unit([-6.0, -3.0], [2, 1])
+    3.0
+    """
+    return float(-np.sum(np.asarray(log_likelihoods, np.float64)) / np.sum(np.asarray(units, np.float64)))
+
+
+def perplexity(log_likelihoods: ArrayLike, units: ArrayLike) -> float:
+    """Return e to the power of `nats_per_unit`; infinity where no float64 holds it.
+
+    >>> round(perplexity([-6.0, -3.0], [2, 1]), 4)
+    20.0855
+    """
+    return _exp(nats_per_unit(log_likelihoods, units))
+
+
+def bits_per_unit(log_likelihoods: ArrayLike, units: ArrayLike) -> float:
+    """Return `nats_per_unit` in bits.
+
+    >>> round(bits_per_unit([-6.0, -3.0], [2, 1]), 4)
+    4.3281
+    """
+    return nats_per_unit(log_likelihoods, units) / math.log(2)
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Scored documents.
+
+    log_likelihoods: (n,) natural-log, of whole documents. units: (n,) of each unit, how many it has.
+    seed: of the bootstrap.
+    """
+
+    log_likelihoods: Floats
+    units: dict[Unit, Floats]
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.log_likelihoods)
+
+    @classmethod
+    def of(cls, rows: ScoredRows, label_names: Sequence[str], seed: int) -> "Documents":
+        """Read rows of one item. Raises DataError where there are no such columns."""
+        return cls(
+            rows.column("log_likelihood"),
+            {"tokens": rows.column("tokens"), "words": rows.column("words"), "bytes": rows.column("bytes")},
+            seed,
+        )
+
+    @cached_property
+    def _resampled(self) -> Floats:
+        """(resamples, 1 + units): means of the likelihoods and of each unit, drawn once for all metrics."""
+        return resampled_means(np.column_stack([self.log_likelihoods, *self.units.values()]), self.seed)
+
+    def resampled_nats(self, unit: Unit) -> Floats:
+        """Return (resamples,) nats per unit; NaN where no document drawn has any."""
+        means = self._resampled
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found: Floats = -means[:, 0] / means[:, 1 + list(self.units).index(unit)]
+        return np.where(np.isfinite(found), found, np.nan)
+
+
+def measured(name: str, unit: Unit, *, in_bits: bool = False) -> Callable[[Documents], list[Metric]]:
+    """Return what measures the perplexity by a unit, or the bits."""
+    return partial(_measure, name, unit, (lambda nats: nats / math.log(2)) if in_bits else _exp)
+
+
+def _measure(name: str, unit: Unit, of_nats: Callable[[float], float], documents: Documents) -> list[Metric]:
+    if not documents.units[unit].sum() > 0:
+        return [Metric(name, None, None, f"the documents have no {unit}")]
+    nats = nats_per_unit(documents.log_likelihoods, documents.units[unit])
+    value = of_nats(nats)
+    if not math.isfinite(value):
+        return [Metric(name, None, None, f"e to the power of {nats:.0f}, more than a number holds")]
+    resampled = documents.resampled_nats(unit)
+    # The bounds are found in nats, whose order is that of the values: a resample beyond all numbers is no trouble.
+    bounds = percentile_interval(resampled)
+    low, high = (of_nats(bound) for bound in bounds) if bounds is not None else (math.inf, math.inf)
+    interval = (low, high) if math.isfinite(high) else None
+    return [Metric(name, value, interval, fewer_resamples(len(resampled)))]
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,159 @@
+"""Metrics of numbers: correlations, squared and absolute errors."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from petals_eval.errors import ConfigError, DataError
+from petals_eval.metrics.answers import Metric
+from petals_eval.metrics.intervals import Floats, affordable, percentile_interval, resampled_means, row_weights
+from petals_eval.metrics.probabilistic import fewer_resamples
+from petals_eval.metrics.scored_rows import ScoredRows
+
+__all__ = ["Numbers", "mae", "mse", "pearson", "spearman"]
+
+_PASSES = 4  # over the examples for one resample of a correlation, in the time that drawing its weights takes
+
+
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """labels, predictions: float64 (n,), finite, of examples that have a label. seed: of the bootstrap."""
+
+    labels: Floats
+    predictions: Floats
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def of(cls, rows: ScoredRows, label_names: Sequence[str], seed: int) -> "Numbers":
+        """Return the labelled ones of rows with one number each, their first column.
+
+        Raises DataError where a row has several, ConfigError for a negative seed.
+        """
+        if seed < 0:
+            raise ConfigError(f"Expected a seed of 0 or more for the bootstrap; found {seed}.")
+        known = rows.labelled()
+        odd = known.items != 1
+        if odd.any():
+            row = int(np.argmax(odd))
+            raise DataError(f"Metrics of a regression need one number a row; row {row} has {known.items[row]}.")
+        return cls(known.labels, known.values[:, 0], seed)
+
+
+def pearson(labels: ArrayLike, predictions: ArrayLike) -> float | None:
+    """Return Pearson's correlation in [-1, 1]; None where either is the same everywhere, for that is 0/0.
+
+    >>> pearson([1, 2, 3], [2, 4, 6]), pearson([1, 2, 3], [1, 1, 1])
+    (1.0, None)
+    """
+    truth, found = _arrays(labels, predictions)
+    value = _correlation(truth, found, np.ones(len(truth), dtype=np.int64))
+    return None if np.isnan(value) else value
+
+
+def spearman(labels: ArrayLike, predictions: ArrayLike) -> float | None:
+    """Return Spearman's correlation in [-1, 1]: Pearson's of the ranks, where equal numbers share the mean of theirs.
+    None where either is the same everywhere.
+
+    >>> spearman([1, 2, 3, 3], [0.1, 0.2, 9.0, 9.0]), spearman([1, 1], [1, 2])
+    (1.0, None)
+    """
+    truth, found = _arrays(labels, predictions)
+    every = np.ones(len(truth), dtype=np.int64)
+    return pearson(_Ranks(truth).of(every), _Ranks(found).of(every))
+
+
+def mse(labels: ArrayLike, predictions: ArrayLike) -> float:
+    """Return the mean squared error.
+
+    >>> mse([1, 2], [1, 4])
+    2.0
+    """
+    truth, found = _arrays(labels, predictions)
+    return float(np.mean((truth - found) ** 2))
+
+
+def mae(labels: ArrayLike, predictions: ArrayLike) -> float:
+    """Return the mean absolute error.
+
+    >>> mae([1, 2], [1, 4])
+    1.0
+    """
+    truth, found = _arrays(labels, predictions)
+    return float(np.mean(np.abs(truth - found)))
+
+
+def _arrays(labels: ArrayLike, predictions: ArrayLike) -> tuple[Floats, Floats]:
+    return np.asarray(labels, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
+
+
+def _correlation(one: Floats, other: Floats, weights: np.ndarray) -> float:
+    """Return Pearson's correlation of a resample with example i `weights[i]` times in it; NaN where it is 0/0."""
+    drawn = weights > 0
+    if any(values[drawn].min() == values[drawn].max() for values in (one, other)):
+        return float("nan")  # looked at exactly: rounding leaves a constant a little spread
+    total = weights.sum()
+    one, other = one - weights @ one / total, other - weights @ other / total
+    spread = np.sqrt((weights @ one**2) * (weights @ other**2))
+    return float(np.clip((weights @ (one * other)) / spread, -1.0, 1.0)) if spread > 0 else float("nan")
+
+
+class _Ranks:
+    """Numbers sorted once, so that the ranks in a resample cost no sort."""
+
+    def __init__(self, values: Floats):
+        self._place = np.unique(values, return_inverse=True)[1].reshape(-1)
+
+    def of(self, weights: np.ndarray) -> Floats:
+        """Return (n,) ranks, from 1, in a resample with example i `weights[i]` times in it; equals share their mean."""
+        counts = np.bincount(self._place, weights=weights)
+        return (np.cumsum(counts) - (counts - 1) / 2)[self._place]
+
+
+def measure_pearson(numbers: Numbers) -> list[Metric]:
+    def resampled(weights: np.ndarray) -> float:
+        return _correlation(numbers.labels, numbers.predictions, weights)
+
+    return [_correlated("pearson", pearson(numbers.labels, numbers.predictions), resampled, numbers)]
+
+
+def measure_spearman(numbers: Numbers) -> list[Metric]:
+    ranks = _Ranks(numbers.labels), _Ranks(numbers.predictions)
+
+    def resampled(weights: np.ndarray) -> float:
+        return _correlation(ranks[0].of(weights), ranks[1].of(weights), weights)
+
+    return [_correlated("spearman", spearman(numbers.labels, numbers.predictions), resampled, numbers)]
+
+
+def measure_mse(numbers: Numbers) -> list[Metric]:
+    errors = (numbers.labels - numbers.predictions) ** 2
+    return [_mean("mse", errors, numbers)]
+
+
+def measure_mae(numbers: Numbers) -> list[Metric]:
+    return [_mean("mae", np.abs(numbers.labels - numbers.predictions), numbers)]
+
+
+def _correlated(name: str, value: float | None, resampled: Callable[[np.ndarray], float], numbers: Numbers) -> Metric:
+    if value is None:
+        if len(numbers) == 1:
+            return Metric(name, None, None, "not defined for one example")
+        constant = [
+            what
+            for what, values in (("labels", numbers.labels), ("predictions", numbers.predictions))
+            if values.min() == values.max()
+        ]
+        return Metric(name, None, None, f"not defined: all {' and '.join(constant)} are the same")
+    resamples = affordable(_PASSES * len(numbers))
+    values = [resampled(weights) for weights in row_weights(len(numbers), resamples, numbers.seed)]
+    return Metric(name, value, percentile_interval(values), fewer_resamples(resamples))
+
+
+def _mean(name: str, terms: Floats, numbers: Numbers) -> Metric:
+    means = resampled_means(terms[:, None], numbers.seed)[:, 0]
+    return Metric(name, float(terms.mean()), percentile_interval(means), fewer_resamples(len(means)))

@@ -1,0 +1,122 @@
+"""What the kinds of task for a trained head have in common: the text, or the pair of texts, that it reads of a row."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from petals_eval.data.rows import Row, Rows, row_hash
+from petals_eval.errors import DataError, NotFiniteError, TaskError
+from petals_eval.tasks.requests import Example, Label, Request
+from petals_eval.tasks.template import Template
+from petals_eval.tasks.tokens import tokenize
+from petals_eval.validation import closest, shorten
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["CHUNK_ROWS", "HeadTexts", "check_columns", "check_finite", "no_tokens", "place_of", "with_pair"]
+
+CHUNK_ROWS = 256
+"""So many rows are tokenised together."""
+
+
+@dataclass(frozen=True)
+class HeadTexts:
+    """The templates of a task for a trained head.
+
+    second: of the other text of a pair, which the tokenizer joins to the first in its own way; None: there is one text.
+    """
+
+    first: Template
+    second: Template | None = None
+
+    @classmethod
+    def parse(cls, text: str, text_pair: str | None) -> Self:
+        """Raises ValueError as `Template.parse` does."""
+        return cls(Template.parse(text), None if text_pair is None else Template.parse(text_pair))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns used, each once."""
+        second = () if self.second is None else self.second.columns
+        return tuple(dict.fromkeys((*self.first.columns, *second)))
+
+    def render(self, row: Row, rows: Rows) -> tuple[str, ...]:
+        """Return the text of a row, or the two of a pair, one of which may be empty. Raises DataError."""
+        where, truth_words, values = place_of(rows, row), rows.truth_words, row.columns
+        if self.second is None:
+            return (self.first.render(values, where=where, truth_words=truth_words),)
+        first = self.first.render(values, where=where, truth_words=truth_words, may_be_empty=True)
+        may_be_empty = self.first.is_filled(values)
+        return first, self.second.render(values, where=where, truth_words=truth_words, may_be_empty=may_be_empty)
+
+    def examples(
+        self, rows: Rows, chunk: Sequence[Row], labels: Iterable[Label], tokenizer: Any, max_length: int, column: str
+    ) -> Iterator[Example]:
+        """Yield an example for each row of a chunk, with its label. column: that of the labels.
+
+        Raises DataError for a text that the tokenizer makes no token of.
+        """
+        texts = [self.render(row, rows) for row in chunk]
+        pairs = None if self.second is None else [second for _, second in texts]
+        tokenized = tokenize(tokenizer, [each[0] for each in texts], max_length, pairs)
+        for row, label, text, (ids, truncated) in zip(chunk, labels, texts, tokenized, strict=True):
+            shown = "\n".join(text)
+            if not ids:
+                raise no_tokens(rows, row, shown)
+            key, hashed = str(row.index), row_hash(row.columns, (*self.columns, column))
+            yield Example(key, label, (Request(key, 0, ids),), len(ids), truncated, shown, hashed)
+
+
+def with_pair(values: Any) -> Any:
+    """Return a task's definition where `text: [first, second]` is spelled as `text` and `text_pair`.
+
+    Raises TaskError for a list of another length, and for both spellings at once.
+    """
+    if not isinstance(values, Mapping) or not isinstance(values.get("text"), list | tuple):
+        return values
+    texts = values["text"]
+    if len(texts) != 2:
+        raise TaskError(
+            "this task cannot be used:\n  text: should be one template, or a list of two for a pair of texts, found "
+            f"{shorten(texts)}"
+        )
+    if values.get("text_pair") is not None:
+        raise TaskError(
+            "this task cannot be used:\n  text_pair: should not be given beside a list of two in text, found "
+            f"{shorten(values['text_pair'])}"
+        )
+    return {**values, "text": texts[0], "text_pair": texts[1]}
+
+
+def check_columns(rows: Rows, columns: Iterable[str], task: str) -> None:
+    """Raise DataError for a column that the rows do not have."""
+    for column in columns:
+        if column not in rows.columns:
+            raise DataError(
+                f"{rows.name} has no column {column}, which task {task} reads. "
+                f"Columns found: {', '.join(rows.columns)}.{closest(column, rows.columns)}"
+            )
+
+
+def check_finite(example: Example, scores: "np.ndarray") -> None:
+    """Raise NotFiniteError for scores that are not finite: servers' answers are checked before they get here, so these
+    come from the local norm or head."""
+    import numpy as np
+
+    if not np.isfinite(scores).all():
+        raise NotFiniteError(
+            f"example {example.key}: expected finite scores, found {scores.tolist()}. The local norm or head "
+            "overflowed, or its weights are damaged: try --dtype float32, and check the adapter and the model."
+        )
+
+
+def place_of(rows: Rows, row: Row) -> str:
+    """Return where a row is, for a message."""
+    line = "" if row.line is None else f" (line {row.line})"
+    return f"{rows.name}, row {row.index}{line}"
+
+
+def no_tokens(rows: Rows, row: Row, text: str) -> DataError:
+    """Return the error for a text without tokens."""
+    return DataError(f"{place_of(rows, row)}: this tokenizer makes no token of the text {text!r:.80}. Remove the row.")

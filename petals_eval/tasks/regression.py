@@ -1,0 +1,182 @@
+"""Regression: a number for each text or pair of texts, by a trained head with one output."""
+
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from itertools import islice
+from math import isfinite
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from petals_eval.data.rows import Row, Rows
+from petals_eval.data.source import DataSource, FileFormat, FileReading
+from petals_eval.errors import AdapterError, DataError, PetalsEvalError, TaskError
+from petals_eval.tasks.headed import CHUNK_ROWS, HeadTexts, check_columns, check_finite, place_of, with_pair
+from petals_eval.tasks.labels import NUMBER, Unlabelled, no_label
+from petals_eval.tasks.requests import Example, Generated, Prediction, as_float64
+from petals_eval.tasks.template import Template
+from petals_eval.validation import explain, shorten
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["RegressionTask"]
+
+
+class RegressionTask(BaseModel):
+    """A number of each row, such as how alike two sentences are. A wrong definition raises TaskError.
+
+    name, description, text, text_pair, max_length, data, formats, unlabelled: as a `ClassificationTask` has them.
+    label_column: the column of the right numbers, which may be texts such as "3.2".
+    label_range: (lowest, highest) right number. One outside is an error, or where it is -1, as hidden test sets have
+        it, a row without a label; without a range -1 is a number like any other.
+    metrics: names that `petals_eval.metrics` knows for a regression.
+
+    The head's output is the prediction, as it is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["regression"] = "regression"
+    name: str = Field(min_length=1)
+    description: str = ""
+    text: str
+    text_pair: str | None = None
+    label_column: str = Field(min_length=1)
+    label_range: tuple[float, float] | None = None
+    max_length: int = Field(default=512, ge=1)
+    metrics: tuple[str, ...] = Field(default=("pearson", "spearman"), min_length=1)
+    data: DataSource | None = None
+    formats: dict[FileFormat, FileReading] = Field(default_factory=dict)
+    unlabelled: Unlabelled = "error"
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _say_what_is_wrong(cls, values: Any, handler: ModelWrapValidatorHandler["RegressionTask"]) -> "RegressionTask":
+        try:
+            return handler(with_pair(values))
+        except ValidationError as error:
+            raise TaskError(f"this task cannot be used:\n{explain(error, cls)}") from None
+        except DataError as error:
+            raise TaskError(f"this task's data: {error}") from None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("score",)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def head(self) -> Literal["class", "lm"]:
+        return "class"
+
+    @field_validator("text", "text_pair")
+    @classmethod
+    def _well_formed(cls, text: str | None) -> str | None:
+        if text is not None:
+            Template.parse(text)
+        return text
+
+    @field_validator("label_range")
+    @classmethod
+    def _in_order(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+        if ends is not None and not (isfinite(ends[0]) and isfinite(ends[1]) and ends[0] < ends[1]):
+            raise ValueError("should be the lowest and the highest right number, such as [0, 5]")
+        return ends
+
+    def fingerprint(self) -> dict[str, object]:
+        """Return all that changes an answer: neither the name nor the metrics, and not where the data lies."""
+        changing = {"kind", "text", "label_column", "label_range", "max_length"}
+        changing |= set() if self.text_pair is None else {"text_pair"}
+        return {"head": self.head, **self.model_dump(mode="json", include=changing)}
+
+    def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
+        """Yield examples in the order of `rows`, tokenised a few hundred at a time as they are asked for.
+
+        All of them are checked before the first one comes out. Raises DataError as `check` does.
+        """
+        self.check(rows)
+        texts, source = HeadTexts.parse(self.text, self.text_pair), iter(rows)
+        while chunk := list(islice(source, CHUNK_ROWS)):
+            labels = [self._label(row, rows) for row in chunk]
+            yield from texts.examples(rows, chunk, labels, tokenizer, self.max_length, self.label_column)
+
+    def check(self, rows: Rows) -> None:
+        """Look at the columns, numbers and texts of all rows. Raises DataError, which names the row, what was found
+        there and what was expected.
+
+        Rows that passed, and parts of them, are not looked at again.
+        """
+        read_as = (self.kind, self.text, self.text_pair, self.label_column, self.label_range, self.unlabelled)
+        if read_as in rows.passed:
+            return
+        texts = HeadTexts.parse(self.text, self.text_pair)
+        check_columns(rows, (*texts.columns, self.label_column), self.name)
+        names = rows.class_names.get(self.label_column)
+        if names is not None:
+            raise DataError(
+                f"{rows.name}: column {self.label_column} holds classes ({', '.join(names)}), and task {self.name} "
+                "expects numbers there. Name another label_column, or use a task with kind: classification."
+            )
+        for row in rows:
+            self._label(row, rows)
+            texts.render(row, rows)
+        rows.passed.add(read_as)
+
+    def check_outputs(self, shape: tuple[int, ...]) -> None:
+        """Raise AdapterError where a head that answers with scores of this shape gives more than one number."""
+        if shape != (1,):
+            raise AdapterError(
+                f"the head gives {shape} scores, but task {self.name} is a regression, which needs a head with one "
+                "output. Use the adapter that was trained for it, or a task with kind: classification."
+            )
+
+    def predict(self, example: Example, answers: "Sequence[torch.Tensor | Generated]") -> Prediction:
+        """Return the head's output, in float64.
+
+        answers: one float32 tensor (1,). Raises AdapterError for a head with more outputs, and NotFiniteError.
+        """
+        if len(answers) != 1:
+            raise PetalsEvalError(f"example {example.key}: expected 1 answer, found {len(answers)}.")
+        scores = as_float64(answers[0])
+        self.check_outputs(scores.shape)
+        check_finite(example, scores)
+        [number] = scores.tolist()
+        return example.predicted(number, [(number,)])
+
+    def _label(self, row: Row, rows: Rows) -> float | None:
+        value = row.columns[self.label_column]
+        number = _number(value)
+        lowest, highest = self.label_range or (float("-inf"), float("inf"))
+        if number is not None and lowest <= number <= highest:
+            return number
+        span = "" if self.label_range is None else f" from {lowest:g} to {highest:g}"
+        complaint = (
+            f"{place_of(rows, row)}: the label in column {self.label_column} is {shorten(value)}. "
+            f"Expected a number{span}."
+        )
+        no_label(value, self.unlabelled, complaint)
+        return None
+
+
+def _number(value: object) -> float | None:
+    """Return the number that a value is, or that a text spells; None for what is none, infinity and NaN."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        return None
+    if isinstance(value, str) and not NUMBER.fullmatch(value.strip()):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
+    return number if isfinite(number) else None
