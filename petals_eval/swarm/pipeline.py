@@ -204,12 +204,16 @@ class Pipeline:
         async def find_hop(rest: Span, tokens: int, give_up: float) -> Hop:
             return await self._router.find(rest, tokens, give_up, admission)
 
+        def count_steps(change: int) -> None:
+            self._under_way += change
+
         return RouteSession(
             self._client,
             self._acceptance,
             find_hop,
             self._on_failed,
             self._router.holders,
+            count_steps,
             self.peers,
             span=span,
             rows=rows,

@@ -80,6 +80,7 @@ class RouteSession:
         find_hop: FindHop,
         on_failed: Callable[[Hop, PeerError], None],
         holders: Callable[[int], Sequence[str]],
+        count_steps: Callable[[int], object],
         peers: PeerBook,
         *,
         span: Span,
@@ -88,6 +89,7 @@ class RouteSession:
     ):
         """
         on_failed: told of each hop that could not be computed. holders: the servers (peer ids) of a block.
+        count_steps: told of each step that begins (1) and ends (-1).
         """
         self.span = span
         self.rows, self.max_length = rows, max_length
@@ -96,6 +98,7 @@ class RouteSession:
         self._find_hop = find_hop
         self._on_failed = on_failed
         self._holders = holders
+        self._count_steps = count_steps
         self._peers = peers
         self._runtime = peers.runtime
         self._deadline = peers.settings.deadline  # seconds a step may wait for a server of a hop
@@ -152,6 +155,7 @@ class RouteSession:
                 self._prompts = prompts
             for inputs in self._inputs.values():
                 inputs.truncate(self._position)
+            self._count_steps(1)
             try:
                 if hypo_ids is not None and self._position:
                     self._reorder(hypo_ids)
@@ -162,6 +166,7 @@ class RouteSession:
                 raise
             finally:
                 self._waiting_since = None
+                self._count_steps(-1)
             self._position += hidden.shape[1]
             kept = [*(leg.hop.span.start for leg in self._legs), self.span.stop]
             self._inputs = {block: self._inputs[block] for block in kept}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from petals_eval.errors import CallerError, DeadlineError, GradientError, RequestTooLargeError
+from petals_eval.local_swarm.faults.catalog import Slow
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.remote_model import RemoteModel
 from petals_eval.swarm.peers.session_cache import CachePolicy
@@ -325,6 +326,27 @@ def test_a_full_cache_is_refused_cleanly_and_used_once_it_is_free(model):
         close(second.step(hidden), blocks(hidden))
         second.close()
         assert cache_in_use(swarm) == 0
+
+
+def test_a_session_that_waits_for_a_cache_is_what_everybody_waits_for_only_where_no_other_steps(model):
+    hidden = hidden_states(1, 20)
+    options = {"inference_max_length": 20, "attn_cache_tokens": 30}
+    with start(model, [(0, 4)], **options) as swarm, connect(swarm) as connection:
+        blocks = connection.remote_sequential(swarm.dht_prefix, BLOCKS)
+        first, second = blocks.inference_session(20), blocks.inference_session(20)
+        first.step(hidden[:, :1])
+        assert first.hops[0].span.stop == BLOCKS and first.seconds_waiting == 0
+        waiting = second.start_step(hidden)
+        until(lambda: blocks.status().waiting is not None and second.seconds_waiting > 0, 5.0)
+        swarm.servers[0].switch(Slow(delay=0.5))
+        stepping = first.start_step(hidden[:, 1:2])
+        until(lambda: blocks.status().waiting is None, 5.0)
+        assert not stepping.done()
+        stepping.result()
+        swarm.servers[0].switch()
+        first.close()
+        close(waiting.result(), blocks(hidden))
+        second.close()
 
 
 def test_a_session_longer_than_any_may_be_fails_at_once_with_the_numbers(model):
