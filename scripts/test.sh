@@ -5,6 +5,32 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
 
+# What computes numbers, and takes as long as it takes: it runs beside the rest, which starts swarms of processes, kills
+# them and measures deadlines, and so has a processor to itself most of the time.
+numbers=(
+  tests/data tests/evaluation tests/faults tests/generation tests/metrics tests/model tests/remote_model tests/report
+  tests/runs tests/tasks tests/interop/test_lm_eval.py tests/interop/test_lm_eval_texts.py petals_eval
+)
+
+# run_all OPTIONS: all tests, in two processes.
+run_all() {
+  local output existing=() rest=()
+  output="$(mktemp)"
+  for each in "${numbers[@]}"; do
+    [ ! -e "$each" ] || existing+=("$each") rest+=("--ignore=$each")
+  done
+  set -m # a process group of its own: one that is not would ignore Ctrl-C, and tests of signals with it
+  nice -n 5 .venv/bin/python -m pytest -p no:cacheprovider "$@" "${existing[@]}" >"$output" 2>&1 &
+  beside=$!
+  set +m
+  trap 'kill -INT -- "-$beside" 2>/dev/null || true' EXIT
+  .venv/bin/python -m pytest "$@" "${rest[@]}" || failed+=("pytest")
+  wait "$beside" || failed+=("pytest ${existing[*]}")
+  trap - EXIT
+  cat "$output"
+  rm -f "$output"
+}
+
 set_up "[test]"
 failed=()
 .venv/bin/python -m ruff check . || failed+=("ruff check")
@@ -15,10 +41,13 @@ failed=()
 # Real Petals servers and clients, in an environment of their own, for tests/interop.
 scripts/petals_peer.sh || failed+=(scripts/petals_peer.sh)
 
-# One process, and one thread of arithmetic in each: the tests start swarms of processes and measure deadlines. Threads
-# that wait for each other on a machine with fewer cores than processes made the same tests take four times as long.
+# One thread of arithmetic in each process: the tests start swarms of processes and measure deadlines. Threads that wait
+# for each other on a machine with fewer cores than processes made the same tests take four times as long.
 export OMP_NUM_THREADS=1
-.venv/bin/python -m pytest "$@" || failed+=(pytest)
+case " $*" in
+  *" --cov"* | *" "[!-]*) .venv/bin/python -m pytest "$@" || failed+=(pytest) ;; # one report, or tests by name
+  *) run_all "$@" ;;
+esac
 
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'failed: %s\n' "${failed[@]}" >&2
