@@ -70,7 +70,7 @@ def opened(model: nn.Module, *, tokenizer: Any = None) -> Iterator[RemoteModel]:
 def local_side(model: nn.Module, *, tokenizer: Any = None) -> Iterator[LocalSide]:
     """Take our side of the Petals model `model` as it is at this moment; nothing is connected.
 
-    tokenizer: by default the one that lies with the model its config names.
+    tokenizer: by default the one that lies with the model its config names, looked for when it is first asked for.
 
     Afterwards, also after an exception, the random generators of Python and NumPy stand where they stood; `evaluating`,
     which every local step runs under, sees to torch's, to the training flags and to autograd.

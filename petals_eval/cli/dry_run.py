@@ -68,7 +68,7 @@ def _as_json(settings: RunSettings, prepared: "Prepared") -> dict[str, object]:
 
 
 def _echo_json(found: dict[str, object]) -> int:
-    typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(found, ensure_ascii=False))  # on one line: tokens would take one each
     return 0
 
 
@@ -119,8 +119,8 @@ def _opening_text(plan: "DryRun") -> str:
             if count
             else ("no beginning-of-text token in front of the texts")
         )
-    each = ", ".join(f"{count} of {requests:,}" for count, requests in counts.items())
-    return f"beginning-of-text tokens in front of the texts: {each}"
+    each = ", ".join(f"{count} ({plural(requests, 'time')})" for count, requests in counts.items())
+    return f"beginning-of-text tokens in front of a text: {each}"
 
 
 def _failures(plan: "DryRun", example: str) -> list[str]:

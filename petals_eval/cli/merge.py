@@ -31,11 +31,12 @@ def merge(
     from petals_eval.cli.evaluation import show_result
     from petals_eval.evaluation.merge import merge as merge_parts
     from petals_eval.runs import Manifest
-    from petals_eval.runs.thresholds import parse_thresholds
+    from petals_eval.runs.thresholds import check_parts, parse_thresholds
 
     settings = ResultSettings(**flags)
     first = Manifest.read(parts[0] / "manifest.json")
     names = first.run_settings.get("label_names")
     labels = [str(name) for name in names] if isinstance(names, list) else []
     thresholds = parse_thresholds(settings.fail_under, settings.fail_over, labels, kind=first.kind)
+    check_parts(thresholds, first.answer_columns)
     return show_result(merge_parts(parts, out=out), out, thresholds, settings)

@@ -28,7 +28,7 @@ def show(
 ) -> int:
     from petals_eval.cli.evaluation import show_result
     from petals_eval.runs import RunFolder
-    from petals_eval.runs.thresholds import parse_thresholds
+    from petals_eval.runs.thresholds import check_parts, parse_thresholds
 
     settings = ResultSettings(**flags)
     if (folder / "group.json").is_file():
@@ -36,6 +36,7 @@ def show(
     with RunFolder.open(folder) as opened:
         labels, kind = opened.names_of("label_names"), opened.manifest.kind
         thresholds = parse_thresholds(settings.fail_under, settings.fail_over, labels, kind=kind)
+        check_parts(thresholds, opened.manifest.answer_columns)
         result = opened.result()
     if opened.manifest.finished is None:
         every = [*result.adapters.values(), *([result.without_prompts] if result.without_prompts else [])]

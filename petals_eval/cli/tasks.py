@@ -42,7 +42,7 @@ def _list_tasks() -> None:
             if task.kind == kind:
                 source = task.data
                 data = " ".join(filter(None, (source.path, source.subset, source.split))) if source else "none"
-                typer.echo(f"  {task.name:<16} {task.description}\n  {'':<16} data {data}; {', '.join(task.metrics)}")
+                typer.echo(f"  {task.name:<14} {task.description}\n  {'':<14} data {data}")
     typer.echo(
         "\npetals-eval tasks NAME prints a task as the YAML file that it is, to start one of your own from:\n"
         "petals-eval run --task my-task.yaml. README.md shows the keys; --metrics lists the metrics."

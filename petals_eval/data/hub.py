@@ -121,7 +121,8 @@ def _explain(source: DataSource, error: Exception) -> str:
         return f"{source.path} has several subsets: {_names_in(text)}. Say which one is meant (subset)."
     if "builderconfig" in lowered:
         return f"{source.path} has no subset {source.subset!r}. The subsets there are: {_names_in(text)}."
-    if re.search(r"\bgated\b|\b401\b|\b403\b", lowered) and "doesn't exist" not in lowered:
+    is_folder = local_path(source.path).is_dir()  # whose name may hold any number
+    if re.search(r"\bgated\b|\b401\b|\b403\b", lowered) and "doesn't exist" not in lowered and not is_folder:
         return (
             f"{source.path} is gated or private on the hub: ask for access on "
             f"https://huggingface.co/datasets/{source.path}, then run `hf auth login` or give a token. "
@@ -132,7 +133,7 @@ def _explain(source: DataSource, error: Exception) -> str:
             f"{source.path} is a data set with a loading script, which today's datasets does not run. "
             "Most have a copy without one: set revision: refs/convert/parquet."
         )
-    if local_path(source.path).is_dir():
+    if is_folder:
         return f"the folder {source.path} holds no data that can be loaded: {text} Give the path of a file."
     if isinstance(error, FileNotFoundError) and not isinstance(error, ConnectionError):
         revision = f" at revision {source.revision}" if source.revision else ""

@@ -63,6 +63,11 @@ class PreparedRows(Rows):
         try:
             made = self._function(dict(row.columns))
         except Exception as error:
+            if isinstance(error, KeyError) and error.args and error.args[0] not in row.columns:
+                raise DataError(
+                    f"{self._where(row)} has no column {error.args[0]}, which {self._function_name} reads. "
+                    f"Columns found: {', '.join(row.columns)}."
+                ) from error
             raise DataError(
                 f"{self._where(row)}: {self._function_name} fails on it: {type(error).__name__}: {error}. "
                 "Mend the function, or remove the row."

@@ -12,7 +12,7 @@ from petals_eval.data.source import DataSource, is_local, local_path
 from petals_eval.data.tables import Readable, Table, class_names_of
 from petals_eval.errors import DataError
 from petals_eval.text import listed
-from petals_eval.validation import shorten
+from petals_eval.validation import closest, shorten
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,10 +91,19 @@ class Rows:
             return whole
         return hashlib.sha256(whole.encode() + self._positions.astype("<i8").tobytes()).hexdigest()
 
-    def where(self, row: Row) -> str:
-        """Return how a message names one of the rows: by its index, and by its line where it has one."""
+    def where(self, row: Row, what: str = "row") -> str:
+        """Return how a message names one of the rows: by its index, and by its line where it has one. what: it is."""
         line = "" if row.line is None else f" (line {row.line})"
-        return f"{self.name}, row {row.index}{line}"
+        return f"{self.name}, {what} {row.index}{line}"
+
+    def check_columns(self, names: Iterable[str], task: str) -> None:
+        """Raise DataError for a column that a task reads and that is not there."""
+        for name in names:
+            if name not in self.columns:
+                raise DataError(
+                    f"{self.name} has no column {name}, which task {task} reads. "
+                    f"Columns found: {', '.join(self.columns)}.{closest(name, self.columns)}"
+                )
 
     def at(self, positions: "np.ndarray") -> "Rows":
         """Return the rows at these ascending positions (int64) of this object; each keeps its index in the source."""

@@ -66,8 +66,8 @@ def evaluate_batches(
     never scored; nor is a text's first token, before which there is no text.
 
     The model is in the mode it was in before, and torch's random generator stands where it stood, when this returns or
-    raises. It needs 12 bytes of memory a token, for what was computed by a server that turns out to be wrong, or to
-    answer differently each time, is computed again elsewhere.
+    raises. It needs about 12 bytes of memory a token, for what was computed by a server that turns out to be wrong, or
+    to answer differently each time, is computed again elsewhere.
 
     Raises DataError for batches that cannot be meant (padding between tokens, labels of another shape, tokens or
     classes that the model does not have), naming batch and row; ConfigError, AdapterError, ModelError;

@@ -191,8 +191,8 @@ def _too_many_openings(bos_tokens: Mapping[int, int]) -> Iterator[str]:
     twice = sum(requests for count, requests in bos_tokens.items() if count > 1)
     if twice:
         yield (
-            f"{plural(twice, 'text begins', 'texts begin')} with more than one beginning-of-text token: the text brings"
-            " one, and the tokenizer puts another in front"
+            f"{plural(twice, 'text begins', 'texts begin')} with more than one beginning-of-text token: the tokenizer "
+            "puts one in front of what has one already, and `bos: never` in the task leaves it out"
         )
 
 

@@ -25,7 +25,7 @@ from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, Model
 from petals_eval.runs.privacy import shareable_name
 from petals_eval.runs.results import WITHOUT_PROMPTS
 from petals_eval.runs.shard import Shard
-from petals_eval.runs.thresholds import Threshold, parse_thresholds
+from petals_eval.runs.thresholds import Threshold, check_parts, parse_thresholds
 from petals_eval.tasks import Task, check_head_labels, load_task, resolve_source
 from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.prompted import Prompting
@@ -166,6 +166,7 @@ def prepare(
     code = row_code_of(asked, is_allowed=prompt.allow_task_code)
     thresholds = parse_thresholds(fail_under, fail_over, asked.label_names, kind=asked.kind)
     asked = _with_metrics(asked, [*(threshold.metric for threshold in thresholds), *more_metrics])
+    check_parts(thresholds, asked.columns)
     piece = None if shard is None else Shard.parse(shard)
     is_finished = may_be_finished and out is not None and holds_finished(out)
     if out is not None and not is_finished:

@@ -11,6 +11,7 @@ from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import LosslessServer, WireRecord, WireSample
 from petals_eval.tasks import Task
 from petals_eval.tasks.requests import Example, Generated, as_float64
+from petals_eval.tasks.windows import Windows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["SAMPLE", "compared", "note_lossless_servers", "note_sample"]
 
 SAMPLE = 16  # examples that are computed both ways
+WINDOWS = 8  # of a document at most: nobody should read one of a million tokens three times for this
 
 Answers = dict[str, "list[torch.Tensor | Generated]"]
 """Of each example, by its key, in the order of its requests."""
@@ -80,7 +82,7 @@ def _measured(
     from petals_eval.swarm import SwarmConnection
 
     name, prompts, task = variant
-    examples = [each for each in task.examples(rows, model.local.tokenizer) if each.error is None]
+    examples = [shortened(each) for each in task.examples(rows, model.local.tokenizer) if each.error is None]
     if not examples:
         return WireSample(name, 0, None, None, None, "not measured: no example can be computed")
     settings = model.blocks.settings.model_copy(update={"wire": None})
@@ -89,6 +91,13 @@ def _measured(
         exact = _answers(RemoteModel(model.local, blocks), examples, prompts, on_tick)
     moved = _answers(model, examples, prompts, on_tick)
     return compared(task, name, examples, exact, moved)
+
+
+def shortened(example: Example) -> Example:
+    """Return an example as it is compared: all of it, or of a document its first windows."""
+    if not isinstance(example.requests, Windows):
+        return example
+    return replace(example, requests=example.requests[:WINDOWS])
 
 
 def compared(task: Task, adapter: str, examples: Sequence[Example], exact: Answers, moved: Answers) -> WireSample:

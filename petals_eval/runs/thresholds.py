@@ -8,7 +8,7 @@ from petals_eval.metrics import KINDS, MetricSpec, check_metric_names
 from petals_eval.runs.results import AdapterResult, RunResult
 from petals_eval.text import number_text
 
-__all__ = ["Threshold", "missed", "parse_thresholds"]
+__all__ = ["Threshold", "check_parts", "missed", "parse_thresholds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,21 @@ def parse_thresholds(
         *(Threshold.parse(text, label_names, kind=kind) for text in fail_under),
         *(Threshold.parse(text, label_names, kind=kind, is_upper=True) for text in fail_over),
     )
+
+
+def check_parts(thresholds: Sequence[Threshold], columns: Sequence[str]) -> None:
+    """Raise ConfigError for a threshold of a metric that is computed in parts, such as exact_match[strict] of an answer
+    taken out of a text, where it names none of them.
+
+    columns: of the task, which has one for each part.
+    """
+    for threshold in thresholds:
+        parts = [column for column in columns if column.startswith(f"{threshold.metric}[")]
+        names_a_part = threshold.name.startswith(f"{threshold.metric}[")
+        if (parts or names_a_part) and threshold.name not in parts:
+            flag = "fail_over" if threshold.is_upper else "fail_under"
+            known = ", ".join(parts or [threshold.metric])
+            raise ConfigError(f"{flag}: this task has no number of the name {threshold.name}. Expected one of {known}.")
 
 
 def missed(result: RunResult, thresholds: Sequence[Threshold], max_failed: int) -> list[str]:

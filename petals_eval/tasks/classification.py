@@ -18,10 +18,8 @@ from petals_eval.errors import (
 from petals_eval.tasks.headed import (
     CHUNK_ROWS,
     HeadTexts,
-    check_columns,
     check_finite,
     no_tokens,
-    place_of,
     with_pair,
 )
 from petals_eval.tasks.labels import Labels, Unlabelled, spelled_keys
@@ -200,7 +198,7 @@ class ClassificationTask(Prompting):
         if read_as in rows.passed:
             return
         texts = HeadTexts.parse(self.text, self.text_pair)
-        check_columns(rows, (*texts.columns, self.label_column), self.name)
+        rows.check_columns((*texts.columns, self.label_column), self.name)
         labels = self._labels(rows)
         for row in rows:
             self._label(row, labels, rows)
@@ -250,7 +248,7 @@ class ClassificationTask(Prompting):
         return Labels(self.label_names, self.label_map, rows.class_names.get(self.label_column))
 
     def _label(self, row: Row, labels: Labels, rows: Rows) -> int | None:
-        value, where = row.columns[self.label_column], place_of(rows, row)
+        value, where = row.columns[self.label_column], rows.where(row)
         return labels.index(value, where=where, column=self.label_column, unlabelled=self.unlabelled)
 
     def _for_label_words(
@@ -362,5 +360,5 @@ def _ids(found: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
 
 
 def _text(template: Template, rows: Rows, row: Row, *, with_tail: bool = True) -> str:
-    where = place_of(rows, row)
+    where = rows.where(row)
     return template.render(row.columns, where=where, with_tail=with_tail, truth_words=rows.truth_words)

@@ -15,7 +15,7 @@ from petals_eval.tasks.likelihood import template_of
 from petals_eval.tasks.prompted import PromptedTask, Turn
 from petals_eval.tasks.requests import Decoding, Example, Generated, Prediction, Request
 from petals_eval.tasks.tokens import encode
-from petals_eval.validation import closest, shorten
+from petals_eval.validation import shorten
 
 if TYPE_CHECKING:
     import torch
@@ -159,13 +159,8 @@ class GenerationTask(PromptedTask):
         read_as = (type(self), self.model_dump_json(exclude={"name", "description", "data", "formats"}))
         if read_as in rows.passed:
             return
-        for column in self.columns_read:
-            may_be_missing = column == self.answer_column and self.unlabelled == "predict"
-            if column not in rows.columns and not may_be_missing:
-                raise DataError(
-                    f"{rows.name} has no column {column}, which task {self.name} reads. "
-                    f"Columns found: {', '.join(rows.columns)}.{closest(column, rows.columns)}"
-                )
+        may_be_missing = self.answer_column if self.unlabelled == "predict" else None
+        rows.check_columns([column for column in self.columns_read if column != may_be_missing], self.name)
         for row in rows:
             self._question(row, rows.where(row), rows)
             self._references(row, rows.where(row), rows)

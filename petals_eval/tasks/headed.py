@@ -9,12 +9,12 @@ from petals_eval.errors import DataError, NotFiniteError, TaskError
 from petals_eval.tasks.requests import Example, Label, Request
 from petals_eval.tasks.template import Template
 from petals_eval.tasks.tokens import tokenize
-from petals_eval.validation import closest, shorten
+from petals_eval.validation import shorten
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["CHUNK_ROWS", "HeadTexts", "check_columns", "check_finite", "no_tokens", "place_of", "with_pair"]
+__all__ = ["CHUNK_ROWS", "HeadTexts", "check_finite", "no_tokens", "with_pair"]
 
 CHUNK_ROWS = 256
 """So many rows are tokenised together."""
@@ -43,7 +43,7 @@ class HeadTexts:
 
     def render(self, row: Row, rows: Rows) -> tuple[str, ...]:
         """Return the text of a row, or the two of a pair, one of which may be empty. Raises DataError."""
-        where, truth_words, values = place_of(rows, row), rows.truth_words, row.columns
+        where, truth_words, values = rows.where(row), rows.truth_words, row.columns
         if self.second is None:
             return (self.first.render(values, where=where, truth_words=truth_words),)
         first = self.first.render(values, where=where, truth_words=truth_words, may_be_empty=True)
@@ -89,16 +89,6 @@ def with_pair(values: Any) -> Any:
     return {**values, "text": texts[0], "text_pair": texts[1]}
 
 
-def check_columns(rows: Rows, columns: Iterable[str], task: str) -> None:
-    """Raise DataError for a column that the rows do not have."""
-    for column in columns:
-        if column not in rows.columns:
-            raise DataError(
-                f"{rows.name} has no column {column}, which task {task} reads. "
-                f"Columns found: {', '.join(rows.columns)}.{closest(column, rows.columns)}"
-            )
-
-
 def check_finite(example: Example, scores: "np.ndarray") -> None:
     """Raise NotFiniteError for scores that are not finite: servers' answers are checked before they get here, so these
     come from the local norm or head."""
@@ -111,12 +101,6 @@ def check_finite(example: Example, scores: "np.ndarray") -> None:
         )
 
 
-def place_of(rows: Rows, row: Row) -> str:
-    """Return where a row is, for a message."""
-    line = "" if row.line is None else f" (line {row.line})"
-    return f"{rows.name}, row {row.index}{line}"
-
-
 def no_tokens(rows: Rows, row: Row, text: str) -> DataError:
     """Return the error for a text without tokens."""
-    return DataError(f"{place_of(rows, row)}: this tokenizer makes no token of the text {text!r:.80}. Remove the row.")
+    return DataError(f"{rows.where(row)}: this tokenizer makes no token of the text {text!r:.80}. Remove the row.")

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from petals_eval.data.rows import Row, Rows, row_hash
-from petals_eval.errors import DataError, ExampleError, NotFiniteError, PetalsEvalError, RequestTooLargeError
+from petals_eval.errors import ExampleError, NotFiniteError, PetalsEvalError, RequestTooLargeError
 from petals_eval.tasks.prompted import PromptedTask
 from petals_eval.tasks.requests import Example, Generated, Request, as_float64
 from petals_eval.tasks.template import Template
 from petals_eval.tasks.tokens import EncodedPair, encode_pairs
-from petals_eval.validation import closest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,12 +119,8 @@ class LikelihoodTask(PromptedTask):
         read_as = (type(self), self.model_dump_json(exclude={"name", "description", "data", "formats"}))
         if read_as in rows.passed:
             return
-        for column in self.columns_read:
-            if column not in rows.columns and column not in self.columns_that_may_be_missing:
-                raise DataError(
-                    f"{rows.name} has no column {column}, which task {self.name} reads. "
-                    f"Columns found: {', '.join(rows.columns)}.{closest(column, rows.columns)}"
-                )
+        may_be_missing = self.columns_that_may_be_missing
+        rows.check_columns([column for column in self.columns_read if column not in may_be_missing], self.name)
         for row in rows:
             self.asked(rows, row)
         rows.passed.add(read_as)

@@ -10,13 +10,12 @@ from pydantic import Field, field_validator
 
 from petals_eval.data.documents import joined_rows
 from petals_eval.data.rows import Row, Rows, row_hash
-from petals_eval.errors import DataError, NotFiniteError, PetalsEvalError, TaskError
+from petals_eval.errors import ExampleError, NotFiniteError, PetalsEvalError, TaskError
 from petals_eval.tasks.prompted import PromptedTask
 from petals_eval.tasks.requests import Example, Generated, Prediction, as_float64
 from petals_eval.tasks.template import Template
 from petals_eval.tasks.tokens import encode, start_token
 from petals_eval.tasks.windows import Windows
-from petals_eval.validation import closest
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +36,7 @@ class _Size:
     @classmethod
     def of(cls, text: str) -> "_Size":
         """Count as lm-evaluation-harness does: a text with blanks at an end has an empty word there."""
-        return cls(len(re.split(r"\s+", text)), len(text.encode("utf-8")))
+        return cls(len(re.split(r"\s+", text)), len(text.encode("utf-8", "surrogatepass")))
 
 
 class PerplexityTask(PromptedTask):
@@ -146,12 +145,7 @@ class PerplexityTask(PromptedTask):
         read_as = (self.kind, text, counted)
         if read_as in rows.passed:
             return
-        for column in (*text.columns, *counted.columns):
-            if column not in rows.columns:
-                raise DataError(
-                    f"{rows.name} has no column {column}, which task {self.name} reads. "
-                    f"Columns found: {', '.join(rows.columns)}.{closest(column, rows.columns)}"
-                )
+        rows.check_columns((*text.columns, *counted.columns), self.name)
         for row in rows:
             self._render(text, rows, row)
             self._render(counted, rows, row)
@@ -160,8 +154,8 @@ class PerplexityTask(PromptedTask):
     def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
         """Yield a document at a time, in the order of the rows; a few short ones are tokenised together.
 
-        All are checked before the first one comes out. Raises DataError as `check` does, and for a document that the
-        tokenizer makes nothing of; ModelError where it has no token to begin a text with.
+        All are checked before the first one comes out. A document that the tokenizer makes nothing of is an example
+        with an error. Raises DataError as `check` does, ModelError where nothing can stand before a text.
         """
         self.check(rows)
         text, _ = self._templates()
@@ -202,22 +196,14 @@ class PerplexityTask(PromptedTask):
         for (row, document), ids in zip(
             chunk, encode(tokenizer, [document for _, document in chunk], self.bos), strict=True
         ):
+            key, hashed = str(row.index), row_hash(row.columns, named)
             if not ids:
-                raise DataError(
-                    f"{self._where(rows, row)}: this tokenizer makes no token of the text {document!r:.80}. "
-                    "Remove the row."
-                )
-            windows = Windows(str(row.index), ids, start=start, longest=self.longest_window, context=self.context)
-            yield Example(
-                key=str(row.index),
-                label=None,
-                requests=windows,
-                n_tokens=windows.n_tokens,
-                truncated=False,
-                text=document,
-                row_hash=row_hash(row.columns, named),
-                reference=_Size.of(self._render(counted, rows, row)),
-            )
+                error = ExampleError(f"this tokenizer makes no token of the text {document!r:.80}.")
+                yield Example(key, None, (), 0, False, document, hashed, error=error)
+                continue
+            windows = Windows(key, ids, start=start, longest=self.longest_window, context=self.context)
+            size = _Size.of(self._render(counted, rows, row))
+            yield Example(key, None, windows, windows.n_tokens, False, document, hashed, reference=size)
 
     def _templates(self) -> tuple[Template, Template]:
         return Template.parse(self.text), Template.parse(self.text if self.counted is None else self.counted)
@@ -227,5 +213,4 @@ class PerplexityTask(PromptedTask):
 
     def _where(self, rows: Rows, row: Row) -> str:
         what = "row" if self.rows_per_document == 1 else "document"
-        line = "" if row.line is None else f" (line {row.line})"
-        return f"{rows.name}, {what} {row.index}{line}"
+        return rows.where(row, what)

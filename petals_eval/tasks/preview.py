@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any
 
 from petals_eval.tasks.requests import Decoding, Example, Request
+from petals_eval.text import plural
 
 __all__ = ["describe_example", "show_example"]
 
@@ -73,7 +74,7 @@ def show_example(
         before = request["token_ids"]
     more = described["n_requests"] - len(described["requests"])
     if more:
-        lines.append(f"  ... and {more:,} more requests")
+        lines.append(f"  ... and {plural(more, 'more request')}")
     if example.error is not None:
         lines.append(f"  cannot be computed: {example.error}")
     return "\n".join(lines)

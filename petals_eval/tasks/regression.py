@@ -19,7 +19,7 @@ from pydantic import (
 from petals_eval.data.rows import Row, Rows
 from petals_eval.data.source import DataSource, FileFormat, FileReading
 from petals_eval.errors import AdapterError, DataError, PetalsEvalError, TaskError
-from petals_eval.tasks.headed import CHUNK_ROWS, HeadTexts, check_columns, check_finite, place_of, with_pair
+from petals_eval.tasks.headed import CHUNK_ROWS, HeadTexts, check_finite, with_pair
 from petals_eval.tasks.labels import NUMBER, Unlabelled, no_label
 from petals_eval.tasks.requests import Example, Generated, Prediction, as_float64
 from petals_eval.tasks.template import Template
@@ -121,7 +121,7 @@ class RegressionTask(BaseModel):
         if read_as in rows.passed:
             return
         texts = HeadTexts.parse(self.text, self.text_pair)
-        check_columns(rows, (*texts.columns, self.label_column), self.name)
+        rows.check_columns((*texts.columns, self.label_column), self.name)
         names = rows.class_names.get(self.label_column)
         if names is not None:
             raise DataError(
@@ -162,8 +162,7 @@ class RegressionTask(BaseModel):
             return number
         span = "" if self.label_range is None else f" from {lowest:g} to {highest:g}"
         complaint = (
-            f"{place_of(rows, row)}: the label in column {self.label_column} is {shorten(value)}. "
-            f"Expected a number{span}."
+            f"{rows.where(row)}: the label in column {self.label_column} is {shorten(value)}. Expected a number{span}."
         )
         no_label(value, self.unlabelled, complaint)
         return None

@@ -1,7 +1,7 @@
 """What the rows of data sets become before the templates of the shipped tasks: each task file names its function.
 
-What comes out is what lm-evaluation-harness 0.4.13 asks of the same rows; tests/interop/test_lm_eval_texts.py holds it. A
-function gets a row's values by column and returns them with those that its task reads beside or instead.
+What comes out is what lm-evaluation-harness 0.4.13 asks of the same rows; tests/interop/test_lm_eval_texts.py holds it.
+A function gets a row's values by column, and returns them with others that its task reads.
 """
 
 import re
@@ -62,7 +62,7 @@ def arc(row: Columns) -> dict[str, Any]:
 
 
 def winogrande(row: Columns) -> dict[str, Any]:
-    """Return the row with `contexts`, the sentence up to its gap with each option in the gap, and `ending`, the rest."""
+    """Return the row with `contexts`, the sentence up to its gap with each option in it, and `ending`, the rest."""
     before, gap, after = row["sentence"].partition("_")
     if not gap:
         raise ValueError("sentence should have a gap, written as _")
@@ -76,8 +76,8 @@ def lambada(row: Columns) -> dict[str, Any]:
     return {**row, "context": context, "word": word}
 
 
-# In this order, for one makes what the next one meets. Those of texts are as they stand, the others regular expressions.
-_WIKITEXT: "tuple[tuple[str | re.Pattern[str], str], ...]" = (
+# In this order, for one makes what the next one meets: texts as they stand, and regular expressions.
+_WIKITEXT: tuple[tuple[str | re.Pattern[str], str], ...] = (
     ("s '", "s'"),
     (re.compile(r"/' [0-9]/"), "/'[0-9]/"),
     (" @-@ ", "-"),

@@ -1,14 +1,17 @@
 """The command itself: help that can be read, the version, the tasks."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import petals_eval
 from petals_eval.cli import main
-from petals_eval.tasks import list_tasks
+from petals_eval.metrics import KINDS
+from petals_eval.tasks import list_tasks, load_task
 from tests.cli.invoking import invoke
 
 COMMANDS = ("run", "demo", "swarm", "bootstrap", "show", "tasks")
@@ -72,14 +75,45 @@ def test_the_version() -> None:
     assert (outcome.code, outcome.out) == (0, f"petals-eval {petals_eval.__version__}\n")
 
 
-def test_the_tasks_that_ship() -> None:
+def test_the_tasks_that_ship_by_kind() -> None:
     outcome = invoke("tasks")
     assert outcome.code == 0
+    kind = ""
+    shown = []
+    for line in outcome.out.splitlines():
+        if heading := re.fullmatch(r"(\w+):", line):
+            kind = heading[1]
+        elif entry := re.fullmatch(r"  (\w+) +(\S.*)", line):
+            shown.append((kind, entry[1], entry[2]))
+    shipped = list_tasks()
+    assert {(task.kind, task.name, task.description) for task in shipped} <= set(shown)
+    assert len(dict.fromkeys(kind for kind, _, _ in shown)) == len({task.kind for task in shipped}) == 5
+    assert "data nyu-mll/glue sst2 validation\n" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 120
+
+
+def test_a_shipped_task_as_the_file_that_it_is(tmp_path: Path) -> None:
     for task in list_tasks():
-        assert f"{task.name:<10} {task.description}\n" in outcome.out
-        assert f"labels   {', '.join(task.label_names)}\n" in outcome.out
-    assert "nyu-mll/glue sst2 validation" in outcome.out
-    assert max(map(len, outcome.out.splitlines())) <= 115
+        outcome = invoke("tasks", task.name)
+        assert (outcome.code, outcome.err) == (0, "")
+        (tmp_path / f"{task.name}.yaml").write_text(outcome.out, encoding="utf-8")
+        read = load_task(tmp_path / f"{task.name}.yaml")
+        assert isinstance(read, type(task)) and read.model_dump() == task.model_dump()
+    outcome = invoke("tasks", "hellaswg")
+    assert outcome.code == 2
+    assert "there is no shipped task hellaswg. Did you mean hellaswag?" in outcome.error
+
+
+def test_the_metrics_of_each_kind() -> None:
+    outcome = invoke("tasks", "--metrics")
+    assert outcome.code == 0
+    for kind, specs in KINDS.items():
+        alone = invoke("tasks", "--metrics", kind).out
+        assert alone.startswith(f"{kind}:\n") and alone in outcome.out
+        lines = [line.split(maxsplit=1) for line in alone.splitlines()[1:]]
+        assert lines == [[spec.name, spec.about] for spec in specs]
+    unknown = invoke("tasks", "--metrics", "chioce")
+    assert unknown.code == 2 and "Expected a kind of task: one of " in unknown.error
 
 
 def test_a_command_called_from_python_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

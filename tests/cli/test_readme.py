@@ -248,13 +248,13 @@ def test_the_python_examples() -> None:
 
 @pytest.mark.usefixtures("surroundings")
 def test_the_readme_names_what_there_is() -> None:
-    assert set(re.findall(r"lists the tasks that ship: ([^.]*)\.", README)[0].split(", ")) == {
+    assert set(re.split(r",\s+", re.findall(r"lists the tasks that ship: ([^.]*)\.", README)[0])) == {
         task.name for task in petals_eval.tasks.list_tasks()
     }
     assert all(family.title in README for family in FAMILIES.values())
     for name in ("reviews.yaml", "questions.yaml", "words.yaml", "alike.yaml"):
         assert load_task(name).name == Path(name).stem
-    commands = ("run", "show", "health", "swarm", "bootstrap", "bench forward", "bench inference")
+    commands = ("run", "show", "tasks", "health", "swarm", "bootstrap", "bench forward", "bench inference")
     shown = "".join(invoke(*command.split(), "--help").out for command in commands)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--help", "--version", "--servers"}
     assert [flag for flag in sorted(flags) if flag not in shown] == []

@@ -71,6 +71,9 @@ def test_a_group_of_tasks(stage: Stage, copa: Path) -> None:
     dry = invoke(*base, "--dry-run")
     assert dry.code == 0
     assert "=== task with shots" in dry.out and "=== task without" in dry.out
+    plans = json.loads(invoke(*base, "--dry-run", "--json").out)
+    assert (plans["group"], [task["task"] for task in plans["tasks"]]) == ("mine", ["with shots", "without"])
+    assert [task["adapters"][0]["n_examples"] for task in plans["tasks"]] == [16, 18]
 
     outcome = invoke(*base, "--out", "out", "--fail-under", "acc=1")
     assert outcome.code == 1
@@ -87,3 +90,7 @@ def test_a_group_of_tasks(stage: Stage, copa: Path) -> None:
     assert again.code == 0
     assert json.loads(again.out) == saved
     assert "2 tasks, 2 of them finished" in again.err
+
+    shown = invoke("show", "out", "--fail-under", "acc=1")
+    assert shown.code == 1 and shown.out == outcome.out
+    assert json.loads(invoke("show", "out", "--json").out) == saved

@@ -173,8 +173,10 @@ def test_class_names_that_a_folder_declares_stay(tmp_path: Path):
     assert [row.columns["label"] for row in rows] == [1]
 
 
-def test_an_empty_folder(tmp_path: Path):
-    assert "holds no data that can be loaded" in fails(path=str(tmp_path))
+@pytest.mark.parametrize("name", ["mine", "pytest-401", "gated"])
+def test_an_empty_folder(tmp_path: Path, name: str):
+    (tmp_path / name).mkdir()
+    assert "holds no data that can be loaded" in fails(path=str(tmp_path / name))
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -16,6 +16,7 @@ from petals_eval.remote_model import LocalSide, load_local
 from petals_eval.swarm.wire.records import ServerRecord, Snapshot, SpanServer
 from petals_eval.swarm.wire.span import Span
 from petals_eval.tasks.requests import Decoding, Example, Request
+from tests.cli.invoking import invoke
 
 PREFIX, HIDDEN, BLOCKS = 8, 64, 6
 ROWS = 3
@@ -121,7 +122,7 @@ def test_windows_of_documents_are_counted(plan_of, shown):
     lines = shown("perplexity", windows).splitlines()
     assert "would send 3 documents as 6 windows in 1 micro-batch:" in lines
     assert "  60 tokens whose log-likelihood is wanted, of up to 3 windows a document" in lines
-    assert "  beginning-of-text tokens in front of the texts: 1 of 5, 2 of 1" in lines
+    assert "  beginning-of-text tokens in front of a text: 1 (5 times), 2 (1 time)" in lines
     assert any("10 tokens after positions 8-17: " in line for line in lines)
 
 
@@ -204,3 +205,41 @@ def test_servers_that_do_not_say_how_fast_they_generate():
     assert estimate_generation(silent, 1) == (
         "generation: at most 1 new token; how fast the servers are at that, they do not say"
     )
+
+
+KINDS = {
+    "choice": 'text: "{q}"\nchoices_column: choices\nlabel_column: label\ndelimiter: ""\n'
+    "metrics: [acc, acc_mutual_info]\n",
+    "continuation": 'text: "{q}"\ntarget: "{answer}"\ndelimiter: " "\n',
+    "perplexity": 'text: "{q}"\nmetrics: [token_perplexity]\nmax_length: 8\n',
+    "generation": 'text: "{q}"\nmax_new_tokens: 20\nstop: ["\\n"]\n',
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_requests", "n_targets", "n_failed", "n_new_tokens"),
+    [
+        ("choice", 8, 40, 1, None),
+        ("continuation", 3, 1 + 3 + 6, 0, None),
+        ("perplexity", 2 + 1 + 1, 13 + 7 + 6, 0, None),
+        ("generation", 3, 0, 0, 60),
+    ],
+)
+def test_the_command_counts_what_real_tasks_of_every_kind_ask_for(
+    realdata, tmp_path, monkeypatch, kind, n_requests, n_targets, n_failed, n_new_tokens
+):
+    """Against the tokens that stories260K's tokenizer makes, counted by looking at them."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"q": "Once upon a time, there was a girl named", "choices": [" Lily.", " Tom."], "label": 0, "answer": "Lily"},
+        {"q": "Tom ran to the", "choices": [" park.", " house with his mum."], "label": 1, "answer": "park"},
+        {"q": "I see th", "choices": ["e", "at"], "label": 0, "answer": "animals"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task.yaml").write_text(f"kind: {kind}\n{KINDS[kind]}")
+    command = ["run", "--model", realdata / "stories260K-hf", "--task", "task.yaml", "--data", "rows.jsonl"]
+    outcome = invoke(*command, "--local-swarm", 1, "--dry-run", "--json")
+    assert outcome.code == 0
+    [plan] = json.loads(outcome.out)["adapters"]
+    assert (plan["n_requests"], plan["n_targets"], plan["n_failed"]) == (n_requests, n_targets, n_failed)
+    assert (plan["generating"] or {}).get("n_new_tokens") == n_new_tokens

@@ -245,8 +245,8 @@ def test_a_limit_counts_documents(model, stories, documents, tmp_path):
 def test_a_dry_run_counts_windows(model, stories, documents):
     side = LocalSide(model.local, model.adapters, model.blocks.settings, "stories")
     prepared = prepare(lambda: side, task=task_of(), data=stories)
-    [(_, adapter)] = prepared.variants
-    counted = dry_run(prepared, adapter, show=0)
+    [variant] = prepared.variants
+    counted = dry_run(prepared, variant.adapter, show=0)
     tokens = [len(model.local.tokenizer(document)["input_ids"]) for document in documents]
     windows = [math.ceil(count / 504) for count in tokens]
     assert (counted.n_examples, counted.n_requests, counted.n_failed) == (3, sum(windows), 0)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from petals_eval.evaluation.wire_error import compared
+from petals_eval.evaluation.wire_error import WINDOWS, compared, shortened
 from petals_eval.runs import WireSample
 from petals_eval.tasks.requests import Example, Generated, Request
+from petals_eval.tasks.windows import Windows
 from tests.fake_model import TASK
 
 
@@ -42,3 +43,10 @@ def test_texts_are_counted_that_differ(other, changed):
     exact = {key: [Generated((5, 6), "a text", "end")] for key in "01"}
     lossy = {"0": exact["0"], "1": [Generated((5, 6), other, "end")]}
     assert moved(Predicting(), exact, lossy) == WireSample("prompts", 2, None, None, changed)
+
+
+def test_of_a_long_document_the_first_windows_are_compared():
+    windows = Windows("0", range(1000), start=1, longest=10)
+    document = Example("0", None, windows, windows.n_tokens, False, "text")
+    assert shortened(document).requests == windows[:WINDOWS]
+    assert shortened(example("0", parts=2 * WINDOWS)) == example("0", parts=2 * WINDOWS)

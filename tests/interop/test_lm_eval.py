@@ -15,6 +15,7 @@ import yaml
 
 import petals_eval
 from petals_eval.tasks import Task, load_task
+from petals_eval.tasks.prompted import PromptedTask
 from tests.interop.conftest import BOUNDED
 from tests.interop.lm_eval_tasks import BOS, COUNTERPARTS, OWN, ROWS, bos_of
 from tests.support.real_swarm import STORIES, predictions, stories_swarm
@@ -52,7 +53,9 @@ def task_of(name: str, bos: str, folder: Path) -> Task:
         return load_task(folder / f"{name}.yaml")
     settings = COUNTERPARTS[name].overrides.get("generation_kwargs")
     changes = {} if settings is None else {"max_new_tokens": settings["max_gen_toks"]}
-    return load_task(name).model_copy(update={"bos": bos, **changes})
+    task = load_task(name)
+    assert isinstance(task, PromptedTask)
+    return task.model_copy(update={"bos": bos, **changes})
 
 
 def run(model: petals_eval.RemoteModel, name: str, bos: str, own_rows: dict[str, Path], folder: Path) -> Ours:

@@ -11,6 +11,8 @@ from petals_eval.config import PromptSettings
 from petals_eval.data import load_rows
 from petals_eval.evaluation.shots import row_code_of, rows_and_shots, with_prompt
 from petals_eval.tasks import Example, list_tasks, load_task, resolve_source
+from petals_eval.tasks.likelihood import Scored
+from petals_eval.tasks.prompted import PromptedTask
 from tests.interop.lm_eval_tasks import COUNTERPARTS, ROWS
 from tests.support.byte_tokenizer import byte_tokenizer
 
@@ -25,6 +27,7 @@ def examples_of(name: str) -> list[Example]:
     counterpart = COUNTERPARTS[name]
     shots = None if counterpart.shots is None else str(ROWS / counterpart.shots)
     task = with_prompt(load_task(name), PromptSettings(shots_data=shots))
+    assert isinstance(task, PromptedTask)
     source = resolve_source(task, ROWS / counterpart.rows)
     code = row_code_of(task, is_allowed=False)
     found = rows_and_shots(task, load_rows(source), source, code, limit=None, seed=0, draws=1)
@@ -36,6 +39,7 @@ def examples_of(name: str) -> list[Example]:
 def asked(example: Example) -> list[list[str]]:
     """The context and the continuation of each answer, read back from the tokens; several may share a request."""
     tokenizer, found = byte_tokenizer(), []
+    assert isinstance(example.reference, Scored)
     for place in example.reference.places:
         request = example.requests[place.part]
         targets = request.targets[place.start : place.stop]

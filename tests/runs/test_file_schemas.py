@@ -198,10 +198,7 @@ def test_several_draws_of_shots_and_groups_of_tasks_are_described(tmp_path: Path
     assert check_folder(tmp_path / "run") == {"manifest", "metrics", "predictions"}
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert len(metrics["draws"]) == len(metrics["metrics"]["accuracy"]["draws"]["values"]) == 2
-    group = GroupResult("g", {"run": told}).to_json()
-    check("group", group)
-    for each in group["tasks"].values():
-        check("metrics", each)
+    check("group", GroupResult("g", {"run": told}).to_json())
 
 
 def test_both_files_say_the_same_of_what_both_have() -> None:

@@ -5,7 +5,7 @@ import pytest
 from petals_eval.errors import ConfigError
 from petals_eval.metrics import Metric, MetricSpec
 from petals_eval.runs import AdapterResult, RunResult
-from petals_eval.runs.thresholds import Threshold, missed, parse_thresholds
+from petals_eval.runs.thresholds import Threshold, check_parts, missed, parse_thresholds
 
 LABELS = ("no", "yes")
 
@@ -112,3 +112,17 @@ def test_a_bar_is_one_of_the_kind_of_task() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             Threshold.parse(text, (), kind="regression")
+
+
+def test_a_bar_for_a_metric_that_is_computed_in_parts_names_one_of_them() -> None:
+    columns = ("new_tokens", "stopped_by_length", "exact_match[strict]", "exact_match[flexible]")
+    check_parts([Threshold("exact_match[strict]", 0.5), Threshold("recall[yes]", 0.5)], columns)
+    check_parts([Threshold("exact_match", 0.5)], ("new_tokens", "stopped_by_length", "exact_match"))
+    with pytest.raises(
+        ConfigError, match=r"name exact_match\. Expected one of exact_match\[strict\], exact_match\[flex"
+    ):
+        check_parts([Threshold("exact_match", 0.5)], columns)
+    with pytest.raises(
+        ConfigError, match=r"fail_under: this task has no number of the name exact_match\[lax\]\. Expected"
+    ):
+        check_parts([Threshold("exact_match[lax]", 0.5)], ("exact_match",))

@@ -36,15 +36,22 @@ def fails(task) -> str:
 
 def test_the_shipped_tasks():
     tasks = list_tasks()
-    with_head = ["ag_news", "boolq", "cb", "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "trec", "wic"]
-    assert [task.name for task in tasks if task.head == "class"] == with_head
     assert [task.name for task in tasks] == sorted(task.name for task in tasks)
+    trained = [task.name for task in tasks if task.kind == "classification"]
+    assert trained == [
+        *("ag_news", "boolq", "cb", "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "trec", "wic"),
+    ]
+    asked = {"copa", "hellaswag", "piqa", "arc_easy", "arc_challenge", "winogrande"}
+    asked |= {f"{name}_choice" for name in trained if name not in ("ag_news", "trec")}
+    assert {task.name for task in tasks if task.kind == "choice"} == asked
+    others = {task.kind: task.name for task in tasks if task.kind not in ("classification", "choice")}
+    assert others == {"continuation": "lambada", "perplexity": "wikitext", "generation": "gsm8k"}
     for task in tasks:
-        assert isinstance(task, Task)
+        assert isinstance(task, Task) and task.head == ("class" if task.kind == "classification" else "lm")
         assert load_task(task.name) == task
         assert check_metric_names(task.metrics, task.kind, label_names=task.label_names) == task.metrics
         assert task.description
-        assert resolve_source(task).split.startswith(("test", "validation"))
+        assert resolve_source(task).split in ("test", "validation", "validation_matched")
 
 
 def test_listing_tasks_imports_nothing_heavy():
@@ -69,6 +76,7 @@ def test_a_mapping_is_what_a_file_would_hold(tmp_path):
     task = load_task(mapping)
     assert (task.name, task.fingerprint()) == ("task", load_task(written(tmp_path, GOOD)).fingerprint())
     named, written_down = load_task(MappingProxyType({**mapping, "name": "mine"})), load_task(tmp_path / "mine.yaml")
+    assert isinstance(named, ClassificationTask) and isinstance(written_down, ClassificationTask)
     assert named.model_dump() == written_down.model_dump()
 
 

@@ -108,6 +108,7 @@ def test_a_task_file(tmp_path):
     assert (task.name, task.rows_per_document, task.separator, task.context) == ("stories", "all", "\n", 8)
     (tmp_path / "pages.yaml").write_text('kind: perplexity\ntext: "{text}"\nrows_per_document: 12\nmax_length: 64\n')
     task = load_task(tmp_path / "pages.yaml")
+    assert isinstance(task, PerplexityTask)
     assert (task.rows_per_document, task.max_length, task.counted) == (12, 64, None)
     (tmp_path / "wrong.yaml").write_text('kind: perplexity\ntext: "{text}"\nmetrics: [accuracy]\n')
     with pytest.raises(TaskError, match=r"wrong\.yaml: metrics: Expected the name of a metric of perplexity"):
@@ -222,8 +223,9 @@ def test_a_text_without_tokens(tokenizer):
         def __call__(self, texts, **options):
             return {"input_ids": [] if isinstance(texts, str) else [[] for _ in texts]}
 
-    with pytest.raises(DataError, match=r"data, row 0: this tokenizer makes no token of the text 'One\.'"):
-        made(task_of(bos="never"), ["One."], Nothing())
+    [example] = made(task_of(bos="never"), ["One."], Nothing())
+    assert (example.key, example.requests, example.text) == ("0", (), "One.")
+    assert str(example.error) == "this tokenizer makes no token of the text 'One.'."
     Nothing.eos_token_id = None
     with pytest.raises(ModelError, match="no token that begins or ends a text"):
         made(task_of(bos="never"), ["One."], Nothing())
