@@ -150,6 +150,7 @@ class _Generation:
         self._ends = local.end_tokens()
         self._no_session_until = float("-inf")
         self._why = "no session", ""
+        self._waits_for = ""
         self._said: set[str] = set()
         self._inbox: queue.SimpleQueue[tuple[GrowingRow, Future]] = queue.SimpleQueue()
 
@@ -277,16 +278,19 @@ class _Generation:
 
     def _end_vain_waits(self, active: set[GrowingRow], left: list[GrowingRow]) -> None:
         """Let a row go on by calls that waits for a session in vain: not where others of ours have one."""
-        if any(row.holds_session for row in active):
+        waiting = {
+            row: row.session.seconds_waiting for row in active if row.step is not None and row.session is not None
+        }
+        if any(row.holds_session for row in active) or not any(waiting.values()):
+            self._waits_for = ""
             return
-        for row in active:
-            if row.step is not None and row.session is not None:
-                seconds = row.session.seconds_waiting
-                if seconds > self._patience:
-                    row.step.cancel()
-                    left.append(self._detached(row))
-                    why = self._blocks.status().waiting or "no server opened one"
-                    self._rest_from_sessions(f"none within {self._patience:g} s: {why}")
+        self._waits_for = self._blocks.status().waiting or self._waits_for  # none while it is just being asked
+        for row, seconds in waiting.items():
+            if seconds > self._patience and row.step is not None:
+                row.step.cancel()
+                left.append(self._detached(row))
+                why = self._waits_for or "no server opened one"
+                self._rest_from_sessions(f"none within {self._patience:g} s: {why}")
 
     def _rest_from_sessions(self, why: str) -> None:
         self._no_session_until = time.monotonic() + GenerationPolicy.rest

@@ -12,13 +12,13 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import CallerError, ExampleError
 from petals_eval.swarm.activations import Activations, refuse_gradients
 from petals_eval.swarm.directory.directory import Directory
-from petals_eval.swarm.directory.routing import hold_all
 from petals_eval.swarm.event_loop import EventLoop
 from petals_eval.swarm.micro_batch import Computed, Failed, Work
 from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.pipeline import Pipeline, SwarmStatus
 from petals_eval.swarm.sessions.inference_session import InferenceSession
+from petals_eval.swarm.sessions.room import leaves_others
 from petals_eval.swarm.stream import BlockingStream
 from petals_eval.swarm.trust.arbiter import BlocksAtHome
 from petals_eval.swarm.trust.audit import AuditProgress
@@ -169,15 +169,8 @@ class RemoteSequential(nn.Module):
         return InferenceSession(self._loop, self._pipeline.session(self.span, batch, max_length))
 
     def leaves_others(self, max_length: int, share: float) -> bool:
-        """Return whether one more session, of a row of so many positions, would leave others this share of the cache of
-        a server of each block, as far as that is known. Where none of ours is open it may take what it needs.
-        """
-        roomy = []
-        for server in self.snapshot.servers.values():
-            cache, blocks = self.peers.of(server.peer_id).cache, server.span.common(self.span)
-            if blocks is not None and cache.leaves_others(max_length * len(blocks), share):
-                roomy.append(server)
-        return hold_all(roomy, self.span)
+        """Return what `petals_eval.swarm.sessions.room` says of a session through these blocks."""
+        return leaves_others(self.snapshot, self.peers, self.span, max_length, share)
 
     def status(self) -> SwarmStatus:
         """Return retries, servers used and what is being waited for."""

@@ -122,7 +122,7 @@ def test_greedy_texts_in_sessions_are_hugging_faces(name, model, swarm, realdata
     answers = generated(model, asked, adapter)
     assert texts_of(answers) == {each.key: expected_text(whole, model, adapter, each) for each in asked}
     assert all([str(hop.span) for hop in each.hops] == ["0:2", "2:5"] for each in answers.values())
-    assert cache_in_use(swarm) == 0
+    until(lambda: cache_in_use(swarm) == 0, 5.0)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -236,7 +236,7 @@ def test_a_server_that_dies_in_mid_generation_is_replaced_and_the_texts_are_the_
             if not killed:
                 for server in swarm.servers[:2]:
                     peer = model.blocks.peers.get(server.peer_id)
-                    if peer is not None and peer.tokens > 150:
+                    if peer is not None and peer.cache.held and peer.calls > 15:
                         server.kill()
                         killed.append(server.peer_id)
                         return
@@ -273,7 +273,7 @@ def test_without_room_in_the_caches_rows_go_on_by_calls_and_later_rows_take_sess
         assert texts_of(answers) == {each.key: expected_text(whole, model, None, each) for each in asked}
         assert len(notices) == 1 and "none within 0.5 s" in notices[0] and "room" in notices[0]
         assert model.blocks.peers[swarm.servers[0].peer_id].cache.held == 0
-        assert cache_in_use(swarm) == 0
+        until(lambda: cache_in_use(swarm) == 0, 5.0)
 
 
 def test_our_sessions_leave_others_half_of_a_cache(folder):
@@ -291,7 +291,7 @@ def test_our_sessions_leave_others_half_of_a_cache(folder):
         )
         total = budget_of(swarm.servers[0]).total_bytes
         assert 0 < max(most) <= total // 2
-        assert cache_in_use(swarm) == 0
+        until(lambda: cache_in_use(swarm) == 0, 5.0)
 
 
 def test_whatever_ends_it_no_session_stays_open(model, swarm):

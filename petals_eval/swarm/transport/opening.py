@@ -11,6 +11,8 @@ from collections.abc import Coroutine, Sequence
 from functools import partial
 from typing import Any
 
+from anyio import CancelScope
+
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerCacheFullError, PeerError, PeerNoSessionError, PeerRefusedError, PeerTimeoutError
 from petals_eval.swarm.directory.routing import Hop
@@ -132,8 +134,9 @@ async def _close_all(openings: Sequence["asyncio.Task[HopSession | PeerError]"])
     """Give up those under way, and close those that are open."""
     for task in openings:
         task.cancel()
-    await asyncio.wait(openings)
-    opened = [task.result() for task in openings if not task.cancelled() and task.exception() is None]
-    closing = [asyncio.create_task(each.close()) for each in opened if not isinstance(each, PeerError)]
-    if closing:
-        await asyncio.wait(closing)
+    with CancelScope(shield=True):  # whoever is cancelled here would leave them reserved
+        await asyncio.wait(openings)
+        opened = [task.result() for task in openings if not task.cancelled() and task.exception() is None]
+        closing = [asyncio.create_task(each.close()) for each in opened if not isinstance(each, PeerError)]
+        if closing:
+            await asyncio.wait(closing)

@@ -32,8 +32,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class ServedHop:
-    """Who computed blocks of a micro-batch or a session, and in what: the server's own words on version and
-    quantisation, the dtype of its answer."""
+    """Who computed blocks, and in what: the server's own words on version and quantisation, the dtype of its answer."""
 
     peer_id: str
     span: Span

@@ -71,26 +71,19 @@ class Acceptance:
         tokens, span = call.activations.tokens, call.hop.server.span
         state = peer.probes.get(span) or self._guard.new_state(peer, span)
         state.tokens += tokens
-        if may_audit and tokens and await self._audited(peer, call):
-            self.refuse_distrusted(peer)
+        if may_audit and tokens:
+            await self.offer(call)
 
     async def offer(self, call: RecordedCall) -> None:
-        """Choose whether to audit what the steps of a session came to, each of which was accepted when it was made."""
-        peer = self._peers.of(call.hop.peer_id)
-        if peer.distrusted is None:
-            await self._audited(peer, call)
-
-    async def _audited(self, peer: Peer, call: RecordedCall) -> bool:
-        """Start an audit of an answer if it is chosen for one, and return whether it was."""
+        """Choose whether to audit what was accepted: an answer, or what a session's steps came to. Raises PeerError."""
         if self._audit is None:
-            return False
+            return
         self._audit.computed += 1
-        span = call.hop.server.span
+        peer, span = self._peers.of(call.hop.peer_id), call.hop.server.span
         sampler = peer.samplers.get(span) or self._audit.new_sampler(peer, span)
-        if not sampler.chooses(call, partial(self._audit.can_check, call.hop)):
-            return False
-        await self._audit.start(peer, call)
-        return True
+        if sampler.chooses(call, partial(self._audit.can_check, call.hop)):
+            await self._audit.start(peer, call)
+            self.refuse_distrusted(peer)
 
     def refuse_distrusted(self, peer: Peer) -> None:
         """Raise what the server was quarantined with, unless it is the last resort that the settings allow."""

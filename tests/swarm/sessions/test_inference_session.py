@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from petals_eval.errors import CallerError, DeadlineError, GradientError, RequestTooLargeError
-from petals_eval.local_swarm.faults.catalog import Slow
+from petals_eval.local_swarm.faults.catalog import Hang, Slow
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.remote_model import RemoteModel
 from petals_eval.swarm.peers.session_cache import CachePolicy
@@ -347,6 +347,19 @@ def test_a_session_that_waits_for_a_cache_is_what_everybody_waits_for_only_where
         first.close()
         close(waiting.result(), blocks(hidden))
         second.close()
+
+
+def test_a_step_that_is_cancelled_while_its_route_opens_leaves_nothing_reserved(model):
+    with start(model, [(0, 2), (2, 4)]) as swarm, connect(swarm) as connection:
+        blocks = connection.remote_sequential(swarm.dht_prefix, BLOCKS)
+        swarm.servers[1].switch(Hang())
+        session = blocks.inference_session(16)
+        step = session.start_step(hidden_states(1, 4))
+        until(lambda: blocks.peers[swarm.servers[0].peer_id].cache.held > 0, 5.0)
+        step.cancel()
+        until(lambda: not any(peer.cache.held for peer in blocks.peers.values()), 5.0)
+        until(lambda: swarm.servers[0]._server.budget.used_bytes == 0, 5.0)
+        session.close()
 
 
 def test_a_session_longer_than_any_may_be_fails_at_once_with_the_numbers(model):
