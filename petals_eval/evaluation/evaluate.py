@@ -118,7 +118,7 @@ def evaluate(
     bos: whether a beginning-of-text token stands in front; None: as the task says.
     allow_task_code: let the task's own function prepare rows where it did not come with this package.
     out: the run folder; an unfinished run of the same settings in it goes on. None: nothing is kept.
-    save_texts: keep generated texts, in texts.jsonl of the run folder.
+    save_texts: keep generated texts, in texts.jsonl of the run folder and in the result's predictions.
     tokenizer: for a Petals model; None: the one that lies with the model its config names.
 
     The model is in the mode it was in before when this returns or raises; nothing here computes a gradient.
@@ -295,6 +295,7 @@ def _result(prepared: Prepared, folder: RunFolder, *, retries: int, keep_predict
         label_names=task.label_names,
         retries=retries,
         keep_predictions=keep_predictions,
+        with_texts=folder.with_texts,
     )
 
 

@@ -139,12 +139,9 @@ def wire_lines(wire: WireRecord | None) -> list[str]:
 
 def _sample_text(wire: WireRecord) -> str:
     sample = wire.sample
-    if sample is None:
-        return "how far it moved answers was not measured"
-    if sample.note is not None:
-        return f"how far it moved answers was {sample.note}"
-    if sample.largest is None or sample.mean is None:
-        return f"changed {sample.changed or 0:,} of {plural(sample.examples, 'text')}"
+    if sample is None or sample.largest is None or sample.mean is None:
+        note = None if sample is None else sample.note
+        return f"how far it moved answers was {note or 'not measured'}"
     changed = "" if sample.changed is None else f"; {plural(sample.changed, 'prediction')} changed"
     return (
         f"moved the answers to {plural(sample.examples, 'example')} by up to {sample.largest:.2g}, "

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -136,6 +137,13 @@ class RunFolder:
     def texts(self, adapter: str) -> dict[str, str]:
         """Return the texts that were kept, by the keys of their examples. Raises RunFolderError, MachineError."""
         return {} if self._texts is None else self._texts.texts(adapter)
+
+    def with_texts(self, adapter: str, predictions: Iterable[Prediction]) -> tuple[Prediction, ...]:
+        """Return an adapter's predictions with the texts that were kept. Raises as `texts` does."""
+        found = {} if self._texts is None else self._texts.generated(adapter)
+        nothing = None, None
+        filled = ((each, found.get(each.key, nothing)) for each in predictions)
+        return tuple(replace(each, text=text, finish=finish) for each, (text, finish) in filled)
 
     def absorb_texts(self, parts: "Iterable[RunFolder]") -> None:
         """Copy the texts of other folders. Raises MachineError."""

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from petals_eval.errors import ConfigError, RunFolderError
+from petals_eval.metrics.text_libraries import LIBRARIES
 from petals_eval.runs.disk import blame_the_machine, write_atomically
 from petals_eval.runs.privacy import shareable_name, shareable_settings
 
@@ -52,6 +53,8 @@ PACKAGES = (
     "datasets",
     "peft",
     "petals",
+    "sacrebleu",
+    "rouge-score",
 )
 # Another version of these can change an answer, so a run does not go on under it.
 ANSWERING_PACKAGES = ("petals_eval", "torch", "transformers", "tokenizers")
@@ -111,8 +114,7 @@ class WireSample:
     """Examples computed on the lossy wire and lossless.
 
     adapter: its name. largest, mean: of the absolute differences of all answers (logits or log-likelihoods); None where
-    the answers are texts, or `note` says why nothing was measured. changed: predictions that differ, or texts; None
-    where the kind of task has neither.
+    `note` says why nothing was measured. changed: predictions that differ; None where the kind of task has none.
     """
 
     adapter: str
@@ -346,8 +348,15 @@ def _answering(manifest: Manifest) -> dict[str, JsonValue]:
     _flatten("task", manifest.task, flat)
     flat["task.sha256"] = manifest.task_sha256
     _flatten("setting", manifest.answer_settings, flat)
-    _flatten("package", {name: manifest.packages.get(name) for name in ANSWERING_PACKAGES}, flat)
+    answering = (*ANSWERING_PACKAGES, *_counting_packages(manifest.answer_columns))
+    _flatten("package", {name: manifest.packages.get(name) for name in answering}, flat)
     return flat
+
+
+def _counting_packages(columns: Sequence[str]) -> set[str]:
+    """Return the packages whose counts of generated texts are under these columns of the journal."""
+    metrics = {column.partition("/")[0] for column in columns}
+    return {library.replace("_", "-") for metric, library in LIBRARIES.items() if metric in metrics}
 
 
 def _flatten(prefix: str, value: JsonValue, into: dict[str, JsonValue]) -> None:

@@ -1,6 +1,6 @@
 """The result of a run, computed from its journal alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -196,10 +196,12 @@ def run_result(
     label_names: Sequence[str],
     retries: int,
     keep_predictions: bool = False,
+    with_texts: Callable[[str, Iterable[Prediction]], tuple[Prediction, ...]] = lambda _, found: tuple(found),
 ) -> RunResult:
     """Compute the result of a run from its journal. Raises as `summarise` does.
 
-    keep_predictions: whether the result holds every prediction.
+    keep_predictions: whether the result holds every prediction. with_texts: gives the predictions under a name of the
+        journal what was generated, which no journal has.
     """
     seed = manifest.seeds.get("bootstrap", 0)
     results: dict[str, AdapterResult] = {}
@@ -215,7 +217,8 @@ def run_result(
             seed=seed,
         )
         if keep_predictions:
-            found = replace(found, predictions=_predictions(journal, adapter.name, manifest))
+            predictions = with_texts(adapter.name, _predictions(journal, adapter.name, manifest))
+            found = replace(found, predictions=predictions)
         if adapter.adapter is None:
             results[adapter.name] = found
         else:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from petals_eval.errors import RunFolderError
 from petals_eval.runs.disk import blame_the_machine, write_atomically
-from petals_eval.tasks.requests import Prediction
+from petals_eval.tasks.requests import Finish, Prediction
 
 __all__ = ["TEXTS_FILE", "TEXTS_SCHEMA", "TextFile"]
 
@@ -67,8 +67,12 @@ class TextFile:
 
         Raises RunFolderError for a file of another kind.
         """
+        return {key: text for key, (text, _) in self.generated(adapter).items()}
+
+    def generated(self, adapter: str) -> dict[str, tuple[str, Finish | None]]:
+        """Return an adapter's texts and why each ends, by their key. Raises RunFolderError as `texts` does."""
         self.flush()
-        return {key: text for _, (name, key), text in self._entries() if name == adapter}
+        return {key: found for _, (name, key), found in self._entries() if name == adapter}
 
     def put_in_order(self, keys: Iterable[_Key]) -> None:
         """Leave the texts of these rows alone, in this order. Raises RunFolderError for a file of another kind."""
@@ -116,11 +120,11 @@ class TextFile:
                         yield start, line
                     start += len(line)
 
-    def _entries(self) -> Iterator[tuple[int, _Key, str]]:
-        """Yield where each whole line starts, what it belongs to, and its text."""
+    def _entries(self) -> Iterator[tuple[int, _Key, tuple[str, Finish | None]]]:
+        """Yield where each whole line starts, what it belongs to, and its text with why it ends."""
         for start, line in self._whole_lines():
             try:
                 found = json.loads(line)
-                yield start, (str(found["adapter"]), str(found["key"])), str(found["text"])
+                yield start, (str(found["adapter"]), str(found["key"])), (str(found["text"]), found.get("finish"))
             except (ValueError, TypeError, LookupError) as error:
                 raise RunFolderError(f"Expected a text a line in {self.path}; found something else: {error}.") from None

@@ -112,6 +112,14 @@ def test_without_being_asked_no_text_is_kept(model, rows, tmp_path):
         assert not any(row["text"].encode() in path.read_bytes() for row in rows[1]), path
 
 
+def test_texts_that_are_kept_come_back_with_the_predictions(model, quiet, rows):
+    out, result = quiet
+    finishes = [line["finish"] for line in lines(out / "texts.jsonl")]
+    for found in (result, evaluate(model, rows, None)):
+        assert [each.text for each in found.predictions] == [row["text"] for row in rows[1]]
+        assert [each.finish for each in found.predictions] == finishes
+
+
 def test_an_interrupted_run_goes_on_at_whole_rows_with_the_same_texts(model, rows, quiet, tmp_path):
     with pytest.raises(InterruptedRunError):
         evaluate(model, rows, tmp_path / "run", progress=Interrupt(3))

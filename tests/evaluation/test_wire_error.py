@@ -1,13 +1,19 @@
 """How far a lossy wire moves the answers of each kind of task."""
 
-import pytest
+from types import SimpleNamespace
+
 import torch
 
-from petals_eval.evaluation.wire_error import WINDOWS, compared, shortened
-from petals_eval.runs import WireSample
-from petals_eval.tasks.requests import Example, Generated, Request
+from petals_eval.config import CallSettings
+from petals_eval.data import rows_of
+from petals_eval.evaluation.prepare import Variant
+from petals_eval.evaluation.wire_error import WINDOWS, compared, note_sample, shortened
+from petals_eval.runs import RunFolder, WireSample
+from petals_eval.tasks import GenerationTask
+from petals_eval.tasks.requests import Example, Request
 from petals_eval.tasks.windows import Windows
 from tests.fake_model import TASK
+from tests.runs.samples import manifest
 
 
 class Predicting:
@@ -38,11 +44,16 @@ def test_likelihoods_of_what_predicts_nothing_and_not_whether_they_are_greedy():
     assert moved(Predicting(), exact, lossy) == WireSample("prompts", 1, 0.5, 0.25, None)
 
 
-@pytest.mark.parametrize(("other", "changed"), [("a text", 0), ("another", 1)])
-def test_texts_are_counted_that_differ(other, changed):
-    exact = {key: [Generated((5, 6), "a text", "end")] for key in "01"}
-    lossy = {"0": exact["0"], "1": [Generated((5, 6), other, "end")]}
-    assert moved(Predicting(), exact, lossy) == WireSample("prompts", 2, None, None, changed)
+def test_of_texts_nothing_is_measured_and_so_none_is_generated_for_it(tmp_path):
+    task = GenerationTask(name="stories", text="{begin}")
+    blocks = SimpleNamespace(settings=CallSettings(wire="float16"))
+    model = SimpleNamespace(blocks=blocks)  # asked for anything it would fail
+    prepared = SimpleNamespace(variants=[Variant("prompts", None, task)], rows=rows_of([{"begin": "One"}]), seed=0)
+    with RunFolder.create(tmp_path / "run", manifest(), task="stories") as folder:
+        note_sample(prepared, folder, model, on_tick=lambda: None)
+        sample = folder.manifest.wire.sample
+    assert (sample.adapter, sample.examples, sample.changed) == ("prompts", 0, None)
+    assert sample.note.startswith("not measured: texts are generated in sessions, which are lossless")
 
 
 def test_of_a_long_document_the_first_windows_are_compared():

@@ -156,6 +156,19 @@ def test_another_release_of_what_computes_answers_differs() -> None:
     assert difference(before, after) == [f"package.torch: was {before.packages['torch']}, now 0.1"]
 
 
+@pytest.mark.parametrize(
+    ("column", "package", "another"),
+    [("bleu/right_1", "sacrebleu", "rouge-score"), ("rougeL", "rouge-score", "sacrebleu")],
+)
+def test_another_release_of_what_counts_in_texts_differs_where_it_counted(
+    column: str, package: str, another: str
+) -> None:
+    assert package_versions()[package][0].isdigit()
+    before = manifest(kind="generation", answer_columns=("new_tokens", column))
+    after = before.model_copy(update={"packages": before.packages | {package: "0.0.1", another: "0.0.1"}})
+    assert difference(before, after) == [f"package.{package}: was {before.packages[package]}, now 0.0.1"]
+
+
 def test_a_limited_sample_differs_by_its_seed() -> None:
     one, two = (manifest(data=DataRecord(name="t", fingerprint="c", limit=5, seed=seed)) for seed in (1, 2))
     assert difference(one, two) == ["data.seed: was 1, now 2"]
