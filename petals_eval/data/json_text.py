@@ -132,9 +132,11 @@ class _Reader:
 
     def _refuse(self, problem: str, behind: int) -> NoReturn:
         """Raises DataError for what is no JSON so many characters behind the reader."""
-        self.skip(behind)
+        before = self._window[self._at : self._at + behind]
+        at_the_end = not self._window[self._at + behind :].strip()
+        self.skip(len(before.rstrip()) if at_the_end else behind)  # the line where it ends, not the one after it
         token = _TOKEN.match(self._window, self._at)
-        if token is None:
+        if at_the_end or token is None:
             self.fail(f"is not JSON ({problem}): it ends there")
         if behind == 0 and token.group() == ",":
             self.fail("has a comma between objects that stand one a line: leave it out")

@@ -60,11 +60,13 @@ def prepare_group(
     is_kept: bool = True,
     data: object = None,
     shard: str | None = None,
+    save_texts: bool = False,
     **options: Any,
 ) -> PreparedGroup:
     """Read and check what the tasks of a group need.
 
-    open_side: loads our side of the model; called once. options: of `prepare`, the same for all of them.
+    open_side: loads our side of the model; called once. save_texts: of those that generate some. options: of `prepare`,
+    the same for all of them.
     Raises ConfigError for what a group cannot have, and as `prepare` does, with the task's name.
     """
     for name, given, advice in (
@@ -75,10 +77,12 @@ def prepare_group(
             raise ConfigError(f"{name}: not for all tasks of group {group.name} together: {advice}.")
     if out is not None and Path(out).is_file():
         raise ConfigError(f"out: expected a folder for group {group.name}, found a file at {out}.")
+    tasks = [load_task(member) for member in group.tasks]
+    if save_texts and not any(task.kind == "generation" for task in tasks):
+        raise ConfigError(f"--save-texts: no task of group {group.name} generates texts; leave it out.")
     side_of_all = cache(open_side)
     members = []
-    for member in group.tasks:
-        task = load_task(member)
+    for task in tasks:
         place = None if out is None else Path(out) / folder_name(task.name)
         wanted = () if group.metric is None else (group.metric,)
         try:
@@ -90,6 +94,7 @@ def prepare_group(
                     is_kept=is_kept,
                     more_metrics=wanted,
                     may_be_finished=True,
+                    save_texts=save_texts and task.kind == "generation",
                     **options,
                 )
             )

@@ -202,7 +202,7 @@ def test_two_signals_at_once_keep_what_waits_to_be_committed(tmp_path: Path) -> 
         with ending_signals():
             journal = Journal(Path(sys.argv[1]), create=True)
             for key in range(100):
-                journal.add("a", Prediction(str(key), 0, 1, (0.1, 0.2), (0.4, 0.6), 5))
+                journal.add("a", Prediction(str(key), 0, 1, ((0.1,), (0.2,)), 5))
             assert journal._pending, "nothing waits"
             try:
                 os.kill(os.getpid(), signal.SIGINT)

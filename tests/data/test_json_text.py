@@ -113,7 +113,7 @@ def test_encodings(tmp_path, encoding):
         ('{"t": "a"\n{"t": "b"}\n', "line 2 is not JSON (Expecting ',' delimiter): '{'."),
         ('{"t": "a",\n"l": 01}\n', "line 2 is not JSON (Expecting ',' delimiter): '1'."),
         ('{"t": "a"}\n{"t": "never closed\n{"t": "b"}\n', "line 2 is not JSON (Invalid control character at)"),
-        ('{"t": "a", "l":\n', "line 2 is not JSON (Expecting value): it ends there."),
+        ('{"t": "a", "l":\n', "line 1 is not JSON (Expecting value): it ends there."),
         ('{"t": 1}\n{"t": 2, "u": 3, "t": 4}\n', "line 2 gives the key 't' twice in one object."),
         ('{"t": {"u": 1, "v": 2, "u": 3}}\n', "line 1 gives the key 'u' twice in one object."),
         ('{"t": 1}\n\nnull\n', "line 3 should begin an object, found null."),

@@ -251,7 +251,7 @@ def test_a_server_that_dies_in_mid_generation_is_replaced_and_the_texts_are_the_
 
 def test_without_room_in_the_caches_rows_go_on_by_calls_and_later_rows_take_sessions_again(folder, whole, monkeypatch):
     """Somebody else holds the whole cache for a while."""
-    monkeypatch.setattr(GenerationPolicy, "patience", 0.5)
+    monkeypatch.setattr(GenerationPolicy, "patience", 2.0)
     monkeypatch.setattr(GenerationPolicy, "rest", 0.5)
     options = {"inference_max_length": 128, "attn_cache_tokens": 128}
     notices: list[str] = []
@@ -271,7 +271,7 @@ def test_without_room_in_the_caches_rows_go_on_by_calls_and_later_rows_take_sess
                 other_session = None
                 time.sleep(GenerationPolicy.rest)
         assert texts_of(answers) == {each.key: expected_text(whole, model, None, each) for each in asked}
-        assert len(notices) == 1 and "none within 0.5 s" in notices[0] and "room" in notices[0]
+        assert len(notices) == 1 and "none within 2 s" in notices[0] and "room" in notices[0]
         assert model.blocks.peers[swarm.servers[0].peer_id].cache.held == 0
         until(lambda: cache_in_use(swarm) == 0, 5.0)
 
