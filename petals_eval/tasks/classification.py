@@ -131,12 +131,16 @@ class ClassificationTask(Prompting):
                 "text_pair: should be left out where there are label_words, which follow one text: write both columns "
                 f"into text, found {shorten(self.text_pair)}"
             )
+        return None
+
+    def prompt_problem(self) -> str | None:
+        """Return why this task cannot have what is asked for here, or None: of a pair only one text would be read."""
         if self.text_pair is not None and self.is_prompted:
             return (
                 "text_pair: should be left out where shots, an instruction or a chat template stand around the text: "
                 f"write both columns into text, found {shorten(self.text_pair)}"
             )
-        return None
+        return super().prompt_problem()
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -5,9 +5,11 @@ import json
 import pytest
 
 import petals_eval
+from petals_eval.config import PromptSettings
 from petals_eval.data import DataSource
 from petals_eval.errors import ConfigError, DataError, DeadlineError, ModelError, RunFolderError, TaskError
 from petals_eval.evaluation.prepare import prepare
+from petals_eval.evaluation.shots import with_prompt
 from petals_eval.tasks import ClassificationTask
 from tests.fake_model import FakeModel, Tokenizer
 
@@ -58,8 +60,6 @@ def side(made=None):
 
 
 def prepared(source, **options):
-    from petals_eval.config import PromptSettings
-
     shown = {name: options.pop(name) for name in tuple(options) if name in PromptSettings.model_fields}
     options.setdefault("task", task())
     return prepare(side, data=source, prompt=PromptSettings(**shown), is_kept=False, **options)
@@ -307,6 +307,13 @@ def test_rows_are_prepared_before_anything_reads_them(source, tmp_path):
         file.write("# another\n")
     with pytest.raises(RunFolderError, match=r"setting\.prepare_code: was"):
         evaluate(source, tmp_path / "run", task=tmp_path / "films.yaml", allow_task_code=True)
+
+
+@pytest.mark.parametrize("asked", [{"shots": 2}, {"chat": True}, {"system": "Be brief."}])
+def test_a_pair_of_texts_is_not_cut_to_its_first_one(asked):
+    pair = task(text_pair="{other}")
+    with pytest.raises(ConfigError, match=r"task films: text_pair: should be left out where shots, .*found '\{other\}'"):
+        with_prompt(pair, PromptSettings(**asked))
 
 
 def test_a_row_whose_prompt_is_too_long_is_a_failure_with_the_numbers(tmp_path):
