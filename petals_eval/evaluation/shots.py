@@ -1,6 +1,6 @@
 """What a run asks to stand around its questions, and the shots that are drawn for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -8,12 +8,13 @@ from pydantic import ValidationError
 
 from petals_eval.config import PromptSettings
 from petals_eval.data import DataSource, Row, Rows, is_local, load_rows, rows_of, sample
+from petals_eval.data.sampling import sampled_positions
 from petals_eval.data.source import local_path
 from petals_eval.errors import ConfigError, DataError
 from petals_eval.tasks import Task, resolve_source
 from petals_eval.tasks.prompted import Prompting
 from petals_eval.tasks.row_code import RowCode, load_row_code
-from petals_eval.tasks.shots import Draw, Shots, draw_shots
+from petals_eval.tasks.shots import Draw, Shots, content_in_both, draw_shots
 from petals_eval.text import plural
 from petals_eval.validation import SETTINGS, explain
 
@@ -70,7 +71,8 @@ def rows_and_shots(
     seed: int,
     draws: int,
 ) -> RowsAndShots:
-    """Sample the rows to be evaluated, and draw the shots of all draws; those that all rows share leave the evaluation.
+    """Sample the rows to be evaluated, and draw the shots of all draws; what equals one that all rows share leaves the
+    evaluation, wherever the shots come from.
 
     Of several draws none is evaluated on the shots of another one, so that all of them are scored on the same rows.
     rows: all there are. source: where they come from; None: from memory. code: prepares them, and those of shots.
@@ -111,13 +113,34 @@ def rows_and_shots(
     for draw in found:
         for row in draw.reader.at(draw.fixed or ()):
             showing.shown_turn(row)  # one without an answer shows before anything is sent
-    left_out = shown if is_shared else set()
+    content = content_in_both(pool, whole)
+    contents = {content(row) for draw in found for row in draw.reader.at(draw.fixed or ())}
+    left_out = _left_out(whole, limit, seed, shown if is_shared else set(), lambda row: content(row) in contents)
     evaluated = sample(whole, limit, seed, leave_out=left_out)
     check(evaluated)
     if left_out:
-        what = "are shots" if draws == 1 else f"are shots of one of the {draws} draws"
-        notes.append(f"{plural(len(left_out), 'row')} of {whole.name} {what} and left out of the evaluation")
+        are, equal = ("is", "equals") if len(left_out) == 1 else ("are", "equal")
+        verb = are if is_shared and len(left_out) == len(shown) else equal
+        shots = "shots" if draws == 1 else f"shots of one of the {draws} draws"
+        notes.append(
+            f"{plural(len(left_out), 'row')} of {whole.name} {verb} {shots} and {are} left out of the evaluation"
+        )
     return RowsAndShots(evaluated, found, len(left_out), tuple(notes))
+
+
+def _left_out(
+    whole: Rows, limit: int | None, seed: int, shown: Collection[int], is_shown: Callable[[Row], bool]
+) -> set[int]:
+    """Return the positions of rows that are shots or equal one, as many as the sample meets: no others are read."""
+    left_out = set(shown)
+    while True:
+        chosen = sampled_positions(whole, limit, seed, leave_out=left_out)
+        places = range(len(whole)) if chosen is None else chosen.tolist()
+        evaluated = whole if chosen is None else whole.at(chosen)
+        equal = {at for at, row in zip(places, evaluated, strict=True) if is_shown(row)}
+        if not equal:
+            return left_out
+        left_out |= equal
 
 
 def _shots(task: Prompting, changes: dict[str, Any], data: str | None) -> Shots | None:

@@ -85,7 +85,7 @@ def test_shots_of_the_evaluated_rows_leave_the_evaluation_and_the_run_says_how_m
 
     result = evaluate(source, tmp_path / "run", shots=4, progress=Progress())
     assert result.first.n_examples == COUNT - 4
-    assert "note: 4 rows of rows.csv are shots and left out of the evaluation" in said
+    assert "note: 4 rows of rows.csv are shots and are left out of the evaluation" in said
     run = prepared(source, shots=4)
     shots = {shot.index for shot in run.variants[0].task._draw.rows_for(next(iter(run.rows)))}
     assert {line["key"] for line in lines_of(tmp_path / "run")} == {str(n) for n in range(COUNT)} - set(map(str, shots))
@@ -127,6 +127,48 @@ def test_the_same_file_under_another_name_holds_the_evaluated_rows(source, tmp_p
 
     (tmp_path / "again.csv").write_bytes(Path(source.path).read_bytes())
     assert len(prepared(source, shots=2, shots_data=str(tmp_path / "again.csv")).part) == COUNT - 2
+
+
+def part_of(source, tmp_path, rows):
+    """A file with the first of the rows, some of them a second time at its end."""
+    from pathlib import Path
+
+    head, *lines = Path(source.path).read_text().splitlines()
+    (tmp_path / "part.csv").write_text("\n".join([head, *lines[:rows], *lines[:2]]) + "\n")
+    return DataSource(path=str(tmp_path / "part.csv"))
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_rows_that_equal_a_shot_out_of_a_file_with_more_of_them_leave_the_evaluation(source, tmp_path, draws):
+    part = part_of(source, tmp_path, 20)
+    run = prepared(part, shots=9, shots_data=source.path, draws=draws)
+    shots = {shot.columns["text"] for each in run.variants for shot in each.task._draw.rows_for(next(iter(run.part)))}
+    kept = [row.columns["text"] for row in run.part]
+    assert not shots & set(kept)
+    whole = [f"film {n}" for n in (*range(20), 0, 1)]
+    assert kept == [text for text in whole if text not in shots]
+    left_out = len(whole) - len(kept)
+    assert 2 <= left_out == run.manifest.run_settings["rows_left_out"]
+    which = " of one of the 2 draws" if draws == 2 else ""
+    assert f"{left_out} rows of part.csv equal shots{which} and are left out of the evaluation" in run.notes
+    limited = prepared(part, shots=9, shots_data=source.path, draws=draws, limit=5)
+    assert not shots & {row.columns["text"] for row in limited.part}
+    assert len(limited.part) == 5
+
+
+def test_a_copy_of_a_shot_leaves_the_evaluation_with_it(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "the same,good\n" * 3 + "another,bad\n")
+    run = prepared(DataSource(path=str(path)), task=task(shots={"count": 1, "draw": "first"}))
+    assert [row.columns["text"] for row in run.part] == ["another"]
+
+
+@pytest.mark.parametrize("how", ["row", "lm_eval"])
+def test_no_row_is_its_own_shot_out_of_a_file_with_more_of_them(source, tmp_path, how):
+    run = prepared(part_of(source, tmp_path, 20), task=task(shots={"count": 25, "draw": how}), shots_data=source.path)
+    assert len(run.part) == 22
+    for row in run.part:
+        assert row.columns["text"] not in {s.columns["text"] for s in run.variants[0].task._draw.rows_for(row)}
 
 
 def test_a_split_of_the_same_folder(tmp_path):
@@ -312,7 +354,9 @@ def test_rows_are_prepared_before_anything_reads_them(source, tmp_path):
 @pytest.mark.parametrize("asked", [{"shots": 2}, {"chat": True}, {"system": "Be brief."}])
 def test_a_pair_of_texts_is_not_cut_to_its_first_one(asked):
     pair = task(text_pair="{other}")
-    with pytest.raises(ConfigError, match=r"task films: text_pair: should be left out where shots, .*found '\{other\}'"):
+    with pytest.raises(
+        ConfigError, match=r"task films: text_pair: should be left out where shots, .*found '\{other\}'"
+    ):
         with_prompt(pair, PromptSettings(**asked))
 
 
