@@ -351,7 +351,10 @@ def _changed(task: Task, name: str, value: object, *, flag: str) -> Task:
         raise ConfigError(f"{flag}: task {task.name} has no {name} that could be changed")
     # Made anew and so validated: the new value may need what the task cannot give.
     given = {fields[key].alias or key: getattr(task, key) for key in task.model_fields_set}
-    return cast(Task, type(task).model_validate({**given, name: value}))
+    changed = type(task).model_validate({**given, name: value})
+    if isinstance(task, Prompting) and isinstance(changed, Prompting):
+        changed._folder = task._folder  # no key, and still needed for the module of its `prepare`
+    return cast(Task, changed)
 
 
 def _bound(task: Task, local: "LocalPart", adapters: "Sequence[Adapter | None]") -> Task:

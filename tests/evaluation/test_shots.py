@@ -340,6 +340,8 @@ def test_rows_are_prepared_before_anything_reads_them(source, tmp_path):
         evaluate(source, task=tmp_path / "films.yaml")
     run = prepared(source, task=tmp_path / "films.yaml", allow_task_code=True)
     assert len(run.part) == COUNT - 1
+    longer = prepared(source, task=tmp_path / "films.yaml", allow_task_code=True, max_length=600, fail_under=["mcc=0"])
+    assert texts(longer) == texts(run)
     for key, text in texts(run).items():
         assert text.startswith("FILM ")
         assert text.endswith(f"\n\nFILM {key}")
