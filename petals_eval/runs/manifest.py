@@ -111,8 +111,7 @@ class WireSample:
     """Examples computed on the lossy wire and lossless.
 
     adapter: its name. largest, mean: of the absolute differences of all answers (logits or log-likelihoods); None where
-    the answers are texts, or `note` says why nothing was measured. changed: predictions that differ, or texts; None
-    where the kind of task has neither.
+    `note` says why nothing was measured. changed: predictions that differ; None where the kind of task has none.
     """
 
     adapter: str
