@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
 
@@ -17,6 +17,9 @@ from petals_eval.tasks.row_code import RowCode, load_row_code
 from petals_eval.tasks.shots import Draw, Shots, content_in_both, draw_shots
 from petals_eval.text import plural
 from petals_eval.validation import SETTINGS, explain
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["RowsAndShots", "row_code_of", "rows_and_shots", "with_prompt"]
 
@@ -92,6 +95,13 @@ def rows_and_shots(
     settings = task.shots
     pool, is_shared, notes = _pool(settings, source, whole, prepared)
     showing = task.drawing_from(pool)
+    answered = _answered(showing, pool)
+    if answered is not None:
+        lacking = len(pool) - len(answered)
+        which = f"{plural(lacking, 'row')} of {pool.name}"
+        notes.append(f"{which} {'has' if lacking == 1 else 'have'} no answer to show: not drawn as shots")
+        pool = pool.at(answered)
+        showing = task.drawing_from(pool)
     seeds = [settings.seed + number for number in range(draws)]
 
     def label_of(row: Row) -> str | None:
@@ -110,6 +120,8 @@ def rows_and_shots(
         return RowsAndShots(evaluated, drawn(evaluated), notes=tuple(notes))
     found = drawn(whole)
     shown = {at for draw in found for at in draw.fixed or ()}
+    if answered is not None:
+        shown = {int(answered[at]) for at in shown}
     for draw in found:
         for row in draw.reader.at(draw.fixed or ()):
             showing.shown_turn(row)  # one without an answer shows before anything is sent
@@ -126,6 +138,19 @@ def rows_and_shots(
             f"{plural(len(left_out), 'row')} of {whole.name} {verb} {shots} and {are} left out of the evaluation"
         )
     return RowsAndShots(evaluated, found, len(left_out), tuple(notes))
+
+
+def _answered(showing: Prompting, pool: Rows) -> "np.ndarray | None":
+    """Return the ascending positions (int64) of the rows with an answer, where others may be without; None: all have.
+
+    Where none may be without, the checks of the rows and of the shots tell of the first that is.
+    """
+    if getattr(showing, "unlabelled", "error") == "error":
+        return None
+    import numpy as np
+
+    found = [at for at, row in enumerate(pool) if showing.shown_turn(row, may_lack_answer=True).answer]
+    return None if len(found) == len(pool) else np.array(found, np.int64)
 
 
 def _left_out(

@@ -353,6 +353,21 @@ def test_rows_are_prepared_before_anything_reads_them(source, tmp_path):
         evaluate(source, tmp_path / "run", task=tmp_path / "films.yaml", allow_task_code=True)
 
 
+@pytest.mark.parametrize("how", ["fixed", "first", "row", "lm_eval"])
+def test_a_row_without_an_answer_is_predicted_and_no_shot(tmp_path, how):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"film {n},{'good' if n % 3 == 1 else ''}\n" for n in range(12)))
+    own = task(shots={"count": 3, "draw": how}, unlabelled="predict")
+    run = prepared(DataSource(path=str(path)), task=own)
+    assert "8 rows of rows.csv have no answer to show: not drawn as shots" in run.notes
+    shots = [shot.index for shot in run.variants[0].task._draw.rows_for(next(iter(run.part)))]
+    assert len(shots) == 3
+    assert {index % 3 for index in shots} == {1}
+    kept = {row.index for row in run.part}
+    assert kept == set(range(12)) - (set(shots) if how in ("fixed", "first") else set())
+    assert all(" is good\n\n" in text for text in texts(run).values())
+
+
 @pytest.mark.parametrize("asked", [{"shots": 2}, {"chat": True}, {"system": "Be brief."}])
 def test_a_pair_of_texts_is_not_cut_to_its_first_one(asked):
     pair = task(text_pair="{other}")
