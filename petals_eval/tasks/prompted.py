@@ -183,6 +183,8 @@ class Prompting(BaseModel):
                 found[name] = value
         if self.wants_shots and self.shots is not None:
             found |= {"shots": self.shots.to_json(), "separator": self.separator}
+        elif joined(self.system, self.instruction, self.separator) != self.system + self.instruction:
+            found["separator"] = self.separator
         return found
 
     def _turns(self, row: Row) -> list[Turn]:
