@@ -1,11 +1,15 @@
 """A reproducible part of a data set."""
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from petals_eval.data.rows import Rows
 from petals_eval.errors import ConfigError, DataError
 
-__all__ = ["sample"]
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["sample", "sampled_positions"]
 
 
 def sample(rows: Rows, limit: int | None, seed: int, *, leave_out: Collection[int] = ()) -> Rows:
@@ -19,12 +23,20 @@ def sample(rows: Rows, limit: int | None, seed: int, *, leave_out: Collection[in
 
     Raises ConfigError for a limit below 1 or a negative seed, DataError where every row is left out.
     """
+    positions = sampled_positions(rows, limit, seed, leave_out=leave_out)
+    return rows if positions is None else rows.at(positions)
+
+
+def sampled_positions(
+    rows: Rows, limit: int | None, seed: int, *, leave_out: Collection[int] = ()
+) -> "np.ndarray | None":
+    """Return the ascending positions (int64) of the rows that `sample` returns; None for all. Raises as that does."""
     if limit is not None and limit < 1:
         raise ConfigError(f"limit should be at least 1, found {limit}. Leave it out to evaluate every row.")
     if seed < 0:
         raise ConfigError(f"seed should be 0 or more, found {seed}.")
     if not leave_out and (limit is None or limit >= len(rows)):
-        return rows
+        return None
     import numpy as np
 
     keys = np.random.PCG64(seed).random_raw(len(rows))
@@ -34,4 +46,4 @@ def sample(rows: Rows, limit: int | None, seed: int, *, leave_out: Collection[in
         if not len(order):
             raise DataError(f"{rows.name}: expected more rows than the {len(leave_out)} that are left out, found none.")
     chosen = order[:limit]
-    return rows.at(np.sort(chosen).astype(np.int64))
+    return np.sort(chosen).astype(np.int64)

@@ -60,6 +60,9 @@ _PREPARED = (
 
 _AS_THE_TASK_SAYS = PromptSettings()
 
+_WITHOUT_LABELS = ("continuation", "perplexity")
+"""Kinds of task whose rows are all that there is to know."""
+
 _NOT_ANSWERING = (
     *("allow_nondeterministic", "window", "deadline", "verify", "request_timeout", "push", "generation_rows"),
 )
@@ -328,6 +331,11 @@ def _with_unlabelled(task: Task, unlabelled: Unlabelled | None) -> Task:
         return task
     if not isinstance(task, BaseModel) or not hasattr(task, "unlabelled"):
         raise ConfigError(f"--unlabelled: task {task.name} has no labels that could be missing.")
+    if task.kind in _WITHOUT_LABELS:
+        raise ConfigError(
+            f"--unlabelled: task {task.name} has no labels that could be missing: one of kind {task.kind} asks how likely "
+            "the texts of its rows are. Leave it out."
+        )
     return cast(Task, task.model_copy(update={"unlabelled": unlabelled}))
 
 
@@ -351,7 +359,10 @@ def _changed(task: Task, name: str, value: object, *, flag: str) -> Task:
         raise ConfigError(f"{flag}: task {task.name} has no {name} that could be changed")
     # Made anew and so validated: the new value may need what the task cannot give.
     given = {fields[key].alias or key: getattr(task, key) for key in task.model_fields_set}
-    return cast(Task, type(task).model_validate({**given, name: value}))
+    changed = type(task).model_validate({**given, name: value})
+    if isinstance(task, Prompting) and isinstance(changed, Prompting):
+        changed._folder = task._folder  # no key, and still needed for the module of its `prepare`
+    return cast(Task, changed)
 
 
 def _bound(task: Task, local: "LocalPart", adapters: "Sequence[Adapter | None]") -> Task:

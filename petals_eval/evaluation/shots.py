@@ -1,21 +1,25 @@
 """What a run asks to stand around its questions, and the shots that are drawn for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
 
 from petals_eval.config import PromptSettings
 from petals_eval.data import DataSource, Row, Rows, is_local, load_rows, rows_of, sample
+from petals_eval.data.sampling import sampled_positions
 from petals_eval.data.source import local_path
 from petals_eval.errors import ConfigError, DataError
 from petals_eval.tasks import Task, resolve_source
 from petals_eval.tasks.prompted import Prompting
 from petals_eval.tasks.row_code import RowCode, load_row_code
-from petals_eval.tasks.shots import Draw, Shots, draw_shots
+from petals_eval.tasks.shots import Draw, Shots, content_in_both, draw_shots
 from petals_eval.text import plural
 from petals_eval.validation import SETTINGS, explain
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["RowsAndShots", "row_code_of", "rows_and_shots", "with_prompt"]
 
@@ -70,7 +74,8 @@ def rows_and_shots(
     seed: int,
     draws: int,
 ) -> RowsAndShots:
-    """Sample the rows to be evaluated, and draw the shots of all draws; those that all rows share leave the evaluation.
+    """Sample the rows to be evaluated, and draw the shots of all draws; what equals one that all rows share leaves the
+    evaluation, wherever the shots come from.
 
     Of several draws none is evaluated on the shots of another one, so that all of them are scored on the same rows.
     rows: all there are. source: where they come from; None: from memory. code: prepares them, and those of shots.
@@ -90,6 +95,13 @@ def rows_and_shots(
     settings = task.shots
     pool, is_shared, notes = _pool(settings, source, whole, prepared)
     showing = task.drawing_from(pool)
+    answered = _answered(showing, pool)
+    if answered is not None:
+        lacking = len(pool) - len(answered)
+        which = f"{plural(lacking, 'row')} of {pool.name}"
+        notes.append(f"{which} {'has' if lacking == 1 else 'have'} no answer to show: not drawn as shots")
+        pool = pool.at(answered)
+        showing = task.drawing_from(pool)
     seeds = [settings.seed + number for number in range(draws)]
 
     def label_of(row: Row) -> str | None:
@@ -108,16 +120,52 @@ def rows_and_shots(
         return RowsAndShots(evaluated, drawn(evaluated), notes=tuple(notes))
     found = drawn(whole)
     shown = {at for draw in found for at in draw.fixed or ()}
+    if answered is not None:
+        shown = {int(answered[at]) for at in shown}
     for draw in found:
         for row in draw.reader.at(draw.fixed or ()):
             showing.shown_turn(row)  # one without an answer shows before anything is sent
-    left_out = shown if is_shared else set()
+    content = content_in_both(pool, whole)
+    contents = {content(row) for draw in found for row in draw.reader.at(draw.fixed or ())}
+    left_out = _left_out(whole, limit, seed, shown if is_shared else set(), lambda row: content(row) in contents)
     evaluated = sample(whole, limit, seed, leave_out=left_out)
     check(evaluated)
     if left_out:
-        what = "are shots" if draws == 1 else f"are shots of one of the {draws} draws"
-        notes.append(f"{plural(len(left_out), 'row')} of {whole.name} {what} and left out of the evaluation")
+        are, equal = ("is", "equals") if len(left_out) == 1 else ("are", "equal")
+        verb = are if is_shared and len(left_out) == len(shown) else equal
+        shots = "shots" if draws == 1 else f"shots of one of the {draws} draws"
+        notes.append(
+            f"{plural(len(left_out), 'row')} of {whole.name} {verb} {shots} and {are} left out of the evaluation"
+        )
     return RowsAndShots(evaluated, found, len(left_out), tuple(notes))
+
+
+def _answered(showing: Prompting, pool: Rows) -> "np.ndarray | None":
+    """Return the ascending positions (int64) of the rows with an answer, where others may be without; None: all have.
+
+    Where none may be without, the checks of the rows and of the shots tell of the first that is.
+    """
+    if getattr(showing, "unlabelled", "error") == "error":
+        return None
+    import numpy as np
+
+    found = [at for at, row in enumerate(pool) if showing.shown_turn(row, may_lack_answer=True).answer]
+    return None if len(found) == len(pool) else np.array(found, np.int64)
+
+
+def _left_out(
+    whole: Rows, limit: int | None, seed: int, shown: Collection[int], is_shown: Callable[[Row], bool]
+) -> set[int]:
+    """Return the positions of rows that are shots or equal one, as many as the sample meets: no others are read."""
+    left_out = set(shown)
+    while True:
+        chosen = sampled_positions(whole, limit, seed, leave_out=left_out)
+        places = range(len(whole)) if chosen is None else chosen.tolist()
+        evaluated = whole if chosen is None else whole.at(chosen)
+        equal = {at for at, row in zip(places, evaluated, strict=True) if is_shown(row)}
+        if not equal:
+            return left_out
+        left_out |= equal
 
 
 def _shots(task: Prompting, changes: dict[str, Any], data: str | None) -> Shots | None:

@@ -19,7 +19,10 @@ from petals_eval.tasks.headed import (
     CHUNK_ROWS,
     HeadTexts,
     check_finite,
+    columns_needed,
+    label_of,
     no_tokens,
+    with_label,
     with_pair,
 )
 from petals_eval.tasks.labels import Labels, Unlabelled, spelled_keys
@@ -59,7 +62,7 @@ class ClassificationTask(Prompting):
         the text ends in one. Score of a label: the sum of the natural-log likelihoods of its word's tokens;
         normalize="mean" divides by their number, so that a long word is not at a disadvantage.
     unlabelled: "predict": rows without a label (missing, empty, or -1 where that is no label) are predicted, and are in
-        no metric; "error": they end a run before it begins.
+        no metric; their column may be missing altogether. "error": they end a run before it begins.
 
     What `Prompting` has stands around the text: a shot shows a text and its label word, or for a trained head, after a
     blank, its label name.
@@ -131,12 +134,16 @@ class ClassificationTask(Prompting):
                 "text_pair: should be left out where there are label_words, which follow one text: write both columns "
                 f"into text, found {shorten(self.text_pair)}"
             )
+        return None
+
+    def prompt_problem(self) -> str | None:
+        """Return why this task cannot have what is asked for here, or None: of a pair only one text would be read."""
         if self.text_pair is not None and self.is_prompted:
             return (
                 "text_pair: should be left out where shots, an instruction or a chat template stand around the text: "
                 f"write both columns into text, found {shorten(self.text_pair)}"
             )
-        return None
+        return super().prompt_problem()
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -161,7 +168,7 @@ class ClassificationTask(Prompting):
         rows, template = self.shot_rows, Template.parse(self.text)
         classes = None if rows is None else rows.class_names.get(self.label_column)
         labels = Labels(self.label_names, self.label_map, classes)
-        value, told = row.columns[self.label_column], {"where": where, "column": self.label_column}
+        value, told = label_of(row, self.label_column, self.unlabelled), {"where": where, "column": self.label_column}
         index = labels.index(value, **told, unlabelled=self.unlabelled)
         truth_words = ("False", "True") if rows is None else rows.truth_words
         text = template.render(row.columns, where=where, truth_words=truth_words)
@@ -198,7 +205,7 @@ class ClassificationTask(Prompting):
         if read_as in rows.passed:
             return
         texts = HeadTexts.parse(self.text, self.text_pair)
-        rows.check_columns((*texts.columns, self.label_column), self.name)
+        rows.check_columns(columns_needed(texts.columns, self.label_column, self.unlabelled), self.name)
         labels = self._labels(rows)
         for row in rows:
             self._label(row, labels, rows)
@@ -248,7 +255,7 @@ class ClassificationTask(Prompting):
         return Labels(self.label_names, self.label_map, rows.class_names.get(self.label_column))
 
     def _label(self, row: Row, labels: Labels, rows: Rows) -> int | None:
-        value, where = row.columns[self.label_column], rows.where(row)
+        value, where = label_of(row, self.label_column, self.unlabelled), rows.where(row)
         return labels.index(value, where=where, column=self.label_column, unlabelled=self.unlabelled)
 
     def _for_label_words(
@@ -329,7 +336,7 @@ class ClassificationTask(Prompting):
             yield context, after.words
 
     def _row_hash(self, row: Row, template: Template) -> str:
-        return row_hash(row.columns, (*template.columns, self.label_column))
+        return row_hash(row.columns, with_label(template.columns, self.label_column, row))
 
     def _check_words(self, continued: Continued, words: tuple[str, ...]) -> None:
         seen: dict[tuple[int, ...], str] = {}

@@ -35,7 +35,7 @@ class GenerationTask(PromptedTask):
     answer: template of the right text; or
     answer_column: the column of it, or of a list of texts any of which is right. With neither there is nothing right:
         texts are generated and not compared.
-    unlabelled: "predict": rows whose right text is missing or empty are generated and not compared; their column may be
+    unlabelled: "predict": rows whose right text is missing or empty are generated and not compared; its columns may be
         missing altogether. "error": they end a run before it begins.
     delimiter: between a text and its answer where it is shown as a shot.
     max_new_tokens: at most. How many texts were stopped by it is always counted.
@@ -159,8 +159,8 @@ class GenerationTask(PromptedTask):
         read_as = (type(self), self.model_dump_json(exclude={"name", "description", "data", "formats"}))
         if read_as in rows.passed:
             return
-        may_be_missing = self.answer_column if self.unlabelled == "predict" else None
-        rows.check_columns([column for column in self.columns_read if column != may_be_missing], self.name)
+        needed = template_of(self.text).columns if self.unlabelled == "predict" else self.columns_read
+        rows.check_columns(needed, self.name)
         for row in rows:
             self._question(row, rows.where(row), rows)
             self._references(row, rows.where(row), rows)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from petals_eval.data.rows import Row, Rows, row_hash
 from petals_eval.errors import DataError, NotFiniteError, TaskError
+from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.requests import Example, Label, Request
 from petals_eval.tasks.template import Template
 from petals_eval.tasks.tokens import tokenize
@@ -14,7 +15,16 @@ from petals_eval.validation import shorten
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["CHUNK_ROWS", "HeadTexts", "check_finite", "no_tokens", "with_pair"]
+__all__ = [
+    "CHUNK_ROWS",
+    "HeadTexts",
+    "check_finite",
+    "columns_needed",
+    "label_of",
+    "no_tokens",
+    "with_label",
+    "with_pair",
+]
 
 CHUNK_ROWS = 256
 """So many rows are tokenised together."""
@@ -64,8 +74,23 @@ class HeadTexts:
             shown = "\n".join(text)
             if not ids:
                 raise no_tokens(rows, row, shown)
-            key, hashed = str(row.index), row_hash(row.columns, (*self.columns, column))
+            key, hashed = str(row.index), row_hash(row.columns, with_label(self.columns, column, row))
             yield Example(key, label, (Request(key, 0, ids),), len(ids), truncated, shown, hashed)
+
+
+def columns_needed(texts: Sequence[str], label: str, unlabelled: Unlabelled) -> tuple[str, ...]:
+    """Return the columns that rows must have: those of the texts, and that of the labels unless rows may have none."""
+    return tuple(texts) if unlabelled == "predict" else (*texts, label)
+
+
+def label_of(row: Row, column: str, unlabelled: Unlabelled) -> object:
+    """Return what a row has as its label: nothing where the column is missing and may be. Raises KeyError otherwise."""
+    return row.columns.get(column) if unlabelled == "predict" else row.columns[column]
+
+
+def with_label(texts: Sequence[str], label: str, row: Row) -> tuple[str, ...]:
+    """Return the columns that are read of a row: those of its texts, and that of its label where there is one."""
+    return (*texts, label) if label in row.columns else tuple(texts)
 
 
 def with_pair(values: Any) -> Any:

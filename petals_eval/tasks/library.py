@@ -42,8 +42,8 @@ def load_task(task: "str | Path | Mapping[str, Any] | Task") -> Task:
     """Return a shipped task by its name, a task of your own by the path of its YAML file or by what such a file holds,
     or a task object as it is.
 
-    In a YAML file a relative path of `data` starts at the file's own folder, in a mapping at the current one. A mapping
-    without a name is called "task".
+    In a YAML file a relative path of `data`, or of the data of `shots`, starts at the file's own folder, in a mapping
+    at the current one. A mapping without a name is called "task".
     Raises TaskError, which names the file, the key, what was expected there and what was found.
     """
     if isinstance(task, Mapping):
@@ -267,9 +267,13 @@ def _distinct(group: TaskGroup) -> TaskGroup:
 
 
 def _with_own_folder(values: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """Return `values`, where a relative path of `data` that exists beside the task's file starts there."""
+    """Return `values`, where a relative path of `data`, or of that of `shots`, that exists beside the task's file
+    starts there."""
+    shots = values.get("shots")
+    if isinstance(shots, Mapping) and "data" in shots:
+        values = {**values, "shots": _with_own_folder(dict(shots), folder)}
     data = values.get("data")
-    if folder is None or not isinstance(data, dict) or not isinstance(data.get("path"), str):
+    if folder is None or not isinstance(data, Mapping) or not isinstance(data.get("path"), str):
         return values
     beside = folder / local_path(data["path"])
     return {**values, "data": {**data, "path": str(beside)}} if beside.exists() else values

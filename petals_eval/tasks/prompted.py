@@ -183,6 +183,8 @@ class Prompting(BaseModel):
                 found[name] = value
         if self.wants_shots and self.shots is not None:
             found |= {"shots": self.shots.to_json(), "separator": self.separator}
+        elif joined(self.system, self.instruction, self.separator) != self.system + self.instruction:
+            found["separator"] = self.separator
         return found
 
     def _turns(self, row: Row) -> list[Turn]:
@@ -195,8 +197,8 @@ class Prompting(BaseModel):
             )
         return [self.shown_turn(shot) for shot in self._draw.rows_for(row)]
 
-    def shown_turn(self, shot: Row) -> Turn:
-        """Return the exchange of a shot. Raises DataError for a row that has no answer."""
+    def shown_turn(self, shot: Row, *, may_lack_answer: bool = False) -> Turn:
+        """Return the exchange of a shot. Raises DataError for a row that has no answer, unless it may lack one."""
         pool, line = self.shot_rows, "" if shot.line is None else f" (line {shot.line})"
         where = f"a shot, {'' if pool is None else f'{pool.name}, '}row {shot.index}{line}"
         try:
@@ -206,7 +208,7 @@ class Prompting(BaseModel):
                 f"{where} has no column {error}, which task {getattr(self, 'name', '')} reads. Columns found: "
                 f"{', '.join(shot.columns)}."
             ) from error
-        if not turn.answer:
+        if not turn.answer and not may_lack_answer:
             raise DataError(f"{where} has no answer to show. Draw the shots from rows that have one.")
         return turn
 

@@ -19,7 +19,7 @@ from pydantic import (
 from petals_eval.data.rows import Row, Rows
 from petals_eval.data.source import DataSource, FileFormat, FileReading
 from petals_eval.errors import AdapterError, DataError, PetalsEvalError, TaskError
-from petals_eval.tasks.headed import CHUNK_ROWS, HeadTexts, check_finite, with_pair
+from petals_eval.tasks.headed import CHUNK_ROWS, HeadTexts, check_finite, columns_needed, label_of, with_pair
 from petals_eval.tasks.labels import NUMBER, Unlabelled, no_label
 from petals_eval.tasks.requests import Example, Generated, Prediction, as_float64
 from petals_eval.tasks.template import Template
@@ -121,7 +121,7 @@ class RegressionTask(BaseModel):
         if read_as in rows.passed:
             return
         texts = HeadTexts.parse(self.text, self.text_pair)
-        rows.check_columns((*texts.columns, self.label_column), self.name)
+        rows.check_columns(columns_needed(texts.columns, self.label_column, self.unlabelled), self.name)
         names = rows.class_names.get(self.label_column)
         if names is not None:
             raise DataError(
@@ -155,7 +155,7 @@ class RegressionTask(BaseModel):
         return example.predicted(number, [(number,)])
 
     def _label(self, row: Row, rows: Rows) -> float | None:
-        value = row.columns[self.label_column]
+        value = label_of(row, self.label_column, self.unlabelled)
         number = _number(value)
         lowest, highest = self.label_range or (float("-inf"), float("inf"))
         if number is not None and lowest <= number <= highest:

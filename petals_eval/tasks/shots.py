@@ -15,7 +15,7 @@ from petals_eval.data.rows import Row, Rows, row_hash
 from petals_eval.data.source import DataSource
 from petals_eval.errors import DataError
 
-__all__ = ["Draw", "Shots", "draw_shots"]
+__all__ = ["Draw", "Shots", "content_in_both", "draw_shots"]
 
 LM_EVAL_SEED = 1234
 """The seed with which lm-evaluation-harness draws shots unless it is told another."""
@@ -36,11 +36,13 @@ class Shots(BaseModel):
         in their order (api/samplers.py, ContextSampler), so that a whole data set gets the shots that it has there.
     seed: of the draw.
     balanced: as many rows of each label as of any other; what is left over goes to labels drawn by the seed.
-    leave_out_self: whether a row, and what equals it, is never a shot of its own question; unless said, where shots
-        are drawn anew for each row and from the evaluated rows. lm-evaluation-harness does so (it draws one more) for
-        tasks without a test split, too, and for those whose shots come from it.
+    leave_out_self: whether a row, and what equals it, is never a shot of its own question, where shots are drawn anew
+        for each row: so it is unless this is false, wherever they come from. "lm_eval" takes one more out of the
+        evaluated rows, or where this is true, as lm-evaluation-harness does for tasks without a test split and for
+        those whose shots come from it. Out of others it draws as that does, and only a shot that equals its question,
+        which that would show, is drawn again.
 
-    Shots that are the same for all rows and drawn from the evaluated rows leave the evaluation.
+    Where shots are the same for all rows, what equals one of them leaves the evaluation.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -123,8 +125,8 @@ def draw_shots(
     Raises DataError where there are too few rows.
     """
     count = settings.number
-    leave_out_self = settings.leave_out_self if settings.leave_out_self is not None else is_shared
-    reader = _Reader(pool)
+    leave_out_self = settings.leave_out_self is not False
+    content, reader = content_in_both(pool, evaluated), _Reader(pool)
     groups: list[Sequence[int]] = [range(len(pool))]
     if settings.balanced and label_of is not None:
         groups = _by_label(pool, label_of)
@@ -139,12 +141,17 @@ def draw_shots(
         shown = [[row_hash(row.columns, row.columns)] for row in reader.at(fixed)]
         return Draw(pool, lambda row: same, fixed, _sha256(json.dumps(shown)), reader)
     if settings.how == "lm_eval":
-        return _as_lm_eval_draws(pool, evaluated, count, seed, leave_out_self=leave_out_self, reader=reader)
+        draws_one_more = settings.leave_out_self if settings.leave_out_self is not None else is_shared
+        if leave_out_self and not draws_one_more:
+            return _as_lm_eval_draws(pool, evaluated, count, seed, content, reader, draws_again=True)
+        return _as_lm_eval_draws(pool, evaluated, count, seed, content, reader, draws_one_more=draws_one_more)
 
     def for_row(row: Row) -> list[int]:
+        own = content(row)
+
         def is_another(position: int) -> bool:
             [shot] = reader.at([position])
-            return not (is_shared and shot.index == row.index) and dict(shot.columns) != dict(row.columns)
+            return not (is_shared and shot.index == row.index) and content(shot) != own
 
         allowed = is_another if leave_out_self else lambda position: True
         return _chosen(_Generator(f"{seed} {row.index}"), groups, count, allowed, pool)
@@ -189,34 +196,54 @@ def _by_label(pool: Rows, label_of: Callable[[Row], Hashable]) -> list[Sequence[
     return [groups[label] for label in sorted(groups, key=str)]
 
 
+def content_in_both(pool: Rows, evaluated: Rows) -> Callable[[Row], str]:
+    """Return what gives equal rows of a pool and of the evaluated rows the same text, whatever their places are.
+
+    Equal are rows that hold the same in every column. Where the one source has more columns than the other, such as the
+    labels that a hidden test set lacks, these do not count.
+    """
+    ours, theirs = set(pool.columns), set(evaluated.columns)
+    counted = ours & theirs if ours <= theirs or theirs <= ours else None
+    return lambda row: row_hash(row.columns, row.columns if counted is None else counted)
+
+
 def _as_lm_eval_draws(
-    pool: Rows, evaluated: Rows, count: int, seed: int, *, leave_out_self: bool, reader: "_Reader"
+    pool: Rows,
+    evaluated: Rows,
+    count: int,
+    seed: int,
+    content: Callable[[Row], str],
+    reader: "_Reader",
+    *,
+    draws_one_more: bool = False,
+    draws_again: bool = False,
 ) -> Draw:
-    """Draw for one row after the other with `Random(seed).sample`, as ContextSampler.sample of 0.4.13 does."""
+    """Draw for one row after the other with `Random(seed).sample`, as ContextSampler.sample of 0.4.13 does.
+
+    draws_one_more: leave out what equals the row as that does. draws_again: draw as that does where nothing is left
+    out, but then draw anew for what equals the row, by another generator: the draws of other rows stay as they are.
+    """
     import numpy as np
 
-    _enough(count + leave_out_self, len(pool), pool)
+    _enough(count + draws_one_more, len(pool), pool)
     random = Random(seed)
-    hashes = [_content(row) for row in pool] if leave_out_self else []
+    hashes = [content(row) for row in pool] if draws_one_more or draws_again else []
     places: dict[int, int] = {}
     chosen = np.empty((len(evaluated), count), np.int64)
     for place, row in enumerate(evaluated):
         places[row.index] = place
-        if not leave_out_self:
-            chosen[place] = random.sample(range(len(pool)), count)
-            continue
-        own = _content(row)
-        others = [at for at in random.sample(range(len(pool)), count + 1) if hashes[at] != own][:count]
+        drawn = random.sample(range(len(pool)), count + draws_one_more)
+        others = drawn
+        if hashes:
+            own = content(row)
+            others = [at for at in drawn if hashes[at] != own][:count]
         if len(others) < count:
-            unlike = [at for at, content in enumerate(hashes) if content != own]
-            others = random.sample(unlike, _enough(count, len(unlike), pool))
+            unlike = [at for at, each in enumerate(hashes) if each != own]
+            again = random if draws_one_more else Random(f"{seed} {row.index}")
+            others = again.sample(unlike, _enough(count, len(unlike), pool))
         chosen[place] = others
-    drawn = hashlib.sha256(pool.fingerprint.encode() + chosen.astype("<i8").tobytes()).hexdigest()
-    return Draw(pool, lambda row: chosen[places[row.index]].tolist(), None, drawn, reader)
-
-
-def _content(row: Row) -> str:
-    return row_hash(row.columns, row.columns)
+    which = hashlib.sha256(pool.fingerprint.encode() + chosen.astype("<i8").tobytes()).hexdigest()
+    return Draw(pool, lambda row: chosen[places[row.index]].tolist(), None, which, reader)
 
 
 def _enough(wanted: int, found: int, pool: Rows, *, of_a_label: bool = False) -> int:

@@ -36,7 +36,7 @@ def test_a_dry_run_shows_the_whole_prompt(stage: Stage, copa: Path) -> None:
     assert outcome.code == 0
     shown = outcome.out.partition("would send")[0]
     assert shown.count("  | Lily saw ") == 6  # two examples, each with two shots before its question
-    assert "note: 2 rows of rows.jsonl are shots and left out of the evaluation" in outcome.out
+    assert "note: 2 rows of rows.jsonl are shots and are left out of the evaluation" in outcome.out
 
 
 def test_draws_are_shown_by_their_mean_and_spread(stage: Stage, copa: Path) -> None:

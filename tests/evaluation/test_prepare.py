@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 import petals_eval.data.files
-from petals_eval.errors import AdapterError, DataError, RunFolderError
+from petals_eval.errors import AdapterError, ConfigError, DataError, RunFolderError
 from petals_eval.evaluation.prepare import prepare
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.swarm import SwarmConnection
-from petals_eval.tasks import ClassificationTask
+from petals_eval.tasks import ClassificationTask, ContinuationTask, PerplexityTask
 from tests.cli.invoking import invoke
 from tests.fake_model import TASK, FakeModel, evaluate, write_rows
 
@@ -107,6 +107,14 @@ def test_a_head_of_another_task_is_told_in_python_before_anything_is_sent(tmp_pa
         evaluate(model, write_rows(tmp_path / "rows.csv"), tmp_path / "run")
     assert not model.sent
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "task", [PerplexityTask(name="own", text="{text}"), ContinuationTask(name="own", text="It is", target="{text}")]
+)
+def test_what_becomes_of_rows_without_labels_is_no_question_where_none_has_any(tmp_path, task):
+    with pytest.raises(ConfigError, match=f"--unlabelled: task own has no labels .*: one of kind {task.kind} asks how"):
+        evaluate(FakeModel(), write_rows(tmp_path / "rows.csv"), None, task, unlabelled="predict")
 
 
 def test_what_lies_here_is_checked_before_the_model_is_looked_for(tmp_path):

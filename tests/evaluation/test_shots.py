@@ -5,9 +5,11 @@ import json
 import pytest
 
 import petals_eval
+from petals_eval.config import PromptSettings
 from petals_eval.data import DataSource
 from petals_eval.errors import ConfigError, DataError, DeadlineError, ModelError, RunFolderError, TaskError
 from petals_eval.evaluation.prepare import prepare
+from petals_eval.evaluation.shots import with_prompt
 from petals_eval.tasks import ClassificationTask
 from tests.fake_model import FakeModel, Tokenizer
 
@@ -58,8 +60,6 @@ def side(made=None):
 
 
 def prepared(source, **options):
-    from petals_eval.config import PromptSettings
-
     shown = {name: options.pop(name) for name in tuple(options) if name in PromptSettings.model_fields}
     options.setdefault("task", task())
     return prepare(side, data=source, prompt=PromptSettings(**shown), is_kept=False, **options)
@@ -85,7 +85,7 @@ def test_shots_of_the_evaluated_rows_leave_the_evaluation_and_the_run_says_how_m
 
     result = evaluate(source, tmp_path / "run", shots=4, progress=Progress())
     assert result.first.n_examples == COUNT - 4
-    assert "note: 4 rows of rows.csv are shots and left out of the evaluation" in said
+    assert "note: 4 rows of rows.csv are shots and are left out of the evaluation" in said
     run = prepared(source, shots=4)
     shots = {shot.index for shot in run.variants[0].task._draw.rows_for(next(iter(run.rows)))}
     assert {line["key"] for line in lines_of(tmp_path / "run")} == {str(n) for n in range(COUNT)} - set(map(str, shots))
@@ -112,7 +112,7 @@ def test_shots_stand_in_the_prompt_with_their_label_names(source):
 
 def test_shots_from_another_file(source, tmp_path):
     (tmp_path / "train.csv").write_text("text,label\nthe first,good\nthe second,bad\n")
-    run = prepared(source, shots=2, shots_data=str(tmp_path / "train.csv"))
+    run = prepared(source, shots=2, shots_data=tmp_path / "train.csv")
     assert len(run.part) == COUNT
     assert run.notes == ()
     [text] = {text.replace(f"film {key}", "film") for key, text in texts(run).items()}
@@ -127,6 +127,48 @@ def test_the_same_file_under_another_name_holds_the_evaluated_rows(source, tmp_p
 
     (tmp_path / "again.csv").write_bytes(Path(source.path).read_bytes())
     assert len(prepared(source, shots=2, shots_data=str(tmp_path / "again.csv")).part) == COUNT - 2
+
+
+def part_of(source, tmp_path, rows):
+    """A file with the first of the rows, some of them a second time at its end."""
+    from pathlib import Path
+
+    head, *lines = Path(source.path).read_text().splitlines()
+    (tmp_path / "part.csv").write_text("\n".join([head, *lines[:rows], *lines[:2]]) + "\n")
+    return DataSource(path=str(tmp_path / "part.csv"))
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_rows_that_equal_a_shot_out_of_a_file_with_more_of_them_leave_the_evaluation(source, tmp_path, draws):
+    part = part_of(source, tmp_path, 20)
+    run = prepared(part, shots=9, shots_data=source.path, draws=draws)
+    shots = {shot.columns["text"] for each in run.variants for shot in each.task._draw.rows_for(next(iter(run.part)))}
+    kept = [row.columns["text"] for row in run.part]
+    assert not shots & set(kept)
+    whole = [f"film {n}" for n in (*range(20), 0, 1)]
+    assert kept == [text for text in whole if text not in shots]
+    left_out = len(whole) - len(kept)
+    assert 2 <= left_out == run.manifest.run_settings["rows_left_out"]
+    which = " of one of the 2 draws" if draws == 2 else ""
+    assert f"{left_out} rows of part.csv equal shots{which} and are left out of the evaluation" in run.notes
+    limited = prepared(part, shots=9, shots_data=source.path, draws=draws, limit=5)
+    assert not shots & {row.columns["text"] for row in limited.part}
+    assert len(limited.part) == 5
+
+
+def test_a_copy_of_a_shot_leaves_the_evaluation_with_it(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "the same,good\n" * 3 + "another,bad\n")
+    run = prepared(DataSource(path=str(path)), task=task(shots={"count": 1, "draw": "first"}))
+    assert [row.columns["text"] for row in run.part] == ["another"]
+
+
+@pytest.mark.parametrize("how", ["row", "lm_eval"])
+def test_no_row_is_its_own_shot_out_of_a_file_with_more_of_them(source, tmp_path, how):
+    run = prepared(part_of(source, tmp_path, 20), task=task(shots={"count": 25, "draw": how}), shots_data=source.path)
+    assert len(run.part) == 22
+    for row in run.part:
+        assert row.columns["text"] not in {s.columns["text"] for s in run.variants[0].task._draw.rows_for(row)}
 
 
 def test_a_split_of_the_same_folder(tmp_path):
@@ -298,6 +340,8 @@ def test_rows_are_prepared_before_anything_reads_them(source, tmp_path):
         evaluate(source, task=tmp_path / "films.yaml")
     run = prepared(source, task=tmp_path / "films.yaml", allow_task_code=True)
     assert len(run.part) == COUNT - 1
+    longer = prepared(source, task=tmp_path / "films.yaml", allow_task_code=True, max_length=600, fail_under=["mcc=0"])
+    assert texts(longer) == texts(run)
     for key, text in texts(run).items():
         assert text.startswith("FILM ")
         assert text.endswith(f"\n\nFILM {key}")
@@ -307,6 +351,30 @@ def test_rows_are_prepared_before_anything_reads_them(source, tmp_path):
         file.write("# another\n")
     with pytest.raises(RunFolderError, match=r"setting\.prepare_code: was"):
         evaluate(source, tmp_path / "run", task=tmp_path / "films.yaml", allow_task_code=True)
+
+
+@pytest.mark.parametrize("how", ["fixed", "first", "row", "lm_eval"])
+def test_a_row_without_an_answer_is_predicted_and_no_shot(tmp_path, how):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"film {n},{'good' if n % 3 == 1 else ''}\n" for n in range(12)))
+    own = task(shots={"count": 3, "draw": how}, unlabelled="predict")
+    run = prepared(DataSource(path=str(path)), task=own)
+    assert "8 rows of rows.csv have no answer to show: not drawn as shots" in run.notes
+    shots = [shot.index for shot in run.variants[0].task._draw.rows_for(next(iter(run.part)))]
+    assert len(shots) == 3
+    assert {index % 3 for index in shots} == {1}
+    kept = {row.index for row in run.part}
+    assert kept == set(range(12)) - (set(shots) if how in ("fixed", "first") else set())
+    assert all(" is good\n\n" in text for text in texts(run).values())
+
+
+@pytest.mark.parametrize("asked", [{"shots": 2}, {"chat": True}, {"system": "Be brief."}])
+def test_a_pair_of_texts_is_not_cut_to_its_first_one(asked):
+    pair = task(text_pair="{other}")
+    with pytest.raises(
+        ConfigError, match=r"task films: text_pair: should be left out where shots, .*found '\{other\}'"
+    ):
+        with_prompt(pair, PromptSettings(**asked))
 
 
 def test_a_row_whose_prompt_is_too_long_is_a_failure_with_the_numbers(tmp_path):

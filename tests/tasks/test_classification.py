@@ -46,6 +46,14 @@ def test_the_tokens_are_those_of_the_tokenizer_cut_to_96(realdata, tokenizer, na
     assert any(made.truncated for made in found) == (name == "sst2")
 
 
+@pytest.mark.parametrize("changes", [{}, {"label_words": [" no", " yes"]}, {"instruction": "Judge. "}])
+def test_a_hidden_test_set_without_the_column_of_labels_is_predicted(tokenizer, changes):
+    with pytest.raises(DataError, match="has no column label"):
+        examples(task_of(**changes), [{"text": "a"}], tokenizer)
+    [made] = examples(task_of(unlabelled="predict", **changes), [{"text": "a"}], tokenizer)
+    assert (made.label, len(made.requests[0].input_ids) > 0, len(made.row_hash)) == (None, True, 16)
+
+
 def test_the_first_tokens_stay_whatever_side_the_tokenizer_cuts(tokenizer):
     tokenizer.truncation_side = "left"
     try:

@@ -162,6 +162,8 @@ def test_rows_without_a_right_text_are_generated_and_not_compared_where_that_is_
     assert found["exact_match"].value == 1.0 and "of 1 of 3 examples" in found["exact_match"].note
     assert found["stopped_by_length"].note is None
     assert examples(definition, [{"q": "no such column"}])[0].reference is None
+    by_template = task(answer="{a}, {b}", unlabelled="predict")
+    assert examples(by_template, [{"q": "no such columns"}])[0].reference is None
 
 
 class Forgetful(Tokenizer):

@@ -1,5 +1,6 @@
 """Tasks by name and by file, the data they read, and what is said of a wrong file."""
 
+import json
 import subprocess
 import sys
 from types import MappingProxyType
@@ -8,9 +9,10 @@ import datasets
 import pytest
 
 from petals_eval.data import DataSource, load_rows
+from petals_eval.data.yaml_text import read_yaml
 from petals_eval.errors import ConfigError, DataError, TaskError
 from petals_eval.metrics import check_metric_names
-from petals_eval.tasks import ClassificationTask, Task, list_tasks, load_task, resolve_source
+from petals_eval.tasks import ClassificationTask, Task, list_tasks, load_group, load_task, resolve_source
 
 GOOD = """
 text: "{text}"
@@ -99,6 +101,17 @@ def test_data_beside_the_task_file(tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\na,pos\n")
     task = load_task(written(tmp_path, GOOD + "data: {path: rows.csv}\n"))
     assert len(load_rows(resolve_source(task))) == 1
+
+
+def test_shots_beside_the_task_file_and_beside_that_of_a_group(tmp_path):
+    (tmp_path / "shots.csv").write_text("text,label\na,pos\n")
+    definition = GOOD + "shots: {count: 1, data: {path: shots.csv}}\n"
+    assert load_task(written(tmp_path, definition)).shots.data.path == str(tmp_path / "shots.csv")
+    member = {**read_yaml(definition), "name": "one"}
+    (tmp_path / "group.yaml").write_text(json.dumps({"group": "both", "tasks": [member]}))
+    assert load_group(tmp_path / "group.yaml").tasks[0].shots.data.path == str(tmp_path / "shots.csv")
+    elsewhere = definition.replace("shots.csv", "other.csv")
+    assert load_task(written(tmp_path, elsewhere)).shots.data.path == "other.csv"
 
 
 @pytest.mark.parametrize(

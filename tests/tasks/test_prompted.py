@@ -262,5 +262,8 @@ def test_the_fingerprint_tells_what_stands_around(kind):
     assert not {"shots", "chat", "instruction", "system", "separator", "prepare"} & plain.keys()
     changes = [{"shots": 2}, {"shots": 3}, {"chat": True}, {"instruction": "x"}, {"system": "x"}, {"prepare": "a:b"}]
     changes += [{"shots": 2, "separator": "\n"}]
+    changes += [{"system": "x", "instruction": "y", **more} for more in ({}, {"separator": "\n"}, {"separator": ""})]
+    one_text = [{"system": "x", "instruction": " y", **more} for more in ({}, {"separator": "\n"})]
+    assert kind(**one_text[0]).fingerprint() == kind(**one_text[1]).fingerprint()  # nothing stands between them
     every = [plain, *(kind(**each).fingerprint() for each in changes)]
     assert all(one != other for at, one in enumerate(every) for other in every[:at])

@@ -51,6 +51,14 @@ def test_a_row_without_a_label_is_predicted_where_that_is_asked_for(value):
     assert labels([value], unlabelled="predict") == [None]
 
 
+def test_a_hidden_test_set_without_the_column_of_numbers_is_predicted():
+    rows = rows_of([{"a": "one", "b": "two"}])
+    with pytest.raises(DataError, match="has no column score"):
+        list(task_of().examples(rows, letters))
+    [made] = task_of(unlabelled="predict").examples(rows, letters)
+    assert made.label is None
+
+
 def test_without_a_range_minus_one_is_a_number():
     assert labels([-1.0, 7.0], label_range=None) == [-1.0, 7.0]
 

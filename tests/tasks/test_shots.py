@@ -69,11 +69,18 @@ def test_a_row_is_no_shot_of_its_own_and_neither_is_its_like():
         drawn({"count": 11, "draw": "row"}, pool, is_shared=True)
 
 
-def test_a_pool_of_other_rows_may_hold_the_same_text_unless_that_is_left_out():
+def test_what_equals_a_row_is_no_shot_of_it_wherever_shots_come_from_unless_that_is_asked_for():
     pool, evaluated = numbers(4), numbers(4, name="others")
-    assert any(index in shots for index, shots in enumerate(drawn({"count": 3, "draw": "row"}, pool, evaluated)))
-    left_out = drawn({"count": 3, "draw": "row", "leave_out_self": True}, pool, evaluated)
-    assert not any(index in shots for index, shots in enumerate(left_out))
+    default = drawn({"count": 3, "draw": "row"}, pool, evaluated)
+    assert not any(index in shots for index, shots in enumerate(default))
+    as_it_comes = drawn({"count": 3, "draw": "row", "leave_out_self": False}, pool, evaluated)
+    assert any(index in shots for index, shots in enumerate(as_it_comes))
+
+
+def test_a_column_that_one_of_both_lacks_tells_no_rows_apart():
+    hidden = rows_of([{"text": f"row {index}"} for index in range(4)])
+    for index, shots in enumerate(drawn({"count": 3, "draw": "row"}, numbers(4), hidden)):
+        assert index not in shots
 
 
 @pytest.mark.parametrize("how", ["fixed", "row"])
@@ -88,7 +95,7 @@ def test_a_balanced_draw_has_as_many_rows_of_each_label(how):
     }
     assert len(orders) > 10  # labels do not stand in their own order
     with pytest.raises(DataError, match="expected at least 20 rows of each label to draw from in data, found 10"):
-        drawn({"count": 60, "draw": how, "balanced": True}, pool)
+        drawn({"count": 60, "draw": how, "balanced": True, "leave_out_self": False}, pool)
 
 
 @pytest.mark.parametrize("pool_size", [8, 400])
@@ -97,7 +104,12 @@ def test_draws_like_those_of_lm_evaluation_harness(pool_size):
     pool, evaluated = numbers(pool_size), numbers(20, name="others")
     random = Random(1234)
     expected = [random.sample(list(range(pool_size)), 5) for _ in range(20)]
-    assert drawn({"count": 5, "draw": "lm_eval"}, pool, evaluated, seed=1234) == expected
+    settings = {"count": 5, "draw": "lm_eval"}
+    assert drawn({**settings, "leave_out_self": False}, pool, evaluated, seed=1234) == expected
+    for index, (shots, before) in enumerate(zip(drawn(settings, pool, evaluated, seed=1234), expected, strict=True)):
+        assert index not in shots
+        if index not in before:  # another row's question among its shots does not change these
+            assert shots == before
 
 
 def test_its_draws_for_tasks_whose_shots_may_hold_the_document():
