@@ -43,6 +43,8 @@ def refused(function, *arguments, **options) -> str:
         ({"unlabelled": "ignore"}, "unlabelled: expected 'error' or 'predict'"),
         ({"without_prompts": "perhaps"}, "without_prompts: expected true or false"),
         ({"out": 7}, "out: expected text .found 7"),
+        ({"save_texts": "perhaps"}, "save_texts: expected true or false"),
+        ({"shots_data": 7}, "shots_data: expected text .found 7"),
         ({"tokens_per_micro_batch": 0}, "tokens_per_micro_batch: expected more than 0"),
         ({"tokens_per_micro_batch": "big"}, "tokens_per_micro_batch: expected a whole number"),
         ({"progress": print}, "progress: expected an object with the methods update"),

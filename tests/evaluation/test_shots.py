@@ -112,7 +112,7 @@ def test_shots_stand_in_the_prompt_with_their_label_names(source):
 
 def test_shots_from_another_file(source, tmp_path):
     (tmp_path / "train.csv").write_text("text,label\nthe first,good\nthe second,bad\n")
-    run = prepared(source, shots=2, shots_data=str(tmp_path / "train.csv"))
+    run = prepared(source, shots=2, shots_data=tmp_path / "train.csv")
     assert len(run.part) == COUNT
     assert run.notes == ()
     [text] = {text.replace(f"film {key}", "film") for key, text in texts(run).items()}
