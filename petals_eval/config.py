@@ -304,7 +304,7 @@ class PromptSettings(Settings, heading=TASK):
     shots: Annotated[int, Field(ge=0)] | None = option(
         None, "Rows that stand before each question with their answers.", unset="the task's"
     )
-    shots_data: str | None = option(
+    shots_data: Place | None = option(
         None, "File or hub name to draw shots from.", "DATA", unset="the evaluated data set"
     )
     shots_split: str | None = option(None, "Split to draw shots from.", "NAME", unset="the task's, or train")

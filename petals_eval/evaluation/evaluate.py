@@ -43,7 +43,7 @@ class _Options(TypedDict, total=False):
     unlabelled: Literal["error", "predict"] | None
     without_prompts: bool
     shots: int | None
-    shots_data: str | None
+    shots_data: str | Path | None
     shots_split: str | None
     shots_seed: int | None
     draws: int
@@ -84,7 +84,7 @@ def evaluate(
     unlabelled: Literal["error", "predict"] | None = None,
     without_prompts: bool = False,
     shots: int | None = None,
-    shots_data: str | None = None,
+    shots_data: str | Path | None = None,
     shots_split: str | None = None,
     shots_seed: int | None = None,
     draws: int = 1,
@@ -138,6 +138,7 @@ def evaluate(
         "without_prompts": without_prompts,
         "out": out,
         "tokens_per_micro_batch": tokens_per_micro_batch,
+        "save_texts": save_texts,
     }
     _Values(**values)
     check_progress(progress)
@@ -204,6 +205,7 @@ class _Values(Settings):
     without_prompts: bool
     out: Place | None
     tokens_per_micro_batch: Positive | None
+    save_texts: bool
 
 
 def is_remote_model(model: object) -> bool:
