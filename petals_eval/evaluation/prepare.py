@@ -176,8 +176,7 @@ def prepare(
 
     def read() -> RowsAndShots:
         loaded = given if isinstance(given, Rows) else load_rows(given)
-        rows = getattr(asked, "documents", lambda rows: rows)(loaded)
-        return rows_and_shots(asked, rows, source, code, limit=limit, seed=seed, draws=prompt.draws)
+        return rows_and_shots(asked, loaded, source, code, limit=limit, seed=seed, draws=prompt.draws)
 
     if source is None or is_local(source):
         found, side = read(), open_side()

@@ -5,10 +5,12 @@ import json
 import pytest
 
 import petals_eval
-from petals_eval.data import DataSource
+from petals_eval.data import DataSource, rows_of
 from petals_eval.errors import ConfigError, DataError, DeadlineError, ModelError, RunFolderError, TaskError
 from petals_eval.evaluation.prepare import prepare
-from petals_eval.tasks import ClassificationTask
+from petals_eval.evaluation.shots import rows_and_shots
+from petals_eval.tasks import ClassificationTask, PerplexityTask
+from petals_eval.tasks.row_code import RowCode
 from tests.fake_model import FakeModel, Tokenizer
 
 COUNT = 30
@@ -307,6 +309,17 @@ def test_rows_are_prepared_before_anything_reads_them(source, tmp_path):
         file.write("# another\n")
     with pytest.raises(RunFolderError, match=r"setting\.prepare_code: was"):
         evaluate(source, tmp_path / "run", task=tmp_path / "films.yaml", allow_task_code=True)
+
+
+def test_rows_are_prepared_before_they_become_documents():
+    def clean(row):
+        return {"text": row["page"].strip().upper()}
+
+    pages = PerplexityTask(name="pages", text="{text}", rows_per_document=2, separator="+", prepare="words:clean")
+    rows = rows_of([{"page": " a "}, {"page": " b "}, {"page": " c "}])
+    code = RowCode("words:clean", clean, None)
+    found = rows_and_shots(pages, rows, None, code, limit=None, seed=0, draws=1)
+    assert [row.columns for row in found.rows] == [{"text": "A+B"}, {"text": "C"}]
 
 
 def test_a_row_whose_prompt_is_too_long_is_a_failure_with_the_numbers(tmp_path):
