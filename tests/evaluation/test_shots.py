@@ -210,6 +210,13 @@ def test_several_draws_give_their_mean_and_spread(source, tmp_path):
     assert "no prompts, draw 3" in report
 
 
+def test_the_predictions_of_all_draws_are_in_the_result(source):
+    result = evaluate(source, task=task(shots=2), draws=3)
+    of_draws = [draw.predictions for draw in result.first.draws]
+    assert all(len(each) == draw.n_scored for each, draw in zip(of_draws, result.first.draws, strict=True))
+    assert result.predictions == (*of_draws[0], *of_draws[1], *of_draws[2]) != ()
+
+
 def test_each_draw_is_the_run_of_its_seed(source):
     """All have the same rows: those that are shots of none of the draws."""
     several = prepared(source, shots=4, draws=3, shots_seed=10)
