@@ -7,9 +7,10 @@ from types import MappingProxyType
 import datasets
 import pytest
 
+import petals_eval
 from petals_eval.data import DataSource, load_rows
 from petals_eval.errors import ConfigError, DataError, TaskError
-from petals_eval.metrics import check_metric_names
+from petals_eval.metrics import KINDS, check_metric_names
 from petals_eval.tasks import ClassificationTask, Task, list_tasks, load_task, resolve_source
 
 GOOD = """
@@ -52,6 +53,14 @@ def test_the_shipped_tasks():
         assert check_metric_names(task.metrics, task.kind, label_names=task.label_names) == task.metrics
         assert task.description
         assert resolve_source(task).split in ("test", "validation", "validation_matched")
+
+
+def test_every_kind_of_task_may_be_written_in_python():
+    kinds = [name for name in petals_eval.tasks.__all__ if name.endswith("Task") and name != "Task"]
+    assert len(kinds) == len(KINDS)
+    for name in kinds:
+        assert getattr(petals_eval, name) is getattr(petals_eval.tasks, name)
+        assert name in dir(petals_eval)
 
 
 def test_listing_tasks_imports_nothing_heavy():
