@@ -327,7 +327,10 @@ def _with_unlabelled(task: Task, unlabelled: Unlabelled | None) -> Task:
         return task
     if not isinstance(task, BaseModel) or not hasattr(task, "unlabelled"):
         raise ConfigError(f"--unlabelled: task {task.name} has no labels that could be missing.")
-    return cast(Task, task.model_copy(update={"unlabelled": unlabelled}))
+    changed = task.model_copy(update={"unlabelled": unlabelled})
+    if isinstance(changed, Prompting) and (problem := changed.prompt_problem()):
+        raise ConfigError(f"task {task.name}: {problem}.")
+    return cast(Task, changed)
 
 
 def _with_metrics(task: Task, names: Sequence[str]) -> Task:

@@ -61,6 +61,7 @@ class PerplexityTask(PromptedTask):
     """
 
     without_shots: ClassVar[str | None] = "has no questions"
+    without_labels: ClassVar[str | None] = "has documents alone, and no labels that could be missing"
 
     kind: Literal["perplexity"] = "perplexity"
     text: str

@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
+import petals_eval
 import petals_eval.data.files
-from petals_eval.errors import AdapterError, DataError, RunFolderError
+from petals_eval.errors import AdapterError, ConfigError, DataError, RunFolderError, TaskError
 from petals_eval.evaluation.prepare import prepare
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.swarm import SwarmConnection
-from petals_eval.tasks import ClassificationTask
+from petals_eval.tasks import ClassificationTask, ContinuationTask, PerplexityTask
 from tests.cli.invoking import invoke
 from tests.fake_model import TASK, FakeModel, evaluate, write_rows
 
@@ -107,6 +108,24 @@ def test_a_head_of_another_task_is_told_in_python_before_anything_is_sent(tmp_pa
         evaluate(model, write_rows(tmp_path / "rows.csv"), tmp_path / "run")
     assert not model.sent
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        PerplexityTask(name="t", text="{text}"),
+        ContinuationTask(name="t", text="{text}", target="{label}"),
+    ],
+    ids=lambda task: task.kind,
+)
+def test_rows_without_a_label_are_asked_for_where_there_are_labels(asked, tmp_path):
+    source = write_rows(tmp_path / "rows.csv")
+    with pytest.raises(
+        ConfigError, match=f"task t: unlabelled: a task of kind {asked.kind} has .* Leave unlabelled out"
+    ):
+        petals_eval.evaluate(FakeModel(), task=asked, data=source, unlabelled="predict")
+    with pytest.raises(TaskError, match=f"unlabelled: a task of kind {asked.kind} has "):
+        type(asked)(**asked.model_dump(exclude_unset=True), unlabelled="predict")
 
 
 def test_what_lies_here_is_checked_before_the_model_is_looked_for(tmp_path):
