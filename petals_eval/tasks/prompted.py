@@ -246,6 +246,7 @@ class PromptedTask(Prompting):
     _context: int | None = PrivateAttr(default=None)
 
     def prompt_problem(self) -> str | None:
+        """Return why this kind cannot have what is asked for here, rows without labels among it, or None."""
         if self.without_labels is not None and self.unlabelled == "predict":
             kind = getattr(self, "kind", "")
             return f"unlabelled: a task of kind {kind} {self.without_labels}. Leave unlabelled out"
