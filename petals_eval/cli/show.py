@@ -47,12 +47,16 @@ def show(
 
 def _show_group(folder: Path, settings: ResultSettings) -> int:
     from petals_eval.cli.evaluation import show_group
-    from petals_eval.runs import GroupResult
-    from petals_eval.runs.thresholds import parse_thresholds
+    from petals_eval.runs import GroupResult, RunFolder
+    from petals_eval.runs.thresholds import check_parts, parse_thresholds
+    from petals_eval.tasks.group import folder_name
 
     result = GroupResult.of_folder(folder)
     thresholds = {
         name: parse_thresholds(settings.fail_under, settings.fail_over, each.first.label_names, kind=each.kind)
         for name, each in result.tasks.items()
     }
+    for name, asked in thresholds.items():
+        with RunFolder.open(folder / folder_name(name)) as opened:
+            check_parts(asked, opened.manifest.answer_columns)
     return show_group(result, folder, thresholds, settings)
