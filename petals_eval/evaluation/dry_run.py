@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from petals_eval.data import micro_batches
 from petals_eval.errors import ExampleError
 from petals_eval.evaluation.prepare import Prepared
-from petals_eval.runs.results import LABELLED_KINDS
+from petals_eval.runs.results import LABELLED_KINDS, OF_TEXTS_ALONE
 from petals_eval.swarm.scheduling.tuning import SizePolicy
 from petals_eval.tasks import describe_example, show_example
 from petals_eval.tasks.requests import Example, Request
@@ -123,7 +123,10 @@ def dry_run(prepared: Prepared, adapter: "Adapter | None", *, show: int = 2) -> 
 
     how = (tokenizer, prefix, task.label_names, pooled_token)
     notes: dict[str, None] = {}
-    counted = _Counted(prefix, getattr(tokenizer, "bos_token_id", None), task.kind in LABELLED_KINDS)
+    # Of texts the right one is the reference: those that are to be compared may lack theirs.
+    is_compared = task.kind == "generation" and any(name not in OF_TEXTS_ALONE for name in task.columns)
+    answer = "label" if task.kind in LABELLED_KINDS else "reference" if is_compared else None
+    counted = _Counted(prefix, getattr(tokenizer, "bos_token_id", None), answer)
 
     def requests() -> Iterator[Request]:
         """Yield the requests of one forward pass each; all are counted."""
@@ -211,12 +214,12 @@ def _unused_tensors(local: "LocalPart", adapter: "Adapter | None") -> Iterator[s
 
 @dataclass(slots=True)
 class _Counted:
-    """What a dry run counts. prefix: tuned prompt tokens. bos: the beginning-of-text token. may_be_unlabelled: whether
-    a missing label is worth a word."""
+    """What a dry run counts. prefix: tuned prompt tokens. bos: the beginning-of-text token. answer: what of an example
+    says what is right; None: nothing does, and it is not worth a word."""
 
     prefix: int
     bos: int | None
-    may_be_unlabelled: bool
+    answer: str | None
     examples: int = 0
     tokens: int = 0
     truncated: int = 0
@@ -237,7 +240,7 @@ class _Counted:
         self.examples += 1
         self.tokens += example.n_tokens
         self.truncated += example.truncated
-        self.unlabelled += self.may_be_unlabelled and example.label is None
+        self.unlabelled += self.answer is not None and getattr(example, self.answer) is None
 
     def fail(self, example: Example, error: ExampleError) -> None:
         self.failed += 1
