@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from petals_eval.runs.group_result import GroupResult
     from petals_eval.runs.results import AdapterResult, RunResult
     from petals_eval.swarm import RemoteSequential, SwarmConnection
-    from petals_eval.tasks import ChoiceTask, ClassificationTask, ContinuationTask, RegressionTask, TaskGroup
+    from petals_eval.tasks import (
+        ChoiceTask,
+        ClassificationTask,
+        ContinuationTask,
+        GenerationTask,
+        PerplexityTask,
+        RegressionTask,
+        TaskGroup,
+    )
 
 __version__ = "0.1.0"
 
@@ -36,9 +44,11 @@ __all__ = [
     "ClassificationTask",
     "ContinuationTask",
     "DataSource",
+    "GenerationTask",
     "GroupResult",
     "HealthReport",
     "LocalSwarm",
+    "PerplexityTask",
     "RegressionTask",
     "RemoteModel",
     "RemoteSequential",
@@ -73,6 +83,8 @@ _HOMES = {
     "ChoiceTask": "petals_eval.tasks",
     "ClassificationTask": "petals_eval.tasks",
     "ContinuationTask": "petals_eval.tasks",
+    "GenerationTask": "petals_eval.tasks",
+    "PerplexityTask": "petals_eval.tasks",
     "RegressionTask": "petals_eval.tasks",
     "TaskGroup": "petals_eval.tasks",
 }

@@ -184,10 +184,11 @@ class RemoteModel:
         on_failed: told of each request that the swarm cannot compute whoever tries (too long for every server); the
             others go on. None: the first such error is raised.
         """
-        for computed in self._stream(requests, adapter, tokens_per_micro_batch, on_tick, on_failed):
-            answers = self._answers(computed, adapter)
-            del computed  # its hidden states are of no more use, and the next may be long in coming
-            yield from answers
+        with closing(self._stream(requests, adapter, tokens_per_micro_batch, on_tick, on_failed)) as stream:
+            for computed in stream:
+                answers = self._answers(computed, adapter)
+                del computed  # its hidden states are of no more use, and the next may be long in coming
+                yield from answers
 
     def generate(
         self,
@@ -219,14 +220,15 @@ class RemoteModel:
 
         def by_calls(
             rows: "Sequence[GrowingRow]",
-        ) -> "Iterator[tuple[GrowingRow, torch.Tensor, tuple[ServedHop, ...]]]":
+        ) -> "Generator[tuple[GrowingRow, torch.Tensor, tuple[ServedHop, ...]]]":
             stream = self._stream(
                 rows, adapter, tokens_per_micro_batch, on_tick, lambda row, error: fail(row.request, error)
             )
-            for computed in stream:
-                batch = computed.tag
-                for index, (row, length) in enumerate(zip(batch.requests, batch.lengths, strict=True)):
-                    yield row, computed.hidden[index, prefix + length - 1], computed.hops
+            with closing(stream):
+                for computed in stream:
+                    batch = computed.tag
+                    for index, (row, length) in enumerate(zip(batch.requests, batch.lengths, strict=True)):
+                        yield row, computed.hidden[index, prefix + length - 1], computed.hops
 
         rows = generate(
             requests,
@@ -249,7 +251,7 @@ class RemoteModel:
         tokens_per_micro_batch: int | None,
         on_tick: Callable[[], object] | None,
         on_failed: Callable[[R, ExampleError], object] | None,
-    ) -> "Iterator[Computed[MicroBatch[R]]]":
+    ) -> "Generator[Computed[MicroBatch[R]]]":
         """Return micro-batches of requests as they come back from the swarm."""
         from petals_eval.swarm import Work
 

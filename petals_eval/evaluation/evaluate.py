@@ -164,7 +164,7 @@ def evaluate(
 
         prompt = PromptSettings(
             shots=shots,
-            shots_data=shots_data,
+            shots_data=shots_data,  # type: ignore[arg-type] # a Path becomes a text
             shots_split=shots_split,
             shots_seed=shots_seed,
             draws=draws,
@@ -189,7 +189,7 @@ def evaluate(
         group = load_group(task)
         if group is not None:
             members = prepare_group(open_side, group, **options).in_folder()
-            return evaluate_group(members, connected(members.side), progress=progress)
+            return evaluate_group(members, connected(members.side), progress=progress, keep_predictions=True)
         prepared = prepare(open_side, task=task, **options)  # type: ignore[arg-type]
         folder = stack.enter_context(prepared.open_folder())
         return evaluate_prepared(prepared, folder, connected(prepared.side), progress=progress, keep_predictions=True)
@@ -222,9 +222,16 @@ def check_progress(progress: object) -> None:
         )
 
 
-def evaluate_group(group: PreparedGroup, model: "RemoteModel", *, progress: Progress | None = None) -> GroupResult:
+def evaluate_group(
+    group: PreparedGroup,
+    model: "RemoteModel",
+    *,
+    progress: Progress | None = None,
+    keep_predictions: bool = False,
+) -> GroupResult:
     """Evaluate the tasks of a group, one after the other, and write `group.json` where the group has a folder.
 
+    keep_predictions: whether the results hold every prediction.
     What is finished already is read, and not computed again. Raises as `evaluate` does.
     """
     results: dict[str, RunResult] = {}
@@ -232,11 +239,13 @@ def evaluate_group(group: PreparedGroup, model: "RemoteModel", *, progress: Prog
     for member in group.members:
         if member.is_finished and member.out is not None:
             with RunFolder.open(member.out) as folder:
-                results[member.task.name] = _result(member, folder, retries=0)
+                results[member.task.name] = _result(member, folder, retries=0, keep_predictions=keep_predictions)
             continue
         behind = None if progress is None else _FurtherOn(progress, done)
         with member.open_folder() as folder:
-            results[member.task.name] = evaluate_prepared(member, folder, model, progress=behind)
+            results[member.task.name] = evaluate_prepared(
+                member, folder, model, progress=behind, keep_predictions=keep_predictions
+            )
         done += member.total
     found = GroupResult(group.group.name, results, group.group.metric)
     if group.is_kept and group.out is not None:

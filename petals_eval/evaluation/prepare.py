@@ -60,9 +60,6 @@ _PREPARED = (
 
 _AS_THE_TASK_SAYS = PromptSettings()
 
-_WITHOUT_LABELS = ("continuation", "perplexity")
-"""Kinds of task whose rows are all that there is to know."""
-
 _NOT_ANSWERING = (
     *("allow_nondeterministic", "window", "deadline", "verify", "request_timeout", "push", "generation_rows"),
 )
@@ -179,8 +176,7 @@ def prepare(
 
     def read() -> RowsAndShots:
         loaded = given if isinstance(given, Rows) else load_rows(given)
-        rows = getattr(asked, "documents", lambda rows: rows)(loaded)
-        return rows_and_shots(asked, rows, source, code, limit=limit, seed=seed, draws=prompt.draws)
+        return rows_and_shots(asked, loaded, source, code, limit=limit, seed=seed, draws=prompt.draws)
 
     if source is None or is_local(source):
         found, side = read(), open_side()
@@ -331,12 +327,10 @@ def _with_unlabelled(task: Task, unlabelled: Unlabelled | None) -> Task:
         return task
     if not isinstance(task, BaseModel) or not hasattr(task, "unlabelled"):
         raise ConfigError(f"--unlabelled: task {task.name} has no labels that could be missing.")
-    if task.kind in _WITHOUT_LABELS:
-        raise ConfigError(
-            f"--unlabelled: task {task.name} has no labels that could be missing: one of kind {task.kind} asks how likely "
-            "the texts of its rows are. Leave it out."
-        )
-    return cast(Task, task.model_copy(update={"unlabelled": unlabelled}))
+    changed = task.model_copy(update={"unlabelled": unlabelled})
+    if isinstance(changed, Prompting) and (problem := changed.prompt_problem()):
+        raise ConfigError(f"task {task.name}: {problem}.")
+    return cast(Task, changed)
 
 
 def _with_metrics(task: Task, names: Sequence[str]) -> Task:

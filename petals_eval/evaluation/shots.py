@@ -78,7 +78,8 @@ def rows_and_shots(
     evaluation, wherever the shots come from.
 
     Of several draws none is evaluated on the shots of another one, so that all of them are scored on the same rows.
-    rows: all there are. source: where they come from; None: from memory. code: prepares them, and those of shots.
+    rows: all there are; where a task evaluates documents, these are made of prepared rows. source: where rows come
+    from; None: from memory. code: prepares them, and those of shots.
     draws: how many; the seeds are the task's and those after it.
     Raises DataError for rows and shots that cannot be used, with the row.
     """
@@ -86,7 +87,7 @@ def rows_and_shots(
     def prepared(rows: Rows) -> Rows:
         return rows if code is None else code.of(rows)
 
-    whole = prepared(rows)
+    whole = getattr(task, "documents", lambda rows: rows)(prepared(rows))
     check = getattr(task, "check", lambda rows: None)
     if not isinstance(task, Prompting) or task.shots is None or not task.wants_shots:
         evaluated = sample(whole, limit, seed)

@@ -8,7 +8,7 @@ import queue
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -77,7 +77,7 @@ class GrowingRow:
         return self.session is not None and not self.is_opening and self.session.seconds_waiting == 0
 
 
-Steps = Callable[[Sequence[GrowingRow]], Iterator[tuple[GrowingRow, torch.Tensor, "tuple[ServedHop, ...]"]]]
+Steps = Callable[[Sequence[GrowingRow]], Generator[tuple[GrowingRow, torch.Tensor, "tuple[ServedHop, ...]"]]]
 """Computes all tokens of some rows by forward calls: each row with what the last block makes of its last position,
 (hidden,), and who computed it. Rows that cannot be computed are left out, and whoever asked is told."""
 
@@ -324,13 +324,14 @@ class _Generation:
                 return
             self._say_cost(going)
             rows, going = going, []
-            for row, hidden, hops in self._steps(rows):
-                row.hops.update(dict.fromkeys(hops))
-                before = len(row.text.tokens)
-                if self._went_on(row, hidden):
-                    yield row
-                elif len(row.text.tokens) > before:
-                    going.append(row)
+            with closing(self._steps(rows)) as steps:  # by name, so that nothing is in flight when this is over
+                for row, hidden, hops in steps:
+                    row.hops.update(dict.fromkeys(hops))
+                    before = len(row.text.tokens)
+                    if self._went_on(row, hidden):
+                        yield row
+                    elif len(row.text.tokens) > before:
+                        going.append(row)
 
     def _say_cost(self, rows: Sequence[GrowingRow]) -> None:
         """Say once for each reason what it takes to do without sessions, before it is done."""

@@ -1,5 +1,6 @@
 """The result of a run, computed from its journal alone."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
@@ -44,7 +45,8 @@ class AdapterResult:
     draws: with several draws of shots, the result of each, under the journal's name for it; then metrics are the means
         over them, and everything that is counted here is counted over all of them.
     predictions: the scored examples, in the order of the data, where `petals_eval.evaluate` returned this; about 0.8 KB
-        each. Empty for the command and for `merge`: the run folder has them.
+        each. Those of several draws stand one draw after the other. Empty for the command and for `merge`: the run
+        folder has them.
     """
 
     adapter: str
@@ -267,6 +269,7 @@ def over_draws(adapter: str, draws: Sequence[AdapterResult]) -> AdapterResult:
         label_names=first.label_names,
         confusion=confusion,
         draws=tuple(draws),
+        predictions=tuple(itertools.chain.from_iterable(draw.predictions for draw in draws)),
         **counts,
     )
 

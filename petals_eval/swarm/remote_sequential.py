@@ -1,6 +1,6 @@
 """RemoteSequential: the swarm's blocks as a torch module that computes no gradients."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import wait
 from contextlib import closing
 from typing import Any, TypeVar
@@ -93,7 +93,7 @@ class RemoteSequential(nn.Module):
         on_tick: Callable[[], object] | None = None,
         on_error: Callable[[T, ExampleError], Iterable[Work[T]]] | None = None,
         tick: float = 0.2,
-    ) -> Iterator[Computed[T]]:
+    ) -> Generator[Computed[T]]:
         """Send micro-batches and yield them as they come back, in any order.
 
         window: micro-batches in flight at most (default: the settings'; without one there, the servers' own windows

@@ -21,9 +21,10 @@ class Task(Protocol):
     is asked for anything, it may have `check(rows)`, which raises DataError for rows that `examples` would refuse, and
     `check_outputs(shape)`, which raises AdapterError for a trained head whose scores `predict` would refuse.
 
-    Where what it evaluates is not the rows themselves, it has `documents(rows)`, which makes other rows of all of them
-    before any is drawn. Where its requests depend on the model it has `bound_to(context)`, which gives the task for a
-    model that reads so many tokens of text beside the longest of its prompts (None: any number).
+    Where what it evaluates is not the rows themselves, it has `documents(rows)`, which makes other rows of all of them,
+    prepared if they are to be, before any is drawn. Where its requests depend on the model it has `bound_to(context)`,
+    which gives the task for a model that reads so many tokens of text beside the longest of its prompts (None: any
+    number).
     """
 
     @property

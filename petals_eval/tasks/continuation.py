@@ -36,6 +36,7 @@ class ContinuationTask(LikelihoodTask):
     metrics: tuple[str, ...] = Field(default=("perplexity", "acc"), min_length=1)
 
     asks_greedy: ClassVar[bool] = True
+    without_labels: ClassVar[str | None] = "has a target in every row, and no labels that could be missing"
 
     @field_validator("text", "target")
     @classmethod

@@ -44,8 +44,9 @@ class PerplexityTask(PromptedTask):
 
     text: template of a document. counted: template of the text whose words and bytes are counted; None: the document
         itself. Where `text` is made readable first, as WikiText is, the original is what others count.
-    rows_per_document: so many consecutive rows are one document, or all of them. Sampling, parts of a run and
-        resuming know whole documents alone. The last one may have fewer rows. separator: between two of its rows.
+    rows_per_document: so many consecutive rows are one document, or all of them; `prepare` is applied to each row.
+        Sampling, parts of a run and resuming know whole documents alone. The last one may have fewer rows.
+        separator: between two of its rows.
     context: how many tokens of the preceding window each window sees. 1 is the way of lm-evaluation-harness; more
         brings the numbers closer to those of a model that reads everything, for more windows: one of n tokens scores
         n - context + 1.
@@ -60,6 +61,7 @@ class PerplexityTask(PromptedTask):
     """
 
     without_shots: ClassVar[str | None] = "has no questions"
+    without_labels: ClassVar[str | None] = "has documents alone, and no labels that could be missing"
 
     kind: Literal["perplexity"] = "perplexity"
     text: str

@@ -241,7 +241,18 @@ class PromptedTask(Prompting):
     formats: dict[FileFormat, FileReading] = Field(default_factory=dict)
     bos: Bos = "auto"
     unlabelled: Unlabelled = "error"
+
+    without_labels: ClassVar[str | None] = None
+    """Of a kind none of whose rows says what is right: what it has instead, after "a task of kind ..."."""
+
     _context: int | None = PrivateAttr(default=None)
+
+    def prompt_problem(self) -> str | None:
+        """Return why this kind cannot have what is asked for here, rows without labels among it, or None."""
+        if self.without_labels is not None and self.unlabelled == "predict":
+            kind = getattr(self, "kind", "")
+            return f"unlabelled: a task of kind {kind} {self.without_labels}. Leave unlabelled out"
+        return super().prompt_problem()
 
     @property
     def head(self) -> Literal["class", "lm"]:

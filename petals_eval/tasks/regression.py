@@ -4,26 +4,19 @@ from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from itertools import islice
 from math import isfinite
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from petals_eval.data.rows import Row, Rows
 from petals_eval.data.source import DataSource, FileFormat, FileReading
-from petals_eval.errors import AdapterError, DataError, PetalsEvalError, TaskError
+from petals_eval.errors import AdapterError, DataError, PetalsEvalError
 from petals_eval.tasks.headed import CHUNK_ROWS, HeadTexts, check_finite, columns_needed, label_of, with_pair
 from petals_eval.tasks.labels import NUMBER, Unlabelled, no_label
+from petals_eval.tasks.prompted import Prompting
 from petals_eval.tasks.requests import Example, Generated, Prediction, as_float64
 from petals_eval.tasks.template import Template
-from petals_eval.validation import explain, shorten
+from petals_eval.validation import shorten
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["RegressionTask"]
 
 
-class RegressionTask(BaseModel):
+class RegressionTask(Prompting):
     """A number of each row, such as how alike two sentences are. A wrong definition raises TaskError.
 
     name, description, text, text_pair, max_length, data, formats, unlabelled: as a `ClassificationTask` has them.
@@ -40,10 +33,10 @@ class RegressionTask(BaseModel):
         it, a row without a label; without a range -1 is a number like any other.
     metrics: names that `petals_eval.metrics` knows for a regression.
 
-    The head's output is the prediction, as it is.
+    The head's output is the prediction, as it is. Of what `Prompting` has, a regression has `prepare` alone.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    without_shots: ClassVar[str | None] = "gives its head the text alone"
 
     kind: Literal["regression"] = "regression"
     name: str = Field(min_length=1)
@@ -58,15 +51,10 @@ class RegressionTask(BaseModel):
     formats: dict[FileFormat, FileReading] = Field(default_factory=dict)
     unlabelled: Unlabelled = "error"
 
-    @model_validator(mode="wrap")
+    @model_validator(mode="before")
     @classmethod
-    def _say_what_is_wrong(cls, values: Any, handler: ModelWrapValidatorHandler["RegressionTask"]) -> "RegressionTask":
-        try:
-            return handler(with_pair(values))
-        except ValidationError as error:
-            raise TaskError(f"this task cannot be used:\n{explain(error, cls)}") from None
-        except DataError as error:
-            raise TaskError(f"this task's data: {error}") from None
+    def _spelled_as_pair(cls, values: Any) -> Any:
+        return with_pair(values)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -98,7 +86,7 @@ class RegressionTask(BaseModel):
         """Return all that changes an answer: neither the name nor the metrics, and not where the data lies."""
         changing = {"kind", "text", "label_column", "label_range", "max_length"}
         changing |= set() if self.text_pair is None else {"text_pair"}
-        return {"head": self.head, **self.model_dump(mode="json", include=changing)}
+        return {"head": self.head, **self.model_dump(mode="json", include=changing), **self.prompt_fingerprint()}
 
     def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
         """Yield examples in the order of `rows`, tokenised a few hundred at a time as they are asked for.

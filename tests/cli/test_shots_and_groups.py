@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import JsonValue
 
+from petals_eval.runs import RunFolder
 from tests.cli.conftest import Stage
 from tests.cli.invoking import invoke
+from tests.runs.samples import manifest
 
 COPA = """text: "{premise}"
 choices: ["{choice1}", "{choice2}"]
@@ -59,6 +62,17 @@ def test_a_chat_needs_a_template(stage: Stage, copa: Path) -> None:
     assert outcome.code == 2
     assert "error: chat: this model's tokenizer has no chat template" in outcome.err
     assert not Path("run").exists()
+
+
+def test_a_bar_for_a_number_in_parts_names_one_of_them_in_a_group_too(own_folder: Path) -> None:
+    columns = ("new_tokens", "stopped_by_length", "exact_match[strict]")
+    settings: dict[str, JsonValue] = {"metrics": ["exact_match"], "label_names": []}
+    of_task = manifest(kind="generation", answer_columns=columns, run_settings=settings)
+    RunFolder.create("out/one", of_task, task="one").close()
+    Path("out/group.json").write_text(json.dumps({"group": "mine", "tasks": {"one": {}}, "means": {}}))
+    refused = invoke("show", "out", "--fail-under", "exact_match=0.5")
+    assert refused.code == 2
+    assert "no number of the name exact_match. Expected one of exact_match[strict]" in refused.err
 
 
 def test_a_group_of_tasks(stage: Stage, copa: Path) -> None:

@@ -153,6 +153,16 @@ def test_texts_to_generate_cost_at_most_this(plan_of, shown):
     )
 
 
+def test_texts_without_a_right_one_are_counted_where_texts_are_compared(prepared, monkeypatch):
+    def two_of_three(number, row):
+        return replace(texts(number, row), reference=None if number == 1 else ("right",))
+
+    asking = Asking("generation", two_of_three)
+    for columns, expected in ((("new_tokens", "stopped_by_length"), 0), (("new_tokens", "exact_match"), 1)):
+        monkeypatch.setattr(asking, "columns", columns, raising=False)
+        assert dry_run(replace(prepared, task=asking), prepared.side.adapters[0]).n_unlabelled == expected
+
+
 def test_a_lossy_wire_makes_forward_calls_smaller_and_no_session(prepared):
     lossy = replace(prepared.side, settings=CallSettings(wire="blockwise8"))
     adapter = prepared.side.adapters[0]

@@ -48,6 +48,15 @@ def test_without_a_folder_nothing_is_kept(group, tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_every_prediction_is_in_the_results_of_finished_tasks_too(group, tmp_path):
+    def found(result):
+        return {name: [(each.key, each.prediction) for each in of.predictions] for name, of in result.tasks.items()}
+
+    result = petals_eval.evaluate(FakeModel(), task=group, out=tmp_path / "out")
+    assert found(result) == {"one": [(str(key), 1) for key in range(3)], "other one": [(str(k), 1) for k in range(6)]}
+    assert found(petals_eval.evaluate(FakeModel(), task=group, out=tmp_path / "out")) == found(result)
+
+
 def test_metrics_that_all_tasks_have(tmp_path):
     tasks = (task("one", tmp_path, 3), task("two", tmp_path, 3, metrics=("accuracy", "f1_per_class", "brier")))
     result = petals_eval.evaluate(FakeModel(), task=TaskGroup("g", tasks))

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+import petals_eval
 import petals_eval.data.files
-from petals_eval.errors import AdapterError, ConfigError, DataError, RunFolderError
+from petals_eval.errors import AdapterError, ConfigError, DataError, RunFolderError, TaskError
 from petals_eval.evaluation.prepare import prepare
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.swarm import SwarmConnection
@@ -110,11 +111,21 @@ def test_a_head_of_another_task_is_told_in_python_before_anything_is_sent(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "task", [PerplexityTask(name="own", text="{text}"), ContinuationTask(name="own", text="It is", target="{text}")]
+    "asked",
+    [
+        PerplexityTask(name="t", text="{text}"),
+        ContinuationTask(name="t", text="{text}", target="{label}"),
+    ],
+    ids=lambda task: task.kind,
 )
-def test_what_becomes_of_rows_without_labels_is_no_question_where_none_has_any(tmp_path, task):
-    with pytest.raises(ConfigError, match=f"--unlabelled: task own has no labels .*: one of kind {task.kind} asks how"):
-        evaluate(FakeModel(), write_rows(tmp_path / "rows.csv"), None, task, unlabelled="predict")
+def test_rows_without_a_label_are_asked_for_where_there_are_labels(asked, tmp_path):
+    source = write_rows(tmp_path / "rows.csv")
+    with pytest.raises(
+        ConfigError, match=f"task t: unlabelled: a task of kind {asked.kind} has .* Leave unlabelled out"
+    ):
+        petals_eval.evaluate(FakeModel(), task=asked, data=source, unlabelled="predict")
+    with pytest.raises(TaskError, match=f"unlabelled: a task of kind {asked.kind} has "):
+        type(asked)(**asked.model_dump(exclude_unset=True), unlabelled="predict")
 
 
 def test_what_lies_here_is_checked_before_the_model_is_looked_for(tmp_path):

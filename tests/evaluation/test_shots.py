@@ -6,11 +6,12 @@ import pytest
 
 import petals_eval
 from petals_eval.config import PromptSettings
-from petals_eval.data import DataSource
+from petals_eval.data import DataSource, rows_of
 from petals_eval.errors import ConfigError, DataError, DeadlineError, ModelError, RunFolderError, TaskError
 from petals_eval.evaluation.prepare import prepare
-from petals_eval.evaluation.shots import with_prompt
-from petals_eval.tasks import ClassificationTask
+from petals_eval.evaluation.shots import rows_and_shots, with_prompt
+from petals_eval.tasks import ClassificationTask, PerplexityTask
+from petals_eval.tasks.row_code import RowCode
 from tests.fake_model import FakeModel, Tokenizer
 
 COUNT = 30
@@ -250,6 +251,13 @@ def test_several_draws_give_their_mean_and_spread(source, tmp_path):
     assert "no prompts, draw 3" in report
 
 
+def test_the_predictions_of_all_draws_are_in_the_result(source):
+    result = evaluate(source, task=task(shots=2), draws=3)
+    of_draws = [draw.predictions for draw in result.first.draws]
+    assert all(len(each) == draw.n_scored for each, draw in zip(of_draws, result.first.draws, strict=True))
+    assert result.predictions == (*of_draws[0], *of_draws[1], *of_draws[2]) != ()
+
+
 def test_each_draw_is_the_run_of_its_seed(source):
     """All have the same rows: those that are shots of none of the draws."""
     several = prepared(source, shots=4, draws=3, shots_seed=10)
@@ -375,6 +383,17 @@ def test_a_pair_of_texts_is_not_cut_to_its_first_one(asked):
         ConfigError, match=r"task films: text_pair: should be left out where shots, .*found '\{other\}'"
     ):
         with_prompt(pair, PromptSettings(**asked))
+
+
+def test_rows_are_prepared_before_they_become_documents():
+    def clean(row):
+        return {"text": row["page"].strip().upper()}
+
+    pages = PerplexityTask(name="pages", text="{text}", rows_per_document=2, separator="+", prepare="words:clean")
+    rows = rows_of([{"page": " a "}, {"page": " b "}, {"page": " c "}])
+    code = RowCode("words:clean", clean, None)
+    found = rows_and_shots(pages, rows, None, code, limit=None, seed=0, draws=1)
+    assert [row.columns for row in found.rows] == [{"text": "A+B"}, {"text": "C"}]
 
 
 def test_a_row_whose_prompt_is_too_long_is_a_failure_with_the_numbers(tmp_path):

@@ -1,6 +1,7 @@
 """Generated texts over a real swarm on loopback are Hugging Face's own, in sessions and by a forward call a token."""
 
 import dataclasses
+import inspect
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.faults.catalog import OtherLayout, Slow
 from petals_eval.local_swarm.server.cache_budget import CacheBudget
 from petals_eval.model import load_adapter
+from petals_eval.swarm import RemoteSequential
 from petals_eval.tasks.requests import Decoding, Request
 from tests.model.reference import causal_lm, deep_prompts_added
 from tests.support.waiting import until
@@ -300,6 +302,26 @@ def test_whatever_ends_it_no_session_stays_open(model, swarm):
     assert cache_in_use(swarm) > 0
     answers.close()
     until(lambda: cache_in_use(swarm) == 0, 5.0)
+
+
+@pytest.mark.parametrize("way", ["generate", "compute"])
+def test_what_is_in_flight_ends_with_it_even_where_somebody_holds_the_stream(way, swarm, without_sessions, monkeypatch):
+    held = []
+    stream = RemoteSequential.stream
+
+    def holding(*arguments, **options):
+        held.append(stream(*arguments, **options))
+        return held[-1]
+
+    monkeypatch.setattr(RemoteSequential, "stream", holding)
+    with connected(swarm) as model:
+        asked = requests(model, max_new_tokens=2)
+        if way == "compute":
+            asked = [dataclasses.replace(each, decoding=None, targets=((0, 1),)) for each in asked]
+        answers = getattr(model, way)(asked)
+        next(answers)
+        answers.close()
+        assert {inspect.getgeneratorstate(each) for each in held} == {inspect.GEN_CLOSED}
 
 
 def test_without_a_server_it_ends_at_the_deadline(folder):

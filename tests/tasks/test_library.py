@@ -8,10 +8,11 @@ from types import MappingProxyType
 import datasets
 import pytest
 
+import petals_eval
 from petals_eval.data import DataSource, load_rows
 from petals_eval.data.yaml_text import read_yaml
 from petals_eval.errors import ConfigError, DataError, TaskError
-from petals_eval.metrics import check_metric_names
+from petals_eval.metrics import KINDS, check_metric_names
 from petals_eval.tasks import ClassificationTask, Task, list_tasks, load_group, load_task, resolve_source
 
 GOOD = """
@@ -54,6 +55,14 @@ def test_the_shipped_tasks():
         assert check_metric_names(task.metrics, task.kind, label_names=task.label_names) == task.metrics
         assert task.description
         assert resolve_source(task).split in ("test", "validation", "validation_matched")
+
+
+def test_every_kind_of_task_may_be_written_in_python():
+    kinds = [name for name in petals_eval.tasks.__all__ if name.endswith("Task") and name != "Task"]
+    assert len(kinds) == len(KINDS)
+    for name in kinds:
+        assert getattr(petals_eval, name) is getattr(petals_eval.tasks, name)
+        assert name in dir(petals_eval)
 
 
 def test_listing_tasks_imports_nothing_heavy():
@@ -103,15 +112,20 @@ def test_data_beside_the_task_file(tmp_path):
     assert len(load_rows(resolve_source(task))) == 1
 
 
+def data_of_shots(task) -> str:
+    return task.shots.data.path
+
+
 def test_shots_beside_the_task_file_and_beside_that_of_a_group(tmp_path):
     (tmp_path / "shots.csv").write_text("text,label\na,pos\n")
     definition = GOOD + "shots: {count: 1, data: {path: shots.csv}}\n"
-    assert load_task(written(tmp_path, definition)).shots.data.path == str(tmp_path / "shots.csv")
+    assert data_of_shots(load_task(written(tmp_path, definition))) == str(tmp_path / "shots.csv")
     member = {**read_yaml(definition), "name": "one"}
     (tmp_path / "group.yaml").write_text(json.dumps({"group": "both", "tasks": [member]}))
-    assert load_group(tmp_path / "group.yaml").tasks[0].shots.data.path == str(tmp_path / "shots.csv")
+    [loaded] = load_group(tmp_path / "group.yaml").tasks
+    assert data_of_shots(loaded) == str(tmp_path / "shots.csv")
     elsewhere = definition.replace("shots.csv", "other.csv")
-    assert load_task(written(tmp_path, elsewhere)).shots.data.path == "other.csv"
+    assert data_of_shots(load_task(written(tmp_path, elsewhere))) == "other.csv"
 
 
 @pytest.mark.parametrize(

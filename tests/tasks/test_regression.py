@@ -8,6 +8,7 @@ import torch
 
 from petals_eval.data import rows_of
 from petals_eval.errors import AdapterError, DataError, NotFiniteError, PetalsEvalError, TaskError
+from petals_eval.evaluation.shots import row_code_of
 from petals_eval.model import LocalModel
 from petals_eval.tasks import RegressionTask, Task, load_task
 from tests.model.reference import classifier, full_logits, local_answers
@@ -96,6 +97,25 @@ def test_a_column_of_classes_is_no_column_of_numbers():
 )
 def test_a_wrong_definition(changes, said):
     with pytest.raises(TaskError, match=said):
+        task_of(**changes)
+
+
+def test_rows_may_be_prepared(tmp_path):
+    (tmp_path / "marks.py").write_text("def halved(row):\n    return {**row, 'score': float(row['score']) / 2}\n")
+    (tmp_path / "task.yaml").write_text(
+        "kind: regression\nname: t\ntext: '{a}'\nlabel_column: score\nprepare: marks:halved\n"
+    )
+    task = load_task(tmp_path / "task.yaml")
+    code = row_code_of(task, is_allowed=True)
+    rows = code.of(rows_of([{"a": "one", "score": "3"}]))
+    assert [made.label for made in task.examples(rows, letters)] == [1.5]
+    assert task.fingerprint() == {**task_of(text="{a}", label_range=None).fingerprint(), "prepare": "marks:halved"}
+
+
+@pytest.mark.parametrize("changes", [{"shots": 2}, {"chat": True}, {"instruction": "Rate."}, {"system": "You rate."}])
+def test_nothing_stands_around_a_text(changes):
+    [name] = changes
+    with pytest.raises(TaskError, match=f"{name}: a task of kind regression gives its head the text alone"):
         task_of(**changes)
 
 
