@@ -52,7 +52,7 @@ def with_prompt(task: Task, wanted: PromptSettings) -> Task:
         name, changed = task.name, task.model_copy(update=changes)
         if problem := changed.prompt_problem():
             raise ConfigError(f"task {name}: {problem}.")
-        _check_draws(changed, wanted.draws)
+        _check_draws(changed, wanted)
         return cast(Task, changed)
     return task
 
@@ -181,14 +181,16 @@ def _shots(task: Prompting, changes: dict[str, Any], data: str | None) -> Shots 
         raise ConfigError(f"shots: {explain(error, Shots, SETTINGS)}") from error
 
 
-def _check_draws(task: Prompting, draws: int) -> None:
-    """Raise ConfigError where several draws would be the same one."""
-    if draws == 1:
+def _check_draws(task: Prompting, wanted: PromptSettings) -> None:
+    """Raise ConfigError where several draws would be the same one, and where no seed draws anything."""
+    asked = "draws" if wanted.draws > 1 else "shots_seed"
+    if wanted.draws == 1 and wanted.shots_seed is None:
         return
     if not task.wants_shots or task.shots is None:
-        raise ConfigError("draws: there are no shots to be drawn. Ask for some with --shots.")
+        raise ConfigError(f"{asked}: there are no shots to be drawn. Ask for some with --shots.")
     if task.shots.how == "first":
-        raise ConfigError("draws: these shots are the first rows there are, and the same in every draw.")
+        which = "those that are written out" if task.shots.rows is not None else "the first rows there are"
+        raise ConfigError(f"{asked}: these shots are {which}, and the same in every draw, whatever its seed.")
 
 
 def _pool(
