@@ -25,11 +25,6 @@ __all__ = ["SAMPLE", "compared", "note_lossless_servers", "note_sample"]
 SAMPLE = 16  # examples that are computed both ways
 WINDOWS = 8  # of a document at most: nobody should read one of a million tokens three times for this
 
-_OF_TEXTS = (
-    "not measured: sessions, in which texts are generated, are lossless whatever the wire, and the code is used only in "
-    "forward calls where no server opens one"
-)
-
 Answers = dict[str, "list[torch.Tensor | Generated]"]
 """Of each example, by its key, in the order of its requests."""
 
@@ -90,8 +85,6 @@ def _measured(
     examples = [shortened(each) for each in task.examples(rows, model.local.tokenizer) if each.error is None]
     if not examples:
         return WireSample(name, 0, None, None, None, "not measured: no example can be computed")
-    if any(request.decoding is not None for each in examples for request in each.requests):
-        return WireSample(name, 0, None, None, None, _OF_TEXTS)
     settings = model.blocks.settings.model_copy(update={"wire": None})
     with SwarmConnection.connect(settings) as connection:
         blocks = connection.remote_sequential(model.blocks.dht_prefix, len(model.blocks))
@@ -112,8 +105,13 @@ def compared(task: Task, adapter: str, examples: Sequence[Example], exact: Answe
     import numpy as np
 
     pairs = [(before, after) for key in exact for before, after in zip(exact[key], moved[key], strict=True)]
-    every = np.concatenate([np.abs(_numbers(after) - _numbers(before)) for before, after in pairs])
-    predictions = _changed_predictions(task, examples, exact, moved)
+    differences = [
+        np.abs(_numbers(after) - _numbers(before)) for before, after in pairs if not isinstance(before, Generated)
+    ]
+    if not differences:
+        changed = sum(before != after for before, after in pairs)
+        return WireSample(adapter, len(examples), None, None, changed)
+    every, predictions = np.concatenate(differences), _changed_predictions(task, examples, exact, moved)
     return WireSample(adapter, len(examples), float(every.max()), float(every.mean()), predictions)
 
 
@@ -136,6 +134,7 @@ def _answers(
 ) -> Answers:
     """Return the answers by the key of their example, in the order of its requests."""
     requests = [request for example in examples for request in example.requests]
-    answered = model.compute(requests, adapter, on_tick=on_tick)
+    texts = any(request.decoding is not None for request in requests)
+    answered = (model.generate if texts else model.compute)(requests, adapter, on_tick=on_tick)
     found = {(each.request.key, each.request.part): each.answer for each in answered}
     return {example.key: [found[example.key, request.part] for request in example.requests] for example in examples}

@@ -141,8 +141,10 @@ def _sample_text(wire: WireRecord) -> str:
     sample = wire.sample
     if sample is None:
         return "how far it moved answers was not measured"
+    if sample.note is not None:
+        return f"how far it moved answers was {sample.note}"
     if sample.largest is None or sample.mean is None:
-        return f"how far it moved answers was {sample.note or 'not measured'}"
+        return f"changed {sample.changed or 0:,} of {plural(sample.examples, 'text')}"
     changed = "" if sample.changed is None else f"; {plural(sample.changed, 'prediction')} changed"
     return (
         f"moved the answers to {plural(sample.examples, 'example')} by up to {sample.largest:.2g}, "

@@ -1,15 +1,13 @@
 """How far a lossy wire moves the answers of each kind of task."""
 
+import pytest
 import torch
 
-from petals_eval.evaluation.prepare import prepare
-from petals_eval.evaluation.wire_error import WINDOWS, compared, note_sample, shortened
-from petals_eval.remote_model import LocalSide
+from petals_eval.evaluation.wire_error import WINDOWS, compared, shortened
 from petals_eval.runs import WireSample
-from petals_eval.tasks import GenerationTask
-from petals_eval.tasks.requests import Example, Request
+from petals_eval.tasks.requests import Example, Generated, Request
 from petals_eval.tasks.windows import Windows
-from tests.fake_model import TASK, FakeModel, write_rows
+from tests.fake_model import TASK
 
 
 class Predicting:
@@ -40,23 +38,11 @@ def test_likelihoods_of_what_predicts_nothing_and_not_whether_they_are_greedy():
     assert moved(Predicting(), exact, lossy) == WireSample("prompts", 1, 0.5, 0.25, None)
 
 
-def test_no_text_is_generated_to_measure_a_wire_that_sessions_do_not_use(tmp_path):
-    """The model reaches no server: whatever is asked of one fails."""
-    model = FakeModel(wire="float16")
-    model.local.context = None
-    model.local.tokenizer.bos_token = model.local.tokenizer.bos_token_id = None
-    task = GenerationTask(name="texts", text="{text}", max_new_tokens=3)
-    prepared = prepare(
-        lambda: LocalSide(model.local, (), model.blocks.settings, "tiny"),
-        task=task,
-        data=write_rows(tmp_path / "rows.csv"),
-        out=tmp_path / "run",
-    )
-    with prepared.open_folder() as folder:
-        note_sample(prepared, folder, model, on_tick=lambda: None)
-        sample = folder.manifest.wire.sample
-    assert (sample.examples, sample.largest, sample.changed) == (0, None, None)
-    assert sample.note.startswith("not measured: sessions, in which texts are generated, are lossless")
+@pytest.mark.parametrize(("other", "changed"), [("a text", 0), ("another", 1)])
+def test_texts_are_counted_that_differ(other, changed):
+    exact = {key: [Generated((5, 6), "a text", "end")] for key in "01"}
+    lossy = {"0": exact["0"], "1": [Generated((5, 6), other, "end")]}
+    assert moved(Predicting(), exact, lossy) == WireSample("prompts", 2, None, None, changed)
 
 
 def test_of_a_long_document_the_first_windows_are_compared():
