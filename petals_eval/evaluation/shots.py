@@ -172,7 +172,9 @@ def _shots(task: Prompting, changes: dict[str, Any], data: str | None) -> Shots 
     before = {} if task.shots is None else {name: getattr(task.shots, name) for name in task.shots.model_fields_set}
     if data is not None:
         before.pop("rows", None)
-        changes = {**changes, "data": resolve_source(task, data, split=changes.get("split"))}  # type: ignore[arg-type]
+        source = resolve_source(task, data)  # type: ignore[arg-type]
+        # Not the split that the task evaluates, where this is its own data set: that of the shots.
+        changes = {**changes, "data": source.model_copy(update={"split": changes.get("split")})}
     if "split" in changes:
         before.pop("rows", None)
     try:

@@ -6,10 +6,10 @@ import pytest
 
 import petals_eval
 from petals_eval.config import PromptSettings
-from petals_eval.data import DataSource
+from petals_eval.data import DataSource, rows_of
 from petals_eval.errors import ConfigError, DataError, DeadlineError, ModelError, RunFolderError, TaskError
 from petals_eval.evaluation.prepare import prepare
-from petals_eval.evaluation.shots import with_prompt
+from petals_eval.evaluation.shots import rows_and_shots, with_prompt
 from petals_eval.tasks import ClassificationTask
 from tests.fake_model import FakeModel, Tokenizer
 
@@ -370,6 +370,22 @@ def test_a_row_without_an_answer_is_predicted_and_no_shot(tmp_path, how):
     kept = {row.index for row in run.part}
     assert kept == set(range(12)) - (set(shots) if how in ("fixed", "first") else set())
     assert all(" is good\n\n" in text for text in texts(run).values())
+
+
+def test_shots_out_of_the_tasks_own_data_set_come_from_their_split_and_not_the_evaluated_one(monkeypatch):
+    read = []
+
+    def load(source):
+        read.append((source.path, source.subset, source.split))
+        return rows_of([{"text": "the first", "label": "good"}])
+
+    monkeypatch.setattr("petals_eval.evaluation.shots.load_rows", load)
+    own = DataSource(path="someone/films", subset="short", split="validation")
+    rows = rows_of([{"text": "film", "label": "good"}])
+    for asked, split in (({}, "train"), ({"shots_split": "validation"}, "validation"), ({"shots_split": "dev"}, "dev")):
+        changed = with_prompt(task(data=own), PromptSettings(shots=1, shots_data="someone/films", **asked))
+        rows_and_shots(changed, rows, own, None, limit=None, seed=0, draws=1)
+        assert read.pop() == ("someone/films", "short", split)
 
 
 @pytest.mark.parametrize("asked", [{"shots": 2}, {"chat": True}, {"system": "Be brief."}])
