@@ -52,7 +52,7 @@ def with_prompt(task: Task, wanted: PromptSettings) -> Task:
         name, changed = task.name, task.model_copy(update=changes)
         if problem := changed.prompt_problem():
             raise ConfigError(f"task {name}: {problem}.")
-        _check_draws(changed, wanted.draws)
+        _check_draws(changed, wanted)
         return cast(Task, changed)
     return task
 
@@ -173,7 +173,9 @@ def _shots(task: Prompting, changes: dict[str, Any], data: str | None) -> Shots 
     before = {} if task.shots is None else {name: getattr(task.shots, name) for name in task.shots.model_fields_set}
     if data is not None:
         before.pop("rows", None)
-        changes = {**changes, "data": resolve_source(task, data, split=changes.get("split"))}  # type: ignore[arg-type]
+        source = resolve_source(task, data)  # type: ignore[arg-type]
+        # Not the split that the task evaluates, where this is its own data set: that of the shots.
+        changes = {**changes, "data": source.model_copy(update={"split": changes.get("split")})}
     if "split" in changes:
         before.pop("rows", None)
     try:
@@ -182,14 +184,16 @@ def _shots(task: Prompting, changes: dict[str, Any], data: str | None) -> Shots 
         raise ConfigError(f"shots: {explain(error, Shots, SETTINGS)}") from error
 
 
-def _check_draws(task: Prompting, draws: int) -> None:
-    """Raise ConfigError where several draws would be the same one."""
-    if draws == 1:
+def _check_draws(task: Prompting, wanted: PromptSettings) -> None:
+    """Raise ConfigError where several draws would be the same one, and where no seed draws anything."""
+    asked = "draws" if wanted.draws > 1 else "shots_seed"
+    if wanted.draws == 1 and wanted.shots_seed is None:
         return
     if not task.wants_shots or task.shots is None:
-        raise ConfigError("draws: there are no shots to be drawn. Ask for some with --shots.")
+        raise ConfigError(f"{asked}: there are no shots to be drawn. Ask for some with --shots.")
     if task.shots.how == "first":
-        raise ConfigError("draws: these shots are the first rows there are, and the same in every draw.")
+        which = "those that are written out" if task.shots.rows is not None else "the first rows there are"
+        raise ConfigError(f"{asked}: these shots are {which}, and the same in every draw, whatever its seed.")
 
 
 def _pool(

@@ -114,7 +114,8 @@ class WireSample:
     """Examples computed on the lossy wire and lossless.
 
     adapter: its name. largest, mean: of the absolute differences of all answers (logits or log-likelihoods); None where
-    `note` says why nothing was measured. changed: predictions that differ; None where the kind of task has none.
+    the answers are texts, or `note` says why nothing was measured. changed: predictions that differ, or texts; None
+    where the kind of task has neither.
     """
 
     adapter: str

@@ -15,6 +15,7 @@ from petals_eval.tasks.row_code import RowCode
 from tests.fake_model import FakeModel, Tokenizer
 
 COUNT = 30
+ROW = [{"text": "my own", "label": "good"}]
 
 
 class Words(Tokenizer):
@@ -304,6 +305,9 @@ def test_without_prompts_each_draw_is_evaluated_too(source, tmp_path):
             "bos: a task of kind classification takes its opening tokens from the tokenizer",
         ),
         ({"task": task(shots={"count": 2, "draw": "first"}), "draws": 2}, ConfigError, "the same in every draw"),
+        ({"task": task(shots={"count": 2, "draw": "first"}), "shots_seed": 7}, ConfigError, "shots_seed: .* first rows"),
+        ({"task": task(shots={"rows": ROW}), "shots_seed": 7}, ConfigError, "shots_seed: .* those that are written out"),
+        ({"shots": 0, "shots_seed": 7}, ConfigError, "shots_seed: there are no shots to be drawn"),
         ({"shots": 30}, DataError, "expected more rows than the 30 that are left out"),
     ],
 )
@@ -374,6 +378,22 @@ def test_a_row_without_an_answer_is_predicted_and_no_shot(tmp_path, how):
     kept = {row.index for row in run.part}
     assert kept == set(range(12)) - (set(shots) if how in ("fixed", "first") else set())
     assert all(" is good\n\n" in text for text in texts(run).values())
+
+
+def test_shots_out_of_the_tasks_own_data_set_come_from_their_split_and_not_the_evaluated_one(monkeypatch):
+    read = []
+
+    def load(source):
+        read.append((source.path, source.subset, source.split))
+        return rows_of([{"text": "the first", "label": "good"}])
+
+    monkeypatch.setattr("petals_eval.evaluation.shots.load_rows", load)
+    own = DataSource(path="someone/films", subset="short", split="validation")
+    rows = rows_of([{"text": "film", "label": "good"}])
+    for asked, split in (({}, "train"), ({"shots_split": "validation"}, "validation"), ({"shots_split": "dev"}, "dev")):
+        changed = with_prompt(task(data=own), PromptSettings(shots=1, shots_data="someone/films", **asked))
+        rows_and_shots(changed, rows, own, None, limit=None, seed=0, draws=1)
+        assert read.pop() == ("someone/films", "short", split)
 
 
 @pytest.mark.parametrize("asked", [{"shots": 2}, {"chat": True}, {"system": "Be brief."}])
