@@ -45,7 +45,7 @@ class PreparedRows(Rows):
             made = self._made(row)
             if set(made.columns) != set(self.columns):
                 raise DataError(
-                    f"{self._where(row)}: {self._function_name} made the columns {', '.join(made.columns)}, but of the "
+                    f"{self.where(row)}: {self._function_name} made the columns {', '.join(made.columns)}, but of the "
                     f"first row {', '.join(self.columns)}. Let it give every row the same columns."
                 )
             yield made
@@ -65,20 +65,16 @@ class PreparedRows(Rows):
         except Exception as error:
             if isinstance(error, KeyError) and error.args and error.args[0] not in row.columns:
                 raise DataError(
-                    f"{self._where(row)} has no column {error.args[0]}, which {self._function_name} reads. "
+                    f"{self.where(row)} has no column {error.args[0]}, which {self._function_name} reads. "
                     f"Columns found: {', '.join(row.columns)}."
                 ) from error
             raise DataError(
-                f"{self._where(row)}: {self._function_name} fails on it: {type(error).__name__}: {error}. "
+                f"{self.where(row)}: {self._function_name} fails on it: {type(error).__name__}: {error}. "
                 "Mend the function, or remove the row."
             ) from error
         if not isinstance(made, Mapping) or not made or not all(isinstance(name, str) for name in made):
             raise DataError(
-                f"{self._where(row)}: {self._function_name} should return a mapping of column names to values, found "
+                f"{self.where(row)}: {self._function_name} should return a mapping of column names to values, found "
                 f"{shorten(made)}."
             )
         return Row(row.index, dict(made), row.line)
-
-    def _where(self, row: Row) -> str:
-        line = "" if row.line is None else f" (line {row.line})"
-        return f"{self.name}, row {row.index}{line}"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from pandas import DataFrame
 
-__all__ = ["DataSource", "Row", "Rows", "load_rows", "row_hash", "rows_of"]
+__all__ = ["DataSource", "Row", "Rows", "is_missing", "load_rows", "row_hash", "rows_of"]
 
 _CHUNK_ROWS = 500
 
@@ -111,6 +111,15 @@ class Rows:
         return Rows(
             self._table, name=self.name, fingerprint=self._table_fingerprint, positions=kept, passed=self.passed
         )
+
+
+def is_missing(value: object) -> bool:
+    """Return whether there is nothing in a cell: None, or NaN, by which pandas marks what is missing.
+
+    >>> [is_missing(value) for value in (None, float("nan"), "", 0, [])]
+    [True, True, False, False, False]
+    """
+    return value is None or value != value
 
 
 def row_hash(columns: Mapping[str, object], names: Iterable[str]) -> str:
@@ -262,10 +271,10 @@ def _plain(value: object) -> object:
         return [_plain(inner) for inner in value]
     if callable(to_list := getattr(value, "tolist", None)):  # NumPy's numbers and arrays, torch's tensors, a Series
         return _plain(to_list())
-    return None if _is_missing(value) else value
+    return None if _is_nothing_of_pandas(value) else value
 
 
-def _is_missing(value: object) -> bool:
+def _is_nothing_of_pandas(value: object) -> bool:
     """Return whether a value is pandas' NaT or NA."""
     import pandas
 

@@ -14,7 +14,7 @@ from petals_eval.metrics.intervals import Floats, percentile_interval, resampled
 from petals_eval.metrics.probabilistic import fewer_resamples
 from petals_eval.metrics.scored_rows import ScoredRows
 
-__all__ = ["Documents", "bits_per_unit", "nats_per_unit", "perplexity"]
+__all__ = ["Documents", "bits_per_unit", "nats_per_unit", "perplexity", "perplexity_per"]
 
 Unit = Literal["tokens", "words", "bytes"]
 
@@ -88,6 +88,11 @@ def measured(name: str, unit: Unit, *, in_bits: bool = False) -> Callable[[Docum
     return partial(_measure, name, unit, (lambda nats: nats / math.log(2)) if in_bits else _exp)
 
 
+def perplexity_per(name: str, log_likelihoods: Floats, units: Floats, seed: int) -> list[Metric]:
+    """Measure the perplexity of texts by any unit. log_likelihoods: (n,), natural. units: (n,), how many each has."""
+    return _measure(name, "tokens", _exp, Documents(log_likelihoods, {"tokens": units}, seed))
+
+
 def _measure(name: str, unit: Unit, of_nats: Callable[[float], float], documents: Documents) -> list[Metric]:
     if not documents.units[unit].sum() > 0:
         return [Metric(name, None, None, f"the documents have no {unit}")]
@@ -99,7 +104,9 @@ def _measure(name: str, unit: Unit, of_nats: Callable[[float], float], documents
     # The bounds are found in nats, whose order is that of the values: a resample beyond all numbers is no trouble.
     bounds = percentile_interval(resampled)
     low, high = (of_nats(bound) for bound in bounds) if bounds is not None else (math.inf, math.inf)
-    interval = (low, high) if math.isfinite(high) else None
+    if bounds is not None and not math.isfinite(high):
+        return [Metric(name, value, None, "no interval: resamples reach more than a number holds")]
+    interval = (low, high) if bounds is not None else None
     return [Metric(name, value, interval, fewer_resamples(len(resampled)))]
 
 

@@ -7,14 +7,13 @@ from functools import cached_property
 from numbers import Real
 
 from petals_eval.errors import DataError
-from petals_eval.tasks.labels import Unlabelled, no_label, other_spellings, spelled
+from petals_eval.tasks.labels import NUMBER, Unlabelled, no_label, other_spellings, spelled
 from petals_eval.text import listed
 from petals_eval.validation import shorten
 
 __all__ = ["ChoiceLabels"]
 
 _WHOLE = re.compile(r"(0|[1-9][0-9]{0,8})(\.0)?")
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class ChoiceLabels:
 
     @cached_property
     def _numbered(self) -> bool:
-        return any(_NUMBER.fullmatch(key) for key in self.mapping)
+        return any(NUMBER.fullmatch(key) for key in self.mapping)
 
     def _words(self, value: object) -> tuple[str, ...]:
         """Return how the value may be spelled as a key: exactly where that is one."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from petals_eval.data.rows import Row, Rows, row_hash
+from petals_eval.data.rows import Row, Rows, is_missing, row_hash
 from petals_eval.errors import ConfigError, DataError, ExampleError, PetalsEvalError
 from petals_eval.metrics.text_libraries import ROUGE, check_library, corpus_columns, corpus_counts, rouge
 from petals_eval.metrics.texts import last_number, numbers_equal, token_f1
@@ -225,18 +225,18 @@ class GenerationTask(PromptedTask):
         if self.answer_column is None:
             columns = template_of(self.answer or "").columns
             values = [row.columns.get(column) for column in columns]
-            missing = next((column for column, value in zip(columns, values, strict=True) if _is_missing(value)), None)
+            missing = next((column for column, value in zip(columns, values, strict=True) if _has_no_text(value)), None)
             if missing is not None:
                 return self._without_answer(missing, where)
             rendered = template_of(self.answer or "").render(row.columns, where=where, truth_words=truth_words)
             found: tuple[str, ...] = (rendered,)
         else:
             value = row.columns.get(self.answer_column)
-            if _is_missing(value):
+            if _has_no_text(value):
                 return self._without_answer(self.answer_column, where)
             several = value if isinstance(value, list | tuple) else [value]
             for each in several:
-                if not isinstance(each, str | int | float) or _is_missing(each):
+                if not isinstance(each, str | int | float) or _has_no_text(each):
                     raise DataError(
                         f"{where}: column {self.answer_column} should hold a text or a list of texts, found "
                         f"{shorten(each)}."
@@ -281,7 +281,8 @@ class GenerationTask(PromptedTask):
         return Example(key, None, (request,), len(kept), len(kept) < len(ids), text, hashed, right or None)
 
 
-def _is_missing(value: object) -> bool:
-    if value is None or value != value:  # not a number: so does pandas mark what is missing
+def _has_no_text(value: object) -> bool:
+    """Return whether a cell holds no right text: nothing, blanks alone, or an empty list."""
+    if is_missing(value):
         return True
     return not value if isinstance(value, list | tuple) else isinstance(value, str) and not value.strip()

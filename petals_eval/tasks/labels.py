@@ -10,6 +10,7 @@ from functools import cached_property
 from math import isfinite
 from typing import Any, Literal
 
+from petals_eval.data.rows import is_missing
 from petals_eval.errors import DataError
 from petals_eval.text import listed
 from petals_eval.validation import shorten
@@ -90,7 +91,7 @@ def is_unlabelled(value: object) -> bool:
     >>> [is_unlabelled(value) for value in (None, float("nan"), " ", -1, "-1.0", 0, "no", [])]
     [True, True, True, True, True, False, False, False]
     """
-    if value is None or value != value:
+    if is_missing(value):
         return True
     return not isinstance(value, _NO_LABELS) and (not spelled(value) or _whole(value) == "-1")
 
@@ -209,7 +210,7 @@ class Labels:
 
     def _advice(self, value: object, name: str | None) -> str:
         word = name if name is not None else spelled(value)
-        if value is None or value != value or not word:
+        if is_missing(value) or not word:
             return "The row has no label."
         if isinstance(value, _NO_LABELS):
             return "A label is one value: a text, a number, or true or false."

@@ -103,10 +103,6 @@ class PerplexityTask(PromptedTask):
         return ()
 
     @property
-    def head(self) -> Literal["class", "lm"]:
-        return "lm"
-
-    @property
     def longest_window(self) -> int:
         """Tokens of a window at most."""
         if self.max_length is not None:

@@ -199,8 +199,8 @@ class Prompting(BaseModel):
 
     def shown_turn(self, shot: Row, *, may_lack_answer: bool = False) -> Turn:
         """Return the exchange of a shot. Raises DataError for a row that has no answer, unless it may lack one."""
-        pool, line = self.shot_rows, "" if shot.line is None else f" (line {shot.line})"
-        where = f"a shot, {'' if pool is None else f'{pool.name}, '}row {shot.index}{line}"
+        pool = self.shot_rows
+        where = f"a shot, row {shot.index}" if pool is None else f"a shot, {pool.where(shot)}"
         try:
             turn = self.turn(shot, where)
         except KeyError as error:

@@ -4,6 +4,7 @@ import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from petals_eval.data.rows import is_missing
 from petals_eval.errors import DataError
 
 __all__ = ["Template"]
@@ -60,7 +61,7 @@ class Template:
         filled = False
         for literal, column in self.segments:
             value = values[column]
-            if value is None or value != value:  # not a number: so does pandas mark what is missing
+            if is_missing(value):
                 raise DataError(f"{where} has no text in column {column}. Remove the row, or fill it in.")
             if not isinstance(value, str | int | float):
                 raise DataError(f"{where}: column {column} should hold text, found {type(value).__name__}.")

@@ -85,6 +85,7 @@ def test_an_interval_that_no_number_holds():
     found = measure("perplexity", ["word_perplexity"], rows_of([[-1.0, 9, 9, 9]] * 9 + [[-60000.0, 9, 9, 9]]))
     assert found["word_perplexity"].value == pytest.approx(math.exp(60009 / 90))
     assert found["word_perplexity"].ci95 is None
+    assert found["word_perplexity"].note == "no interval: resamples reach more than a number holds"
 
 
 def test_documents_without_a_unit():
