@@ -333,8 +333,8 @@ def _with_unlabelled(task: Task, unlabelled: Unlabelled | None) -> Task:
         raise ConfigError(f"--unlabelled: task {task.name} has no labels that could be missing.")
     if task.kind in _WITHOUT_LABELS:
         raise ConfigError(
-            f"--unlabelled: task {task.name} has no labels that could be missing: one of kind {task.kind} asks how likely "
-            "the texts of its rows are. Leave it out."
+            f"--unlabelled: task {task.name} has no labels that could be missing: one of kind {task.kind} asks how "
+            "likely the texts of its rows are. Leave it out."
         )
     return cast(Task, task.model_copy(update={"unlabelled": unlabelled}))
 

@@ -297,8 +297,16 @@ def test_without_prompts_each_draw_is_evaluated_too(source, tmp_path):
             "bos: a task of kind classification takes its opening tokens from the tokenizer",
         ),
         ({"task": task(shots={"count": 2, "draw": "first"}), "draws": 2}, ConfigError, "the same in every draw"),
-        ({"task": task(shots={"count": 2, "draw": "first"}), "shots_seed": 7}, ConfigError, "shots_seed: .* first rows"),
-        ({"task": task(shots={"rows": ROW}), "shots_seed": 7}, ConfigError, "shots_seed: .* those that are written out"),
+        (
+            {"task": task(shots={"count": 2, "draw": "first"}), "shots_seed": 7},
+            ConfigError,
+            "shots_seed: .* first rows",
+        ),
+        (
+            {"task": task(shots={"rows": ROW}), "shots_seed": 7},
+            ConfigError,
+            "shots_seed: .* those that are written out",
+        ),
         ({"shots": 0, "shots_seed": 7}, ConfigError, "shots_seed: there are no shots to be drawn"),
         ({"shots": 30}, DataError, "expected more rows than the 30 that are left out"),
     ],
