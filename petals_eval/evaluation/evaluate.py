@@ -164,7 +164,7 @@ def evaluate(
 
         prompt = PromptSettings(
             shots=shots,
-            shots_data=shots_data,  # type: ignore[arg-type] # a Path becomes a text
+            shots_data=shots_data,  # type: ignore[arg-type]  # a path becomes its text there
             shots_split=shots_split,
             shots_seed=shots_seed,
             draws=draws,

@@ -30,6 +30,7 @@ from petals_eval.tasks import Task, check_head_labels, load_task, resolve_source
 from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.prompted import Prompting
 from petals_eval.tasks.requests import Example
+from petals_eval.tasks.tokens import tokenizer_sha256
 
 if TYPE_CHECKING:
     from petals_eval.local_swarm import LocalSwarm
@@ -197,7 +198,10 @@ def prepare(
         rows=len(rows),
         shard=None if piece is None else (piece.index, piece.count),
     )
-    answering: dict[str, Any] = {}
+    with_chat = isinstance(asked, Prompting) and asked.chat
+    answering: dict[str, Any] = {"tokenizer_sha256": tokenizer_sha256(side.local.tokenizer, with_chat=with_chat)}
+    if asked.kind == "generation":
+        answering["end_tokens"] = sorted(side.local.end_tokens())
     if code is not None and code.sha256 is not None:
         answering["prepare_code"] = code.sha256
     if save_texts:  # a run that keeps texts keeps those of all rows: it does not go on with one that did not

@@ -1,5 +1,7 @@
 """Texts into tokens, the same way with every tokenizer: no padding, cut on the right, and label words after a text."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ __all__ = [
     "opening_tokens",
     "start_token",
     "tokenize",
+    "tokenizer_sha256",
 ]
 
 Bos = Literal["auto", "always", "never"]
@@ -196,6 +199,23 @@ def _merged(tokenizer: Any, context: Sequence[int], whole: Sequence[int], answer
         "the beginning of the answer, which has no likelihood of its own. Expected a token to begin with it: put a "
         "blank or a line end between the two (delimiter)."
     )
+
+
+def tokenizer_sha256(tokenizer: Any, *, with_chat: bool = False) -> str:
+    """Return a SHA-256 over what makes tokens of texts, the same on every machine.
+
+    with_chat: over the chat template, too. What calls set on a tokenizer, truncation and padding, is left out.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: dict[str, Any] = {"class": type(tokenizer).__name__}
+    if backend is not None:
+        rules = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+    elif hasattr(tokenizer, "get_vocab"):
+        rules["vocabulary"] = tokenizer.get_vocab()
+    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    template = getattr(tokenizer, "chat_template", None) if with_chat else None
+    told = json.dumps([rules, special, template], sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _plain(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:

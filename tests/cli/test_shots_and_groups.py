@@ -39,7 +39,8 @@ def test_a_dry_run_shows_the_whole_prompt(stage: Stage, copa: Path) -> None:
     assert outcome.code == 0
     shown = outcome.out.partition("would send")[0]
     assert shown.count("  | Lily saw ") == 6  # two examples, each with two shots before its question
-    assert "note: 2 rows of rows.jsonl are shots and are left out of the evaluation" in outcome.out
+    # Both shots are copies of one row, which is there three times.
+    assert "note: 3 rows of rows.jsonl equal shots and are left out of the evaluation" in outcome.out
 
 
 def test_draws_are_shown_by_their_mean_and_spread(stage: Stage, copa: Path) -> None:
@@ -87,7 +88,7 @@ def test_a_group_of_tasks(stage: Stage, copa: Path) -> None:
     assert "=== task with shots" in dry.out and "=== task without" in dry.out
     plans = json.loads(invoke(*base, "--dry-run", "--json").out)
     assert (plans["group"], [task["task"] for task in plans["tasks"]]) == ("mine", ["with shots", "without"])
-    assert [task["adapters"][0]["n_examples"] for task in plans["tasks"]] == [16, 18]
+    assert [task["adapters"][0]["n_examples"] for task in plans["tasks"]] == [12, 18]  # each row is there three times
 
     outcome = invoke(*base, "--out", "out", "--fail-under", "acc=1")
     assert outcome.code == 1
@@ -97,7 +98,7 @@ def test_a_group_of_tasks(stage: Stage, copa: Path) -> None:
     mean = saved["means"]["no prompts"]["acc"]
     assert f"{mean['over_tasks']:.4f}" in rows["mean over tasks"]
     assert f"{mean['over_rows']:.4f}" in rows["mean over rows"]
-    assert "16" in rows["with shots"] and "18" in rows["without"]
+    assert "12" in rows["with shots"] and "18" in rows["without"]
     assert outcome.out.splitlines()[-1] == "run folders: out"
 
     again = invoke(*base, "--out", "out", "--json")

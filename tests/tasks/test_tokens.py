@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from petals_eval.errors import ExampleError, ModelError
-from petals_eval.tasks.tokens import EncodedPair, encode_pairs
+from petals_eval.tasks.tokens import EncodedPair, encode_pairs, tokenizer_sha256
 from tests.support.tiny_models import make_tiny, write_tokenizer
 
 TEXTS = (
@@ -101,3 +101,20 @@ def test_a_tokenizer_without_the_token_that_is_needed(tmp_path):
     with pytest.raises(ModelError, match="bos: always"):
         encode_pairs(bare, [("b", "a")], "always")
     assert encode_pairs(bare, []) == []
+
+
+def test_what_makes_the_tokens_has_a_hash_that_calls_do_not_change(tmp_path):
+    def load():
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(tmp_path)
+
+    write_tokenizer(tmp_path)
+    tokenizer, other = load(), load()
+    before = tokenizer_sha256(tokenizer)
+    tokenizer(["a b c d"], truncation=True, max_length=2)
+    assert tokenizer_sha256(tokenizer) == before
+    other.add_tokens(["quagga"])
+    assert tokenizer_sha256(other) != before
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert tokenizer_sha256(tokenizer) == before != tokenizer_sha256(tokenizer, with_chat=True)
