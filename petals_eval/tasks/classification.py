@@ -275,6 +275,12 @@ class ClassificationTask(Prompting):
             if not continued.context:
                 raise no_tokens(rows, row, text)
             self._check_words(continued, words)
+            if continued.error is not None:
+                row_hash = self._row_hash(row, template)
+                yield Example(
+                    str(row.index), label, (), len(continued.context), False, text, row_hash, error=continued.error
+                )
+                continue
             try:
                 context, truncated = cut(continued, self.max_length)
             except ValueError:
@@ -302,7 +308,8 @@ class ClassificationTask(Prompting):
             texts.append(text)
             errors.append(error)
         tokens = self._prompted_tokens(tokenizer, texts)
-        for row, label, text, error, (context, words) in zip(chunk, found, texts, errors, tokens, strict=True):
+        for row, label, text, error, (context, words, merged) in zip(chunk, found, texts, errors, tokens, strict=True):
+            error = error or merged
             key, row_hash = str(row.index), self._row_hash(row, template)
             n_tokens = len(context) + max(map(len, words), default=0)
             if not context:
@@ -322,18 +329,18 @@ class ClassificationTask(Prompting):
 
     def _prompted_tokens(
         self, tokenizer: Any, texts: list[str]
-    ) -> Iterator[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]]:
-        """Yield the tokens of each whole text, and those of each label word after it."""
+    ) -> Iterator[tuple[tuple[int, ...], tuple[tuple[int, ...], ...], ExampleError | None]]:
+        """Yield the tokens of each whole text, those of each label word after it, and what is wrong with these."""
         if self.label_words is None:
             # A chat template has written its special tokens itself, and the text does not end in a closing one.
             uncut = encode(tokenizer, texts) if self.chat else _ids(tokenizer(texts, verbose=False)["input_ids"])
-            yield from ((ids, ()) for ids in uncut)
+            yield from ((ids, (), None) for ids in uncut)
             return
         opened = encode(tokenizer, texts)
         continued = continue_texts(tokenizer, texts, texts, self.label_words)
         for context, after in zip(opened, continued, strict=True):
             self._check_words(after, self.label_words)
-            yield context, after.words
+            yield context, after.words, after.error
 
     def _row_hash(self, row: Row, template: Template) -> str:
         return row_hash(row.columns, with_label(template.columns, self.label_column, row))

@@ -34,11 +34,13 @@ class Continued:
     context: tokens of the text, the tokenizer's opening tokens (BOS) included, its closing ones (EOS) not.
     words: tokens of each continuation.
     tail: how many of the last tokens of `context` belong to the fixed text at the end of the template.
+    error: why a continuation cannot be told from another one, or None.
     """
 
     context: tuple[int, ...]
     words: tuple[tuple[int, ...], ...]
     tail: int
+    error: ExampleError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,9 @@ def continue_texts(
 
     A word's tokens are what tokens(text + word) has beyond tokens(text). Where the two do not share that beginning,
     because the tokenizer merges across the boundary, the word is tokenised by itself, without special tokens: the
-    text must be the same for every label. `without_tail` are the texts without the template's fixed end.
+    text must be the same for every label. Where these tokens spell another text, for the tokenizer begins every word
+    that stands by itself with a blank, that is an error of the row: it would be another word's likelihood.
+    `without_tail` are the texts without the template's fixed end.
     """
     if not texts:
         return []
@@ -94,13 +98,15 @@ def continue_texts(
     alone = _plain(tokenizer, words)
     found = []
     for row, ids in enumerate(plain):
-        following = []
+        following, error = [], None
         for column, own in enumerate(alone):
             both = joined[row * len(words) + column]
             shared = len(both) > len(ids) and both[: len(ids)] == ids
             following.append(both[len(ids) :] if shared else own)
+            if own and not shared and tokenizer.decode([*ids, *own]) != tokenizer.decode(both):
+                error = error or _merged(tokenizer, ids, both, words[column])
         tail = len(ids) - _shared_beginning(ids, shorter[row])
-        found.append(Continued(opening + ids, tuple(following), tail))
+        found.append(Continued(opening + ids, tuple(following), tail, error))
     return found
 
 

@@ -91,16 +91,30 @@ def test_a_long_text_is_cut_before_the_cue_and_the_word(tokenizer):
     assert len(context) == 40 - longest
 
 
-def test_a_word_that_merges_with_the_text_is_tokenised_by_itself(tokenizer):
-    # "th" + "e" is one token of this vocabulary, so the text's own tokens would change.
-    task = task_of(text="{text}", label_words=["e", "at"])
-    made = only(task, "I see th", tokenizer)
-    own = [tuple(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in ("e", "at")]
-    context = tuple(tokenizer("I see th")["input_ids"])
-    joined = tokenizer("I see the")["input_ids"]
-    assert tuple(joined[: len(context)]) != context
-    assert all(request.input_ids[: len(context)] == context for request in made.requests)
-    assert tuple(token for _, token in made.requests[0].targets)[: len(own[0])] == own[0]
+@pytest.mark.parametrize("asked", [{}, {"instruction": "Read this. "}])
+def test_a_word_that_begins_inside_a_token_is_no_other_word(tokenizer, asked):
+    # "th" + "e" is one token of this vocabulary, and "e" by itself is that of " e".
+    made = only(task_of(text="{text}", label_words=["e", " at"], **asked), "I see th", tokenizer)
+    assert made.requests == () and "the answer 'e' begins inside a token" in str(made.error)
+
+
+def test_a_word_that_other_tokens_spell_is_tokenised_by_itself():
+    class Tokenizer:
+        """A token a letter, but for one that makes one of the two letters of "at"."""
+
+        bos_token = bos_token_id = None
+
+        def __call__(self, texts, **settings):
+            if isinstance(texts, str):
+                return {"input_ids": _words(texts.replace("at", "@"))}
+            return {"input_ids": [_words(text.replace("at", "@")) for text in texts]}
+
+        def decode(self, ids):
+            return "".join(map(chr, ids)).replace("@", "at")
+
+    made = only(task_of(text="{text}", label_words=["t", "x"]), "a", Tokenizer())
+    assert made.error is None
+    assert [target for _, target in made.requests[0].targets] == [ord("t"), ord("x")]
 
 
 def test_a_closing_token_of_the_tokenizer_is_left_out(realdata):
