@@ -8,7 +8,7 @@ import numpy as np
 
 from petals_eval.metrics import Metric, Spread, confusion_matrix, measure, title_of
 from petals_eval.metrics.scored_rows import ScoredRows
-from petals_eval.runs.journal import Journal
+from petals_eval.runs.journal import Failure, Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, ServerUsed, WireRecord
 from petals_eval.tasks.requests import Prediction
 from petals_eval.text import number_text
@@ -47,6 +47,7 @@ class AdapterResult:
     predictions: the scored examples, in the order of the data, where `petals_eval.evaluate` returned this; about 0.8 KB
         each. Those of several draws stand one draw after the other. Empty for the command and for `merge`: the run
         folder has them.
+    failures: the examples that could not be computed, with the reason of each; kept as predictions are.
     """
 
     adapter: str
@@ -61,6 +62,7 @@ class AdapterResult:
     n_unlabelled: int = 0
     draws: "tuple[AdapterResult, ...]" = ()
     predictions: tuple[Prediction, ...] = field(default=(), repr=False)
+    failures: tuple[Failure, ...] = field(default=(), repr=False)
 
     @property
     def in_journal(self) -> "tuple[AdapterResult, ...]":
@@ -220,7 +222,7 @@ def run_result(
         )
         if keep_predictions:
             predictions = with_texts(adapter.name, _predictions(journal, adapter.name, manifest))
-            found = replace(found, predictions=predictions)
+            found = replace(found, predictions=predictions, failures=tuple(journal.failures(adapter.name)))
         if adapter.adapter is None:
             results[adapter.name] = found
         else:
@@ -270,6 +272,7 @@ def over_draws(adapter: str, draws: Sequence[AdapterResult]) -> AdapterResult:
         confusion=confusion,
         draws=tuple(draws),
         predictions=tuple(itertools.chain.from_iterable(draw.predictions for draw in draws)),
+        failures=tuple(itertools.chain.from_iterable(draw.failures for draw in draws)),
         **counts,
     )
 
