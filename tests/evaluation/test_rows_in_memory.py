@@ -87,10 +87,9 @@ def test_predictions_are_in_the_result_for_each_adapter(out, tmp_path):
 def test_failures_are_no_predictions():
     result = run(RECORDS, FakeModel(takes=4))
     assert [each.key for each in result.predictions] == ["0", "1", "2", "3"]
+    assert [each.key for each in result.first.failures] == ["4", "5"]
+    assert all("tokens" in each.reason for each in result.first.failures)
     assert result.first.n_failed == 2
-    assert [each.key for each in result.first.failures] and all(
-        "tokens" in each.reason for each in result.first.failures
-    )
 
 
 def test_predictions_take_less_than_a_kilobyte_each(tmp_path):
