@@ -124,6 +124,8 @@ def test_several_adapters_have_means_of_their_own(group):
 
 def test_draws_of_shots_in_a_group(tmp_path):
     tasks = tuple(task(name, tmp_path, 12, shots={"count": 2, "split": "train"}) for name in ("one", "two"))
+    for name in ("one", "two"):
+        write_rows(tmp_path / f"{name}.csv", range(1, 13))  # of which none is equal to a shot
     result = petals_eval.evaluate(FakeModel(), task=TaskGroup("g", tasks), draws=2)
     assert [len(each.first.draws) for each in result.tasks.values()] == [2, 2]
     values = [each.metrics["accuracy"].value for each in result.tasks.values()]
