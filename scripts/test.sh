@@ -5,18 +5,19 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
 
-# What computes numbers, and takes as long as it takes: it runs beside the rest, which starts swarms of processes, kills
-# them and measures deadlines, and so has a processor to itself most of the time.
-numbers=(
+# What computes numbers or tries the README's commands, and takes as long as it takes: it runs beside the rest, which
+# starts swarms of processes, kills them and measures deadlines, and so has a processor to itself most of the time.
+unhurried=(
   tests/data tests/evaluation tests/faults tests/generation tests/metrics tests/model tests/remote_model tests/report
-  tests/runs tests/tasks tests/interop/test_lm_eval.py tests/interop/test_lm_eval_texts.py petals_eval
+  tests/runs tests/tasks tests/cli/test_readme.py tests/interop/test_lm_eval.py tests/interop/test_lm_eval_texts.py
+  petals_eval
 )
 
 # run_all OPTIONS: all tests, in two processes.
 run_all() {
   local output existing=() rest=()
   output="$(mktemp)"
-  for each in "${numbers[@]}"; do
+  for each in "${unhurried[@]}"; do
     [ ! -e "$each" ] || existing+=("$each") rest+=("--ignore=$each")
   done
   set -m # a process group of its own: one that is not would ignore Ctrl-C, and tests of signals with it
