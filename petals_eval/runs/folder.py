@@ -324,13 +324,7 @@ def holds_finished(path: str | Path, manifest: Manifest | None = None) -> bool:
     found = Manifest.read(place)
     if found.finished is None:
         return False
-    different = [] if manifest is None else difference(found, manifest)
-    if different:
-        lines = "\n".join(f"  {line}" for line in different)
-        raise RunFolderError(
-            f"Expected the finished run in {path} to be this one; found another:\n{lines}\n"
-            "Run it with the settings it was begun with, or name another folder with --out."
-        )
+    _refuse_another(found, manifest, f"finished run in {path}")
     return True
 
 
@@ -364,14 +358,19 @@ def _unfinished(folder: Path, manifest: Manifest | None) -> Manifest | None:
             f"Expected the unfinished run in {folder} to be of this version of petals-eval; found one of another, "
             "whose answers may differ. Finish it with the version it was begun with, or name another folder with --out."
         )
-    different = [] if manifest is None else difference(found, manifest)
+    _refuse_another(found, manifest, f"unfinished run in {folder}")
+    return found
+
+
+def _refuse_another(found: Manifest, wanted: Manifest | None, what: str) -> None:
+    """Raise RunFolderError where the run that was found is another one than the one wanted, with the difference."""
+    different = [] if wanted is None else difference(found, wanted)
     if different:
         lines = "\n".join(f"  {line}" for line in different)
         raise RunFolderError(
-            f"Expected the unfinished run in {folder} to be this one; found another:\n{lines}\n"
+            f"Expected the {what} to be this one; found another:\n{lines}\n"
             "Run it with the settings it was begun with, or name another folder with --out."
         )
-    return found
 
 
 def _left_by_a_crash(name: str) -> bool:

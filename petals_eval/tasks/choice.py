@@ -162,8 +162,9 @@ class ChoiceTask(LikelihoodTask):
         return tuple(dict.fromkeys([*self._text_columns, self.label_column]))
 
     @property
-    def columns_that_may_be_missing(self) -> tuple[str, ...]:
-        return (self.label_column,) if self.unlabelled == "predict" else ()
+    def columns_needed(self) -> tuple[str, ...]:
+        columns = self.columns_read
+        return columns if self.unlabelled == "error" else tuple(name for name in columns if name != self.label_column)
 
     @property
     def _text_columns(self) -> list[str]:

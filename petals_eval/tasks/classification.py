@@ -4,10 +4,9 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from petals_eval.data.rows import Row, Rows, row_hash
-from petals_eval.data.source import DataSource, FileFormat, FileReading
 from petals_eval.errors import (
     AdapterError,
     ExampleError,
@@ -16,20 +15,19 @@ from petals_eval.errors import (
     TaskError,
 )
 from petals_eval.tasks.headed import (
-    CHUNK_ROWS,
+    HeadedTask,
     HeadTexts,
     check_finite,
     columns_needed,
     label_of,
     no_tokens,
     with_label,
-    with_pair,
 )
-from petals_eval.tasks.labels import Labels, Unlabelled, spelled_keys
-from petals_eval.tasks.prompted import Prompting, Turn
+from petals_eval.tasks.labels import Labels, spelled_keys
+from petals_eval.tasks.prompted import Turn
 from petals_eval.tasks.requests import Example, Generated, Prediction, Request, as_float64
 from petals_eval.tasks.template import Template
-from petals_eval.tasks.tokens import Continued, continue_texts, cut, encode
+from petals_eval.tasks.tokens import CHUNK_ROWS, Continued, continue_texts, cut, encode
 from petals_eval.text import plural
 from petals_eval.validation import shorten
 
@@ -40,29 +38,20 @@ if TYPE_CHECKING:
 __all__ = ["ClassificationTask"]
 
 
-class ClassificationTask(Prompting):
+class ClassificationTask(HeadedTask):
     """One label out of several. A wrong definition raises TaskError.
 
-    name, description: for people.
-    text: template with a {column} for each value that is read, such as "{premise} </s> {hypothesis}".
-    text_pair: for a trained head that reads pairs of texts, the template of the second one: the tokenizer joins the two
-        in its own way, as `tokenizer(text, text_pair)` does. `text` may also be a list of both.
     label_column: the column of the labels. Its values may be label names, positions in `label_names` (also as text),
         or true and false; where the source names its classes, these names decide and not their numbers.
         `petals_eval.tasks.labels.Labels` has the rules.
     label_names: in the order of the head's outputs. Outer blanks do not tell labels apart.
     label_map: for other values, which label name each stands for. A key is the value as the data spell it: 00 is not
         0. Where a key or a label name is a number, no number is read as a position.
-    max_length: tokens of text at most, the tokenizer's special tokens included, tuned prompts not.
-    metrics: names that `petals_eval.metrics` knows.
-    data: what to evaluate when nothing else is said.
-    formats: how to read a local file of each format (csv, tsv, jsonl, parquet, lines).
     label_words: None for an adapter with a trained head. Otherwise one word a label, and the model's own word head
         says how likely each is to follow the text. A word follows exactly as written: begin it with a space unless
         the text ends in one. Score of a label: the sum of the natural-log likelihoods of its word's tokens;
         normalize="mean" divides by their number, so that a long word is not at a disadvantage.
-    unlabelled: "predict": rows without a label (missing, empty, or -1 where that is no label) are predicted, and are in
-        no metric; their column may be missing altogether. "error": they end a run before it begins.
+    The others are those of `HeadedTask`.
 
     What `Prompting` has stands around the text: a shot shows a text and its label word, or for a trained head, after a
     blank, its label name.
@@ -73,32 +62,11 @@ class ClassificationTask(Prompting):
     """
 
     kind: Literal["classification"] = "classification"
-    name: str = Field(min_length=1)
-    description: str = ""
-    text: str
-    text_pair: str | None = None
-    label_column: str = Field(min_length=1)
     label_names: tuple[str, ...] = Field(min_length=2)
     label_map: Annotated[dict[str, str], BeforeValidator(spelled_keys)] = Field(default_factory=dict)
-    max_length: int = Field(default=512, ge=1)
     metrics: tuple[str, ...] = Field(default=("accuracy", "f1_macro"), min_length=1)
-    data: DataSource | None = None
-    formats: dict[FileFormat, FileReading] = Field(default_factory=dict)
     label_words: tuple[str, ...] | None = None
     normalize: Literal["sum", "mean"] = "sum"
-    unlabelled: Unlabelled = "error"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spelled_as_pair(cls, values: Any) -> Any:
-        return with_pair(values)
-
-    @field_validator("text", "text_pair")
-    @classmethod
-    def _well_formed(cls, text: str | None) -> str | None:
-        if text is not None:
-            Template.parse(text)
-        return text
 
     @field_validator("label_names")
     @classmethod
@@ -144,10 +112,6 @@ class ClassificationTask(Prompting):
                 f"write both columns into text, found {shorten(self.text_pair)}"
             )
         return super().prompt_problem()
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return ("score",)
 
     @property
     def head(self) -> Literal["class", "lm"]:

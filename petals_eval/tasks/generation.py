@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from petals_eval.data.rows import Row, Rows, is_missing, row_hash
+from petals_eval.data.rows import Row, Rows, is_missing
 from petals_eval.errors import ConfigError, DataError, ExampleError, PetalsEvalError
 from petals_eval.metrics.text_libraries import ROUGE, check_library, corpus_columns, corpus_counts, rouge
 from petals_eval.metrics.texts import last_number, numbers_equal, token_f1
@@ -14,7 +14,7 @@ from petals_eval.tasks.extraction import Extraction, Normalise, Sampling
 from petals_eval.tasks.likelihood import template_of
 from petals_eval.tasks.prompted import PromptedTask, Turn
 from petals_eval.tasks.requests import Decoding, Example, Generated, Prediction, Request
-from petals_eval.tasks.tokens import encode
+from petals_eval.tasks.tokens import CHUNK_ROWS, encode
 from petals_eval.validation import shorten
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["GenerationTask"]
 
-_CHUNK_ROWS = 256
 _COUNTS = ("new_tokens", "stopped_by_length")
 _OF_ANSWERS = ("exact_match", "numbers_equal", "token_f1")
 _OF_CORPORA = ("bleu", "chrf")
@@ -150,21 +149,13 @@ class GenerationTask(PromptedTask):
         """Return all that changes an answer: the metrics too, for of a text the journal has what they need, no more."""
         return {**super().fingerprint(), "columns": list(self.columns)}
 
-    def check(self, rows: Rows) -> None:
-        """Look at the columns and texts of all rows: a mistake in the last one should not end a run of hours.
+    @property
+    def columns_needed(self) -> tuple[str, ...]:
+        return template_of(self.text).columns if self.unlabelled == "predict" else self.columns_read
 
-        Raises DataError, which names the row, what was found there and what was expected. Rows that passed, and parts
-        of them, are not looked at again.
-        """
-        read_as = (type(self), self.model_dump_json(exclude={"name", "description", "data", "formats"}))
-        if read_as in rows.passed:
-            return
-        needed = template_of(self.text).columns if self.unlabelled == "predict" else self.columns_read
-        rows.check_columns(needed, self.name)
-        for row in rows:
-            self._question(row, rows.where(row), rows)
-            self._references(row, rows.where(row), rows)
-        rows.passed.add(read_as)
+    def check_row(self, rows: Rows, row: Row) -> None:
+        self._question(row, rows.where(row), rows)
+        self._references(row, rows.where(row), rows)
 
     def turn(self, row: Row, where: str) -> Turn:
         """Return a row with its right text, the first one where there are several."""
@@ -179,7 +170,7 @@ class GenerationTask(PromptedTask):
         """
         self.check(rows)
         source = iter(rows)
-        while chunk := list(islice(source, _CHUNK_ROWS)):
+        while chunk := list(islice(source, CHUNK_ROWS)):
             texts = [self._context_or_error(rows, row, tokenizer) for row in chunk]
             encoded = iter(encode(tokenizer, [text for text in texts if isinstance(text, str)], self.bos))
             for row, text in zip(chunk, texts, strict=True):
@@ -264,7 +255,7 @@ class GenerationTask(PromptedTask):
         return context
 
     def _example(self, rows: Rows, row: Row, text: str | ExampleError, ids: tuple[int, ...]) -> Example:
-        key, hashed = str(row.index), row_hash(row.columns, [name for name in self.columns_read if name in row.columns])
+        key, hashed = str(row.index), self.row_hash(row)
         right = self._references(row, rows.where(row), rows)
         if isinstance(text, str) and not ids:
             text = ExampleError(

@@ -4,9 +4,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from pydantic import Field, field_validator, model_validator
+
 from petals_eval.data.rows import Row, Rows, row_hash
+from petals_eval.data.source import DataSource, FileFormat, FileReading
 from petals_eval.errors import DataError, NotFiniteError, TaskError
 from petals_eval.tasks.labels import Unlabelled
+from petals_eval.tasks.prompted import Prompting
 from petals_eval.tasks.requests import Example, Label, Request
 from petals_eval.tasks.template import Template
 from petals_eval.tasks.tokens import tokenize
@@ -16,8 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
-    "CHUNK_ROWS",
     "HeadTexts",
+    "HeadedTask",
     "check_finite",
     "columns_needed",
     "label_of",
@@ -25,9 +29,6 @@ __all__ = [
     "with_label",
     "with_pair",
 ]
-
-CHUNK_ROWS = 256
-"""So many rows are tokenised together."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,50 @@ class HeadTexts:
                 raise no_tokens(rows, row, shown)
             key, hashed = str(row.index), row_hash(row.columns, with_label(self.columns, column, row))
             yield Example(key, label, (Request(key, 0, ids),), len(ids), truncated, shown, hashed)
+
+
+class HeadedTask(Prompting):
+    """A task for a head that was trained on a text, or on a pair of texts, and one column of what is right.
+
+    name, description: for people.
+    text: template with a {column} for each value that is read, such as "{premise} </s> {hypothesis}".
+    text_pair: for a trained head that reads pairs of texts, the template of the second one: the tokenizer joins the two
+        in its own way, as `tokenizer(text, text_pair)` does. `text` may also be a list of both.
+    label_column: the column of what is right.
+    max_length: tokens of text at most, the tokenizer's special tokens included, tuned prompts not.
+    metrics: names that `petals_eval.metrics` knows for the kind.
+    data: what to evaluate when nothing else is said.
+    formats: how to read a local file of each format (csv, tsv, jsonl, parquet, lines).
+    unlabelled: "predict": rows without a label (missing, empty, or -1 where that is no label) are predicted, and are in
+        no metric; their column may be missing altogether. "error": they end a run before it begins.
+    """
+
+    name: str = Field(min_length=1)
+    description: str = ""
+    text: str
+    text_pair: str | None = None
+    label_column: str = Field(min_length=1)
+    max_length: int = Field(default=512, ge=1)
+    metrics: tuple[str, ...] = Field(min_length=1)
+    data: DataSource | None = None
+    formats: dict[FileFormat, FileReading] = Field(default_factory=dict)
+    unlabelled: Unlabelled = "error"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled_as_pair(cls, values: Any) -> Any:
+        return with_pair(values)
+
+    @field_validator("text", "text_pair")
+    @classmethod
+    def _well_formed(cls, text: str | None) -> str | None:
+        if text is not None:
+            Template.parse(text)
+        return text
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("score",)
 
 
 def columns_needed(texts: Sequence[str], label: str, unlabelled: Unlabelled) -> tuple[str, ...]:

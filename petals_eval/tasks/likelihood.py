@@ -1,5 +1,6 @@
 """What choices and continuations have in common: answers whose likelihood is asked, each after a text."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,20 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from petals_eval.data.rows import Row, Rows, row_hash
+from petals_eval.data.rows import Row, Rows
 from petals_eval.errors import ExampleError, NotFiniteError, PetalsEvalError, RequestTooLargeError
 from petals_eval.tasks.prompted import PromptedTask
 from petals_eval.tasks.requests import Example, Generated, Request, as_float64
 from petals_eval.tasks.template import Template
-from petals_eval.tasks.tokens import EncodedPair, encode_pairs
+from petals_eval.tasks.tokens import CHUNK_ROWS, EncodedPair, encode_pairs
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
 __all__ = ["Asked", "LikelihoodTask", "Place", "Scored", "constant_text", "template_of"]
-
-_CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +88,9 @@ class LikelihoodTask(PromptedTask):
         """Whether the likelihood of each answer with nothing before it is asked, too."""
         return False
 
-    @property
-    def columns_read(self) -> tuple[str, ...]:
-        """The columns that are read of every row, each once."""
-        raise NotImplementedError
-
-    @property
-    def columns_that_may_be_missing(self) -> tuple[str, ...]:
-        """Those of them without which rows can be asked all the same."""
-        return ()
-
+    @abstractmethod
     def asked(self, rows: Rows, row: Row) -> Asked:
         """Return one of `rows` as it is asked. Raises DataError, which names the row, where it cannot be."""
-        raise NotImplementedError
 
     def pairs(self, rows: Rows, row: Row, tokenizer: Any) -> list[tuple[str, str]]:
         """Return what is asked of one of `rows` as text: pairs (all that stands before, what is scored after it).
@@ -110,20 +99,8 @@ class LikelihoodTask(PromptedTask):
         """
         return self._pairs(self.asked(rows, row), row, tokenizer)
 
-    def check(self, rows: Rows) -> None:
-        """Look at the columns, texts and labels of all rows: a mistake in the last one should not end a run of hours.
-
-        Raises DataError, which names the row, what was found there and what was expected. Rows that passed, and parts
-        of them, are not looked at again.
-        """
-        read_as = (type(self), self.model_dump_json(exclude={"name", "description", "data", "formats"}))
-        if read_as in rows.passed:
-            return
-        may_be_missing = self.columns_that_may_be_missing
-        rows.check_columns([column for column in self.columns_read if column not in may_be_missing], self.name)
-        for row in rows:
-            self.asked(rows, row)
-        rows.passed.add(read_as)
+    def check_row(self, rows: Rows, row: Row) -> None:
+        self.asked(rows, row)
 
     def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
         """Yield examples in the order of `rows`, tokenised a few hundred at a time as they are asked for.
@@ -133,7 +110,7 @@ class LikelihoodTask(PromptedTask):
         """
         self.check(rows)
         source = iter(rows)
-        while chunk := list(islice(source, _CHUNK_ROWS)):
+        while chunk := list(islice(source, CHUNK_ROWS)):
             every = [self.asked(rows, row) for row in chunk]
             texts = [self._pairs_or_error(asked, row, tokenizer) for asked, row in zip(every, chunk, strict=True)]
             flat = [pair for pairs in texts if not isinstance(pairs, ExampleError) for pair in pairs]
@@ -186,16 +163,13 @@ class LikelihoodTask(PromptedTask):
                 len(pair.context) + len(pair.answer) - 1 > len(ids) for pair, ids in zip(tokens, inputs, strict=True)
             ),
             text=_shown(pairs[:count]),
-            row_hash=self._row_hash(row),
+            row_hash=self.row_hash(row),
             reference=Scored(places[:count], places[count:], sizes),
         )
 
     def _failing(self, row: Row, asked: Asked, error: ExampleError) -> Example:
         text = "\n".join(asked.questions)
-        return Example(str(row.index), asked.label, (), 0, False, text, self._row_hash(row), error=error)
-
-    def _row_hash(self, row: Row) -> str:
-        return row_hash(row.columns, [column for column in self.columns_read if column in row.columns])
+        return Example(str(row.index), asked.label, (), 0, False, text, self.row_hash(row), error=error)
 
     def _input(self, pair: EncodedPair) -> tuple[int, ...]:
         """Return what the model reads for an answer. Raises RequestTooLargeError where it has no room."""

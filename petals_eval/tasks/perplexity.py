@@ -2,14 +2,14 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from petals_eval.data.documents import joined_rows
-from petals_eval.data.rows import Row, Rows, row_hash
+from petals_eval.data.rows import Row, Rows
 from petals_eval.errors import ExampleError, NotFiniteError, PetalsEvalError, TaskError
 from petals_eval.tasks.prompted import PromptedTask
 from petals_eval.tasks.requests import Example, Generated, Prediction, as_float64
@@ -136,18 +136,17 @@ class PerplexityTask(PromptedTask):
             return rows
         return joined_rows(rows, None if self.rows_per_document == "all" else self.rows_per_document, self.separator)
 
-    def check(self, rows: Rows) -> None:
-        """Look at the columns and texts of all documents. Raises DataError, which names the row and says what was
-        expected there. Rows that passed, and parts of them, are not looked at again."""
-        text, counted = self._templates()
-        read_as = (self.kind, text, counted)
-        if read_as in rows.passed:
-            return
-        rows.check_columns((*text.columns, *counted.columns), self.name)
-        for row in rows:
-            self._render(text, rows, row)
-            self._render(counted, rows, row)
-        rows.passed.add(read_as)
+    @property
+    def columns_read(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(column for template in self._templates() for column in template.columns))
+
+    @property
+    def read_as(self) -> Hashable:
+        return (self.kind, *self._templates())
+
+    def check_row(self, rows: Rows, row: Row) -> None:
+        for template in self._templates():
+            self._render(template, rows, row)
 
     def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
         """Yield a document at a time, in the order of the rows; a few short ones are tokenised together.
@@ -189,12 +188,11 @@ class PerplexityTask(PromptedTask):
         return example.predicted(None, [(likelihood, tokens, example.reference.words, example.reference.bytes)])
 
     def _examples(self, rows: Rows, chunk: list[tuple[Row, str]], start: int, tokenizer: Any) -> Iterator[Example]:
-        text, counted = self._templates()
-        named = (*text.columns, *counted.columns)
+        _, counted = self._templates()
         for (row, document), ids in zip(
             chunk, encode(tokenizer, [document for _, document in chunk], self.bos), strict=True
         ):
-            key, hashed = str(row.index), row_hash(row.columns, named)
+            key, hashed = str(row.index), self.row_hash(row)
             if not ids:
                 error = ExampleError(f"this tokenizer makes no token of the text {document!r:.80}.")
                 yield Example(key, None, (), 0, False, document, hashed, error=error)

@@ -1,6 +1,7 @@
 """What the kinds of task that speak to a language model have in common: from a row to the text before its answer."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -15,9 +16,9 @@ from pydantic import (
     model_validator,
 )
 
-from petals_eval.data.rows import Row, Rows
+from petals_eval.data.rows import Row, Rows, row_hash
 from petals_eval.data.source import DataSource, FileFormat, FileReading
-from petals_eval.errors import DataError, TaskError
+from petals_eval.errors import DataError, PetalsEvalError, TaskError
 from petals_eval.tasks.chat import Message, chat_text, check_chat_template, joined
 from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.shots import Draw, Shots
@@ -128,9 +129,9 @@ class Prompting(BaseModel):
     def turn(self, row: Row, where: str) -> Turn:
         """Return a row with its right answer, as a shot shows it. Raises DataError, with `where` in front.
 
-        `shot_rows` says what the row's source knows of its columns.
+        `shot_rows` says what the row's source knows of its columns. Of a kind without shots this is never asked.
         """
-        raise NotImplementedError
+        raise PetalsEvalError(f"task {self.name} {self.without_shots}: it shows no shots.")  # type: ignore[attr-defined]
 
     @property
     def shot_rows(self) -> Rows | None:
@@ -224,7 +225,7 @@ def _user(content: str) -> Message:
     return {"role": "user", "content": content}
 
 
-class PromptedTask(Prompting):
+class PromptedTask(Prompting, ABC):
     """A task whose rows become texts that a language model goes on from.
 
     name, description: for people.
@@ -257,6 +258,41 @@ class PromptedTask(Prompting):
     @property
     def head(self) -> Literal["class", "lm"]:
         return "lm"
+
+    @property
+    @abstractmethod
+    def columns_read(self) -> tuple[str, ...]:
+        """The columns that are read of every row, each once."""
+
+    @property
+    def columns_needed(self) -> tuple[str, ...]:
+        """Those of them without which no row can be asked."""
+        return self.columns_read
+
+    @abstractmethod
+    def check_row(self, rows: Rows, row: Row) -> None:
+        """Raise DataError, which names the row, what was found there and what was expected, for one of no use."""
+
+    @property
+    def read_as(self) -> Hashable:
+        """What `check_row` goes by: rows that passed for it are not looked at again."""
+        return type(self), self.model_dump_json(exclude={"name", "description", "data", "formats"})
+
+    def check(self, rows: Rows) -> None:
+        """Look at the columns and at every row: a mistake in the last one should not end a run of hours.
+
+        Raises DataError as `check_row` does. Rows that passed, and parts of them, are not looked at again.
+        """
+        if self.read_as in rows.passed:
+            return
+        rows.check_columns(self.columns_needed, self.name)
+        for row in rows:
+            self.check_row(rows, row)
+        rows.passed.add(self.read_as)
+
+    def row_hash(self, row: Row) -> str:
+        """Return the hash of what is read of a row."""
+        return row_hash(row.columns, [column for column in self.columns_read if column in row.columns])
 
     def fingerprint(self) -> dict[str, object]:
         """Return all that changes an answer: neither the name nor the metrics, and not where the data lies."""

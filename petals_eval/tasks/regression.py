@@ -6,16 +6,14 @@ from itertools import islice
 from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from petals_eval.data.rows import Row, Rows
-from petals_eval.data.source import DataSource, FileFormat, FileReading
 from petals_eval.errors import AdapterError, DataError, PetalsEvalError
-from petals_eval.tasks.headed import CHUNK_ROWS, HeadTexts, check_finite, columns_needed, label_of, with_pair
-from petals_eval.tasks.labels import NUMBER, Unlabelled, no_label
-from petals_eval.tasks.prompted import Prompting
+from petals_eval.tasks.headed import HeadedTask, HeadTexts, check_finite, columns_needed, label_of
+from petals_eval.tasks.labels import NUMBER, no_label
 from petals_eval.tasks.requests import Example, Generated, Prediction, as_float64
-from petals_eval.tasks.template import Template
+from petals_eval.tasks.tokens import CHUNK_ROWS
 from petals_eval.validation import shorten
 
 if TYPE_CHECKING:
@@ -24,41 +22,23 @@ if TYPE_CHECKING:
 __all__ = ["RegressionTask"]
 
 
-class RegressionTask(Prompting):
+class RegressionTask(HeadedTask):
     """A number of each row, such as how alike two sentences are. A wrong definition raises TaskError.
 
-    name, description, text, text_pair, max_length, data, formats, unlabelled: as a `ClassificationTask` has them.
     label_column: the column of the right numbers, which may be texts such as "3.2".
     label_range: (lowest, highest) right number. One outside is an error, or where it is -1, as hidden test sets have
         it, a row without a label; without a range -1 is a number like any other.
     metrics: names that `petals_eval.metrics` knows for a regression.
 
-    The head's output is the prediction, as it is. Of what `Prompting` has, a regression has `prepare` alone.
+    The others are those of `HeadedTask`. The head's output is the prediction, as it is. Of what `Prompting` has, a
+    regression has `prepare` alone.
     """
 
     without_shots: ClassVar[str | None] = "gives its head the text alone"
 
     kind: Literal["regression"] = "regression"
-    name: str = Field(min_length=1)
-    description: str = ""
-    text: str
-    text_pair: str | None = None
-    label_column: str = Field(min_length=1)
     label_range: tuple[float, float] | None = None
-    max_length: int = Field(default=512, ge=1)
     metrics: tuple[str, ...] = Field(default=("pearson", "spearman"), min_length=1)
-    data: DataSource | None = None
-    formats: dict[FileFormat, FileReading] = Field(default_factory=dict)
-    unlabelled: Unlabelled = "error"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spelled_as_pair(cls, values: Any) -> Any:
-        return with_pair(values)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return ("score",)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -67,13 +47,6 @@ class RegressionTask(Prompting):
     @property
     def head(self) -> Literal["class", "lm"]:
         return "class"
-
-    @field_validator("text", "text_pair")
-    @classmethod
-    def _well_formed(cls, text: str | None) -> str | None:
-        if text is not None:
-            Template.parse(text)
-        return text
 
     @field_validator("label_range")
     @classmethod

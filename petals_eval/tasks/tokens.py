@@ -10,6 +10,7 @@ from typing import Any, Literal
 from petals_eval.errors import ExampleError, ModelError
 
 __all__ = [
+    "CHUNK_ROWS",
     "Bos",
     "Continued",
     "EncodedPair",
@@ -22,6 +23,9 @@ __all__ = [
     "tokenize",
     "tokenizer_sha256",
 ]
+
+CHUNK_ROWS = 256
+"""So many rows are tokenised together."""
 
 Bos = Literal["auto", "always", "never"]
 """Whether a beginning-of-text token stands in front: as the tokenizer does it, once in any case, or not at all."""

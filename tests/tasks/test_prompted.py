@@ -1,6 +1,7 @@
 """What stands around a question, character for character: instruction, shots, and the tokenizer's chat template."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 
@@ -246,6 +247,10 @@ def test_a_kind_that_takes_no_shots_says_why():
     class Whole(PromptedTask):
         kind: str = "whole"
         without_shots = "scores whole documents"
+        columns_read: ClassVar = ("text",)
+
+        def check_row(self, rows, row):
+            pass
 
     Whole(name="w", metrics=("m",))
     with pytest.raises(TaskError, match=r"shots: a task of kind whole scores whole documents\. Leave shots out"):
