@@ -69,11 +69,16 @@ def kill_at_a_random_moment(process, journal, dice):
             assert time.monotonic() < give_up, "nothing was scored in time"
             time.sleep(0.01)
         time.sleep(dice.uniform(0.0, 4.0))  # a slow disk is written to every few seconds
+    kill(process)
+    return not starting
+
+
+def kill(process):
+    """Kill a client; what it had started ends with it."""
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
     assert psutil.wait_procs(children, timeout=10)[1] == [], "a killed client leaves nothing running"
-    return not starting
 
 
 def test_a_client_killed_at_random_moments_scores_every_example_exactly_once(realdata, swarm, tmp_path, request):

@@ -7,14 +7,13 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 
 import petals_eval
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.faults.catalog import Slow
 from petals_eval.runs import RunFolder
-from tests.chaos.test_killed_client import SECONDS, rows
+from tests.chaos.test_killed_client import SECONDS, kill, rows
 
 ROWS, NEW, KILLS = 24, 12, 1
 TASK = f"kind: generation\ntext: '{{begin}}'\nanswer_column: end\nmax_new_tokens: {NEW}\nmetrics: [token_f1]\n"
@@ -72,10 +71,7 @@ def test_a_client_killed_while_texts_grow_goes_on_with_whole_texts(realdata, swa
                 assert time.monotonic() < give_up, "nothing was scored in time"
                 time.sleep(0.01)
             time.sleep(dice.uniform(0.0, 0.5))
-            children = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            process.communicate()
-            psutil.wait_procs(children, timeout=10)
+            kill(process)
         finally:
             process.kill()
         found, superseded = rows(out / "journal.sqlite")

@@ -6,12 +6,11 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.faults.catalog import Slow
-from tests.chaos.test_killed_client import SECONDS, rows
+from tests.chaos.test_killed_client import SECONDS, kill, rows
 
 COPA = "kind: choice\ntext: '{premise}'\nchoices: ['{choice1}', '{choice2}']\nlabel_column: label\nmetrics: [acc]\n"
 KINDS = {
@@ -60,10 +59,7 @@ def test_a_killed_run_goes_on_to_the_numbers_of_a_quiet_one(kind, realdata, swar
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < give_up, "nothing was scored in time"
             time.sleep(0.01)
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        process.communicate()
-        psutil.wait_procs(children, timeout=10)
+        kill(process)
     finally:
         process.kill()
     kept, superseded = rows(out / "journal.sqlite")
