@@ -53,7 +53,7 @@ class Quarantine:
             return
         peer.quarantine(error)
         self._note(peer, finding)
-        # Whoever was in dispute with nobody but servers that are left out now is cleared.
+        # What was in dispute with a server that is left out now is explained: one of them was wrong, and here it is.
         for other in list(self._found):
             if other.finding is not None and other.finding.status == "disputed" and self._is_moot(other.finding):
                 other.finding = None
@@ -80,7 +80,9 @@ class Quarantine:
             self._found.append(peer)
 
     def _is_moot(self, dispute: TrustFinding) -> bool:
-        return all(self._peers.of(other).is_quarantined for other in dispute.others)
+        """Return whether somebody that it names has been caught. One is enough: two servers in a row that differ from a
+        third one are named beside each other, though neither has ever differed from the other."""
+        return any(self._peers.of(other).is_quarantined for other in dispute.others)
 
     def trusted(self) -> list[SpanServer]:
         """Return the servers of the directory that are not quarantined."""

@@ -144,19 +144,22 @@ def test_a_run_stops_where_a_liar_alone_is_left_whatever_is_allowed(allow):
 @pytest.mark.parametrize("dispute_comes", ["before", "after"])
 def test_a_dispute_with_a_server_that_was_caught_names_nobody_else(dispute_comes):
     """An audit may end after the server in question was left out for training mode."""
-    run = AuditedRun(float32("caught", 0, 2), float32("honest", 0, 2), float32("third", 0, 2), float32("c", 2, 4))
+    run = AuditedRun(float32("caught", 0, 4), float32("honest", 0, 2), float32("behind", 2, 4))
     quarantine, servers = run.pipe.quarantine, run.directory.snapshot.servers
+    sides = {"caught": ("behind", "honest"), "honest": ("behind", "caught"), "behind": ("caught", "honest")}
     disputes = [
-        TrustFinding(servers[name], "disputed", Span(0, 2), 0.1, others=others, is_used=True)
-        for name, others in (("honest", ("caught",)), ("third", ("caught", "honest")))
+        TrustFinding(servers[name], "disputed", Span(0, 4), 0.1, others=others, is_used=True)
+        for name, others in sides.items()
     ]
-    caught = PeerNondeterministicError("two answers", 0.5)
+
+    def dispute():
+        for finding in disputes:
+            quarantine.add_dispute(finding)
+
     if dispute_comes == "before":
-        quarantine.add_dispute(disputes[0])
-    quarantine.add(Hop(servers["caught"], Span(0, 2)), caught)
-    quarantine.add_dispute(disputes[0])
+        dispute()
+        assert run.statuses == dict.fromkeys(sides, "disputed")
+    quarantine.add(Hop(servers["caught"], Span(0, 4)), PeerNondeterministicError("two answers", 0.5))
+    if dispute_comes == "after":
+        dispute()
     assert run.statuses == {"caught": "nondeterministic"}
-    quarantine.add_dispute(disputes[1])  # with somebody else, too
-    assert run.statuses == {"caught": "nondeterministic", "third": "disputed"}
-    quarantine.add(Hop(servers["honest"], Span(0, 2)), caught)
-    assert run.statuses == {"caught": "nondeterministic", "honest": "nondeterministic"}
