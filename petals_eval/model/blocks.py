@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["DTYPES", "BlockSpan", "check_blocks"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED = {*DTYPES.values(), torch.float64}
 
 # transformers imports its parts when they are first used, and does not survive two threads doing so at once.
 _LOADING = threading.Lock()
@@ -92,6 +93,8 @@ class BlockSpan:
     @property
     def cache_bytes_per_token(self) -> int:
         """The size of the keys and values of one token in one block."""
+        if latent := getattr(self.config, "kv_lora_rank", None):  # DeepSeek caches what it makes keys and values of
+            return (latent + self.config.qk_rope_head_dim) * self.dtype.itemsize
         return 2 * self.key_value_heads * self.head_size * self.dtype.itemsize
 
     def drop_out(self, p: float) -> None:
@@ -217,12 +220,15 @@ def _blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
 
 
 def _sliced(config: "PretrainedConfig", start: int, stop: int) -> "PretrainedConfig":
-    """Return the config of a model that has blocks start:stop only; some families choose a window block by block."""
+    """Return the config of a model that has blocks start:stop only. Some families choose a window block by block, some
+    have experts from a block on."""
     config = copy.deepcopy(config)
     layer_types = getattr(config, "layer_types", None)
     config.num_hidden_layers = stop - start
     if layer_types is not None:
         config.layer_types = layer_types[start:stop]
+    if getattr(config, "first_k_dense_replace", None) is not None:
+        config.first_k_dense_replace = max(0, config.first_k_dense_replace - start)
     return config
 
 
@@ -230,15 +236,21 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, start: int, dtype: torch.dty
     """Give the blocks of `model`, which counts them from 0, their weights from block `start` on."""
     state: dict[str, torch.Tensor] = {}
     blocks = _blocks_of(model, checkpoint.family)
+    always_float32 = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for index, block in enumerate(blocks):
-        parameters = dict(block.named_parameters())
-        for name, tensor in load_block(checkpoint, start + index, parameters).items():
-            if tensor.shape != parameters[name].shape:
+        expected = block.state_dict()
+        for name, tensor in load_block(checkpoint, start + index, expected).items():
+            if tensor.shape != expected[name].shape:
                 raise ModelError(
                     f"{checkpoint.name}: expected {name} of block {start + index} to be "
-                    f"{tuple(parameters[name].shape)} by the config, found {tuple(tensor.shape)} in the weights"
+                    f"{tuple(expected[name].shape)} by the config, found {tuple(tensor.shape)} in the weights"
                 )
-            state[f"{index}.{name}"] = tensor.to(dtype)
+            if tensor.dtype not in _STORED:
+                raise ModelError(
+                    f"{checkpoint.name}: expected {name} of block {start + index} in {', '.join(DTYPES)}, found "
+                    f"{tensor.dtype}. The local swarm serves no quantised weights: give a checkpoint that has none."
+                )
+            state[f"{index}.{name}"] = tensor.to(torch.float32 if name.endswith(always_float32) else dtype)
     blocks.load_state_dict(state, assign=True)
     left = [key for key, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:

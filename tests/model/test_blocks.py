@@ -191,3 +191,17 @@ def test_misshapen_weights_are_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
     with pytest.raises(ModelError, match=r"of block 1 to be \(\d+, \d+\) by the config, found"):
         BlockSpan.load(str(tmp_path), 1, 2)
+
+
+def test_quantised_weights_are_refused_by_name(tmp_path):
+    """DeepSeek's are published so: without the scales beside them the numbers mean nothing."""
+    from safetensors.torch import load_file, save_file
+
+    make_tiny("deepseek_v3", tmp_path, blocks=2)
+    state = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    state[name] = state[name].to(torch.float8_e4m3fn)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"o_proj\.weight of block 1 in float32.*float8.*no quantised weights"):
+        BlockSpan.load(str(tmp_path), 0, 2)
+    BlockSpan.load(str(tmp_path), 0, 1)

@@ -12,7 +12,7 @@ def test_the_table_has_every_family():
 
 
 def test_an_unknown_family_is_refused_by_name():
-    with pytest.raises(ModelError, match=r"'gpt2'.*bloom, falcon, llama, mistral, mixtral, qwen2, qwen3"):
+    with pytest.raises(ModelError, match=r"'gpt2'.*bloom, deepseek_v3, falcon, gemma2, gemma3, gemma3_text, llama"):
         family_of(SimpleNamespace(model_type="gpt2"))
 
 
@@ -27,6 +27,7 @@ def test_an_unknown_family_is_refused_by_name():
         ("mixtral", "mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-v0-1"),
         ("mistral", "mistralai/Mistral-7B-v0.1", "Mistral-7B-v0-1"),
         ("qwen3", "Qwen/Qwen3-8B", "Qwen3-8B"),
+        ("gemma3_text", "google/gemma-3-1b-it", "gemma-3-1b-it"),
     ),
 )
 def test_the_default_dht_prefix_is_petals_own(family, repository, prefix):
@@ -54,3 +55,21 @@ def test_the_default_dht_prefix_is_petals_own(family, repository, prefix):
 )
 def test_the_context_limit(family, fields, limit):
     assert FAMILIES[family].context_limit(SimpleNamespace(**fields)) == limit
+
+
+@pytest.mark.parametrize("model_type", ("gemma3n", "gemma4", "gemma4_text", "gemma4_unified"))
+def test_a_family_whose_blocks_take_more_than_a_call_carries_is_refused_with_that_reason(model_type):
+    with pytest.raises(ModelError, match=f"'{model_type}'; .*evaluated: its blocks take an input of their own"):
+        family_of(SimpleNamespace(model_type=model_type))
+
+
+@pytest.mark.parametrize(
+    "config",
+    (
+        {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+        {"model_type": "gemma3", "text_config": {"use_bidirectional_attention": True}},
+    ),
+)
+def test_tokens_that_read_those_after_them_are_refused(config):
+    with pytest.raises(ModelError, match="Gemma 3 says use_bidirectional_attention"):
+        family_of(SimpleNamespace(**config))

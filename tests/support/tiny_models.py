@@ -11,13 +11,33 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "bloom", "falcon")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "deepseek_v3",
+    "bloom",
+    "falcon",
+)
 
 # Words that are one token each when a space stands before them; every other text is one token a byte.
 WORDS = ("good", "bad", "yes", "no", "great", "the", "is", "it")
 
 _SPECIAL = ("<unk>", "<s>", "</s>")
-_VOCABULARY = 320
+VOCABULARY = 320
+_LATENT_ATTENTION = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
 
 
 def make_tiny(
@@ -38,7 +58,7 @@ def make_tiny(
     """Write a tiny model of `family` (one of FAMILIES) to `folder` and return the folder.
 
     tied: whether the LM head is the embedding matrix; None: as the family's public checkpoints mostly are
-        (BLOOM and Falcon tied, the others not).
+        (BLOOM, Falcon and Gemma tied, the others not).
     shard_size: such as "20KB": the weights are split into shards of about that size, with an index.
     labels: write a sequence-classification checkpoint with this many labels (`score.weight`) instead of a causal LM.
     weights: "safetensors" or "bin" (pickled state dicts, as older checkpoints are).
@@ -118,9 +138,9 @@ def _config(family: str, blocks: int, hidden: int, tied: bool | None, extra: dic
     from transformers import AutoConfig
 
     if tied is None:
-        tied = family in ("bloom", "falcon")
+        tied = family in ("bloom", "falcon", "gemma2", "gemma3_text")
     fields = {
-        "vocab_size": _VOCABULARY,
+        "vocab_size": VOCABULARY,
         "hidden_size": hidden,
         "num_hidden_layers": blocks,
         "num_attention_heads": 4,
@@ -131,8 +151,16 @@ def _config(family: str, blocks: int, hidden: int, tied: bool | None, extra: dic
     }
     if family not in ("bloom", "falcon"):
         fields |= {"intermediate_size": 2 * hidden, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    if family == "qwen3":
+    if family in ("qwen3", "gemma2", "gemma3_text"):
         fields["head_dim"] = hidden // 4
+    if family in ("gemma2", "gemma3_text"):  # a window shorter than texts are; scores scaled as nothing else says
+        fields |= {"sliding_window": 6, "query_pre_attn_scalar": hidden // 2}
+    if family == "gemma3_text":
+        fields["layer_types"] = ["full_attention" if block % 2 else "sliding_attention" for block in range(blocks)]
+    if family == "deepseek_v3":
+        fields |= _LATENT_ATTENTION
+        fields |= {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+        fields |= {"moe_intermediate_size": hidden, "first_k_dense_replace": 1, "num_key_value_heads": 4}
     if family == "mixtral":
         fields |= {"num_local_experts": 4, "num_experts_per_tok": 2}
     if family == "falcon":
@@ -148,13 +176,22 @@ def _build(config, dtype: torch.dtype, seed: int, labels: int | None):
     else:
         config.num_labels = labels
         model = AutoModelForSequenceClassification.from_config(config)
+    draw_weights(model, seed)
+    return model.to(dtype).eval()
+
+
+def draw_weights(model: nn.Module, seed: int) -> None:
+    """Draw all parameters of a Hugging Face model."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = model.get_input_embeddings()
     seen = set()  # a tied head is the embedding matrix: drawn once
     with torch.no_grad():
         for module in model.modules():
             is_norm = "norm" in type(module).__name__.lower()
-            for name, parameter in module.named_parameters(recurse=False):
+            held = dict(module.named_parameters(recurse=False))
+            if "e_score_correction_bias" in module.state_dict():  # a buffer that checkpoints hold
+                held["e_score_correction_bias"] = module.e_score_correction_bias
+            for name, parameter in held.items():
                 if parameter in seen:
                     continue
                 seen.add(parameter)
@@ -168,7 +205,6 @@ def _build(config, dtype: torch.dtype, seed: int, labels: int | None):
                 else:
                     value = 0.2 * noise
                 parameter.copy_(value)
-    return model.to(dtype).eval()
 
 
 def _as_bin(folder: Path) -> None:
