@@ -1,0 +1,170 @@
+"""A multimodal Gemma 3 is read as text: the numbers are those that the whole model gives a text without images."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from petals_eval.errors import ModelError
+from petals_eval.local_swarm import launcher
+from petals_eval.model import Checkpoint, LocalModel
+from petals_eval.model.blocks import BlockSpan
+from petals_eval.model.sources import open_source
+from petals_eval.tasks.requests import Request
+from tests.model.reference import TOKENS, full_logits, local_answers, make_adapter
+from tests.support.tensors import close
+from tests.support.tiny_models import draw_weights, write_tokenizer
+
+BLOCKS, LABELS = 3, 3
+TEXT = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "pad_token_id": None,
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TARGETS = ((2, 262), (2, 268), (0, 75), (1, 86))
+
+
+def made(folder, labels=None, **of_the_whole):
+    """Write a tiny Gemma 3 with eyes, of the hub's layout, to `folder`, and return the whole model."""
+    import transformers
+
+    config = transformers.Gemma3Config(
+        text_config=TEXT,
+        vision_config=VISION,
+        mm_tokens_per_image=1,
+        image_token_index=319,
+        eos_token_id=[2, 106],
+        **of_the_whole,
+    )
+    if labels is None:
+        model = transformers.Gemma3ForConditionalGeneration(config)
+    else:
+        config.num_labels = labels
+        model = transformers.Gemma3ForSequenceClassification(config)
+    draw_weights(model, seed=0)
+    model.eval().save_pretrained(folder)
+    write_tokenizer(folder)
+    return model
+
+
+def renamed(source, folder, rename):
+    """The same checkpoint with other names for its tensors."""
+    shutil.copytree(source, folder)
+    tensors = load_file(source / "model.safetensors")
+    save_file({rename(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("multimodal") / "gemma-3"
+    return folder, made(folder)
+
+
+def requests(targets=()):
+    return [Request(str(index), 0, text, targets) for index, text in enumerate((TOKENS, TOKENS[:4]))]
+
+
+def test_text_scores_as_the_whole_model_scores_it(whole):
+    folder, model = whole
+    local = LocalModel.from_pretrained(folder)
+    assert local.family.title == "Gemma 3" and local.num_blocks == BLOCKS
+    for kind in ("none", "ptune", "deep_ptune"):
+        adapter = make_adapter(local, kind)
+        for request, answer in zip(requests(), local_answers(model, local, adapter, requests(TARGETS)), strict=True):
+            expected = full_logits(model, local, adapter, request.input_ids).log_softmax(-1)
+            assert close(answer, torch.stack([expected[position, token] for position, token in TARGETS])), kind
+
+
+def test_its_blocks_are_those_of_the_text(whole):
+    folder, model = whole
+    local = LocalModel.from_pretrained(folder)
+    hidden = local.embed(torch.tensor([TOKENS]))
+    text = model.model.language_model
+    with torch.inference_mode():
+        expected = text(inputs_embeds=hidden).last_hidden_state
+        for start in range(BLOCKS):
+            hidden = BlockSpan.load(folder, start, start + 1).forward(hidden)
+        assert close(local.norm(hidden), expected)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    (
+        lambda name: name.replace("language_model.model.", "model.language_model."),
+        lambda name: name.replace("language_model.model.", "language_model."),
+    ),
+    ids=("since-4.52", "base-alone"),
+)
+def test_every_layout_holds_the_same_tensors(rename, whole, tmp_path):
+    folder, _ = whole
+    other = LocalModel.from_pretrained(renamed(folder, tmp_path / "gemma-3", rename))
+    assert other.fingerprint == LocalModel.from_pretrained(folder).fingerprint
+    assert other.unused == ()
+
+
+def test_a_word_head_of_its_own_is_found_inside_the_language_model(whole, tmp_path):
+    folder, _ = whole
+    own = shutil.copytree(folder, tmp_path / "own")
+    tensors = load_file(own / "model.safetensors")
+    head = torch.randn_like(tensors["language_model.model.embed_tokens.weight"])
+    save_file(tensors | {"language_model.lm_head.weight": head}, own / "model.safetensors")
+    assert torch.equal(LocalModel.from_pretrained(own).lm_head, head)
+
+
+def test_its_classifier_is_read_with_its_head(tmp_path):
+    model = made(tmp_path, LABELS, id2label={0: "bad", 1: "good", 2: "fine"})
+    local = LocalModel.from_pretrained(tmp_path)
+    assert local.own_label_names(None) == ("bad", "good", "fine")
+    for request, answer in zip(requests(), local_answers(model, local, None, requests()), strict=True):
+        assert close(answer, full_logits(model, local, None, request.input_ids))
+
+
+def test_what_the_config_says_of_the_whole_holds_for_the_text(whole):
+    folder, _ = whole
+    config = Checkpoint.open(folder).config
+    assert config.model_type == "gemma3_text" and config.architectures == ["Gemma3ForConditionalGeneration"]
+    assert LocalModel.from_pretrained(folder).end_tokens() == {2, 106}
+    assert config.dtype == torch.float32 and config.tie_word_embeddings is True
+
+
+def test_the_local_swarm_counts_the_blocks_of_the_text(whole):
+    folder, _ = whole
+    family, num_blocks = launcher._read_config(open_source(folder, error=ModelError))
+    assert (family.model_type, num_blocks) == ("gemma3_text", BLOCKS)
+
+
+def test_a_part_that_is_neither_text_nor_vision_is_named(whole, tmp_path):
+    folder, _ = whole
+    other = shutil.copytree(folder, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file(tensors | {"audio_tower.conv.weight": torch.ones(2)}, other / "model.safetensors")
+    with pytest.raises(ModelError, match=r"hold audio_tower\.conv\.weight, which is no known part of a Gemma 3"):
+        LocalModel.from_pretrained(other)
+
+
+def test_a_vision_model_of_another_family_is_refused_by_name(whole, tmp_path):
+    folder, _ = whole
+    other = shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
+    with pytest.raises(ModelError, match="model_type 'llava'; expected one of"):
+        Checkpoint.open(other)
