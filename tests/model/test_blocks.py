@@ -1,5 +1,6 @@
 """Spans of blocks against Hugging Face's own full forward, for every family."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -83,6 +84,16 @@ def test_bfloat16(folder, hidden):
     spans = [BlockSpan.load(str(folder), first, last, torch.bfloat16) for first, last in SPLIT]
     expected = Reference(folder, torch.bfloat16).forward(hidden.bfloat16())
     assert distance(through(spans, hidden), expected) < 2e-2
+
+
+def test_what_hugging_face_keeps_in_float32_stays_so(folder):
+    """What chooses DeepSeek's experts: rounded, it would choose others."""
+    block = BlockSpan.load(str(folder), 2, 3, torch.bfloat16)._model.state_dict()
+    whole = Reference(folder, torch.bfloat16).model.state_dict()
+    expected = {name: tensor for name, tensor in whole.items() if re.match(r"(layers|h)\.2\.", name)}
+    assert block.keys() == {name.replace(".2.", ".0.", 1) for name in expected}
+    for name, tensor in expected.items():
+        assert block[name.replace(".2.", ".0.", 1)].dtype is tensor.dtype, name
 
 
 def test_swapped_blocks_would_show(folder, hidden):
