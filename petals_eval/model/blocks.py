@@ -190,16 +190,18 @@ def _base_model(checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtyp
     """Load Hugging Face's base model with blocks start:stop and nothing around them."""
     from transformers import AutoModel
 
-    family, config = checkpoint.family, _sliced(checkpoint.config, start, stop)
+    family = checkpoint.family
     # No memory and no time for weights that are about to be replaced. float32 whatever comes: any other would be the
-    # default dtype of every thread while this line runs.
+    # default dtype of every thread while this line runs. All blocks, for what one is goes by its number in some families.
     with torch.device("meta"):
-        model = AutoModel.from_config(config, dtype=torch.float32)
+        model = AutoModel.from_config(checkpoint.config, dtype=torch.float32)
     for module in (family.embeddings, family.embedding_norm, family.final_norm):
         if module is not None:  # it stays on the client
             setattr(model, module, nn.Identity())
     if hasattr(model, "rotary_emb"):  # its frequencies are a buffer no checkpoint holds
-        model.rotary_emb = type(model.rotary_emb)(config=config)
+        model.rotary_emb = type(model.rotary_emb)(config=model.config)
+    setattr(model, family.blocks, _blocks_of(model, family)[start:stop])
+    model.config = _sliced(model.config, start, stop)
     _fill(model, checkpoint, start, dtype)
     return model.eval().requires_grad_(False)
 
@@ -220,15 +222,12 @@ def _blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
 
 
 def _sliced(config: "PretrainedConfig", start: int, stop: int) -> "PretrainedConfig":
-    """Return the config of a model that has blocks start:stop only. Some families choose a window block by block, some
-    have experts from a block on."""
+    """Return the config that blocks start:stop are called with; some families choose a window block by block."""
     config = copy.deepcopy(config)
     layer_types = getattr(config, "layer_types", None)
     config.num_hidden_layers = stop - start
     if layer_types is not None:
         config.layer_types = layer_types[start:stop]
-    if getattr(config, "first_k_dense_replace", None) is not None:
-        config.first_k_dense_replace = max(0, config.first_k_dense_replace - start)
     return config
 
 
