@@ -78,24 +78,15 @@ class BlockSpan:
         return self.config.num_attention_heads
 
     @property
-    def key_value_heads(self) -> int:
-        """How many heads' keys and values a cache holds: fewer than the attention heads under grouped queries."""
-        if self.config.model_type == "falcon":
-            if self.config.multi_query and not self.config.new_decoder_architecture:
-                return 1
-            return self.config.num_kv_heads
-        return getattr(self.config, "num_key_value_heads", None) or self.attention_heads
-
-    @property
-    def head_size(self) -> int:
-        return getattr(self.config, "head_dim", None) or self.hidden_size // self.attention_heads
-
-    @property
     def cache_bytes_per_token(self) -> int:
-        """The size of the keys and values of one token in one block."""
+        """The size of the keys and values of one token in one block, where blocks differ in the largest."""
         if latent := getattr(self.config, "kv_lora_rank", None):  # DeepSeek caches what it makes keys and values of
             return (latent + self.config.qk_rope_head_dim) * self.dtype.itemsize
-        return 2 * self.key_value_heads * self.head_size * self.dtype.itemsize
+        each_block = getattr(self.config, "per_layer_config", [self.config])  # no such list in older transformers
+        return max(2 * _key_value_heads(each) * self._head_size(each) for each in each_block) * self.dtype.itemsize
+
+    def _head_size(self, config: "PretrainedConfig") -> int:
+        return getattr(config, "head_dim", None) or self.hidden_size // self.attention_heads
 
     def drop_out(self, p: float) -> None:
         """Run the blocks in training mode, with dropout `p` on all the family can drop; 0: in evaluation mode again."""
@@ -192,7 +183,7 @@ def _base_model(checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtyp
 
     family = checkpoint.family
     # No memory and no time for weights that are about to be replaced. float32 whatever comes: any other would be the
-    # default dtype of every thread while this line runs. All blocks, for what one is goes by its number in some families.
+    # default dtype of every thread while this line runs. All blocks: what one is goes by its number in some families.
     with torch.device("meta"):
         model = AutoModel.from_config(checkpoint.config, dtype=torch.float32)
     for module in (family.embeddings, family.embedding_norm, family.final_norm):
@@ -204,6 +195,15 @@ def _base_model(checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtyp
     model.config = _sliced(model.config, start, stop)
     _fill(model, checkpoint, start, dtype)
     return model.eval().requires_grad_(False)
+
+
+def _key_value_heads(config: "PretrainedConfig") -> int:
+    """Return how many heads' keys and values a cache holds: fewer than the attention heads under grouped queries."""
+    if config.model_type == "falcon":
+        if config.multi_query and not config.new_decoder_architecture:
+            return 1
+        return config.num_kv_heads
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def _adds(prompt: torch.Tensor) -> Any:

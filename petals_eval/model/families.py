@@ -141,6 +141,7 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3", "Qwen3"),
         Family("gemma2", "Gemma 2", **_GEMMA_LIKE),
         Family("gemma3_text", "Gemma 3", **_GEMMA_LIKE, wrapper="gemma3"),
+        Family("gemma4_text", "Gemma 4", **_GEMMA_LIKE | {"norm": "rms-float32"}, wrapper="gemma4"),
         Family("phi3", "Phi-3"),
         Family("olmo2", "OLMo 2", norm="rms-float32"),
         Family(
@@ -163,21 +164,14 @@ FAMILIES: dict[str, Family] = {
 
 _WRAPPERS = {family.wrapper: family for family in FAMILIES.values() if family.wrapper is not None}
 
-# Blocks of these take more than the hidden states of a Petals call (`swarm/wire/PROTOCOL.md`, section 4): each an input
-# made of the text's tokens, and the later ones keys and values of earlier ones, which may be another server's. What
-# relatives of Petals send beside the hidden states for that is no part of its wire.
+# What blocks of these take beside the hidden states is no part of a Petals call (`swarm/wire/PROTOCOL.md`, section 4),
+# though relatives of Petals have ways of their own to send it.
+_REFUSED_TYPES = ("gemma3n", "gemma3n_text")
+_EXTRA_FIELDS = ("hidden_size_per_layer_input", "num_kv_shared_layers")
 _EXTRA_INPUTS = (
-    "its blocks take an input of their own for each token beside the hidden states, and the later ones the keys and "
-    "values of earlier ones; a Petals call carries hidden states and prompts alone"
+    "its blocks take an input of their own for each token beside the hidden states, or the keys and values of earlier "
+    "blocks, and a Petals call carries hidden states and prompts alone"
 )
-_REFUSED = {
-    "gemma3n": _EXTRA_INPUTS,
-    "gemma3n_text": _EXTRA_INPUTS,
-    "gemma4": _EXTRA_INPUTS,
-    "gemma4_text": _EXTRA_INPUTS,
-    "gemma4_unified": _EXTRA_INPUTS,
-    "gemma4_unified_text": _EXTRA_INPUTS,
-}
 
 
 def family_of(config: Any) -> Family:
@@ -186,15 +180,18 @@ def family_of(config: Any) -> Family:
     Raises ModelError, naming the supported families, if it is none of them; and where a swarm cannot compute it.
     """
     model_type: Any = getattr(config, "model_type", None)
+    if model_type in _REFUSED_TYPES:
+        raise ModelError(f"a model of model_type {model_type!r} cannot be evaluated: {_EXTRA_INPUTS}.")
     family = _WRAPPERS.get(model_type) or FAMILIES.get(model_type)
     if family is None:
-        reason = _REFUSED.get(model_type)
         raise ModelError(
             f"the model's config has model_type {model_type!r}; expected one of "
-            f"{', '.join(sorted(FAMILIES.keys() | _WRAPPERS.keys()))}. "
-            + (f"It cannot be evaluated: {reason}." if reason else "Only models of these families can be evaluated.")
+            f"{', '.join(sorted(FAMILIES.keys() | _WRAPPERS.keys()))}. Only models of these families can be evaluated."
         )
-    if getattr(text_config(config), "use_bidirectional_attention", None):
+    text = text_config(config)
+    if found := [field for field in _EXTRA_FIELDS if getattr(text, field, None)]:
+        raise ModelError(f"this {family.title} cannot be evaluated: {_EXTRA_INPUTS} (config: {', '.join(found)}).")
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         raise ModelError(
             f"the config of this {family.title} says use_bidirectional_attention: its tokens read those after them, "
             "and the blocks of a Petals server only those before. It cannot be evaluated."

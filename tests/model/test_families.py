@@ -12,7 +12,9 @@ def test_the_table_has_every_family():
 
 
 def test_an_unknown_family_is_refused_by_name():
-    with pytest.raises(ModelError, match=r"'gpt2'.*bloom, deepseek_v3, falcon, gemma2, gemma3, gemma3_text, llama"):
+    with pytest.raises(
+        ModelError, match=r"'gpt2'.*bloom, deepseek_v3, falcon, gemma2, gemma3, gemma3_text, gemma4, gemma4_text, llama"
+    ):
         family_of(SimpleNamespace(model_type="gpt2"))
 
 
@@ -57,10 +59,23 @@ def test_the_context_limit(family, fields, limit):
     assert FAMILIES[family].context_limit(SimpleNamespace(**fields)) == limit
 
 
-@pytest.mark.parametrize("model_type", ("gemma3n", "gemma4", "gemma4_text", "gemma4_unified"))
-def test_a_family_whose_blocks_take_more_than_a_call_carries_is_refused_with_that_reason(model_type):
-    with pytest.raises(ModelError, match=f"'{model_type}'; .*evaluated: its blocks take an input of their own"):
-        family_of(SimpleNamespace(model_type=model_type))
+@pytest.mark.parametrize(
+    ("config", "said"),
+    (
+        ({"model_type": "gemma3n"}, "model of model_type 'gemma3n' cannot be evaluated: its blocks take an input"),
+        (
+            {"model_type": "gemma4_text", "hidden_size_per_layer_input": 256},
+            r"this Gemma 4 cannot be evaluated: its blocks take an input.*config: hidden_size_per_layer_input",
+        ),
+        (
+            {"model_type": "gemma4", "text_config": {"num_kv_shared_layers": 18, "hidden_size_per_layer_input": 0}},
+            r"Gemma 4 cannot be evaluated: .* the keys and values of earlier blocks.*config: num_kv_shared_layers",
+        ),
+    ),
+)
+def test_blocks_that_take_more_than_a_call_carries_are_refused_with_that_reason(config, said):
+    with pytest.raises(ModelError, match=said):
+        family_of(SimpleNamespace(**config))
 
 
 @pytest.mark.parametrize(
@@ -68,8 +83,14 @@ def test_a_family_whose_blocks_take_more_than_a_call_carries_is_refused_with_tha
     (
         {"model_type": "gemma3_text", "use_bidirectional_attention": True},
         {"model_type": "gemma3", "text_config": {"use_bidirectional_attention": True}},
+        {"model_type": "gemma4_text", "use_bidirectional_attention": "all"},
     ),
 )
 def test_tokens_that_read_those_after_them_are_refused(config):
-    with pytest.raises(ModelError, match="Gemma 3 says use_bidirectional_attention"):
+    with pytest.raises(ModelError, match="says use_bidirectional_attention"):
         family_of(SimpleNamespace(**config))
+
+
+def test_only_the_tokens_of_images_may_read_those_after_them():
+    config = SimpleNamespace(model_type="gemma4_text", use_bidirectional_attention="vision")
+    assert family_of(config).title == "Gemma 4"

@@ -156,8 +156,8 @@ def test_a_part_that_is_neither_text_nor_vision_is_named(whole, tmp_path):
     folder, _ = whole
     other = shutil.copytree(folder, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
-    save_file(tensors | {"audio_tower.conv.weight": torch.ones(2)}, other / "model.safetensors")
-    with pytest.raises(ModelError, match=r"hold audio_tower\.conv\.weight, which is no known part of a Gemma 3"):
+    save_file(tensors | {"point_tower.conv.weight": torch.ones(2)}, other / "model.safetensors")
+    with pytest.raises(ModelError, match=r"hold point_tower\.conv\.weight, which is no known part of a Gemma 3"):
         LocalModel.from_pretrained(other)
 
 

@@ -17,7 +17,7 @@ from petals_eval.tasks.requests import Request
 from tests.model.reference import PREFIX, full_logits, make_adapter
 from tests.remote_model.test_against_hugging_face import remote_model
 from tests.support.tensors import close
-from tests.support.tiny_models import FAMILIES, make_tiny
+from tests.support.tiny_models import CLASSIFIED, make_tiny
 
 ORIGINAL, STRETCHED, LABELS = 24, 96, 3
 HEAD_SIZE = 8
@@ -39,7 +39,7 @@ SCALINGS = {
     },
     "proportional": {},
 }
-ROTARY_FAMILIES = tuple(family for family in FAMILIES if family != "bloom")
+ROTARY_FAMILIES = tuple(family for family in CLASSIFIED if family != "bloom")
 SAMPLED_FAMILIES = ("llama", "mistral", "mixtral", "qwen3", "gemma3_text", "phi3", "falcon")
 OWN_SCALINGS = {"phi3": ("default", "longrope")}  # its config takes no others
 OWN_FIELDS = {

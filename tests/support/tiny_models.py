@@ -19,12 +19,15 @@ FAMILIES = (
     "qwen3",
     "gemma2",
     "gemma3_text",
+    "gemma4_text",
     "phi3",
     "olmo2",
     "deepseek_v3",
     "bloom",
     "falcon",
 )
+# transformers has no classifier of Gemma 4.
+CLASSIFIED = tuple(family for family in FAMILIES if family != "gemma4_text")
 
 # Words that are one token each when a space stands before them; every other text is one token a byte.
 WORDS = ("good", "bad", "yes", "no", "great", "the", "is", "it")
@@ -138,7 +141,7 @@ def _config(family: str, blocks: int, hidden: int, tied: bool | None, extra: dic
     from transformers import AutoConfig
 
     if tied is None:
-        tied = family in ("bloom", "falcon", "gemma2", "gemma3_text")
+        tied = family in ("bloom", "falcon") or family.startswith("gemma")
     fields = {
         "vocab_size": VOCABULARY,
         "hidden_size": hidden,
@@ -151,12 +154,16 @@ def _config(family: str, blocks: int, hidden: int, tied: bool | None, extra: dic
     }
     if family not in ("bloom", "falcon"):
         fields |= {"intermediate_size": 2 * hidden, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    if family in ("qwen3", "gemma2", "gemma3_text"):
+    if family == "qwen3" or family.startswith("gemma"):
         fields["head_dim"] = hidden // 4
-    if family in ("gemma2", "gemma3_text"):  # a window shorter than texts are; scores scaled as nothing else says
+    if family.startswith("gemma"):  # a window shorter than texts are; scores scaled as nothing else says
         fields |= {"sliding_window": 6, "query_pre_attn_scalar": hidden // 2}
-    if family == "gemma3_text":
-        fields["layer_types"] = ["full_attention" if block % 2 else "sliding_attention" for block in range(blocks)]
+    if family in ("gemma3_text", "gemma4_text"):
+        last = "full_attention"  # of a Gemma 4 whatever is said
+        fields["layer_types"] = [("sliding_attention", last)[block % 2] for block in range(blocks - 1)] + [last]
+    if family == "gemma4_text":  # of the larger ones, which have nothing that a call does not carry
+        fields |= {"hidden_size_per_layer_input": 0, "global_head_dim": hidden // 2, "num_global_key_value_heads": 1}
+        fields |= {"attention_k_eq_v": True, "final_logit_softcapping": 30.0}
     if family == "deepseek_v3":
         fields |= _LATENT_ATTENTION
         fields |= {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
