@@ -1,6 +1,7 @@
-"""A multimodal Gemma 3 is read as text: the numbers are those that the whole model gives a text without images."""
+"""A multimodal Gemma 3 or 4 is read as text: the numbers are those that the whole model gives a text without images."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -29,7 +30,16 @@ TEXT = {
     "query_pre_attn_scalar": 16,
     "sliding_window": 6,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    "pad_token_id": None,
+    "pad_token_id": 0,
+}
+TEXT_4 = TEXT | {
+    "hidden_size_per_layer_input": 0,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "final_logit_softcapping": 30.0,
+    "use_bidirectional_attention": "vision",
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
 }
 VISION = {
     "hidden_size": 16,
@@ -39,6 +49,7 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+VISION_4 = VISION | {"num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "position_embedding_size": 16}
 TARGETS = ((2, 262), (2, 268), (0, 75), (1, 86))
 
 
@@ -65,18 +76,32 @@ def made(folder, labels=None, **of_the_whole):
     return model
 
 
-def renamed(source, folder, rename):
-    """The same checkpoint with other names for its tensors."""
+def made_4(folder):
+    """The same of Gemma 4."""
+    import transformers
+
+    tokens = {"image_token_id": 319, "video_token_id": 318, "audio_token_id": 317, "eos_token_id": [2, 106]}
+    config = transformers.Gemma4Config(text_config=TEXT_4, vision_config=VISION_4, audio_config=None, **tokens)
+    model = transformers.Gemma4ForConditionalGeneration(config)
+    draw_weights(model, seed=0)
+    model.eval().save_pretrained(folder)
+    write_tokenizer(folder)
+    return model
+
+
+def renamed(source, folder, language_model):
+    """The same checkpoint with another prefix for the tensors of its language model."""
     shutil.copytree(source, folder)
     tensors = load_file(source / "model.safetensors")
-    save_file({rename(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    prefix = re.compile(r"(model\.)?language_model\.(model\.)?")
+    save_file({prefix.sub(language_model, name): each for name, each in tensors.items()}, folder / "model.safetensors")
     return folder
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("multimodal") / "gemma-3"
-    return folder, made(folder)
+@pytest.fixture(scope="module", params=(made, made_4), ids=("3", "4"))
+def whole(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("multimodal") / "gemma"
+    return folder, request.param(folder)
 
 
 def requests(targets=()):
@@ -86,7 +111,7 @@ def requests(targets=()):
 def test_text_scores_as_the_whole_model_scores_it(whole):
     folder, model = whole
     local = LocalModel.from_pretrained(folder)
-    assert local.family.title == "Gemma 3" and local.num_blocks == BLOCKS
+    assert local.family.title in ("Gemma 3", "Gemma 4") and local.num_blocks == BLOCKS
     for kind in ("none", "ptune", "deep_ptune"):
         adapter = make_adapter(local, kind)
         for request, answer in zip(requests(), local_answers(model, local, adapter, requests(TARGETS)), strict=True):
@@ -106,24 +131,17 @@ def test_its_blocks_are_those_of_the_text(whole):
         assert close(local.norm(hidden), expected)
 
 
-@pytest.mark.parametrize(
-    "rename",
-    (
-        lambda name: name.replace("language_model.model.", "model.language_model."),
-        lambda name: name.replace("language_model.model.", "language_model."),
-    ),
-    ids=("since-4.52", "base-alone"),
-)
-def test_every_layout_holds_the_same_tensors(rename, whole, tmp_path):
+@pytest.mark.parametrize("prefix", ("language_model.model.", "model.language_model.", "language_model."))
+def test_every_layout_holds_the_same_tensors(prefix, whole, tmp_path):
     folder, _ = whole
-    other = LocalModel.from_pretrained(renamed(folder, tmp_path / "gemma-3", rename))
+    other = LocalModel.from_pretrained(renamed(folder, tmp_path / "gemma", prefix))
     assert other.fingerprint == LocalModel.from_pretrained(folder).fingerprint
     assert other.unused == ()
 
 
 def test_a_word_head_of_its_own_is_found_inside_the_language_model(whole, tmp_path):
     folder, _ = whole
-    own = shutil.copytree(folder, tmp_path / "own")
+    own = renamed(folder, tmp_path / "own", "language_model.model.")
     tensors = load_file(own / "model.safetensors")
     head = torch.randn_like(tensors["language_model.model.embed_tokens.weight"])
     save_file(tensors | {"language_model.lm_head.weight": head}, own / "model.safetensors")
@@ -141,7 +159,8 @@ def test_its_classifier_is_read_with_its_head(tmp_path):
 def test_what_the_config_says_of_the_whole_holds_for_the_text(whole):
     folder, _ = whole
     config = Checkpoint.open(folder).config
-    assert config.model_type == "gemma3_text" and config.architectures == ["Gemma3ForConditionalGeneration"]
+    assert config.model_type in ("gemma3_text", "gemma4_text")
+    assert config.architectures[0].endswith("ForConditionalGeneration")
     assert LocalModel.from_pretrained(folder).end_tokens() == {2, 106}
     assert config.dtype == torch.float32 and config.tie_word_embeddings is True
 
@@ -149,7 +168,7 @@ def test_what_the_config_says_of_the_whole_holds_for_the_text(whole):
 def test_the_local_swarm_counts_the_blocks_of_the_text(whole):
     folder, _ = whole
     family, num_blocks = launcher._read_config(open_source(folder, error=ModelError))
-    assert (family.model_type, num_blocks) == ("gemma3_text", BLOCKS)
+    assert (family.model_type, num_blocks) == (LocalModel.from_pretrained(folder).family.model_type, BLOCKS)
 
 
 def test_a_part_that_is_neither_text_nor_vision_is_named(whole, tmp_path):
@@ -157,7 +176,7 @@ def test_a_part_that_is_neither_text_nor_vision_is_named(whole, tmp_path):
     other = shutil.copytree(folder, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     save_file(tensors | {"point_tower.conv.weight": torch.ones(2)}, other / "model.safetensors")
-    with pytest.raises(ModelError, match=r"hold point_tower\.conv\.weight, which is no known part of a Gemma 3"):
+    with pytest.raises(ModelError, match=r"hold point_tower\.conv\.weight, which is no known part of a Gemma"):
         LocalModel.from_pretrained(other)
 
 

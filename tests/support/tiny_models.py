@@ -196,14 +196,15 @@ def draw_weights(model: nn.Module, seed: int) -> None:
         for module in model.modules():
             is_norm = "norm" in type(module).__name__.lower()
             held = dict(module.named_parameters(recurse=False))
-            if "e_score_correction_bias" in module.state_dict():  # a buffer that checkpoints hold
-                held["e_score_correction_bias"] = module.e_score_correction_bias
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:  # checkpoints hold it
+                    held[name] = buffer
             for name, parameter in held.items():
                 if parameter in seen:
                     continue
                 seen.add(parameter)
                 noise = torch.randn(parameter.shape, generator=generator)
-                if is_norm and name == "weight":
+                if (is_norm and name == "weight") or parameter.numel() == 1:
                     value = 1 + 0.2 * noise
                 elif parameter.ndim == 1:
                     value = 0.1 * noise
