@@ -109,6 +109,13 @@ def test_checkpoints_of_other_shapes(family, shape, hidden, tmp_path):
     assert distance(through(spans, hidden), Reference(tmp_path).forward(hidden)) < 1e-5
 
 
+def test_gemma_4_with_experts(hidden, tmp_path):
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+    make_tiny("gemma4_text", tmp_path, blocks=BLOCKS, **experts)
+    spans = [BlockSpan.load(str(tmp_path), first, last) for first, last in SPLIT]
+    assert distance(through(spans, hidden), Reference(tmp_path).forward(hidden)) < 1e-5
+
+
 def test_falcon_of_the_newer_kind_and_with_alibi(hidden, tmp_path):
     for name, fields in (
         ("new", {"new_decoder_architecture": True, "num_kv_heads": 2}),
