@@ -75,6 +75,7 @@ def _show(report: "HealthReport", look: LookSettings) -> None:
 
     if look.html is not None:
         _write_page(report, look.html)
+        typer.echo(f"page: {look.html}", err=True)
     if look.json_output:
         typer.echo(json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False))
     else:

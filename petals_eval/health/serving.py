@@ -23,6 +23,7 @@ from petals_eval.health.settings import HealthSettings
 
 __all__ = ["HealthServer", "Monitor", "address_of", "serve_health"]
 
+_METRICS = ("/metrics", "/api/prometheus")  # the second as at the Petals health monitor
 _OVERDUE_PERIODS = 3  # after which a monitor that has not looked is not well itself
 
 
@@ -61,7 +62,7 @@ class Monitor:
         self._lock = threading.Lock()
         self._report: HealthReport | None = None
         self._error: str | None = None
-        self._ended = time.monotonic()
+        self._began = self._ended = time.monotonic()
         self._tally = Tally()
 
     def look_until(self, stop: threading.Event) -> None:
@@ -112,11 +113,13 @@ class Monitor:
     def state(self) -> dict[str, Any]:
         """Return the report of the last look that reached the swarm, and whether the last one did (/api/v1/state)."""
         with self._lock:
-            report, error = self._report, self._error
+            report, error, looks = self._report, self._error, self._tally.looks
         return {
             "schema_version": SCHEMA_VERSION,
             "verdict": "unknown" if report is None or error is not None else report.verdict.value,
             "error": error,
+            "looks": looks,
+            "looking_seconds": time.monotonic() - self._began,
             "report": None if report is None else report.to_json(),
         }
 
@@ -124,11 +127,12 @@ class Monitor:
         """Return the HTML page."""
         now = time.time()
         with self._lock:
-            report, error = self._report, self._error
+            report, error, looks = self._report, self._error, self._tally.looks
         uptimes = {}
         for model in report.models if report else ():
             uptimes[model.name] = self._history.uptime(model.name, model.num_blocks, now)
-        return page(report, uptimes, error=error, reload=self._every)
+        seconds = time.monotonic() - self._began
+        return page(report, uptimes, error=error, reload=self._every, looks=looks, seconds=seconds)
 
     def metrics(self) -> bytes:
         """Return what Prometheus scrapes."""
@@ -143,7 +147,7 @@ class Monitor:
 
 
 class HealthServer(ThreadingHTTPServer):
-    """Answers GET and HEAD of four paths, and nothing else."""
+    """Answers GET and HEAD of a few paths, and nothing else."""
 
     daemon_threads = True
 
@@ -168,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/v1/state":
             text = json.dumps(monitor.state(), ensure_ascii=False, allow_nan=False)
             self._answer(HTTPStatus.OK, "application/json", text.encode())
-        elif path == "/metrics":
+        elif path in _METRICS:
             self._answer(HTTPStatus.OK, CONTENT_TYPE_LATEST, monitor.metrics())
         elif path == "/healthz":
             well = monitor.is_well()

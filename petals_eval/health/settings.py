@@ -124,6 +124,8 @@ class LookSettings(Settings, heading=OUTPUT):
             )
         if self.history is not None and self.serve is None:
             raise ValueError("--history is kept by --serve: add --serve :9090, or leave it out")
+        if self.html is not None and not self.html.absolute().parent.is_dir():
+            raise ValueError(f"--html: expected a file in a folder that is there, found {self.html}")
         if not self.every > 0:
             raise ValueError(f"--every: expected seconds above 0, found {self.every:g}")
         return self

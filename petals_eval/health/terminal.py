@@ -1,14 +1,27 @@
 """A report on the terminal: a line and a bar for each model, a line for each server."""
 
+from statistics import median
+
 from rich.console import Console
 from rich.text import Text
 
 from petals_eval.health.results import Finding, HealthReport, ModelHealth, ServerHealth, Traffic, Verdict
 from petals_eval.health.settings import Level
 from petals_eval.swarm.peers.peer_text import short_peer
+from petals_eval.swarm.wire.span import Span, joined, spans_text
 from petals_eval.text import plural, printable
 
-__all__ = ["coverage_text", "megabytes", "print_report", "route_text", "seconds_text", "summary_text"]
+__all__ = [
+    "bootstrap_text",
+    "comparison_text",
+    "coverage_text",
+    "megabytes",
+    "ping_text",
+    "print_report",
+    "route_text",
+    "seconds_text",
+    "summary_text",
+]
 
 _COLOURS = {Verdict.HEALTHY: "green", Verdict.DEGRADED: "yellow", Verdict.UNKNOWN: "magenta", Verdict.BROKEN: "red"}
 _BARS = "▁▂▃▄▅▆▇█"
@@ -22,6 +35,9 @@ def print_report(report: HealthReport, console: Console) -> None:
     for model in report.models:
         for line in (_head(model), *_bar(model, console.width), *_servers(model), Text("")):
             console.print(line, soft_wrap=True)
+    for peer in report.bootstrap:
+        if peer.state == "unreachable":
+            console.print(f"bootstrap peer {peer.address}: {printable(peer.detail or '')}", soft_wrap=True)
     console.print(summary_text(report), soft_wrap=True)
 
 
@@ -48,8 +64,13 @@ def _head(model: ModelHealth) -> Text:
     line.append(f"   {coverage_text(model)}", style="not bold")
     if model.verdict is not Verdict.HEALTHY:
         line.append(f"\n  {printable(model.why)}", style="not bold")
+    if model.servers:
+        line.append(f"\n  {comparison_text(model)}", style="not bold")
     if model.route_seconds is not None:
         line.append(f"\n  {route_text(model)}", style="not bold")
+    pings = ping_text(model)
+    if pings is not None:
+        line.append(f"\n  {pings}", style="not bold")
     for finding in model.findings:
         if finding.detail != model.why:
             line.append("\n  ").append_text(_finding(finding))
@@ -74,12 +95,51 @@ def route_text(model: ModelHealth) -> str:
 def seconds_text(seconds: float | None) -> str:
     """Return a time for a person to read.
 
-    >>> seconds_text(None), seconds_text(0.0123), seconds_text(2.5)
-    ('-', '12 ms', '2.5 s')
+    >>> [seconds_text(each) for each in (None, 0.0123, 2.5, 20, 660, 18_000, 172_800)]
+    ['-', '12 ms', '2.5 s', '20 s', '11 min', '5 h', '2 days']
     """
     if seconds is None:
         return "-"
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} days"
+
+
+def comparison_text(model: ModelHealth) -> str:
+    """Return which blocks' answers were held against others, and which were not: two wrong servers may agree, one alone
+    contradicts nobody."""
+    if model.level < Level.FORWARD:
+        return f"nothing was compared: no server was asked to compute (level {model.level.text})"
+    compared = [Span(*each) for each in model.compared]
+    alone = joined(block for block in range(model.num_blocks) if not any(block in span for span in compared))
+    if not compared:
+        return "no answer was compared with another server's"
+    text = f"answers compared with another server's or with blocks at home: blocks {spans_text(compared)}"
+    return f"{text}; with nobody's: {spans_text(alone)}" if alone else f"{text}, which is all"
+
+
+def ping_text(model: ModelHealth) -> str | None:
+    """Return how far the servers are from each other by their own word; None where they do not say."""
+    pings = [seconds for server in model.servers for seconds in (server.next_pings or {}).values()]
+    answered = sorted(seconds for seconds in pings if seconds is not None)
+    if not answered:
+        return None
+    text = f"the servers' own pings: median {seconds_text(median(answered))}, longest {seconds_text(answered[-1])}"
+    lost = len(pings) - len(answered)
+    return f"{text}, {lost} of {len(pings)} without an answer" if lost else text
+
+
+def bootstrap_text(report: HealthReport) -> str:
+    """Return how many addresses of bootstrap peers can be reached."""
+    asked = [each for each in report.bootstrap if each.state != "not asked"]
+    if not asked:
+        return "bootstrap peers were not asked one by one"
+    reachable = sum(each.state == "reachable" for each in asked)
+    return f"{reachable} of {plural(len(asked), 'address', 'addresses')} of bootstrap peers can be reached"
 
 
 def _bar(model: ModelHealth, width: int) -> list[Text]:
