@@ -19,7 +19,7 @@ set -uo pipefail
 
 for argument in "$@"; do
   case $argument in
-    --help) sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
     --watch | --serve | --serve=*) echo "$argument goes on looking: this looks once, leave it out" >&2; exit 2 ;;
   esac
 done

@@ -3,7 +3,8 @@ before tries all addresses that it ever knew of it, and one with a DHT asks othe
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 
 from anyio import CancelScope
 from hivemind.p2p import P2P, PeerID
@@ -16,18 +17,18 @@ from petals_eval.swarm.peers.peer_text import error_text
 from petals_eval.swarm.transport.daemon import end_daemon, start_daemon
 from petals_eval.swarm.transport.rpc import one_line, peer_errors
 
-__all__ = ["dial", "dial_bootstrap"]
+__all__ = ["dial", "dial_bootstrap", "dialling_daemon", "split_address"]
 
 _START_TIMEOUT = 15.0  # seconds
 _END_TIMEOUT = 3.0  # seconds
 _MAX_DAEMONS = 4  # at once, for the addresses of bootstrap peers
 
 
-async def dial(addresses: Mapping[str, Sequence[str]], timeout: float) -> dict[str, float | PeerError]:
-    """Connect to peers at these addresses and no others, and hang up.
+@asynccontextmanager
+async def dialling_daemon() -> AsyncIterator[P2P]:
+    """Run a daemon that listens to nobody, knows nobody, and asks nobody for addresses.
 
-    addresses: multiaddresses without the identity, by peer id. timeout: seconds for each peer. Returns the seconds that
-    each connection took, its handshake included, or why there is none. Raises hivemind's errors where no daemon starts.
+    Raises hivemind's errors where it does not start.
     """
     p2p = await start_daemon(
         dht_mode="off",
@@ -38,21 +39,21 @@ async def dial(addresses: Mapping[str, Sequence[str]], timeout: float) -> dict[s
         startup_timeout=_START_TIMEOUT,
     )
     try:
-        made = await asyncio.gather(*(_connect(p2p, peer, maddrs, timeout) for peer, maddrs in addresses.items()))
+        yield p2p
     finally:
         with CancelScope(shield=True):
             await end_daemon(p2p, _END_TIMEOUT)
-    return dict(zip(addresses, made, strict=True))
 
 
-async def _connect(p2p: P2P, peer_id: str, maddrs: Sequence[str], timeout: float) -> float | PeerError:
+async def dial(p2p: P2P, peer_id: str, addresses: Sequence[str], timeout: float) -> float:
+    """Connect to a peer at these addresses and, with such a daemon, at no others. Return the seconds that it took.
+
+    addresses: without the identity. timeout: in seconds. Raises PeerError where no connection can be made.
+    """
     started = time.monotonic()
-    try:
-        with peer_errors(timeout):
-            connecting = p2p._client.connect(PeerID.from_base58(peer_id), [Multiaddr(maddr) for maddr in maddrs])
-            await asyncio.wait_for(connecting, timeout)
-    except PeerError as error:
-        return error
+    with peer_errors(timeout):
+        connecting = p2p._client.connect(PeerID.from_base58(peer_id), [Multiaddr(each) for each in addresses])
+        await asyncio.wait_for(connecting, timeout)
     return time.monotonic() - started
 
 
@@ -63,7 +64,7 @@ async def dial_bootstrap(addresses: Sequence[str], timeout: float) -> tuple[Boot
     """
     rounds: list[dict[str, str]] = []  # address by peer id
     for address in dict.fromkeys(addresses):
-        peer_id = _split(address)[1]
+        peer_id = split_address(address)[1]
         free = next((each for each in rounds if peer_id not in each), None)
         if free is None:
             rounds.append(free := {})
@@ -75,20 +76,29 @@ async def dial_bootstrap(addresses: Sequence[str], timeout: float) -> tuple[Boot
 
 
 async def _dial_round(addresses: Mapping[str, str], timeout: float) -> list[BootstrapPeer]:
+    """addresses: one by each peer id."""
     try:
-        made = await dial({peer_id: [_split(each)[0]] for peer_id, each in addresses.items()}, timeout)
+        async with dialling_daemon() as p2p:
+            states = (_dial_one(p2p, peer_id, address, timeout) for peer_id, address in addresses.items())
+            return await asyncio.gather(*states)
     except (P2PDaemonError, OSError, TimeoutError) as error:
         why = f"no libp2p daemon could be started ({one_line(error)})"
         return [BootstrapPeer(address, "not asked", why) for address in addresses.values()]
-    return [
-        BootstrapPeer(addresses[peer_id], "unreachable", error_text(outcome))
-        if isinstance(outcome, PeerError)
-        else BootstrapPeer(addresses[peer_id], "reachable", seconds=outcome)
-        for peer_id, outcome in made.items()
-    ]
 
 
-def _split(address: str) -> tuple[str, str]:
-    """Return where a peer listens, and who it is."""
+async def _dial_one(p2p: P2P, peer_id: str, address: str, timeout: float) -> BootstrapPeer:
+    try:
+        seconds = await dial(p2p, peer_id, [split_address(address)[0]], timeout)
+    except PeerError as error:
+        return BootstrapPeer(address, "unreachable", error_text(error))
+    return BootstrapPeer(address, "reachable", seconds=seconds)
+
+
+def split_address(address: str) -> tuple[str, str]:
+    """Return where a peer listens, and who it is.
+
+    >>> split_address("/ip4/127.0.0.1/tcp/1/p2p/12D3KooWHdduK3xuXojcDqUBywcuLzygJjMv9zAMFptPRwfLsKui")
+    ('/ip4/127.0.0.1/tcp/1', '12D3KooWHdduK3xuXojcDqUBywcuLzygJjMv9zAMFptPRwfLsKui')
+    """
     where, _, peer_id = str(Multiaddr(address)).rpartition("/p2p/")
     return where, peer_id

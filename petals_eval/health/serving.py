@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,12 +18,14 @@ from petals_eval.health.history import History
 from petals_eval.health.locked import LockedServers
 from petals_eval.health.metrics import CONTENT_TYPE_LATEST, Tally, exposition
 from petals_eval.health.page import page
+from petals_eval.health.reachability import Network, Reachability, dial_in_swarm
 from petals_eval.health.results import SCHEMA_VERSION, HealthReport
 from petals_eval.health.settings import HealthSettings
 
 __all__ = ["HealthServer", "Monitor", "address_of", "serve_health"]
 
 _METRICS = ("/metrics", "/api/prometheus")  # the second as at the Petals health monitor
+_IS_REACHABLE = "/api/v1/is_reachable/"
 _OVERDUE_PERIODS = 3  # after which a monitor that has not looked is not well itself
 
 
@@ -151,10 +153,12 @@ class HealthServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], monitor: Monitor):
+    def __init__(self, address: tuple[str, int], monitor: Monitor, reachability: Reachability | None = None):
+        """reachability: None: it does not answer whether a peer can be reached."""
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         self.monitor = monitor
+        self.reachability = reachability
         super().__init__(address, _Handler)
 
 
@@ -174,6 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.OK, "application/json", text.encode())
         elif path in _METRICS:
             self._answer(HTTPStatus.OK, CONTENT_TYPE_LATEST, monitor.metrics())
+        elif path.startswith(_IS_REACHABLE) and self.server.reachability is not None:
+            self._say_whether_reachable(self.server.reachability, path.removeprefix(_IS_REACHABLE))
         elif path == "/healthz":
             well = monitor.is_well()
             status = HTTPStatus.OK if well else HTTPStatus.SERVICE_UNAVAILABLE
@@ -183,8 +189,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def _answer(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+    def _say_whether_reachable(self, reachability: Reachability, peer_id: str) -> None:
+        """Answer as the Petals health monitor does: servers tell their owner the message and the address."""
+        visitor = str(self.client_address[0])
+        found = reachability.answer(peer_id, visitor)
+        text = json.dumps({"success": found.success, "message": found.message, "your_ip": visitor})
+        self._answer(found.status, "application/json", text.encode(), found.retry_after)
+
+    def _answer(self, status: HTTPStatus, kind: str, body: bytes, retry_after: int | None = None) -> None:
         self.send_response(status)
+        if retry_after is not None:
+            self.send_header("Retry-After", str(retry_after))
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
@@ -199,14 +214,25 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def serve_health(
-    settings: HealthSettings, address: str, every: float, history: Path | None, say: Callable[[str], object]
+    settings: HealthSettings,
+    address: str,
+    every: float,
+    history: Path | None,
+    say: Callable[[str], object],
+    dial_networks: Sequence[Network] | None = None,
 ) -> int:
-    """Serve until Ctrl-C. Raises ConfigError for the address, MachineError where it or the history cannot be used."""
+    """Serve until Ctrl-C. Raises ConfigError for the address, MachineError where it or the history cannot be used.
+
+    dial_networks: networks beside the public ones where peers are dialled that visitors name; None: no peer is.
+    """
     where = address_of(address)
     past = History(history)
     monitor = Monitor(settings, every, past, say)
+    reachability = None
+    if dial_networks is not None:
+        reachability = Reachability(dial_in_swarm(settings.initial_peers), dial_networks)
     try:
-        server = HealthServer(where, monitor)
+        server = HealthServer(where, monitor, reachability)
     except OSError as error:
         past.close()
         raise MachineError(f"cannot listen on {address}: {error.strerror}. Choose another port.") from error
