@@ -111,6 +111,7 @@ _ENVIRONMENT.globals.update(
     comparison_text=comparison_text,
     bootstrap_text=bootstrap_text,
     ping_rows=_ping_rows,
+    max_pinging=_MAX_PINGING,
     ping_text=ping_text,
     short_peer=short_peer,
 )
