@@ -1,5 +1,6 @@
 """A report on the terminal: a line and a bar for each model, a line for each server."""
 
+from collections.abc import Mapping
 from statistics import median
 
 from rich.console import Console
@@ -27,13 +28,14 @@ _COLOURS = {Verdict.HEALTHY: "green", Verdict.DEGRADED: "yellow", Verdict.UNKNOW
 _BARS = "▁▂▃▄▅▆▇█"
 _MAX_SERVERS = 200  # lines of one model; --json and --html have all
 _HEADINGS = ("server", "blocks", "verdict", "petals", "dtype", "trip", "claims", "canary", "cache left", "announced")
-_FIRST_RIGHT_COLUMN = 5  # from here on columns are set to the right
+_TO_THE_RIGHT = frozenset(_HEADINGS[5:])  # numbers
+_LEFT_OUT_FIRST = ("announced", "cache left", "claims", "petals")  # where the terminal is too narrow for all columns
 
 
 def print_report(report: HealthReport, console: Console) -> None:
     """Show a report. Strangers' words have been made printable on their way into it, and are once more here."""
     for model in report.models:
-        for line in (_head(model), *_bar(model, console.width), *_servers(model), Text("")):
+        for line in (_head(model), *_bar(model, console.width), *_servers(model, console.width), Text("")):
             console.print(line, soft_wrap=True)
     for peer in report.bootstrap:
         if peer.state == "unreachable":
@@ -160,28 +162,35 @@ def _bar(model: ModelHealth, width: int) -> list[Text]:
     return lines
 
 
-def _servers(model: ModelHealth) -> list[Text]:
+def _servers(model: ModelHealth, width: int) -> list[Text]:
     shown = model.servers[:_MAX_SERVERS]
     if not shown:
         return []
-    rows = [_HEADINGS, *(_row(server) for server in shown)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
-    lines = [Text(f"  {_aligned(_HEADINGS, widths)}", style="dim")]
-    for server, row in zip(shown, rows[1:], strict=True):
+    rows = [dict(zip(_HEADINGS, _row(server), strict=True)) for server in shown]
+    widths = {heading: max(len(heading), *(len(row[heading]) for row in rows)) for heading in _HEADINGS}
+    for heading in _LEFT_OUT_FIRST:
+        if sum(widths.values()) + 2 * len(widths) > width:
+            del widths[heading]
+    lines = [Text(f"  {_aligned({heading: heading for heading in widths}, widths)}", style="dim")]
+    for server, row in zip(shown, rows, strict=True):
         line = Text(f"  {_aligned(row, widths)}")
-        verdict = 2 + sum(widths[:2]) + 4
+        verdict = 2 + widths["server"] + widths["blocks"] + 4
         line.stylize(_COLOURS[server.verdict], verdict, verdict + len(server.verdict.value))
         lines.append(line)
         lines += [Text("      ").append_text(_finding(each)) for each in server.findings]
     if len(model.servers) > len(shown):
         lines.append(Text(f"  and {len(model.servers) - len(shown)} more: --json and --html show all"))
+    missing = [heading for heading in _HEADINGS if heading not in widths]
+    if missing:
+        lines.append(Text(f"  not shown in {width} columns: {', '.join(missing)}", style="dim"))
     return lines
 
 
-def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
+def _aligned(cells: Mapping[str, str], widths: Mapping[str, int]) -> str:
+    """Return a line with a cell for each column that has a width. Both by the columns' headings."""
     padded = (
-        cell.rjust(width) if column >= _FIRST_RIGHT_COLUMN else cell.ljust(width)
-        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        cells[heading].rjust(width) if heading in _TO_THE_RIGHT else cells[heading].ljust(width)
+        for heading, width in widths.items()
     )
     return "  ".join(padded)
 

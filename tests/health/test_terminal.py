@@ -14,9 +14,9 @@ from tests.support.fake_health import (
 )
 
 
-def printed(report: HealthReport) -> str:
+def printed(report: HealthReport, width: int = 100) -> str:
     stream = io.StringIO()
-    print_report(report, Console(file=stream, width=100, markup=False, highlight=False))
+    print_report(report, Console(file=stream, width=width, markup=False, highlight=False))
     return stream.getvalue()
 
 
@@ -42,6 +42,19 @@ def test_what_was_not_compared_is_named() -> None:
 def test_missing_blocks_stand_out_in_the_bar() -> None:
     text = printed(report_on(FakeSwarm(4, a=FakeServer(0, 2), b=FakeServer(3, 4))))
     assert "0 ██✗█" in text and "broken" in text and "no usable server holds blocks 2:3" in text
+
+
+def test_the_table_fits_the_terminal() -> None:
+    servers = {
+        "a" * 40: FakeServer(0, 4, record={"public_name": "somebody", "quant_type": "nf4"}),
+        "b": FakeServer(0, 4),
+    }
+    report = report_on(FakeSwarm(4, **servers))
+    narrow = printed(report, 80)
+    table = [line for line in narrow.splitlines() if "healthy" in line and "0:4" in line]
+    assert len(table) == 2 and max(map(len, table)) <= 80
+    assert "not shown in 80 columns: claims, cache left, announced" in narrow
+    assert "not shown" not in printed(report, 200) and "announced" in printed(report, 200)
 
 
 def test_nothing_a_peer_says_moves_the_cursor(report: HealthReport) -> None:
