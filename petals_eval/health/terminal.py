@@ -121,7 +121,7 @@ def comparison_text(model: ModelHealth) -> str:
     if not compared:
         return "no answer was compared with another server's"
     text = f"answers compared with another server's or with blocks at home: blocks {spans_text(compared)}"
-    return f"{text}; with nobody's: {spans_text(alone)}" if alone else f"{text}, which is all"
+    return f"{text}; with nobody's: {spans_text(alone) or 'none'}"
 
 
 def ping_text(model: ModelHealth) -> str | None:

@@ -50,7 +50,10 @@ def test_the_page_has_what_records_say_of_throughput_and_of_pings(report: Health
 
 def test_the_page_says_what_was_compared_and_who_answers(report: HealthReport) -> None:
     text = page(report)
-    assert "Answers compared with another server&#39;s or with blocks at home: blocks 0:4, which is all." in text
+    assert (
+        "Answers compared with another server&#39;s or with blocks at home: blocks 0:4; with nobody&#39;s: none."
+        in text
+    )
     assert "1 of 2 addresses of bootstrap peers can be reached." in text and "203.0.113.6" in text
     assert "One look: it says nothing of before or after." in text
     assert "Looked 3 times in 11 min." in page(report, looks=3, seconds=660.0)

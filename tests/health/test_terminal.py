@@ -27,7 +27,7 @@ def test_the_terminal_shows_a_line_a_bar_and_every_server(report: HealthReport) 
     assert "0 ████  2 to 2 servers a block" in text
     assert re.search(r"disagrees-with-replica  blocks \d:\d: 2 of 3 servers agree on another answer", text)
     assert "degraded: 2 models, 6 servers, asked up to level route" in text
-    assert "answers compared with another server's or with blocks at home: blocks 0:4, which is all" in text
+    assert "answers compared with another server's or with blocks at home: blocks 0:4; with nobody's: none" in text
     assert "the servers' own pings: median 206 ms, longest 400 ms, 1 of 3 without an answer" in text
     assert "bootstrap peer /ip4/203.0.113.6/tcp/1/p2p/a: <script>" in text and "203.0.113.5" not in text
 
