@@ -49,9 +49,8 @@ class ReachabilityPolicy:
     """What is done for strangers at most.
 
     per_minute: peers that are dialled; visitor_per_minute: for one visitor. at_once: peers that are dialled.
-    max_addresses: of a peer, that are. timeout: seconds for connecting; lookup_timeout: for reaching a bootstrap peer,
-    and for its answer. rest: seconds in which a peer is not dialled again: the answer is that of before. max_visitors:
-    that are remembered.
+    max_addresses: of a peer, that are. timeout: seconds for connecting; lookup_timeout: for what bootstrap peers say.
+    rest: seconds in which a peer is not dialled again: the answer is that of before. max_visitors: that are remembered.
     """
 
     per_minute: int = 30
@@ -59,7 +58,7 @@ class ReachabilityPolicy:
     at_once: int = 4
     max_addresses: int = 8
     timeout: float = 5.0
-    lookup_timeout: float = 1.5
+    lookup_timeout: float = 3.0
     rest: float = 10.0
     max_visitors: int = 1000
 
@@ -251,8 +250,10 @@ async def _dial_in_swarm(initial_peers: Sequence[str], peer_id: str, may_dial: M
 
 async def _ask_bootstrap(p2p: P2P, asked: str, where: Sequence[str], peer_id: str) -> tuple[str, ...] | None:
     """Return the addresses that a bootstrap peer knows; None where it does not answer."""
+    timeout = ReachabilityPolicy.lookup_timeout
     try:
-        await dial(p2p, asked, where, ReachabilityPolicy.lookup_timeout)
-        return await ask_for_addresses(p2p, asked, peer_id, ReachabilityPolicy.lookup_timeout)
-    except PeerError:
+        async with asyncio.timeout(timeout):
+            await dial(p2p, asked, where, timeout)
+            return await ask_for_addresses(p2p, asked, peer_id, timeout)
+    except (PeerError, TimeoutError):
         return None

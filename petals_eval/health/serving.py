@@ -239,7 +239,8 @@ def serve_health(
     stop = threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True, name="health page").start()
     host = f"[{where[0]}]" if ":" in where[0] else where[0]
-    say(f"serving http://{host}:{server.server_address[1]}/ (/api/v1/state, /metrics, /healthz); Ctrl-C ends it.")
+    paths = ["/api/v1/state", "/metrics", "/healthz", *([] if reachability is None else [_IS_REACHABLE])]
+    say(f"serving http://{host}:{server.server_address[1]}/ ({', '.join(paths)}); Ctrl-C ends it.")
     try:
         monitor.look_until(stop)
     except KeyboardInterrupt:
