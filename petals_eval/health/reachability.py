@@ -41,6 +41,7 @@ Network = IPv4Network | IPv6Network
 
 _PUBLIC_IPV6 = IPv6Network("2000::/3")  # beyond it lie addresses that stand for those of IPv4
 _FIRST_PORT = 1024  # below it are a system's own services
+_LONGEST_DIAL = 20.0  # seconds, with the start and the end of a daemon on a busy machine
 _IDENTITY, _SHA256 = 0x00, 0x12  # kinds of hashes that identities are: of short keys the key itself
 
 
@@ -124,7 +125,14 @@ class Reachability:
             self._places.release()
         with self._lock:
             self._answers[peer_id] = self._clock(), found
+            self._answers.move_to_end(peer_id)
         return found
+
+    def close(self) -> None:
+        """Dial nobody any more, and wait for those that are being dialled: each has a daemon, which must not stay."""
+        until = time.monotonic() + _LONGEST_DIAL
+        for _ in range(ReachabilityPolicy.at_once):
+            self._places.acquire(timeout=max(0.0, until - time.monotonic()))
 
     def _ask(self, peer_id: str) -> ReachabilityAnswer:
         found = self._dial(peer_id, self._may_dial)

@@ -249,4 +249,6 @@ def serve_health(
         server.shutdown()
         server.server_close()
         past.close()
+        if reachability is not None:
+            reachability.close()
     return 0

@@ -179,6 +179,23 @@ def test_no_more_are_dialled_at_once_than_allowed(clock: Clock) -> None:
     assert service.answer(peer(100), "another").success
 
 
+def test_no_dial_is_left_behind(clock: Clock) -> None:
+    started, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def wait() -> bool:
+        started.set()
+        return go_on.wait(30)
+
+    service = Reachability(FakeDialer(PUBLIC, connects=wait), (), clock)
+    threading.Thread(target=service.answer, args=(peer(1), "visitor"), daemon=True).start()
+    assert started.wait(30)
+    threading.Thread(target=lambda: (service.close(), ended.set()), daemon=True).start()
+    assert not ended.wait(0.2)
+    go_on.set()
+    assert ended.wait(30)
+    assert service.answer(peer(3), "visitor").status is HTTPStatus.TOO_MANY_REQUESTS
+
+
 def test_a_swarm_that_cannot_be_asked_is_no_answer_about_the_peer(clock: Clock) -> None:
     def fail() -> bool:
         raise SwarmUnreachableError("no initial peer answered")
