@@ -27,7 +27,7 @@ _WEIGHTS = (
 # the base model saved alone.
 _LANGUAGE_MODEL = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(?P<name>.+)")
 _OTHER_MODALITIES = re.compile(
-    r"(?:model\.)?(?:vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector)\..+"
+    r"(?:model\.)?(?:vision_tower|audio_tower|embed_vision|embed_audio|vision_embedder|multi_modal_projector)\..+"
 )
 # What the config of such a model says of the whole, its language model included.
 _OF_THE_WHOLE = ("architectures", "dtype", "eos_token_id", "id2label", "problem_type", "tie_word_embeddings")

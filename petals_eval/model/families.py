@@ -125,6 +125,7 @@ _GEMMA_LIKE: dict[str, Any] = {
     "scales_embeddings": True,
     "logit_cap_field": "final_logit_softcapping",
 }
+_GEMMA_4_LIKE = _GEMMA_LIKE | {"norm": "rms-float32"}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -141,7 +142,8 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3", "Qwen3"),
         Family("gemma2", "Gemma 2", **_GEMMA_LIKE),
         Family("gemma3_text", "Gemma 3", **_GEMMA_LIKE, wrapper="gemma3"),
-        Family("gemma4_text", "Gemma 4", **_GEMMA_LIKE | {"norm": "rms-float32"}, wrapper="gemma4"),
+        Family("gemma4_text", "Gemma 4", **_GEMMA_4_LIKE, wrapper="gemma4"),
+        Family("gemma4_unified_text", "Gemma 4 (unified)", **_GEMMA_4_LIKE, wrapper="gemma4_unified"),
         Family("phi3", "Phi-3"),
         Family("olmo2", "OLMo 2", norm="rms-float32"),
         Family(
@@ -182,7 +184,7 @@ def family_of(config: Any) -> Family:
     model_type: Any = getattr(config, "model_type", None)
     if model_type in _REFUSED_TYPES:
         raise ModelError(f"a model of model_type {model_type!r} cannot be evaluated: {_EXTRA_INPUTS}.")
-    family = _WRAPPERS.get(model_type) or FAMILIES.get(model_type)
+    family = (FAMILIES | _WRAPPERS).get(str(model_type))
     if family is None:
         raise ModelError(
             f"the model's config has model_type {model_type!r}; expected one of "
@@ -204,7 +206,7 @@ def text_config(config: Any) -> Any:
 
     Of a `text_config` that is a mapping the keys become attributes.
     """
-    if getattr(config, "model_type", None) not in _WRAPPERS:
+    if str(getattr(config, "model_type", None)) not in _WRAPPERS:
         return config
     inner = getattr(config, "text_config", None) or {}
     return SimpleNamespace(**inner) if isinstance(inner, dict) else inner

@@ -76,17 +76,21 @@ def made(folder, labels=None, **of_the_whole):
     return model
 
 
-def made_4(folder):
+def made_4(folder, kind="Gemma4"):
     """The same of Gemma 4."""
     import transformers
 
     tokens = {"image_token_id": 319, "video_token_id": 318, "audio_token_id": 317, "eos_token_id": [2, 106]}
-    config = transformers.Gemma4Config(text_config=TEXT_4, vision_config=VISION_4, audio_config=None, **tokens)
-    model = transformers.Gemma4ForConditionalGeneration(config)
+    config_class, model_class = (getattr(transformers, kind + each) for each in ("Config", "ForConditionalGeneration"))
+    model = model_class(config_class(text_config=TEXT_4, vision_config=VISION_4, audio_config=None, **tokens))
     draw_weights(model, seed=0)
     model.eval().save_pretrained(folder)
     write_tokenizer(folder)
     return model
+
+
+def made_4_unified(folder):
+    return made_4(folder, "Gemma4Unified")
 
 
 def renamed(source, folder, language_model):
@@ -98,7 +102,7 @@ def renamed(source, folder, language_model):
     return folder
 
 
-@pytest.fixture(scope="module", params=(made, made_4), ids=("3", "4"))
+@pytest.fixture(scope="module", params=(made, made_4, made_4_unified))
 def whole(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("multimodal") / "gemma"
     return folder, request.param(folder)
@@ -111,7 +115,7 @@ def requests(targets=()):
 def test_text_scores_as_the_whole_model_scores_it(whole):
     folder, model = whole
     local = LocalModel.from_pretrained(folder)
-    assert local.family.title in ("Gemma 3", "Gemma 4") and local.num_blocks == BLOCKS
+    assert local.family.title.startswith("Gemma") and local.num_blocks == BLOCKS
     for kind in ("none", "ptune", "deep_ptune"):
         adapter = make_adapter(local, kind)
         for request, answer in zip(requests(), local_answers(model, local, adapter, requests(TARGETS)), strict=True):
@@ -159,7 +163,7 @@ def test_its_classifier_is_read_with_its_head(tmp_path):
 def test_what_the_config_says_of_the_whole_holds_for_the_text(whole):
     folder, _ = whole
     config = Checkpoint.open(folder).config
-    assert config.model_type in ("gemma3_text", "gemma4_text")
+    assert config.model_type in ("gemma3_text", "gemma4_text", "gemma4_unified_text")
     assert config.architectures[0].endswith("ForConditionalGeneration")
     assert LocalModel.from_pretrained(folder).end_tokens() == {2, 106}
     assert config.dtype == torch.float32 and config.tie_word_embeddings is True

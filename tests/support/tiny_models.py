@@ -20,6 +20,7 @@ FAMILIES = (
     "gemma2",
     "gemma3_text",
     "gemma4_text",
+    "gemma4_unified_text",
     "phi3",
     "olmo2",
     "deepseek_v3",
@@ -27,7 +28,7 @@ FAMILIES = (
     "falcon",
 )
 # transformers has no classifier of Gemma 4.
-CLASSIFIED = tuple(family for family in FAMILIES if family != "gemma4_text")
+CLASSIFIED = tuple(family for family in FAMILIES if not family.startswith("gemma4"))
 
 # Words that are one token each when a space stands before them; every other text is one token a byte.
 WORDS = ("good", "bad", "yes", "no", "great", "the", "is", "it")
@@ -158,12 +159,14 @@ def _config(family: str, blocks: int, hidden: int, tied: bool | None, extra: dic
         fields["head_dim"] = hidden // 4
     if family.startswith("gemma"):  # a window shorter than texts are; scores scaled as nothing else says
         fields |= {"sliding_window": 6, "query_pre_attn_scalar": hidden // 2}
-    if family in ("gemma3_text", "gemma4_text"):
+    if family.startswith(("gemma3", "gemma4")):
         last = "full_attention"  # of a Gemma 4 whatever is said
         fields["layer_types"] = [("sliding_attention", last)[block % 2] for block in range(blocks - 1)] + [last]
-    if family == "gemma4_text":  # of the larger ones, which have nothing that a call does not carry
-        fields |= {"hidden_size_per_layer_input": 0, "global_head_dim": hidden // 2, "num_global_key_value_heads": 1}
+    if family.startswith("gemma4"):  # of the larger ones, which have nothing that a call does not carry
+        fields |= {"global_head_dim": hidden // 2, "num_global_key_value_heads": 1}
         fields |= {"attention_k_eq_v": True, "final_logit_softcapping": 30.0}
+    if family == "gemma4_text":
+        fields["hidden_size_per_layer_input"] = 0
     if family == "deepseek_v3":
         fields |= _LATENT_ATTENTION
         fields |= {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
