@@ -28,6 +28,7 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import AdapterError, ConfigError, ModelError
 from petals_eval.model.adapter import Adapter, Kind, hash_tensors
 from petals_eval.model.checkpoint import load_tokenizer
+from petals_eval.model.dht_prefixes import other_prefixes
 from petals_eval.model.eval_mode import evaluating
 from petals_eval.model.families import family_of
 from petals_eval.model.local import LocalPart
@@ -97,7 +98,7 @@ def connected(model: nn.Module, side: LocalSide) -> RemoteModel:
 
     Raises SwarmUnreachableError.
     """
-    return RemoteModel(side.local, _connected(model, side.local.num_blocks).blocks, side.adapters)
+    return RemoteModel(side.local, _connected(model).blocks, side.adapters)
 
 
 def connect(model: nn.Module, **swarm_settings: Any) -> None:
@@ -110,10 +111,10 @@ def connect(model: nn.Module, **swarm_settings: Any) -> None:
     """
     _base_of(model)
     config: Any = model.config
-    family = family_of(config)
+    family_of(config)
     _settings_of(config, swarm_settings)  # refuses a mistake before it is kept
     _chosen[model] = dict(swarm_settings)
-    _connected(model, family.num_blocks(config))
+    _connected(model)
 
 
 def close(model: nn.Module) -> None:
@@ -247,7 +248,7 @@ _chosen: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyD
 _tokenizers: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
-def _connected(model: nn.Module, num_blocks: int) -> _Kept:
+def _connected(model: nn.Module) -> _Kept:
     """Return the connection to the swarm that the model's config names now."""
     config: Any = model.config
     prefix, settings = _dht_prefix_of(config), _settings_of(config, _chosen.get(model, {}))
@@ -258,7 +259,9 @@ def _connected(model: nn.Module, num_blocks: int) -> _Kept:
     close(model)
     connection = SwarmConnection.connect(settings)
     try:
-        blocks = connection.remote_sequential(prefix, num_blocks)
+        family = family_of(config)
+        others = other_prefixes(family.model_type, _name_of(config), prefix)
+        blocks = connection.remote_sequential(prefix, family.num_blocks(config), others)
     except BaseException:
         connection.close()
         raise

@@ -88,6 +88,7 @@ class HealthSettings(ProbeSettings, BudgetSettings, heading=SWARM):
     models: Names = option(
         (), "A model to look at; several times for several.", "NAME...", unset="all announced", flag="--dht-prefix"
     )
+    index_keys: Names = same_as(SwarmSettings, "index_keys", heading=SWARM)
     num_blocks: Annotated[int, Field(gt=0, le=1000)] | None = option(
         None, "Blocks of these models.", unset="as announced"
     )
@@ -97,6 +98,7 @@ class HealthSettings(ProbeSettings, BudgetSettings, heading=SWARM):
         return SwarmSettings(
             initial_peers=self.initial_peers,
             active_adapter=self.active_adapter,
+            index_keys=self.index_keys,
             startup_timeout=self.startup_timeout,
             connect_timeout=self.connect_timeout,
             request_timeout=self.call_timeout,

@@ -1,6 +1,7 @@
 """The connection to a swarm: the libp2p daemon and the DHT node, and the modules that are opened over them."""
 
 import atexit
+from collections.abc import Sequence
 from types import TracebackType
 
 from anyio import fail_after
@@ -10,7 +11,8 @@ from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import SwarmError, SwarmUnreachableError
+from petals_eval.errors import MissingBlocksError, SwarmError, SwarmUnreachableError
+from petals_eval.swarm.directory.announced import announced_elsewhere, not_announced
 from petals_eval.swarm.directory.dht import DhtSource
 from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.event_loop import EventLoop
@@ -109,14 +111,30 @@ class SwarmConnection:
             raise SwarmError(_CLOSED)
         return self._dht
 
-    def remote_sequential(self, dht_prefix: str, num_blocks: int) -> RemoteSequential:
-        """Return the model's blocks as one module; its directory is read once, so that its state is known."""
+    def remote_sequential(
+        self, dht_prefix: str, num_blocks: int, other_prefixes: Sequence[str] = ()
+    ) -> RemoteSequential:
+        """Return the model's blocks as one module; its directory is read once, so that its state is known.
+
+        other_prefixes: names that servers may have given the model, shown and never used where `dht_prefix` is not
+        announced. Blocks that are missing are waited for; a name that nobody announces raises MissingBlocksError.
+        """
         peers = PeerBook(self.settings)
         directory = Directory(DhtSource(self.dht), dht_prefix, num_blocks, peers)
         pipeline = Pipeline(Libp2pTransport(self.p2p, dht_prefix, peers), directory, peers)
         self.loop.run(directory.refresh)
+        if not directory.is_announced:
+            self.loop.run(self._explain_name, directory, other_prefixes)
         self.loop.start_background(directory.keep_fresh)
         return RemoteSequential(self.loop, pipeline, directory, Span(0, num_blocks))
+
+    async def _explain_name(self, directory: Directory, other_prefixes: Sequence[str]) -> None:
+        """Raise MissingBlocksError, which says what is announced here, unless a second look finds the name."""
+        num_blocks = directory.snapshot.num_blocks
+        found = await announced_elsewhere(self.dht, other_prefixes, num_blocks, self.settings.index_keys)
+        await directory.refresh()
+        if not directory.is_announced:
+            raise MissingBlocksError(not_announced(directory.dht_prefix, found), ((0, num_blocks),))
 
     def close(self) -> None:
         """End every task, the DHT node and the daemon. Safe to call twice."""
