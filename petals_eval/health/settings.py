@@ -61,7 +61,9 @@ class ProbeSettings(Settings, heading=PROBES):
         Level.ROUTE, "How far servers are asked: record, info, forward or route.", "LEVEL"
     )
     active_adapter: str | None = option(None, "LoRA adapter that every server should have.", "NAME")
-    model: str | None = option(None, "Hub name or folder of the weights for --verify-local.", "NAME")
+    model: str | None = option(
+        None, "Hub name or folder: it says how many blocks there are, and has the weights for --verify-local.", "NAME"
+    )
     verify_local: Blocks | None = same_as(RunSettings, "verify_local", heading=PROBES)
     min_replicas: Positive = option(1, "Servers each block should have; fewer is a finding.")
     announce_period: Seconds = option(120.0, "Time between a server's announcements; the default is Petals'.")

@@ -28,6 +28,7 @@ __all__ = ["SwarmConnection"]
 
 _SHUTDOWN_TIMEOUT = 5.0  # seconds the daemon gets to end by itself
 _CLOSED = "the connection to the swarm is closed: connect again"
+_GIVE_NAME = ". Give the name that you mean with --dht-prefix (dht_prefix in Python)."
 _DAEMON_ENDED = (
     "the local libp2p daemon (p2pd), through which this process talks to the swarm, has ended: was it killed, or is "
     "this machine out of memory? Connect again to go on."
@@ -134,7 +135,8 @@ class SwarmConnection:
         found = await announced_elsewhere(self.dht, other_prefixes, num_blocks, self.settings.index_keys)
         await directory.refresh()
         if not directory.is_announced:
-            raise MissingBlocksError(not_announced(directory.dht_prefix, found), ((0, num_blocks),))
+            said = not_announced(directory.dht_prefix, found)
+            raise MissingBlocksError(f"{said}{_GIVE_NAME if found else ''}", ((0, num_blocks),))
 
     def close(self) -> None:
         """End every task, the DHT node and the daemon. Safe to call twice."""

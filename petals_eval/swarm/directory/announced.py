@@ -126,12 +126,7 @@ async def _held_blocks(dht: DHTNode, prefix: str, num_blocks: int) -> set[int]:
 def not_announced(prefix: str, others: Sequence[AnnouncedModel]) -> str:
     """Return what to say of a name that nobody announces. others: what is announced here."""
     said = f"nobody announces {prefix!r} on this swarm; announced here: "
-    if others:
-        return f"{said}{models_text(others)}. Give the name that you mean with --dht-prefix (dht_prefix in Python)."
-    return (
-        f"{said}nothing. Are its servers up? (--dht-prefix, in Python dht_prefix, names a model whose servers keep no "
-        "index, and --index-key, in Python index_keys, an index of other servers.)"
-    )
+    return f"{said}{models_text(others)}" if others else f"{said}nothing: are its servers up?"
 
 
 def models_text(models: Sequence[AnnouncedModel]) -> str:

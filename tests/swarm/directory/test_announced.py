@@ -65,7 +65,7 @@ def test_names_by_the_rules_of_relatives_come_first_be_they_in_an_index_or_not(s
 
 def test_a_name_that_is_announced_in_part_is_waited_for_and_without_any_index_nothing_else_is_known(folder):
     with LocalSwarm(folder, spans=[(0, 1)], dht_prefix="_private", mode="thread") as swarm:
-        assert "announced here: nothing. Are its servers up?" in refusal(swarm, "wrong")
+        assert "announced here: nothing: are its servers up?" in refusal(swarm, "wrong")
         with connect(swarm, deadline=0.5) as connection:
             assert len(connection.remote_sequential("_private", BLOCKS, ("others",))) == BLOCKS
 
