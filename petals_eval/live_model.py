@@ -7,6 +7,8 @@
 Its embeddings, prompts, norm and head are used where they are, not copied; its config says where the swarm is. A
 connection of our own to that swarm is opened at the first evaluation and kept for the next one. Petals' own connection
 is left alone. petals itself is never imported here: who has such a model has imported it.
+
+DRIFT and BloomBee have kept the structure of Petals' client, so that models of all three are told by it alone.
 """
 
 import contextlib
@@ -53,8 +55,17 @@ LIVE_PROMPTS = "live prompts"
 
 
 def is_petals_model(model: object) -> bool:
-    """Return whether this is an object of one of Petals' classes, or of a class made from one."""
-    return any(kind.__module__.partition(".")[0] == "petals" for kind in type(model).__mro__)
+    """Return whether this is a model of Petals or of a relative that has kept its structure."""
+    return _has_all(getattr(model, "config", None), _CONFIG) and _has_all(getattr(model, "transformer", None), _BASE)
+
+
+_CONFIG = ("initial_peers", "dht_prefix", "tuning_mode", "daemon_startup_timeout", "request_timeout", "active_adapter")
+_BASE = ("word_embeddings", "word_embeddings_layernorm", "ln_f", "get_prompt")
+"""What a client's config and its model without the head have, and nobody else's: the swarm, and the tuned prompts."""
+
+
+def _has_all(thing: object, names: tuple[str, ...]) -> bool:
+    return all(hasattr(thing, name) for name in names)
 
 
 @contextlib.contextmanager
@@ -309,10 +320,10 @@ def _base_of(model: nn.Module) -> nn.Module:
     if base is None or not has_head:
         kind = type(model)
         raise ConfigError(
-            "expected a petals_eval.RemoteModel or a Petals model with a head, such as "
-            "AutoDistributedModelForSequenceClassification and AutoDistributedModelForCausalLM load; found "
-            f"{kind.__module__}.{kind.__qualname__}. Of a wrapped model (DataParallel, torch.compile) give the one "
-            "inside."
+            "expected a petals_eval.RemoteModel or a Petals model with a head, such as petals' and drift's "
+            "AutoDistributedModelForSequenceClassification and AutoDistributedModelForCausalLM load; "
+            f"found {kind.__module__}.{kind.__qualname__}. Of a wrapped model (DataParallel, torch.compile) give the "
+            "one inside."
         )
     return base
 
