@@ -6,8 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from petals_eval.config import CallSettings
 from petals_eval.errors import MissingBlocksError
 from petals_eval.local_swarm import LocalSwarm
+from petals_eval.model.dht_prefixes import default_prefix
+from petals_eval.remote_model import LocalSide
 from petals_eval.swarm.directory.announced import (
     AnnouncedModel,
     IndexPolicy,
@@ -19,6 +22,7 @@ from tests.support.real_swarm import connect
 from tests.support.tiny_models import make_tiny
 
 BLOCKS = 2
+OF_A_RELATIVE = "bigscience/bloom-drift"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def swarm(folder):
     """One model as Petals' servers announce it, one as DRIFT's, one in an index of its own, and a private one."""
-    names = {"of-petals": "_petals.models", "of-drift": "_drift.models", "of-others": "_others.models"}
+    names = {"of-petals": "_petals.models", "of-drift": "_drift.models", OF_A_RELATIVE: "_others.models"}
     with LocalSwarm(folder, servers=1, dht_prefix="_private", mode="thread") as first:
         peers, running = first.initial_peers, []
         for name, key in names.items():
@@ -40,12 +44,12 @@ def swarm(folder):
             each.stop()
 
 
-def refusal(swarm, prefix, others=(), **settings):
+def refusal(swarm, prefix, **settings):
     """What is said of a name that nobody announces, and that it is said at once."""
     with connect(swarm, **settings) as connection:
         started = time.monotonic()
         with pytest.raises(MissingBlocksError) as caught:
-            connection.remote_sequential(prefix, BLOCKS, others)
+            connection.remote_sequential(prefix, BLOCKS)
         assert time.monotonic() - started < 10
     assert caught.value.missing == ((0, BLOCKS),) and caught.value.exit_code == 3
     return str(caught.value)
@@ -54,13 +58,21 @@ def refusal(swarm, prefix, others=(), **settings):
 def test_the_indexes_of_all_relatives_are_read(swarm):
     said = refusal(swarm, "wrong")
     assert said.startswith("nobody announces 'wrong' on this swarm; announced here: of-drift (2 blocks), of-petals (2 ")
-    assert "of-others" not in said and "_private" not in said and "--dht-prefix" in said
-    assert "of-others (2 blocks)" in refusal(swarm, "wrong", index_keys=("_others.models",))
+    assert OF_A_RELATIVE not in said and "_private" not in said and "--dht-prefix" in said
+    assert f"{OF_A_RELATIVE} (2 blocks)" in refusal(swarm, "wrong", index_keys=("_others.models",))
 
 
 def test_names_by_the_rules_of_relatives_come_first_be_they_in_an_index_or_not(swarm):
-    said = refusal(swarm, "wrong", ("of-others", "nowhere", "of-petals"))
-    assert "announced here: of-others (blocks up to 2), of-petals (2 blocks), of-drift (2 blocks). Give" in said
+    local = SimpleNamespace(
+        family=SimpleNamespace(model_type="bloom"), fingerprint={"model": "bigscience/bloom"}, num_blocks=BLOCKS
+    )
+    side = LocalSide(local, (), CallSettings(), default_prefix("bloom", "bigscience/bloom"))
+    with connect(swarm) as connection, pytest.raises(MissingBlocksError) as caught:
+        side.blocks_on(connection)
+    assert (
+        "'bigscience/bloom-petals' on this swarm; announced here: bigscience/bloom-drift (blocks up to 2), of-"
+        in str(caught.value)
+    )
 
 
 def test_a_name_that_is_announced_in_part_is_waited_for_and_without_any_index_nothing_else_is_known(folder):
