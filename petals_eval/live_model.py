@@ -337,7 +337,7 @@ def _prompts_of(base: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | No
     tuning_mode = config.tuning_mode
     if not tuning_mode or "ptune" not in tuning_mode:
         return None, None
-    with evaluating(base):
+    with evaluating(base), _numbered_prefix(base):
         prompts, deep = base.get_prompt(1)  # type: ignore[operator]
         prompts = prompts[0].float().cpu()
         deep = deep.float().cpu() if tuning_mode == "deep_ptune" else None
@@ -349,6 +349,24 @@ def _prompts_of(base: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | No
                 "Did the training diverge?"
             )
     return prompts, deep
+
+
+@contextlib.contextmanager
+def _numbered_prefix(base: nn.Module) -> Iterator[None]:
+    """Give `get_prompt` its rows' numbers for the body where they have no values.
+
+    transformers 5 makes a model on the meta device and leaves what is neither a parameter nor a buffer there; the own
+    forward of DRIFT dd294a1 fails on that.
+    """
+    numbers = getattr(base, "prefix_tokens", None)
+    if not isinstance(numbers, torch.Tensor) or not numbers.is_meta:
+        yield
+        return
+    base.prefix_tokens = torch.arange(len(numbers))
+    try:
+        yield
+    finally:
+        base.prefix_tokens = numbers
 
 
 def _tokenizer_of(model: nn.Module) -> Any:

@@ -43,6 +43,7 @@ def test_answers_are_those_of_hugging_faces_own_model(served, mode):
             assert close(each.answer, full_logits(whole, remote.local, adapter, each.request.input_ids))
     assert (adapter is None) == (mode is None)
     assert model.training and model.transformer.ln_f.training
+    assert mode is None or model.transformer.prefix_tokens.is_meta, "it stays as it was"
     live_model.close(model)
 
 

@@ -42,6 +42,7 @@ class _Prompts:
     word_embeddings: Any
 
     def init_prompts(self, config) -> None:
+        self.prefix_tokens = torch.arange(config.pre_seq_len, device="meta")  # where transformers 5 leaves it
         self.prompt_embeddings = nn.Embedding(config.pre_seq_len, config.hidden_size)
         if config.tuning_mode == "deep_ptune":
             self.intermediate_prompt_embeddings = nn.Embedding(
@@ -50,7 +51,7 @@ class _Prompts:
 
     def get_prompt(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
-        rows = torch.arange(config.pre_seq_len).expand(batch_size, -1)
+        rows = self.prefix_tokens.expand(batch_size, -1).to(self.word_embeddings.weight.device)
         prompts, deep = self.prompt_embeddings(rows), torch.empty(0)
         if config.tuning_mode == "deep_ptune":
             of_blocks = self.intermediate_prompt_embeddings(rows)
