@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["LOOPBACK", "Announce", "Identity", "Listen", "PeersFile", "kept_in_file", "own_address"]
+from petals_eval.config import checked_peers
+
+__all__ = ["LOOPBACK", "Announce", "Identity", "Listen", "PeersFile", "checked_peers", "kept_in_file", "own_address"]
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 

@@ -12,10 +12,10 @@ from petals_eval.cli.address_flags import (
     Identity,
     Listen,
     PeersFile,
+    checked_peers,
     kept_in_file,
     own_address,
 )
-from petals_eval.config import checked_peers
 
 __all__ = ["HELP", "SHORT", "bootstrap"]
 

@@ -12,6 +12,7 @@ from petals_eval.cli.address_flags import (
     Identity,
     Listen,
     PeersFile,
+    checked_peers,
     kept_in_file,
     own_address,
 )
@@ -69,7 +70,7 @@ def swarm(
         servers=servers,
         spans=_spans(span) if span else None,
         dht_prefix=dht_prefix,
-        initial_peers=initial_peers or [],
+        initial_peers=checked_peers(initial_peers or []),
         dtype=dtype,
         **flags,
         **_address_of_one(len(span) if span else servers, listen, announce, identity),
