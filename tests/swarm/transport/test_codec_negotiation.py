@@ -166,7 +166,7 @@ def test_a_server_whose_numpy_is_too_new_for_its_hivemind_is_spoken_to_lossless_
     old, new = swarm.servers
     before = new.fault_counts().get("broken_decoder", FaultCount()).times
     new.switch(BrokenDecoder())
-    cause = "hivemind before 1.2 cannot read 8-bit codes with its NumPy (2.4): "
+    cause = "its hivemind (before 1.2) reads no 8-bit code under NumPy 2.4: "
     try:
         _, peers = through(swarm, wire)
         if not fails:
