@@ -1,6 +1,8 @@
 """The connection to a swarm: the libp2p daemon and the DHT node, and the modules that are opened over them."""
 
+import asyncio
 import atexit
+import time
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -130,13 +132,21 @@ class SwarmConnection:
         return RemoteSequential(self.loop, pipeline, directory, Span(0, num_blocks))
 
     async def _explain_name(self, directory: Directory, other_prefixes: Sequence[str]) -> None:
-        """Raise MissingBlocksError, which says what is announced here, unless a second look finds the name."""
+        """Raise MissingBlocksError, which says what is announced here, unless another look finds the name.
+
+        Where nothing at all is found the DHT may only be slow, so it is asked for as long as a server has to answer.
+        """
         num_blocks = directory.snapshot.num_blocks
-        found = await announced_elsewhere(self.dht, other_prefixes, num_blocks, self.settings.index_keys)
-        await directory.refresh()
-        if not directory.is_announced:
-            said = not_announced(directory.dht_prefix, found)
-            raise MissingBlocksError(f"{said}{_GIVE_NAME if found else ''}", ((0, num_blocks),))
+        until = time.monotonic() + self.settings.connect_timeout
+        while True:
+            found = await announced_elsewhere(self.dht, other_prefixes, num_blocks, self.settings.index_keys)
+            await directory.refresh()
+            if directory.is_announced:
+                return
+            if found or time.monotonic() > until:
+                said = not_announced(directory.dht_prefix, found)
+                raise MissingBlocksError(f"{said}{_GIVE_NAME if found else ''}", ((0, num_blocks),))
+            await asyncio.sleep(self.settings.missing_update_period)
 
     def close(self) -> None:
         """End every task, the DHT node and the daemon. Safe to call twice."""
