@@ -14,6 +14,7 @@ from petals_eval.errors import AdapterError
 from petals_eval.model import FAMILIES, Adapter, LocalModel, load_adapter
 from petals_eval.tasks.requests import Request
 from tests.model.reference import TOKENS, causal_lm, classifier, full_logits, local_answers
+from tests.support.saving_lines import saving_lines
 from tests.support.tiny_models import make_tiny
 
 # What torch, Lightning and PEFT say of themselves and of each other.
@@ -93,11 +94,12 @@ PEFT_KINDS = (
 
 @pytest.mark.parametrize(("kind", "task"), PEFT_KINDS)
 def test_what_peft_saves_gives_what_peft_computes(kind, task, folders, tmp_path):
-    trained(whole_model(folders, task), settings_of(kind, task)).save_pretrained(tmp_path)
-    tuned = peft.PeftModel.from_pretrained(whole_model(folders, task), tmp_path).eval()
+    exec(saving_lines(tmp_path)[-1], {"model": trained(whole_model(folders, task), settings_of(kind, task))})
+    folder = tmp_path / "prompts"
+    tuned = peft.PeftModel.from_pretrained(whole_model(folders, task), folder).eval()
     local = LocalModel.from_pretrained(str(folders[task]))
     for number in range(TASKS) if kind == "MULTITASK_PROMPT_TUNING" else [None]:
-        adapter = loaded(tmp_path, local, task=number)
+        adapter = loaded(folder, local, task=number)
         assert (adapter.kind, adapter.prefix_length, adapter.task) == (f"peft-{kind.lower()}", PREFIX, number)
         assert_same_answers(local, whole_model(folders, task), adapter, of_peft(tuned, number))
 
