@@ -67,6 +67,7 @@ class Settings(BaseModel):
             raise ConfigError(explain(error, type(self), SETTINGS)) from error
 
 
+_MAX_NAME_CHARACTERS = 100  # files of a run folder have the names of adapters
 _PLACE = "expected a path, a hub name, or NAME=PATH"
 _ADDRESS = "expected a multiaddress such as /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW..."
 
@@ -120,8 +121,9 @@ def _adapter(value: object) -> object:
         place = rest
     if not isinstance(place, str):
         raise ValueError(_PLACE)
-    if not isinstance(name, str) or not name.strip() or name.startswith("~") or not {"/", "\\"}.isdisjoint(name):
-        raise ValueError("expected a name that is no path in NAME=PATH, for an adapter")
+    is_path = isinstance(name, str) and (name.startswith("~") or not {"/", "\\"}.isdisjoint(name))
+    if not isinstance(name, str) or is_path or not 0 < len(name.strip()) <= _MAX_NAME_CHARACTERS:
+        raise ValueError(f"expected a name of 1 to {_MAX_NAME_CHARACTERS} characters that is no path, in NAME=PATH")
     return name, place
 
 

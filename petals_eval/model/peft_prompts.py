@@ -123,7 +123,8 @@ def read_peft(reader: AdapterReader, config: dict[str, Any], name: str, task: in
 
 def holds_peft_model(reader: AdapterReader) -> bool:
     """Return whether a file holds the state dict of a whole PEFT model with a prompt encoder."""
-    return any(_ENCODER.fullmatch(name) for name in reader.names)
+    found = map(_ENCODER.fullmatch, reader.names)
+    return any(match is not None and match["tensor"] == "embedding.weight" for match in found)
 
 
 def read_peft_model(reader: AdapterReader, name: str, task: int | None = None) -> Adapter:

@@ -74,9 +74,10 @@ def test_names_that_are_given():
 @pytest.mark.parametrize(
     ("adapter", "message"),
     (
-        ("=a", r"adapter\.0: expected a name that is no path in NAME=PATH"),
-        ({"a/b": "c"}, r"adapter\.0: expected a name that is no path"),
-        ({"~": "c"}, r"adapter\.0: expected a name that is no path"),
+        ("=a", r"adapter\.0: expected a name of 1 to 100 characters that is no path, in NAME=PATH"),
+        ({"a/b": "c"}, r"adapter\.0: expected a name"),
+        ("a" * 101 + "=b", r"adapter\.0: expected a name of 1 to 100"),
+        ({"~": "c"}, r"adapter\.0: expected a name"),
         ([3], r"adapter\.0: expected a path, a hub name, or NAME=PATH \(found 3\)"),
         ({"a": None}, r"adapter\.0: expected a path, a hub name, or NAME=PATH"),
     ),
