@@ -122,9 +122,9 @@ def read_peft(reader: AdapterReader, config: dict[str, Any], name: str, task: in
 
 
 def holds_peft_model(reader: AdapterReader) -> bool:
-    """Return whether a file holds the state dict of a whole PEFT model with a prompt encoder."""
-    found = map(_ENCODER.fullmatch, reader.names)
-    return any(match is not None and match["tensor"] == "embedding.weight" for match in found)
+    """Return whether a file holds the state dict of a whole PEFT model, and no prompts under Petals' names."""
+    is_petals = any(name.endswith("prompt_embeddings.weight") for name in reader.names)
+    return not is_petals and any(_ENCODER.fullmatch(name) for name in reader.names)
 
 
 def read_peft_model(reader: AdapterReader, name: str, task: int | None = None) -> Adapter:
