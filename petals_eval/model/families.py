@@ -1,4 +1,4 @@
-"""The model families in one table: what of each stays at home, under which names, and how its blocks are found."""
+"""The model families in one table: what of each stays at home, and under which names."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -45,8 +45,6 @@ class Family:
     eps_field, blocks_field, hidden_field, positions_field: the config's names for the norm's epsilon, the number of
         blocks, the hidden size and the context in tokens (None: the family has no such limit).
     wrapper: the `model_type` of multimodal models whose language model is one of this family. They are read as text.
-    prefix_from: whether the DHT prefix comes from the whole hub name `owner/name` or from `name` alone.
-    prefix_suffix: what the DHT prefix ends with; dots become dashes (`swarm/wire/PROTOCOL.md`, section 2).
     """
 
     model_type: str
@@ -65,8 +63,6 @@ class Family:
     blocks_field: str = "num_hidden_layers"
     hidden_field: str = "hidden_size"
     wrapper: str | None = None
-    prefix_from: Literal["repository", "name"] = "name"
-    prefix_suffix: str = ""
 
     def keys(self, module: str, parameter: str = "weight") -> tuple[str, str]:
         """Return the names that a parameter of the base model may have in a checkpoint, the usual one first."""
@@ -105,12 +101,6 @@ class Family:
         cap = getattr(config, self.logit_cap_field, None) if self.logit_cap_field else None
         return None if cap is None else float(cap)
 
-    def dht_prefix(self, repository: str) -> str:
-        """Return the prefix under which Petals servers announce a hub repository `owner/name` by default."""
-        prefix = repository if self.prefix_from == "repository" else repository.rsplit("/", 1)[-1]
-        prefix = prefix.replace(".", "-")
-        return prefix if prefix.endswith(self.prefix_suffix) else prefix + self.prefix_suffix
-
 
 _BLOOM_LIKE: dict[str, Any] = {
     "base": "transformer",
@@ -130,13 +120,12 @@ _GEMMA_4_LIKE = _GEMMA_LIKE | {"norm": "rms-float32"}
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama", prefix_suffix="-hf"),
+        Family("llama", "Llama"),
         Family("mistral", "Mistral"),
         Family(
             "mixtral",
             "Mixtral",
             experts=Experts("block_sparse_moe", gate_up=("w1", "w3"), down=("w2",)),
-            prefix_from="repository",
         ),
         Family("qwen2", "Qwen2"),
         Family("qwen3", "Qwen3"),
@@ -157,8 +146,6 @@ FAMILIES: dict[str, Family] = {
             **_BLOOM_LIKE,
             embedding_norm="word_embeddings_layernorm",
             positions_field=None,
-            prefix_from="repository",
-            prefix_suffix="-petals",
         ),
         Family("falcon", "Falcon", **_BLOOM_LIKE),
     )

@@ -4,6 +4,7 @@ import pytest
 
 from petals_eval.errors import ModelError
 from petals_eval.model import FAMILIES, family_of
+from petals_eval.model.dht_prefixes import default_prefix
 from tests.support import tiny_models
 
 
@@ -37,7 +38,7 @@ def test_a_type_that_is_no_name_is_refused_like_an_unknown_one(model_type):
     ),
 )
 def test_the_default_dht_prefix_is_petals_own(family, repository, prefix):
-    assert FAMILIES[family].dht_prefix(repository) == prefix
+    assert default_prefix(family, repository) == prefix
 
 
 @pytest.mark.parametrize(
