@@ -116,7 +116,10 @@ def test_what_a_group_cannot_have(group, options):
 
 
 def test_several_adapters_have_means_of_their_own(group):
-    adapters = [SimpleNamespace(name=name, kind="ptune", sha256=name, prefix_length=0) for name in ("first", "second")]
+    adapters = [
+        SimpleNamespace(name=name, kind="ptune", sha256=name, prefix_length=0, task=None)
+        for name in ("first", "second")
+    ]
     result = petals_eval.evaluate(FakeModel(adapters=adapters), task=group)
     assert result.adapters == ("first", "second")
     assert result.means("second")["accuracy"].over_rows == pytest.approx(5 / 9)
