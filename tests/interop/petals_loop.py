@@ -1,4 +1,4 @@
-"""Petals' own client and its users' evaluation loop, run in the Petals environment for comparison.
+"""A client of Petals, or of a relative's (CLIENT_PACKAGE), and its users' evaluation loop, in its environment.
 
 Reads JSON settings from stdin and writes a line of JSON to stdout for each line of them. Lines after the first say only
 what changes, and find the model and the swarm warm:
@@ -20,6 +20,7 @@ what changes, and find the model and the swarm warm:
     max_new_tokens  ... by this many
 """
 
+import importlib
 import json
 import os
 import sys
@@ -29,8 +30,9 @@ from functools import partial
 
 import loopback_only  # noqa: F401
 import torch
-from petals import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
 from transformers import PreTrainedTokenizerFast
+
+CLIENT = importlib.import_module(os.environ.get("CLIENT_PACKAGE", "petals"))
 
 
 def load(kind, settings: dict, **options):
@@ -50,7 +52,7 @@ def load_classifier(settings: dict):
     state = torch.load(settings["adapter"])
     base = "model" if "model.prompt_embeddings.weight" in state else "transformer"
     model = load(
-        AutoDistributedModelForSequenceClassification,
+        CLIENT.AutoDistributedModelForSequenceClassification,
         settings,
         tuning_mode=settings["tuning_mode"],
         pre_seq_len=state[f"{base}.prompt_embeddings.weight"].shape[0],
@@ -134,8 +136,8 @@ def generate(model, settings: dict) -> dict:
 def answers(lines: Iterable[str]) -> Iterator[dict]:
     tasks = {"generate": generate, "requests": score, "tokens": classify_tokens, "classify": classify}
     loaders = {
-        "generate": partial(load, AutoDistributedModelForCausalLM),
-        "requests": partial(load, AutoDistributedModelForCausalLM),
+        "generate": partial(load, CLIENT.AutoDistributedModelForCausalLM),
+        "requests": partial(load, CLIENT.AutoDistributedModelForCausalLM),
         "tokens": load_classifier,
         "classify": load_classifier,
     }

@@ -271,14 +271,17 @@ class RealPetalsSwarm:
                     await asyncio.sleep(0.1)
 
 
-def run_petals_loop(settings: dict, folder: Path, timeout: float = 240, script: str = "petals_loop.py") -> dict:
-    """What petals_loop.py, or another script beside it, answers to `settings`; `folder` is for its cache."""
+def run_petals_loop(
+    settings: dict, folder: Path, timeout: float = 240, script: str = "petals_loop.py", kind: ServerKind = PETALS
+) -> dict:
+    """What petals_loop.py, or another script beside it, answers to `settings` with the client of this kind; `folder` is
+    for its cache."""
     process = subprocess.Popen(
-        [PETALS.find_python(), str(HERE / script)],
+        [kind.find_python(), str(HERE / script)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=petals_environment(folder),
+        env=petals_environment(folder) | {"CLIENT_PACKAGE": kind.package},
         start_new_session=True,
         text=True,
     )
