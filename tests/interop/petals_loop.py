@@ -36,7 +36,7 @@ CLIENT = importlib.import_module(os.environ.get("CLIENT_PACKAGE", "petals"))
 
 
 def load(kind, settings: dict, **options):
-    return kind.from_pretrained(
+    model = kind.from_pretrained(
         settings["model"],
         initial_peers=settings["initial_peers"],
         dht_prefix=settings["dht_prefix"],
@@ -45,6 +45,11 @@ def load(kind, settings: dict, **options):
         show_route=False,
         **options,
     )
+    if "tuning_mode" in options and model.transformer.prefix_tokens.is_meta:
+        # transformers 5 builds a model on the meta device, and DRIFT's client leaves the numbers of its prompts there: as
+        # loaded, it cannot compute with prompts.
+        model.transformer.prefix_tokens = torch.arange(options["pre_seq_len"])
+    return model
 
 
 def load_classifier(settings: dict):
