@@ -47,8 +47,8 @@ def load(kind, settings: dict, **options):
         **options,
     )
     if "tuning_mode" in options and model.transformer.prefix_tokens.is_meta:
-        # transformers 5 builds a model on the meta device, and DRIFT's client leaves the numbers of its prompts there: as
-        # loaded, it cannot compute with prompts.
+        # transformers 5 builds a model on the meta device, and DRIFT's client leaves the numbers of its prompts there:
+        # it cannot compute with prompts as it loads them.
         model.transformer.prefix_tokens = torch.arange(options["pre_seq_len"])
     return model
 
