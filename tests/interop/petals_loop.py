@@ -47,9 +47,11 @@ def load(kind, settings: dict, **options):
         **options,
     )
     if "tuning_mode" in options and model.transformer.prefix_tokens.is_meta:
-        # transformers 5 builds a model on the meta device, and DRIFT's client leaves the numbers of its prompts there:
-        # it cannot compute with prompts as it loads them.
+        # As DRIFT's client comes out of transformers 5: the numbers of its prompts without values, so that it cannot
+        # compute with prompts, and what Petals freezes free.
         model.transformer.prefix_tokens = torch.arange(options["pre_seq_len"])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("prompt_embeddings" in name or name.startswith("score."))
     return model
 
 
