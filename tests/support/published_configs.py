@@ -1,7 +1,10 @@
 """Configs as they were published, and the same in small: everything that says how a model computes stays.
 
-Each was copied by hand from `config.json` of the repository on https://huggingface.co that it stands under, and of a
-list of 48 factors the first ones. DeepSeek-V3 is without its `quantization_config`: the weights drawn here have none.
+Each says what `config.json` of the repository on https://huggingface.co says that it stands under, written down by
+hand, and of a list of 48 factors the first ones. Where they were written the hub could not be read: Llama 3.2,
+Qwen3-0.6B, Gemma 2, Gemma 3 1B and Phi-3 were held against whole copies in public repositories; Gemma 3 27B, Phi-4 and
+OLMo 2 in the fields that decide what is computed; the others are from memory. DeepSeek-V3 is without its
+`quantization_config`: the weights drawn here have none.
 """
 
 import json
