@@ -30,12 +30,8 @@ from petals_eval.bench.floor import Floor, link_seconds, pass_seconds  # noqa: E
 from petals_eval.bench.processes import connected_ports, memory, processor_seconds  # noqa: E402
 from petals_eval.bench.statistics import Spread  # noqa: E402
 from petals_eval.local_swarm.network import EmulatedNetwork, LinkProfile  # noqa: E402
-from tests.interop.real_petals import (  # noqa: E402
-    NO_PETALS,
-    RealPetalsSwarm,
-    petals_environment,
-    petals_python_path,
-)
+from tests.interop.real_petals import RealPetalsSwarm, petals_environment  # noqa: E402
+from tests.interop.server_kinds import PETALS  # noqa: E402
 
 
 class Bench:
@@ -119,7 +115,6 @@ def running(workload: Workload, folder: Path, limit: int | None) -> Iterator[tup
     """
     with contextlib.ExitStack() as stack:
         network = stack.enter_context(EmulatedNetwork()) if workload.links else None
-        python = petals_python_path()
         swarm = RealPetalsSwarm(
             workload.model,
             workload.spans,
@@ -127,7 +122,7 @@ def running(workload: Workload, folder: Path, limit: int | None) -> Iterator[tup
             dtype=workload.dtype,
             network=network,
             **({"links": workload.links} if network else {}),
-            python=python,
+            kind=PETALS,
             timeout=300,
         )
         stack.enter_context(swarm)
@@ -142,7 +137,7 @@ def running(workload: Workload, folder: Path, limit: int | None) -> Iterator[tup
         stack.enter_context(ours)
         data = ours.ask(**common, task=workload.task, data=str(workload.data), limit=limit, what="rows")
         petals = Loop(
-            python,
+            PETALS.python,
             ROOT / "tests" / "interop" / "petals_loop.py",
             petals_environment(folder),
             folder / "petals.log",
@@ -251,8 +246,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.workload == "push":
         return finish("push", measure_push(arguments.pairs, arguments.rows), arguments.json)
-    if not os.access(petals_python_path(), os.X_OK):
-        print(NO_PETALS.format(petals_python_path()), file=sys.stderr)
+    if not PETALS.is_there:
+        print(PETALS.not_there, file=sys.stderr)
         return 4
     with tempfile.TemporaryDirectory(prefix="bench-vs-petals-") as folder:
         workload = Workloads(Path(folder)).make(arguments.workload)

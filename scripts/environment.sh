@@ -1,4 +1,4 @@
-# The environment of scripts/demo.sh and scripts/test.sh: sourced by them, in the root of the checkout.
+# The environments of scripts/demo.sh, scripts/test.sh and those with servers: sourced by them, in the root of the checkout.
 # Everything goes to stderr: stdout belongs to the command that is run.
 
 fail() {
@@ -59,4 +59,41 @@ set_up() {
   .venv/bin/python -m pip install -c constraints.txt -e ".$1" >&2 ||
     fail "the packages could not be installed (see pip's message above)." "What was downloaded is kept: run this again."
   printf '%s\n' "$wanted" >".venv/installed$1"
+}
+
+# new_environment FOLDER: make an empty environment there, in the place of one that is there.
+new_environment() {
+  local python
+  check_platform
+  if [ -n "$(ls -A "$1" 2>/dev/null)" ] && [ ! -f "$1/pyvenv.cfg" ]; then
+    fail "$1 holds something else than a Python environment." "Name an empty or a new folder."
+  fi
+  # cpufeature, which the servers need, has a wheel for no later Python.
+  export PYTHON="${PYTHON:-python3.11}"
+  python="$(find_python)" || exit
+  # Moved out of the way at once: an environment half removed would not be known for one any more.
+  rm -rf "$1.old"
+  [ ! -d "$1" ] || mv "$1" "$1.old"
+  rm -rf "$1.old"
+  "$python" -m venv "$1" >&2 || fail "$python could not make the environment $1 (see above)."
+}
+
+# is_done STAMP WANTED: whether the stamp, a file in an environment that still runs, says that this was installed.
+is_done() {
+  [ -f "$1" ] && [ "$(cat "$1")" = "$2" ] && "$(dirname "$1")/bin/python" -c ''
+}
+
+# flat_hivemind FOLDER: hivemind's old flat namespace for every Python process of an environment: each runs the .pth file's
+# line at its start.
+flat_hivemind() {
+  local packages
+  packages="$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+  install -m 644 petals_eval/integrations/hivemind_flat.py "$packages/"
+  printf 'import hivemind_flat\n' >"$packages/hivemind_flat.pth"
+}
+
+# without_triton FOLDER: where pip takes torch's CUDA build, a triton comes with it that Petals' old bitsandbytes fails to
+# import: a server would announce itself and die. No server here uses it, and bitsandbytes does without.
+without_triton() {
+  "$1/bin/python" -m pip uninstall --quiet --yes triton >&2
 }

@@ -145,7 +145,8 @@ def test_greedy_texts_by_forward_calls_are_hugging_faces_and_their_cost_is_said_
     [(line, sent_before)] = said
     longest = max(len(each.input_ids) for each in asked) + (0 if adapter is None else adapter.prefix_length)
     assert f"up to {NEW * longest + NEW * (NEW - 1) // 2:,} positions" in line
-    assert f"in a session it would be {longest + NEW - 1:,}" in line
+    cost = f"in a session it would be {longest + NEW - 1:,}"
+    assert cost in line and line.index(cost) < line.index("no session"), "what is shown of a long line is its beginning"
     assert "opens a session for this client" in line
     assert sent_before == 0
 

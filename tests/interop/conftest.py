@@ -11,6 +11,7 @@ from petals_eval.swarm import RemoteSequential, Work
 from tests.interop.lm_eval_tasks import ask_lm_eval, write_own_rows
 from tests.interop.petals_folders import make_petals_tiny
 from tests.interop.real_petals import RealPetalsSwarm
+from tests.interop.server_kinds import chosen_kind
 
 STORIES = "stories260K-hf"
 BOUNDED = {"request_timeout": 30, "deadline": 60}
@@ -45,7 +46,7 @@ def lm_eval(stories_dir: Path, own_rows: dict[str, Path], tmp_path_factory: pyte
     return ask_lm_eval(stories_dir, own_rows, tmp_path_factory.mktemp("lm-eval"))
 
 
-@pytest.fixture(scope="session", params=["bloom", "falcon"])
+@pytest.fixture(scope="session", params=[each for each in chosen_kind().families if each != "llama"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealPetalsSwarm]:
     """A random model of the family on two real servers whose spans overlap. Wide, so that 1 MiB is 1,024 tokens."""
     folder = make_petals_tiny(request.param, tmp_path_factory.mktemp("tiny") / request.param, hidden=256)

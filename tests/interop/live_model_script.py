@@ -1,4 +1,4 @@
-"""Live Petals models under `petals_eval.evaluate`, run in the Petals environment; test_live_petals_model.py asserts.
+"""Live Petals models under `petals_eval.evaluate`, in their package's environment; test_live_petals_model.py asserts.
 
 Reads JSON settings from stdin and writes JSON to stdout. Always: what ("training" or "answers"), model (folder),
 initial_peers, dht_prefix, data (file). For training: adapter (a Petals state dict) and tuning_mode. `folder` is for run
@@ -18,8 +18,7 @@ from typing import Any
 import loopback_only  # noqa: F401
 import numpy as np
 import torch
-from petals import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
-from petals_loop import load, load_classifier
+from petals_loop import CLIENT, load, load_classifier
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
@@ -280,7 +279,7 @@ def answers(settings: dict) -> dict:
     found = {}
 
     task = petals_eval.ClassificationTask(name="own", text="{text}", label_column="label", label_names=names)
-    model = prompted(AutoDistributedModelForSequenceClassification, settings, num_labels=3)
+    model = prompted(CLIENT.AutoDistributedModelForSequenceClassification, settings, num_labels=3)
     folder = Path(settings["folder"]) / "classes"
     petals_model.connect(model, window=3)
     petals_eval.evaluate(model, task=task, data=data, out=folder)
@@ -296,7 +295,7 @@ def answers(settings: dict) -> dict:
     end(model)
 
     task = task.model_copy(update={"label_words": LABEL_WORDS})
-    model = prompted(AutoDistributedModelForCausalLM, settings)
+    model = prompted(CLIENT.AutoDistributedModelForCausalLM, settings)
     folder = Path(settings["folder"]) / "words"
     petals_eval.evaluate(model, task=task, data=data, out=folder, tokenizer=tokenizer, without_prompts=True)
     found["token batches"] = petals_eval.evaluate_batches(model, padded_batches(texts, [list(ids) for ids in texts]))

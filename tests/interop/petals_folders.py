@@ -1,4 +1,4 @@
-"""Tiny models of the families that Petals 2.2.0 serves, in folders that its transformers 4.34.1 reads."""
+"""Tiny models in folders that all the servers' versions of transformers read, from Petals 2.2.0's 4.34.1 on."""
 
 import json
 import shutil
@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 
 from tests.support.tiny_models import make_tiny
-
-PETALS_FAMILIES = ("llama", "bloom", "falcon")
 
 
 def make_petals_tiny(family: str, folder: Path, **settings: object) -> Path:

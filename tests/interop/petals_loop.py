@@ -1,4 +1,4 @@
-"""Petals' own client and its users' evaluation loop, run in the Petals environment for comparison.
+"""A client of Petals, or of a relative's (CLIENT_PACKAGE), and its users' evaluation loop, in its environment.
 
 Reads JSON settings from stdin and writes a line of JSON to stdout for each line of them. Lines after the first say only
 what changes, and find the model and the swarm warm:
@@ -21,6 +21,7 @@ what changes, and find the model and the swarm warm:
     max_new_tokens  ... by this many
 """
 
+import importlib
 import json
 import os
 import sys
@@ -30,12 +31,13 @@ from functools import partial
 
 import loopback_only  # noqa: F401
 import torch
-from petals import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
 from transformers import PreTrainedTokenizerFast
+
+CLIENT = importlib.import_module(os.environ.get("CLIENT_PACKAGE", "petals"))
 
 
 def load(kind, settings: dict, **options):
-    return kind.from_pretrained(
+    model = kind.from_pretrained(
         settings["model"],
         initial_peers=settings["initial_peers"],
         dht_prefix=settings["dht_prefix"],
@@ -44,6 +46,13 @@ def load(kind, settings: dict, **options):
         show_route=False,
         **options,
     )
+    if "tuning_mode" in options and model.transformer.prefix_tokens.is_meta:
+        # As DRIFT's client comes out of transformers 5: the numbers of its prompts without values, so that it cannot
+        # compute with prompts, and what Petals freezes free.
+        model.transformer.prefix_tokens = torch.arange(options["pre_seq_len"])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("prompt_embeddings" in name or name.startswith("score."))
+    return model
 
 
 def load_classifier(settings: dict):
@@ -51,7 +60,7 @@ def load_classifier(settings: dict):
     state = torch.load(settings["adapter"])
     base = "model" if "model.prompt_embeddings.weight" in state else "transformer"
     model = load(
-        AutoDistributedModelForSequenceClassification,
+        CLIENT.AutoDistributedModelForSequenceClassification,
         settings,
         tuning_mode=settings["tuning_mode"],
         pre_seq_len=state[f"{base}.prompt_embeddings.weight"].shape[0],
@@ -135,8 +144,8 @@ def generate(model, settings: dict) -> dict:
 def answers(lines: Iterable[str]) -> Iterator[dict]:
     tasks = {"generate": generate, "requests": score, "tokens": classify_tokens, "classify": classify}
     loaders = {
-        "generate": partial(load, AutoDistributedModelForCausalLM),
-        "requests": partial(load, AutoDistributedModelForCausalLM),
+        "generate": partial(load, CLIENT.AutoDistributedModelForCausalLM),
+        "requests": partial(load, CLIENT.AutoDistributedModelForCausalLM),
         "tokens": load_classifier,
         "classify": load_classifier,
     }

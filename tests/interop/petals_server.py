@@ -1,11 +1,13 @@
-"""Runs `petals.cli.run_server` for real_petals.py, in the Petals environment.
+"""Runs a server's `cli.run_server` for real_petals.py, in its environment. First argument: petals, drift or bloombee.
 
-It loads Petals at once and then waits for a line on stdin, the JSON list of arguments still missing (which swarm to
-join). So several servers load in parallel although the first must be up before the others can join it. When stdin ends
-because whoever started it is gone, the whole process group is killed: no test run leaves a server or a p2pd behind.
+It loads that package at once and then waits for a line on stdin, the JSON list of arguments still missing (which swarm
+to join). So several servers load in parallel although the first must be up before the others can join it. When stdin
+ends because whoever started it is gone, the whole process group is killed: no test run leaves a server or a p2pd
+behind.
 """
 
 import functools
+import importlib
 import json
 import os
 import signal
@@ -13,7 +15,9 @@ import sys
 import threading
 
 import loopback_only  # noqa: F401
-from petals.cli.run_server import main
+
+PACKAGE = sys.argv.pop(1)
+run_server = importlib.import_module(f"{PACKAGE}.cli.run_server")
 
 
 def read_line() -> str:
@@ -42,8 +46,7 @@ def without_bitsandbytes() -> None:
 
 def log_rpc_info() -> None:
     """In the words in which Petals logs every other call: tests count what a client asks of a server."""
-    from petals.server.handler import TransformerConnectionHandler as Handler
-
+    Handler = importlib.import_module(f"{PACKAGE}.server.handler").TransformerConnectionHandler
     answer = Handler.rpc_info
 
     @functools.wraps(answer)
@@ -60,4 +63,4 @@ if __name__ == "__main__":
     log_rpc_info()
     sys.argv += json.loads(read_line())
     threading.Thread(target=end_with_parent, daemon=True).start()
-    main()
+    run_server.main()

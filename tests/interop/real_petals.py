@@ -23,11 +23,11 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError
 from hivemind.proto import runtime_pb2
 
 from petals_eval.local_swarm.network import EmulatedNetwork, LinkProfile
+from tests.interop.server_kinds import PETALS, ServerKind, chosen_kind
 
 HERE = Path(__file__).resolve().parent
 ONLINE = 2
 FREE_LINK = LinkProfile()
-NO_PETALS = "no Python with Petals at {}: run scripts/petals_peer.sh or set PETALS_EVAL_PETALS_PYTHON"
 
 
 class TransformerConnectionHandler(ServicerBase):
@@ -38,22 +38,6 @@ class TransformerConnectionHandler(ServicerBase):
     async def rpc_forward(self, request: runtime_pb2.ExpertRequest, context: object) -> runtime_pb2.ExpertResponse: ...
 
 
-def petals_python_path() -> str:
-    """Where the Python that has Petals should be."""
-    return os.environ.get("PETALS_EVAL_PETALS_PYTHON", str(HERE.parents[1] / ".venv-petals" / "bin" / "python"))
-
-
-def petals_python() -> str:
-    """The Python that has Petals. Where there is none the test is skipped, and fails in CI."""
-    python = petals_python_path()
-    if not os.access(python, os.X_OK):
-        message = NO_PETALS.format(python)
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-    return python
-
-
 def petals_environment(folder: Path) -> dict[str, str]:
     """Variables under which Petals runs: one thread, quiet, nothing fetched from or kept outside `folder`."""
     own = {
@@ -62,7 +46,8 @@ def petals_environment(folder: Path) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONWARNINGS": "ignore",
         "PYTHONPATH": str(HERE),
-        "PETALS_CACHE": str(folder / "cache"),
+        "HOME": str(folder),  # DRIFT keeps a list of servers below it
+        **{f"{name}_CACHE": str(folder / "cache") for name in ("PETALS", "DRIFT", "BLOOMBEE")},
         "HF_HUB_OFFLINE": "1",
         "HIVEMIND_LOGLEVEL": "INFO",  # its log lines say when it serves
         # Its version check would ask the internet: let it find a closed door at once.
@@ -78,12 +63,14 @@ class RealPetalsServer:
     span: (first block, last block + 1). `address` and `peer_id` are known once it runs.
     """
 
-    def __init__(self, python: str, model_dir: Path, span: tuple[int, int], flags: Sequence[str], folder: Path):
+    def __init__(
+        self, python: str, kind: ServerKind, model_dir: Path, span: tuple[int, int], flags: Sequence[str], folder: Path
+    ):
         self.span = span
         self.address: str | None = None
         self.folder = folder
         self._log = folder / "log"
-        command = [python, str(HERE / "petals_server.py"), str(model_dir)]
+        command = [python, str(HERE / "petals_server.py"), kind.package, str(model_dir)]
         command += ["--block_indices", f"{span[0]}:{span[1]}", "--identity_path", str(folder / "identity"), *flags]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -172,9 +159,10 @@ class RealPetalsSwarm:
     dtype: what the servers compute in ("float32", "bfloat16").
     max_batch_size, inference_max_length: the servers' limits in tokens; None: Petals' own defaults.
     initial_peers: multiaddresses of a running swarm to join; None: the first server starts one.
+    kind: what servers they are; None: the kind that the tests were asked to start.
     network: put a relay of this network, which must be running, before each server, which announces nothing else.
     links: the link of each server, or one profile for all of them.
-    flags: more arguments of petals.cli.run_server.
+    flags: more arguments of `run_server`.
     timeout: seconds for all servers together to be ready.
     """
 
@@ -191,7 +179,7 @@ class RealPetalsSwarm:
         network: EmulatedNetwork | None = None,
         links: LinkProfile | Sequence[LinkProfile] = FREE_LINK,
         flags: Sequence[str] = (),
-        python: str | None = None,
+        kind: ServerKind | None = None,
         timeout: float = 120,
     ):
         self.dht_prefix = dht_prefix
@@ -199,7 +187,11 @@ class RealPetalsSwarm:
         self.model_dir = Path(model_dir)
         self._spans, self._timeout = list(spans), timeout
         self._joined = list(initial_peers or ())
-        self._python = python or petals_python()
+        self.kind = kind or chosen_kind()
+        family = json.loads((self.model_dir / "config.json").read_text())["model_type"]
+        if family not in self.kind.families:
+            pytest.skip(f"{self.kind.name} does not serve {family} as Petals does")
+        self._python = self.kind.find_python()
         self._dtype = dtype
         self._flags = list(flags)
         self._network = network
@@ -237,14 +229,14 @@ class RealPetalsSwarm:
         deadline = time.monotonic() + self._timeout
         flags = [
             *("--dht_prefix", self.dht_prefix, "--torch_dtype", dtype, "--device", "cpu", "--num_handlers", "1"),
-            *("--throughput", "10", "--no_auto_relay", "--skip_reachability_check", *self._flags),
+            *("--throughput", "10", "--no_auto_relay", *self.kind.flags, *self._flags),
         ]
         new = []
         for span in spans:
             folder = self._folder / str(len(self.servers))
             folder.mkdir()
             place = self._place(len(self.servers))
-            new.append(RealPetalsServer(self._python, self.model_dir, span, [*flags, *place], folder))
+            new.append(RealPetalsServer(self._python, self.kind, self.model_dir, span, [*flags, *place], folder))
             self.servers.append(new[-1])
         for server in new:
             first = server is self.servers[0]
@@ -279,14 +271,17 @@ class RealPetalsSwarm:
                     await asyncio.sleep(0.1)
 
 
-def run_petals_loop(settings: dict, folder: Path, timeout: float = 240, script: str = "petals_loop.py") -> dict:
-    """What petals_loop.py, or another script beside it, answers to `settings`; `folder` is for its cache."""
+def run_petals_loop(
+    settings: dict, folder: Path, timeout: float = 240, script: str = "petals_loop.py", kind: ServerKind = PETALS
+) -> dict:
+    """What petals_loop.py, or another script beside it, answers to `settings` with the client of this kind; `folder` is
+    for its cache."""
     process = subprocess.Popen(
-        [petals_python(), str(HERE / script)],
+        [kind.find_python(), str(HERE / script)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=petals_environment(folder),
+        env=petals_environment(folder) | {"CLIENT_PACKAGE": kind.package},
         start_new_session=True,
         text=True,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.real_petals import petals_python
+from tests.interop.server_kinds import PETALS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +19,7 @@ def test_a_pair_on_a_few_rows(realdata: Path, tmp_path: Path):
     command = [sys.executable, str(ROOT / "scripts" / "bench_vs_petals.py"), "--workload", "trec-test"]
     subprocess.run(
         [*command, "--pairs", "1", "--rows", "48", "--batch-sizes", "16", "--json", str(found)],
-        env=os.environ | {"PETALS_EVAL_PETALS_PYTHON": petals_python(), "PETALS_EVAL_REALDATA": str(realdata)},
+        env=os.environ | {"PETALS_EVAL_PETALS_PYTHON": PETALS.find_python(), "PETALS_EVAL_REALDATA": str(realdata)},
         cwd=tmp_path,
         timeout=400,
         check=True,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.real_petals import petals_environment, petals_python
+from tests.interop.real_petals import petals_environment
+from tests.interop.server_kinds import PETALS
 
 FLAT = "petals_eval.integrations.hivemind_flat"
 LOOK = "from hivemind import PeerID, get_dht_time; from hivemind.utils import DHTExpiration, BatchTensorDescriptor;"
@@ -40,4 +41,4 @@ def test_what_hivemind_says_itself_stays(tmp_path):
 def test_spawned_children_have_it_in_the_petals_environment(tmp_path):
     (tmp_path / "spawn.py").write_text(SPAWN)
     environment = {name: value for name, value in petals_environment(tmp_path).items() if name != "PYTHONPATH"}
-    subprocess.run([petals_python(), Path("spawn.py")], check=True, env=environment, cwd=tmp_path)
+    subprocess.run([PETALS.find_python(), Path("spawn.py")], check=True, env=environment, cwd=tmp_path)

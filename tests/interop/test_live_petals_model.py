@@ -15,7 +15,9 @@ from tests.interop.real_petals import run_petals_loop
 
 def run_script(what, swarm, folder, **settings):
     settings |= {"what": what, "initial_peers": swarm.initial_peers, "dht_prefix": swarm.dht_prefix}
-    return run_petals_loop({"folder": str(folder), **settings}, folder, timeout=85, script="live_model_script.py")
+    return run_petals_loop(
+        {"folder": str(folder), **settings}, folder, timeout=85, script="live_model_script.py", kind=swarm.kind
+    )
 
 
 @pytest.mark.sample(1)

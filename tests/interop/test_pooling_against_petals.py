@@ -5,15 +5,16 @@ import torch
 
 from petals_eval import RemoteModel
 from petals_eval.local_swarm import LocalSwarm
-from tests.interop.petals_folders import PETALS_FAMILIES, make_petals_tiny
+from tests.interop.petals_folders import make_petals_tiny
 from tests.interop.real_petals import run_petals_loop
+from tests.interop.server_kinds import PETALS
 from tests.model.test_pooling import PAD, TEXTS, requests_of
 
 LABELS, PREFIX, HIDDEN, BLOCKS = 3, 4, 32, 2
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("family", PETALS_FAMILIES)
+@pytest.mark.parametrize("family", PETALS.families)
 def test_the_token_that_petals_reads(family, tmp_path):
     model = make_petals_tiny(family, tmp_path / "model", blocks=BLOCKS, hidden=HIDDEN, pad_token_id=PAD)
     draws = torch.Generator().manual_seed(0)

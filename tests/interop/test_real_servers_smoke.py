@@ -1,4 +1,4 @@
-"""Real Petals servers, asked by hivemind alone: the helper starts them, and they compute what Hugging Face computes."""
+"""Real servers, asked by hivemind alone: the helper starts them, and they compute what Hugging Face computes."""
 
 import pytest
 import torch
@@ -7,8 +7,9 @@ from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 
 from tests.interop.conftest import STORIES
-from tests.interop.petals_folders import PETALS_FAMILIES, block_states, make_petals_tiny
+from tests.interop.petals_folders import block_states, make_petals_tiny
 from tests.interop.real_petals import ONLINE, RawClient, RealPetalsSwarm, in_own_loop
+from tests.interop.server_kinds import chosen_kind
 
 INPUT_IDS = torch.tensor([[1, 5, 9, 200, 7, 31], [1, 8, 8, 100, 3, 250]])
 
@@ -35,7 +36,7 @@ def test_every_block_is_announced_by_its_server(stories):
         for block in range(*server.span):
             state, throughput, extra = records[f"{STORIES}.{block}"][server.peer_id]
             assert (state, throughput, extra["torch_dtype"]) == (ONLINE, 10.0, "float32")
-            assert (extra["start_block"], extra["end_block"], extra["version"]) == (*server.span, "2.2.0.post1")
+            assert (extra["start_block"], extra["end_block"], extra["version"]) == (*server.span, stories.kind.version)
 
 
 def test_a_server_describes_itself(stories):
@@ -45,7 +46,7 @@ def test_a_server_describes_itself(stories):
             return MSGPackSerializer.loads(answer.serialized_info)
 
     info = in_own_loop(ask)
-    assert info["version"] == "2.2.0.post1"
+    assert info["version"] == stories.kind.version
     assert info["outputs_schema"][0].dtype is torch.float32
 
 
@@ -63,7 +64,7 @@ def test_three_servers_compute_what_hugging_face_computes(stories, stories_dir):
         torch.testing.assert_close(state, expected[server.span[1]], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", PETALS_FAMILIES)
+@pytest.mark.parametrize("family", chosen_kind().families)
 def test_deep_prompts_reach_every_block_of_a_tiny_model(family, tmp_path):
     folder = make_petals_tiny(family, tmp_path / family)
     prompts = torch.randn(3, 1, 4, 32, generator=torch.Generator().manual_seed(1))

@@ -115,7 +115,7 @@ def test_one_of_two_replicas_drops_out_a_hundredth_though_the_config_at_home_say
         culprit,
         0,
         3,
-        "2.2.0.post1",
+        honest.kind.version,
         False,
     )
     folder_of_run = RunFolder.open(tmp_path / "run")
