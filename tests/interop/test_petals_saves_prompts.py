@@ -6,8 +6,9 @@ import torch
 from petals_eval import RemoteModel
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.tasks.requests import Request
-from tests.interop.petals_folders import PETALS_FAMILIES, make_petals_tiny
+from tests.interop.petals_folders import make_petals_tiny
 from tests.interop.real_petals import run_petals_loop
+from tests.interop.server_kinds import PETALS
 from tests.model.reference import TOKENS
 from tests.support.saving_lines import saving_lines
 
@@ -15,7 +16,7 @@ LABELS, PREFIX, HIDDEN, BLOCKS = 3, 4, 32, 2
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("family", PETALS_FAMILIES)
+@pytest.mark.parametrize("family", PETALS.families)
 def test_the_lines_of_the_readme(family, tmp_path):
     model = make_petals_tiny(family, tmp_path / "model", blocks=BLOCKS, hidden=HIDDEN)
     base = "model" if family == "llama" else "transformer"
