@@ -73,6 +73,11 @@ class FakeModel:
             raise DeadlineError("stopped at the deadline")
 
 
+def fake_adapter(name, kind="ptune", **more):
+    """Prompts by their name alone."""
+    return SimpleNamespace(name=name, kind=kind, sha256=name, prefix_length=0, task=None, **more)
+
+
 def answers_of(name, requests, answer=(0.0, 1.0)):
     for request in requests:
         yield RequestAnswer(request, torch.tensor(answer), (ServedHop(name, Span(0, 4), "2.2.0", "float32", None),))

@@ -25,7 +25,7 @@ from petals_eval.local_swarm import LocalSwarm
 from petals_eval.swarm import SwarmStatus
 from petals_eval.swarm.peers.finding import TrustFinding
 from petals_eval.swarm.wire.span import Span
-from tests.fake_model import FakeModel, answers_of
+from tests.fake_model import FakeModel, answers_of, fake_adapter
 from tests.model.reference import causal_lm
 from tests.support.fake_swarm import server
 
@@ -274,7 +274,7 @@ TOKENS = {"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]]}
         (Fake(), [BATCH], {"adapter": 7}, ConfigError, "adapter: expected text .found 7"),
         (Fake(), [BATCH], {"adapter": "mine"}, ConfigError, "adapter: expected none, .* found 'mine'"),
         (
-            Fake(adapters=[SimpleNamespace(name="prompts", prefix_length=0)]),
+            Fake(adapters=[fake_adapter("prompts")]),
             [BATCH],
             {"adapter": "promts"},
             ConfigError,

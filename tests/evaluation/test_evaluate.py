@@ -1,14 +1,12 @@
 """Evaluations over a model without a swarm: what a run may go on with, and what it says."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from petals_eval.errors import DeadlineError, RunFolderError
 from petals_eval.swarm import SwarmStatus
 from petals_eval.swarm.peers.finding import TrustFinding
 from petals_eval.swarm.wire.span import Span
-from tests.fake_model import ROWS, FakeModel, answers_of, write_rows
+from tests.fake_model import ROWS, FakeModel, answers_of, fake_adapter, write_rows
 from tests.fake_model import evaluate as evaluate_rows
 from tests.support.fake_swarm import server
 
@@ -31,7 +29,7 @@ def test_a_run_does_not_go_on_with_answers_of_servers_that_it_refuses_now(evalua
 
 def test_what_is_kept_counts_every_adapter_also_while_the_first_is_computed_again(evaluate):
     """A server is caught once both adapters are scored, and nobody else holds its blocks."""
-    adapters = [SimpleNamespace(name=name, kind="ptune", sha256=name, prefix_length=0) for name in ("first", "second")]
+    adapters = [fake_adapter("first"), fake_adapter("second")]
     model = FakeModel(adapters=adapters)
     caught = SwarmStatus(
         0, ("a",), None, findings=(TrustFinding(server("a", 0, 4), "nondeterministic", Span(0, 4), 0.1),)

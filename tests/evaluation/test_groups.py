@@ -9,7 +9,7 @@ import petals_eval
 from petals_eval.errors import AdapterError, ConfigError, DeadlineError, RunFolderError
 from petals_eval.runs import RunFolder
 from petals_eval.tasks import ClassificationTask, TaskGroup
-from tests.fake_model import FakeModel, write_rows
+from tests.fake_model import FakeModel, fake_adapter, write_rows
 
 
 def task(name, tmp_path, rows, **changes):
@@ -116,10 +116,7 @@ def test_what_a_group_cannot_have(group, options):
 
 
 def test_several_adapters_have_means_of_their_own(group):
-    adapters = [
-        SimpleNamespace(name=name, kind="ptune", sha256=name, prefix_length=0, task=None)
-        for name in ("first", "second")
-    ]
+    adapters = [fake_adapter("first"), fake_adapter("second")]
     result = petals_eval.evaluate(FakeModel(adapters=adapters), task=group)
     assert result.adapters == ("first", "second")
     assert result.means("second")["accuracy"].over_rows == pytest.approx(5 / 9)

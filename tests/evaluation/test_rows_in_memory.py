@@ -12,7 +12,7 @@ import petals_eval
 from petals_eval.errors import ConfigError, DataError
 from petals_eval.runs.journal import Journal
 from petals_eval.tasks.requests import Prediction
-from tests.fake_model import TASK, FakeModel, answers_of, evaluate, write_rows
+from tests.fake_model import TASK, FakeModel, answers_of, evaluate, fake_adapter, write_rows
 
 RECORDS = [{"text": " ".join(["fine"] * (1 + index)), "label": ("good", "bad")[index % 2]} for index in range(6)]
 MAPPING = {"text": "{text}", "label_column": "label", "label_names": ["bad", "good"], "metrics": ["accuracy"]}
@@ -70,7 +70,7 @@ def test_the_task_may_be_a_mapping():
 
 @pytest.mark.parametrize("out", [None, "run"])
 def test_predictions_are_in_the_result_for_each_adapter(out, tmp_path):
-    adapters = [SimpleNamespace(name=name, kind="ptune", sha256=name, prefix_length=0) for name in ("first", "second")]
+    adapters = [fake_adapter("first"), fake_adapter("second")]
     result = run(RECORDS, FakeModel(adapters=adapters), out=out and tmp_path / out)
     assert list(result.adapters) == ["first", "second"]
     for adapter in result.adapters.values():

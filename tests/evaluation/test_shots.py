@@ -12,7 +12,7 @@ from petals_eval.evaluation.prepare import prepare
 from petals_eval.evaluation.shots import rows_and_shots, with_prompt
 from petals_eval.tasks import ClassificationTask, PerplexityTask
 from petals_eval.tasks.row_code import RowCode
-from tests.fake_model import FakeModel, Tokenizer
+from tests.fake_model import FakeModel, Tokenizer, fake_adapter
 
 COUNT = 30
 ROW = [{"text": "my own", "label": "good"}]
@@ -282,10 +282,7 @@ def test_a_run_of_several_draws_goes_on_where_it_stopped(source, tmp_path):
 
 
 def test_without_prompts_each_draw_is_evaluated_too(source, tmp_path):
-    from types import SimpleNamespace
-
-    bare = SimpleNamespace(name="bare", kind="none", sha256="b", prefix_length=0)
-    adapter = SimpleNamespace(name="mine", kind="ptune", sha256="a", prefix_length=0, without_prompts=lambda: bare)
+    adapter = fake_adapter("mine", without_prompts=lambda: fake_adapter("bare", "none"))
     result = evaluate(source, tmp_path / "run", model(adapters=[adapter]), shots=3, draws=2, without_prompts=True)
     assert list(result.adapters) == ["mine"]
     assert len(result.without_prompts.draws) == 2
