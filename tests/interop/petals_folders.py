@@ -6,18 +6,22 @@ from pathlib import Path
 
 import torch
 
+from tests.interop.server_kinds import PETALS, PETALS_MAIN
 from tests.support.tiny_models import make_tiny
 
 
 def make_petals_tiny(family: str, folder: Path, **settings: object) -> Path:
-    """Like `make_tiny`, as Petals expects it; BLOOM with the bare model's keys.
+    """Like `make_tiny`, as the servers expect it; BLOOM with the bare model's keys.
 
     Falcon is of the new architecture (40B, 180B): Petals 2.2.0 cannot compute the multi-query attention of Falcon-7B.
     """
     if family == "falcon":
         settings = {"new_decoder_architecture": True, "num_kv_heads": 2} | settings
     make_tiny(family, folder, bare=family == "bloom", **settings)
-    return in_old_words(folder)
+    if family.startswith("gemma4"):
+        return in_words_of_gemma4(folder)
+    # Those that no older server has are served on transformers 5 alone.
+    return in_old_words(folder) if family in PETALS.families + PETALS_MAIN.families else folder
 
 
 def petals_copy(source: Path, folder: Path) -> Path:
@@ -44,6 +48,17 @@ def in_old_words(folder: Path) -> Path:
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
+
+
+def in_words_of_gemma4(folder: Path) -> Path:
+    """Say of all blocks with global attention at once, as published checkpoints do, what transformers 5.23 writes of
+    each and 5.13 does not read."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    of_one, *_ = config.pop("per_layer_config").values()
+    config |= {"global_head_dim": of_one["head_dim"], "num_global_key_value_heads": of_one["num_key_value_heads"]}
+    path.write_text(json.dumps(config, indent=2))
     return folder
 
 

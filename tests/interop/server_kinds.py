@@ -74,7 +74,10 @@ DRIFT = ServerKind(
     "drift",
     "drift",
     "2.3.0.dev2",
-    ("llama", "bloom", "falcon", "mistral", "mixtral", "qwen2", "qwen3"),
+    (
+        *("llama", "bloom", "falcon", "mistral", "mixtral", "qwen2", "qwen3"),
+        *("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "deepseek_v3"),
+    ),
     flags=(),
 )
 BLOOMBEE = ServerKind("bloombee", "bloombee", "2.3.0.dev2", ("qwen3",), session_tensors=10)
