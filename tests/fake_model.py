@@ -75,7 +75,7 @@ class FakeModel:
 
 def fake_adapter(name, kind="ptune", **more):
     """Prompts by their name alone."""
-    return SimpleNamespace(name=name, kind=kind, sha256=name, prefix_length=0, task=None, **more)
+    return SimpleNamespace(**{"name": name, "kind": kind, "sha256": name, "prefix_length": 0, "task": None} | more)
 
 
 def answers_of(name, requests, answer=(0.0, 1.0)):

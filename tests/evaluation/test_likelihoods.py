@@ -16,6 +16,7 @@ from petals_eval.evaluation.prepare import prepare
 from petals_eval.remote_model import LocalSide
 from petals_eval.runs import RunFolder
 from petals_eval.tasks import ChoiceTask, ContinuationTask
+from tests.fake_model import fake_adapter
 from tests.model.reference import causal_lm
 from tests.support.real_swarm import STORIES, ProgressLines, predictions, stories_swarm
 
@@ -192,9 +193,7 @@ def test_cutting_leaves_the_same_room_for_every_adapter(model, tmp_path):
     result = petals_eval.evaluate(model, task=task, data=path, out=tmp_path / "run")
     assert (result.first.n_scored, result.first.n_truncated) == (1, 1)
 
-    adapter = type(
-        "Adapter", (), {"name": "a", "kind": "ptune", "sha256": "0", "prefix_length": 16, "head_weight": None}
-    )()
+    adapter = fake_adapter("a", prefix_length=16, head_weight=None)
     side = LocalSide(model.local, (adapter,), model.blocks.settings, "x")
     [example] = prepare(lambda: side, task=task, data=path, without_prompts=False).first_examples
     assert [len(request.input_ids) for request in example.requests] == [512 - 16, 512 - 16]

@@ -6,7 +6,7 @@ from pathlib import Path
 import petals_eval.local_swarm
 
 SHARED = {
-    "MODELS_KEY", "SESSION_TENSORS", "ServerRecord", "ServerState", "Span", "TransformerConnectionHandler",
+    "MODEL_INDEX_KEYS", "SESSION_TENSORS", "ServerRecord", "ServerState", "Span", "TransformerConnectionHandler",
     "block_uid", "chain_uid", "codecs", "dtype_name", "encode_tensor", "end_daemon", "start_daemon",
 }  # fmt: skip
 """What both sides must spell alike, how a daemon is started and ended, and the codecs (README.md of the stub)."""

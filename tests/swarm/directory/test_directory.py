@@ -20,7 +20,7 @@ def seen(monkeypatch, times, *answers):
     """The servers of the snapshot after each look, the clock at `times`."""
     clock = iter(times)
     monkeypatch.setattr(module, "get_dht_time", lambda: next(clock))
-    monkeypatch.setattr(module, "LOOK_TIMEOUT", 0.05)
+    monkeypatch.setattr(module, "_LOOK_TIMEOUT", 0.05)
 
     async def look():
         directory = Directory(DhtSource(FakeDHT(*answers)), "tiny", 2, PeerBook(settings()))
