@@ -56,6 +56,10 @@ LIVE_PROMPTS = "live prompts"
 
 def is_petals_model(model: object) -> bool:
     """Return whether this is a model of Petals or of a relative that has kept its structure."""
+    # Wrappers, as those of PEFT, hand on what they do not have themselves, and compute something else.
+    is_its_own = hasattr(type(model), "transformer") or "transformer" in getattr(model, "_modules", ())
+    if not is_its_own:
+        return False
     return _has_all(getattr(model, "config", None), _CONFIG) and _has_all(getattr(model, "transformer", None), _BASE)
 
 
@@ -323,7 +327,7 @@ def _base_of(model: nn.Module) -> nn.Module:
             "expected a petals_eval.RemoteModel or a Petals model with a head, such as petals' and drift's "
             "AutoDistributedModelForSequenceClassification and AutoDistributedModelForCausalLM load; "
             f"found {kind.__module__}.{kind.__qualname__}. Of a wrapped model (DataParallel, torch.compile) give the "
-            "one inside."
+            "one inside; save prompts that PEFT has put around one, and give them as an adapter."
         )
     return base
 

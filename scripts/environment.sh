@@ -71,6 +71,9 @@ new_environment() {
   # cpufeature, which the servers need, has a wheel for no later Python.
   export PYTHON="${PYTHON:-python3.11}"
   python="$(find_python)" || exit
+  if [ -e "$1.old" ] && [ ! -f "$1.old/pyvenv.cfg" ]; then
+    fail "$1.old, where an old environment is moved to, holds something else." "Move it, or name another folder."
+  fi
   # Moved out of the way at once: an environment half removed would not be known for one any more.
   rm -rf "$1.old"
   [ ! -d "$1" ] || mv "$1" "$1.old"

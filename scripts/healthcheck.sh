@@ -68,7 +68,7 @@ if [[ -n "${HEALTH_WEBHOOK:-}" ]]; then
 fi
 if [[ -n "${HEALTH_MAIL:-}" ]]; then
   { echo "$text"; cat "$work/errors"; cat "$work/report"; } \
-    | "${HEALTH_MAIL_COMMAND:-mail}" -s "$text" "$HEALTH_MAIL" || told=1
+    | "${HEALTH_MAIL_COMMAND:-mail}" -s "$text" "$HEALTH_MAIL" 9>&- || told=1  # a mailer that stays must not keep the lock
 fi
 if [[ -z "${HEALTH_WEBHOOK:-}${HEALTH_MAIL:-}" ]]; then echo "$text"; fi
 if [[ $told -eq 0 ]]; then

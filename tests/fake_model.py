@@ -43,6 +43,7 @@ class FakeModel:
             tokenizer=Tokenizer(),
             fingerprint=fingerprint,
             pooling=None,
+            logit_cap=None,
             check_length=self.check_length,
             check_head=lambda head, adapter: None,
             class_outputs=lambda adapter: None,

@@ -15,6 +15,7 @@ from tests.support.tiny_models import make_tiny
 
 BLOCKS, LABELS = 4, 3
 TEXTS = (TOKENS, TOKENS[:3])
+TASK = petals_eval.ClassificationTask(name="own", text="{text}", label_column="label", label_names=("a", "b", "c"))
 
 
 @pytest.fixture(scope="module", params=["qwen3", "bloom"])
@@ -51,20 +52,19 @@ def test_a_task_is_evaluated_with_the_prompts_of_the_moment(served):
     folder, swarm = served
     model = live(folder, swarm, tuning_mode="ptune")
     rows = [{"text": text, "label": index % LABELS} for index, text in enumerate(["good", "the bad", "no yes"])]
-    task = petals_eval.ClassificationTask(name="own", text="{text}", label_column="label", label_names=("a", "b", "c"))
-    before = petals_eval.evaluate(model, task=task, data=rows)
+    before = petals_eval.evaluate(model, task=TASK, data=rows)
     with torch.no_grad():
         model.transformer.prompt_embeddings.weight += 1
-    after = petals_eval.evaluate(model, task=task, data=rows)
+    after = petals_eval.evaluate(model, task=TASK, data=rows)
     assert len(before.predictions) == 3
     assert before.predictions != after.predictions
 
     model.config.dht_prefix = "wrong"
     with pytest.raises(MissingBlocksError, match=r"announced here: tiny \(4 blocks\)"):
-        petals_eval.evaluate(model, task=task, data=rows)
+        petals_eval.evaluate(model, task=TASK, data=rows)
     model.config.dht_prefix = None
     with pytest.raises(ConfigError, match="the model's config has no dht_prefix"):
-        petals_eval.evaluate(model, task=task, data=rows)
+        petals_eval.evaluate(model, task=TASK, data=rows)
 
 
 def test_a_model_of_hugging_face_is_none(served):
@@ -73,3 +73,15 @@ def test_a_model_of_hugging_face_is_none(served):
     assert not live_model.is_petals_model(model)
     with pytest.raises(ConfigError, match=r"a Petals model with a head, such as .*; found transformers\."):
         live_model.connect(model)
+
+
+def test_a_model_inside_peft_is_none_for_its_prompts_would_be_left_out(served):
+    from peft import PromptTuningConfig, get_peft_model
+
+    folder, swarm = served
+    wrapped = get_peft_model(
+        live(folder, swarm), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4, num_attention_heads=2)
+    )
+    assert not live_model.is_petals_model(wrapped)
+    with pytest.raises(ConfigError, match="save prompts that PEFT has put around one"):
+        petals_eval.evaluate(wrapped, task=TASK, data=[{"text": "good", "label": 0}])

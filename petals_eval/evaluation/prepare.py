@@ -205,6 +205,8 @@ def prepare(
         answering["end_tokens"] = sorted(side.local.end_tokens())
     if code is not None and code.sha256 is not None:
         answering["prepare_code"] = code.sha256
+    if side.local.logit_cap is not None:
+        answering["logit_cap"] = side.local.logit_cap
     adapter_task = next((each.task for each in side.adapters if each.task is not None), None)
     if adapter_task is not None:
         answering["adapter_task"] = adapter_task

@@ -1,5 +1,6 @@
 """The model families in one table: what of each stays at home, and under which names."""
 
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -97,8 +98,10 @@ class Family:
         return int(limit)
 
     def logit_cap(self, config: Any) -> float | None:
-        """Return the bound of the LM head's logits; None where there is none."""
+        """Return the bound of the LM head's logits; None where there is none. Raises ModelError unless it is one."""
         cap = getattr(config, self.logit_cap_field, None) if self.logit_cap_field else None
+        if cap is not None and not 0 < cap < math.inf:
+            raise ModelError(f"{self.logit_cap_field}: expected a number above 0, or null for no bound, found {cap}.")
         return None if cap is None else float(cap)
 
 

@@ -105,7 +105,7 @@ class LocalPart(nn.Module, ABC):
         self.hidden_size = family.hidden_size(config)
         self.context = family.context_limit(config)
         self.rotary = rotary_scaling(config)
-        self._logit_cap = family.logit_cap(config)
+        self.logit_cap = family.logit_cap(config)
         self.embedding_norm = nn.Identity()
 
     @property
@@ -325,7 +325,7 @@ class LocalPart(nn.Module, ABC):
     def _token_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the LM head's logits (rows, vocabulary), capped where the model caps them, of (rows, hidden)."""
         logits = self._lm_logits(self.norm(hidden))
-        return logits if self._logit_cap is None else (logits / self._logit_cap).tanh() * self._logit_cap
+        return logits if self.logit_cap is None else (logits / self.logit_cap).tanh() * self.logit_cap
 
     def _log_likelihoods(
         self, hidden: torch.Tensor, batch: MicroBatch[R], rows: list[int], prefix: int

@@ -222,9 +222,11 @@ def _flatten(objects: list[Any], path: Path, error: type[CallerError]) -> dict[s
     tensors: dict[str, torch.Tensor] = {}
     parts = [part for each in objects for part in (each if isinstance(each, list | tuple) else [each])]
     for index, value in enumerate(parts):
+        # One alone may be a trained head's as well as prompts': only among others does its place say what it is.
+        is_of_a_module = isinstance(value, dict) and len(parts) > 1 and value.keys() in _OF_A_MODULE
         if isinstance(value, torch.Tensor):
-            value = {"weight": value}
-        if isinstance(value, nn.Module) or (isinstance(value, dict) and value.keys() in _OF_A_MODULE):
+            value, is_of_a_module = {"weight": value}, True
+        if isinstance(value, nn.Module) or is_of_a_module:
             if index >= len(_BARE_MODULES):
                 raise error(
                     f"{path} holds {len(parts)} modules without names; expected {' and '.join(_BARE_MODULES)} at most. "

@@ -140,10 +140,13 @@ class SwarmConnection:
         until = time.monotonic() + self.settings.connect_timeout
         while True:
             found = await announced_elsewhere(self.dht, other_prefixes, num_blocks, self.settings.index_keys)
+            # An index that has the name itself says that its blocks are there, or were: that is no other name to give.
+            is_listed = any(model.prefix == directory.dht_prefix for model in found)
+            found = [model for model in found if model.prefix != directory.dht_prefix]
             await directory.refresh()
             if directory.is_announced:
                 return
-            if found or time.monotonic() > until:
+            if (found and not is_listed) or time.monotonic() > until:
                 said = not_announced(directory.dht_prefix, found)
                 raise MissingBlocksError(f"{said}{_GIVE_NAME if found else ''}", ((0, num_blocks),))
             await asyncio.sleep(self.settings.missing_update_period)

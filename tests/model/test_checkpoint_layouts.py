@@ -366,7 +366,7 @@ def test_the_recipes_that_keep_no_names(folders, tmp_path):
     whole = whole_model(folders, "SEQ_CLS")
     [answer] = local_answers(whole, local, found[0], [Request("0", 0, TOKENS)])
     assert torch.allclose(answer, full_logits(whole, local, found[0]), atol=ATOL)
-    for recipe in (first, first.weight, first.state_dict()):
+    for recipe in (first, first.weight):
         torch.save(recipe, tmp_path / "one.bin")
         alone = loaded(tmp_path / "one.bin", local)
         assert alone.kind == "ptune" and torch.equal(alone.prompts, first.weight)
@@ -412,3 +412,9 @@ def test_one_name_in_two_places_is_an_error(folders, tmp_path):
         torch.save({f"{one}.{name}": value for one in pair for name, value in state.items()}, tmp_path / "two.pt")
         with pytest.raises(AdapterError, match=message):
             loaded(tmp_path / "two.pt", local)
+
+
+def test_the_state_of_one_nameless_module_may_be_a_heads_and_is_refused(folders, tmp_path):
+    torch.save(nn.Linear(HIDDEN, 2, bias=False).state_dict(), tmp_path / "head.pt")
+    with pytest.raises(AdapterError, match="prompt_embeddings"):
+        loaded(tmp_path / "head.pt", LocalModel.from_pretrained(folders["CAUSAL_LM"]))

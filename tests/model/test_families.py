@@ -23,6 +23,12 @@ def test_a_type_that_is_no_name_is_refused_like_an_unknown_one(model_type):
         family_of(SimpleNamespace(model_type=model_type))
 
 
+@pytest.mark.parametrize("cap", [0, -1.0, float("nan"), float("inf")])
+def test_a_bound_of_logits_that_bounds_nothing_is_refused(cap):
+    with pytest.raises(ModelError, match="final_logit_softcapping: expected a number above 0"):
+        FAMILIES["gemma2"].logit_cap(SimpleNamespace(final_logit_softcapping=cap))
+
+
 @pytest.mark.parametrize(
     ("family", "repository", "prefix"),
     (
