@@ -74,7 +74,7 @@ def addresses_in(answer: bytes, key: bytes) -> tuple[str, ...]:
 def _address(content: bytes) -> str | None:
     try:
         return str(Multiaddr(content))
-    except (ValueError, LookupError):  # of a protocol that hivemind does not know
+    except (ValueError, LookupError, TypeError):  # of a protocol that hivemind does not know, or garbled
         return None
 
 

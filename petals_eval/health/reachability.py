@@ -249,9 +249,13 @@ async def _dial_in_swarm(initial_peers: Sequence[str], peer_id: str, may_dial: M
         chosen = [address for address in known if may_dial(address)][: ReachabilityPolicy.max_addresses]
         if not chosen:
             return Dialled(len(known))
+        clock = asyncio.get_running_loop().time
+        until = clock() + ReachabilityPolicy.timeout
         try:
             await dial(p2p, peer_id, chosen, ReachabilityPolicy.timeout)
         except PeerError:
+            # A closed port fails at once, one that speaks another protocol does not: nor may the time tell them apart.
+            await asyncio.sleep(until - clock())
             return Dialled(len(known), len(chosen))
         return Dialled(len(known), len(chosen), True)
 

@@ -124,7 +124,13 @@ class Checkpoint:
                 raise ModelError(f"{self._source} holds no weights; expected one of {', '.join(_WEIGHTS)}.")
             is_index = path.name.endswith(".index.json")
             self._weights = open_index(self._source, path, ModelError) if is_index else open_tensors(path, ModelError)
-            self._stored_names = {self._name_in_text(name): name for name in self._weights.names()}
+            for stored in self._weights.names():
+                name = self._name_in_text(stored)
+                if self._stored_names.setdefault(name, stored) != stored and name:
+                    raise ModelError(
+                        f"{path} holds {self._stored_names[name]} and {stored}, which are one tensor of the language "
+                        "model: nobody can tell which counts. Save the model anew."
+                    )
             self._stored_names.pop("", None)
         return self._weights
 

@@ -191,3 +191,14 @@ def test_a_vision_model_of_another_family_is_refused_by_name(whole, tmp_path):
     (other / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
     with pytest.raises(ModelError, match="model_type 'llava'; expected one of"):
         Checkpoint.open(other)
+
+
+def test_one_tensor_under_two_names_is_refused(tmp_path):
+    made(tmp_path)
+    [file] = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    stored = next(name for name in tensors if re.fullmatch(r"(model\.)?language_model\.(model\.)?norm\.weight", name))
+    tensors["model.norm.weight"] = tensors[stored] + 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="which are one tensor of the language model"):
+        LocalModel.from_pretrained(str(tmp_path))
