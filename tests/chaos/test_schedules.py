@@ -14,7 +14,7 @@ def chaos(realdata, tmp_path_factory):
         yield chaos
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_run_through_faults_ends_as_the_quiet_run_or_says_why_not(seed, chaos):
     outcome = chaos.run(seed)

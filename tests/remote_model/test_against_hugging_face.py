@@ -43,7 +43,7 @@ def classify(texts=TEXTS) -> list[Request]:
     return [Request(str(index), 0, text) for index, text in enumerate(texts)]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("family", CLASSIFIED)
 def test_class_logits_of_every_family_and_kind_of_prompts(family, tmp_path):
     folder = make_tiny(family, tmp_path, blocks=BLOCKS, labels=LABELS)
@@ -57,7 +57,7 @@ def test_class_logits_of_every_family_and_kind_of_prompts(family, tmp_path):
                     assert close(answer, full_logits(whole, model.local, adapter, text))
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_label_words_score_as_local_log_likelihoods(family, tmp_path):
     folder = make_tiny(family, tmp_path, blocks=BLOCKS)
@@ -72,7 +72,7 @@ def test_label_words_score_as_local_log_likelihoods(family, tmp_path):
                 assert close(answer, torch.stack([expected[position, token] for position, token in targets]))
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("family", CLASSIFIED)
 def test_bfloat16_servers_and_home_agree_within_their_precision(family, tmp_path):
     """Each text alone: torch's bfloat16 attention is not the same for another padded length, whoever runs it."""

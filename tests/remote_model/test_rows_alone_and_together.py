@@ -178,7 +178,7 @@ def test_longrope_rows_go_to_a_server_that_takes_them_in_one_call_and_nobody_is_
             assert model.blocks.audit_progress().impossible > 0
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("family", [family for family in ROTARY_FAMILIES if family not in OWN_SCALINGS])
 def test_a_row_that_servers_would_remember_fails_and_leaves_no_trace(family, tmp_path):
     folder = made(family, tmp_path, "dynamic")
