@@ -27,6 +27,15 @@ def test_a_run_does_not_go_on_with_answers_of_servers_that_it_refuses_now(evalua
     assert evaluate(FakeModel(deny_servers=("b",))).first.n_scored == ROWS
 
 
+def test_a_run_does_not_go_on_with_another_bound_of_the_logits(evaluate):
+    model = FakeModel(until=2)
+    model.local.logit_cap = 30.0
+    with pytest.raises(DeadlineError):
+        evaluate(model)
+    with pytest.raises(RunFolderError, match=r"logit_cap: was 30\.0"):
+        evaluate(FakeModel())
+
+
 def test_what_is_kept_counts_every_adapter_also_while_the_first_is_computed_again(evaluate):
     """A server is caught once both adapters are scored, and nobody else holds its blocks."""
     adapters = [fake_adapter("first"), fake_adapter("second")]

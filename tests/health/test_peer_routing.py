@@ -24,7 +24,7 @@ def peer(key: bytes, *addresses: bytes) -> bytes:
 def test_the_addresses_of_the_one_that_was_asked_for_are_read() -> None:
     one, two = "/ip4/203.0.113.5/tcp/31337", "/ip6/2001:db8::1/udp/31337/quic"
     unknown = b"\xff\xff\x01"  # of a protocol that nobody has heard of
-    garbled = bytes.fromhex("0408080808 06f4b8 1204f7f6d48d")
+    garbled = bytes.fromhex("040808080806f4b8a3")  # nothing follows its last protocol
     good = peer(KEY, Multiaddr(one).to_bytes(), unknown, garbled, Multiaddr(two).to_bytes(), Multiaddr(one).to_bytes())
     wrong = peer(OTHER, Multiaddr("/ip4/8.8.8.8/tcp/1").to_bytes())
     assert addresses_in(b"\x08\x04" + wrong + good + b"\x50\x01", KEY) == (one, two)

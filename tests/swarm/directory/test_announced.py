@@ -12,6 +12,7 @@ from petals_eval.errors import MissingBlocksError
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.model.dht_prefixes import default_prefix
 from petals_eval.remote_model import LocalSide
+from petals_eval.swarm import connection as connection_module
 from petals_eval.swarm.directory.announced import (
     AnnouncedModel,
     IndexPolicy,
@@ -61,6 +62,18 @@ def test_the_indexes_of_all_relatives_are_read(swarm):
     assert said.startswith("nobody announces 'wrong' on this swarm; announced here: of-drift (2 blocks), of-petals (2 ")
     assert OF_A_RELATIVE not in said and "_private" not in said and "--dht-prefix" in said
     assert f"{OF_A_RELATIVE} (2 blocks)" in refusal(swarm, "wrong", index_keys=("_others.models",))
+
+
+def test_an_index_that_has_the_name_itself_is_no_other_name_to_give_and_cuts_no_wait_short(swarm, monkeypatch):
+    """The index has answered, and the look at the blocks has not yet; or a stranger has put the name there."""
+
+    async def listed(*arguments):
+        return [AnnouncedModel(name, BLOCKS, None) for name in ("slow", "another")]
+
+    monkeypatch.setattr(connection_module, "announced_elsewhere", listed)
+    started = time.monotonic()
+    assert "announced here: another (2 blocks). Give" in refusal(swarm, "slow", connect_timeout=1)
+    assert time.monotonic() - started > 1
 
 
 def test_names_by_the_rules_of_relatives_come_first_be_they_in_an_index_or_not(swarm):
