@@ -11,6 +11,7 @@
     │   ├── GradientError                         autograd asked of the remote path
     │   └── ExampleError                          one example; in a run it is a failure, and the others go on
     │       ├── RequestTooLargeError              more tokens than the model reads or any server takes
+    │       ├── UnknownTokenError                 a token that the model does not have
     │       └── NotFiniteError                    its answer holds NaN or infinity, whoever computes it
     ├── SwarmError .......................... 3   the swarm cannot, not even by waiting
     │   ├── SwarmUnreachableError                 no bootstrap peer answered
@@ -67,6 +68,7 @@ __all__ = [
     "SwarmError",
     "SwarmUnreachableError",
     "TaskError",
+    "UnknownTokenError",
 ]
 
 
@@ -116,6 +118,10 @@ class ExampleError(CallerError):
 
 class RequestTooLargeError(ExampleError):
     """An input holds more tokens than the model reads or the servers take."""
+
+
+class UnknownTokenError(ExampleError):
+    """A token is outside the model's vocabulary: its tokenizer has more of them than the model."""
 
 
 class NotFiniteError(ExampleError):

@@ -35,6 +35,7 @@ Of the model only its config is read. Every combination of the values given is m
   petals-eval bench inference --model ./my-llama --dht-prefix my-llama \\
     --initial-peers /ip4/... --lengths 32,512 --windows 1,4 --new-tokens 32
 """
+BEGINS = "reading the model's config, and connecting"
 STRANGERS = "note: on the public swarm this is work for strangers' machines: keep it short."
 
 
@@ -53,6 +54,7 @@ app = typer.Typer(name="bench", help=SHORT, no_args_is_help=True, rich_markup_mo
 @with_verbose
 @flags_of(ForwardSettings)
 def forward(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
+    typer.echo(BEGINS, err=True)
     settings = ForwardSettings(**flags)
 
     from petals_eval.bench.sweep import bench_forward
@@ -66,6 +68,7 @@ def forward(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
 @with_verbose
 @flags_of(InferenceSettings)
 def inference(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
+    typer.echo(BEGINS, err=True)
     settings = InferenceSettings(**flags)
 
     from petals_eval.bench.sweep import bench_inference

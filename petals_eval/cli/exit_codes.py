@@ -47,6 +47,9 @@ def run_command(command: Callable[[], int]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 128 + signal.SIGPIPE
         except Exception as error:  # noqa: BLE001  # the last resort: a bug of ours must not end as a traceback
+            if received:  # some libraries make errors of their own of an interrupt
+                _say(how_it_ended(received))
+                return interrupted_code(received)
             if _is_the_machines(error):
                 _say(f"error: this machine cannot: {type(error).__name__}: {error}")
                 return MachineError.exit_code

@@ -170,7 +170,7 @@ class JsonTable(FileTable):
 
 
 def numbers_array(values: Sequence[int | None]) -> "Array":
-    """Return an Arrow array of int64, made of its parts: `pyarrow.array` would import pandas first, to ask it whether it
+    """Return an Arrow array of int64, made of its parts: `pyarrow.array` would import pandas, to ask it whether it
     knows these values, and that takes longer than reading a small file."""
     import numpy as np
     import pyarrow as pa

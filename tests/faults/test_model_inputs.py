@@ -5,15 +5,22 @@ What is right is Hugging Face's own forward of one row, by a model that was call
 
 import csv
 import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import petals_eval
+from petals_eval.config import CallSettings
+from petals_eval.demo import demo_paths
 from petals_eval.errors import AdapterError, TaskError
+from petals_eval.evaluation.dry_run import dry_run
+from petals_eval.evaluation.prepare import prepare
 from petals_eval.local_swarm import LocalSwarm
+from petals_eval.remote_model import LocalSide, load_local
 from petals_eval.tasks import ClassificationTask
 
 INPUTS = Path(__file__).parent / "inputs"
@@ -142,3 +149,29 @@ def test_adapters_that_cannot_be_read_as_a_whole_are_errors(adapter, says):
 
     with pytest.raises(AdapterError, match=says):
         load_local(str(INPUTS / "models" / "seqm"), str(INPUTS / "adapters" / adapter))
+
+
+def test_a_token_that_the_model_does_not_have_is_a_failure_of_its_row(tmp_path):
+    """A padding token was added to the tokenizer, say, and the model was not resized for it."""
+    model = tmp_path / "model"
+    shutil.copytree(demo_paths().model, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(model)
+    rows = [{"text": f"a {word} meal", "label": "good"} for word in ("good", "<extra>", "bad", "<extra>")]
+    task = ClassificationTask(name="t", text="{text}", label_column="label", label_names=("bad", "good"))
+    local, adapters = load_local(str(model), str(demo_paths().prompts))
+    side = LocalSide(local, adapters, CallSettings(), "model")
+    plan = dry_run(prepare(lambda: side, task=task, data=rows, is_kept=False), adapters[0])
+    assert [key for key, _ in plan.failures] == ["1", "3"]
+    with (
+        LocalSwarm(model, servers=1, mode="thread") as swarm,
+        petals_eval.RemoteModel.from_pretrained(
+            model, adapter=demo_paths().prompts, initial_peers=swarm.initial_peers, dht_prefix=swarm.dht_prefix
+        ) as remote,
+    ):
+        result = petals_eval.evaluate(remote, task=task, data=rows, out=tmp_path / "run")
+    assert (result.first.n_scored, result.first.n_failed) == (2, 2)
+    failed = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()]
+    assert {each["key"]: each["reason"] for each in failed} == dict(plan.failures)
+    assert "token 143 ('<extra>') is outside this model's vocabulary, 0 to 142" in failed[0]["reason"]
