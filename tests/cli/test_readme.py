@@ -254,7 +254,7 @@ def test_the_readme_names_what_there_is() -> None:
     assert all(family.title in README for family in FAMILIES.values())
     for name in ("reviews.yaml", "questions.yaml", "words.yaml", "alike.yaml"):
         assert load_task(name).name == Path(name).stem
-    commands = ("run", "show", "tasks", "health", "swarm", "bootstrap", "bench forward", "bench inference")
+    commands = ("", "run", "show", "tasks", "health", "swarm", "bootstrap", "bench forward", "bench inference")
     shown = "".join(invoke(*command.split(), "--help").out for command in commands)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--help", "--version", "--servers"}
     assert [flag for flag in sorted(flags) if flag not in shown] == []
