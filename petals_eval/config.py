@@ -98,6 +98,13 @@ def _as_text(value: object) -> object:
     return fspath(value) if isinstance(value, PathLike) else value
 
 
+def _not_blank(place: str) -> str:
+    """Refuse a text without a letter: an empty variable of the shell would be the folder that one is in."""
+    if not place.strip():
+        raise ValueError("expected a path or a name: is a variable of the shell empty?")
+    return place
+
+
 def _split(value: object) -> object:
     """Split a text of several addresses at its blanks, as people keep them in a variable of the shell."""
     texts = _as_list(value)
@@ -135,7 +142,9 @@ def _blocks(value: object) -> object:
 Peers = Annotated[tuple[Multiaddress, ...], BeforeValidator(_split)]
 SomePeers = Annotated[Peers, AfterValidator(_at_least_one)]
 Blocks = Annotated[tuple[int, int], BeforeValidator(_blocks)]
-Place = Annotated[str, BeforeValidator(_as_text)]  # a path, or the name of something on the hub
+Place = Annotated[
+    str, BeforeValidator(_as_text), AfterValidator(_not_blank)
+]  # a path, or the name of something on the hub
 Places = Annotated[tuple[Place, ...], BeforeValidator(_as_list)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 Identities = Annotated[tuple[Annotated[str, AfterValidator(_identity)], ...], BeforeValidator(_as_list)]

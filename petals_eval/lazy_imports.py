@@ -4,10 +4,13 @@ hivemind imports `scipy.optimize` for averaging gradients, and transformers 5 im
 torch's compiler and distributed tensors behind them, to check the name of one in a config. Each takes longer than a
 small run. Python's own way to put off an import, `importlib.util.LazyLoader`, does not do here: any look at the module
 loads it, and torch looks at every module that there is.
+
+hivemind also uses deprecated names of torch while it is imported, which would end a program under `python -W error`.
 """
 
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader
@@ -41,17 +44,36 @@ class _Finder:
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in _PUT_OFF or not _is_asked_by_the_one(name):
+        if name == "hivemind":
+            kind: type[_LateLoader | _QuietLoader] = _QuietLoader
+        elif name in _PUT_OFF and _is_asked_by_the_one(name):
+            kind = _LateLoader
+        else:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _LateLoader(spec.loader)
+            spec.loader = kind(spec.loader)
         return spec
 
 
 def _is_asked_by_the_one(name: str) -> bool:
     importer = sys.modules.get(_PUT_OFF[name])
     return bool(getattr(getattr(importer, "__spec__", None), "_initializing", False))
+
+
+class _QuietLoader(Loader):
+    """Imports a library whose own use of deprecated names must not end a program that makes errors of warnings."""
+
+    def __init__(self, loader: Loader):
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._loader.exec_module(module)
 
 
 class _LateLoader(Loader):

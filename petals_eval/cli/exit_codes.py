@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -91,8 +92,13 @@ _QUIET = {
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """The libraries' own log lines are not for the user of a command; HIVEMIND_LOGLEVEL brings hivemind's back."""
+    """The libraries' own log lines are not for the user of a command; HIVEMIND_LOGLEVEL brings hivemind's back.
+
+    Nor are their warnings: whoever asks Python to show them, or to make errors of them, means a program of their own.
+    """
     for name in ("transformers", "huggingface_hub"):  # where they are imported already
         logging.getLogger(name).setLevel(logging.ERROR)
-    with environment_defaults(_QUIET):
+    with environment_defaults(_QUIET), warnings.catch_warnings():
+        if sys.warnoptions:
+            warnings.simplefilter("ignore")
         yield

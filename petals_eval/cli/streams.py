@@ -8,6 +8,8 @@ import sys
 
 __all__ = ["json_text", "ready_streams"]
 
+_REFUSING = ("strict", "surrogateescape")  # how a stream takes what it cannot hold: the second is that of locale C
+
 
 def ready_streams() -> None:
     """Open those of the standard streams that are closed, on nothing, and let the others take any text.
@@ -25,7 +27,7 @@ def ready_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115, PTH123
-        elif name != "stdin" and isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        elif name != "stdin" and isinstance(stream, io.TextIOWrapper) and stream.errors in _REFUSING:
             stream.reconfigure(errors="replace")
 
 

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from transformers import AutoTokenizer
 
 import petals_eval
 from petals_eval.config import CallSettings
 from petals_eval.demo import demo_paths
-from petals_eval.errors import AdapterError, TaskError
+from petals_eval.errors import AdapterError, ModelError, TaskError
 from petals_eval.evaluation.dry_run import dry_run
 from petals_eval.evaluation.prepare import prepare
 from petals_eval.local_swarm import LocalSwarm
@@ -175,3 +176,25 @@ def test_a_token_that_the_model_does_not_have_is_a_failure_of_its_row(tmp_path):
     failed = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()]
     assert {each["key"]: each["reason"] for each in failed} == dict(plan.failures)
     assert "token 143 ('<extra>') is outside this model's vocabulary, 0 to 142" in failed[0]["reason"]
+
+
+def test_a_tokenizer_of_sentencepiece_alone_is_read_as_sentencepiece_reads_it(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(demo_paths().model, model)
+    (model / "tokenizer.json").unlink()
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "unk_token": "<unk>", "add_bos_token": True}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"has no tokenizer: expected tokenizer\.json, tokenizer\.model"):
+        load_local(str(model))[0].tokenizer("a meal")
+    texts = [json.loads(line)["text"] for line in demo_paths().data.read_text().splitlines()]
+    (tmp_path / "corpus.txt").write_text("\n".join(texts))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(model / "tokenizer"),
+        model_type="bpe",
+        vocab_size=120,
+        minloglevel=2,
+    )
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
+    tokenizer = load_local(str(model))[0].tokenizer
+    assert [tokenizer(text)["input_ids"] for text in texts] == [[1, *reference.encode(text)] for text in texts]

@@ -1,0 +1,135 @@
+"""A model in somebody's program: in a forked process, never closed, under another default device, with warnings as
+errors."""
+
+import gc
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import petals_eval
+from petals_eval.demo import demo_paths
+from petals_eval.errors import MachineError, ModelError, PetalsEvalError
+from petals_eval.local_swarm import LocalSwarm
+from petals_eval.runs.journal import Journal
+
+SECONDS = 30.0
+
+
+@pytest.fixture(scope="module")
+def swarm() -> Iterator[LocalSwarm]:
+    with LocalSwarm(demo_paths().model, servers=2, mode="thread") as running:
+        yield running
+
+
+def opened(swarm: LocalSwarm) -> petals_eval.RemoteModel:
+    paths = demo_paths()
+    return petals_eval.RemoteModel.from_pretrained(
+        paths.model, adapter=paths.prompts, initial_peers=swarm.initial_peers, dht_prefix=swarm.dht_prefix
+    )
+
+
+def accuracy(model: petals_eval.RemoteModel) -> float | None:
+    return petals_eval.evaluate(model, task=demo_paths().task, limit=20).metrics["accuracy"].value
+
+
+def test_a_forked_process_is_told_that_the_connection_is_not_its_own(swarm: LocalSwarm) -> None:
+    """No thread runs the connection's loop there: it would wait for ever, whatever its deadline."""
+    with opened(swarm) as model:
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            said = b"nothing was raised"
+            try:
+                accuracy(model)
+            except PetalsEvalError as error:
+                model.close()  # which does nothing there
+                said = f"{error.exit_code} {error}".encode()
+            finally:
+                os.write(writing, said)
+                os._exit(0)
+        os.close(writing)
+        said = os.read(reading, 1000).decode()
+        os.close(reading)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert said.startswith(f"2 the connection to the swarm belongs to process {os.getpid()}")
+        assert "open a RemoteModel of its own" in said
+        assert accuracy(model) == 1.0  # the child left it alone
+
+
+def test_a_model_that_nobody_closes_goes_with_its_last_reference(swarm: LocalSwarm) -> None:
+    ours = psutil.Process()
+
+    def held() -> tuple[int, int, int]:
+        return len(ours.children()), threading.active_count(), ours.num_fds()
+
+    before = held()
+    model = opened(swarm)
+    assert accuracy(model) == 1.0
+    assert held() > before
+    del model
+    gc.collect()
+    end = time.monotonic() + SECONDS
+    while any(now > then for now, then in zip(held(), before, strict=True)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert all(now <= then for now, then in zip(held(), before, strict=True)), (before, held())
+
+
+def test_another_default_device_changes_nothing(swarm: LocalSwarm) -> None:
+    with opened(swarm) as model, torch.device("meta"):
+        assert accuracy(model) == 1.0
+    torch.set_default_device("meta")
+    try:
+        with opened(swarm) as model:
+            assert accuracy(model) == 1.0
+    finally:
+        torch.set_default_device(None)
+
+
+def test_a_program_that_makes_errors_of_warnings_can_import_what_it_needs() -> None:
+    script = "from petals_eval.swarm import SwarmConnection; from petals_eval import RemoteModel, evaluate"
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float8_e4m3fn"])
+def test_a_dtype_that_no_server_computes_in_is_refused_at_once(dtype: str, tmp_path: Path) -> None:
+    config = (demo_paths().model / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"dtype": "float32"', f'"dtype": "{dtype}"'))
+    with pytest.raises(ModelError, match=f"stored in {dtype}, in which no server computes; expected one of float32"):
+        LocalSwarm(tmp_path)
+    assert LocalSwarm(tmp_path, dtype="bfloat16").num_blocks == 6
+
+
+def test_a_journal_that_has_no_room_to_be_one_file_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    journal = Journal(path, create=True)
+
+    class Full:
+        """A connection to a disk that is full."""
+
+        def __init__(self, connection: Any):
+            self._connection = connection
+
+        def execute(self, sql: str, *values: object) -> object:
+            if "wal_checkpoint" in sql:
+                error = sqlite3.OperationalError("database or disk is full")
+                error.sqlite_errorname = "SQLITE_FULL"
+                raise error
+            return self._connection.execute(sql, *values)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._connection, name)
+
+    journal._connection = Full(journal._connection)
+    with pytest.raises(MachineError, match=r"complete only together with journal\.sqlite-wal beside it"):
+        journal.close()
+    journal.close()
