@@ -78,7 +78,9 @@ def _multiaddress(value: object) -> object:
     try:
         PeerID.from_base58(Multiaddr(value)["p2p"])
     except (ValueError, LookupError) as error:
-        raise ValueError(_ADDRESS) from error
+        # An address is longer than what a message shows of a value, and what is wrong is mostly at its end.
+        end = f"; it ends in {value[-20:]!r}" if len(value) > 60 else ""
+        raise ValueError(f"{_ADDRESS}{end}") from error
     return value
 
 

@@ -30,7 +30,8 @@
     │   └── PeerDistrustedError                   caught with something that does not pass: left out for good
     │       ├── PeerNondeterministicError         two answers to one question
     │       └── PeerDisagreesError                another answer than those who compute the same
-    ├── MachineError ........................ 4   this machine cannot: disk, memory, permissions
+    └── MachineError ........................ 4   this machine cannot: disk, memory, permissions
+    KeyboardInterrupt
     └── InterruptedRunError ......... 130 or 143  SIGINT or SIGTERM; what was scored is kept
 
 A message says what was expected, what was found and what to do.
@@ -217,8 +218,11 @@ class MachineError(PetalsEvalError):
     exit_code = 4
 
 
-class InterruptedRunError(PetalsEvalError):
-    """SIGINT (130) or SIGTERM (143) ended the run; what was scored is kept."""
+class InterruptedRunError(KeyboardInterrupt):
+    """SIGINT (130) or SIGTERM (143) ended the run; what was scored is kept.
+
+    It is Ctrl-C, and no error of ours: a caller's `except Exception` in a loop over runs does not swallow it.
+    """
 
     def __init__(self, message: str, exit_code: int = 130):
         super().__init__(message)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from petals_eval.data.first_bytes import what_it_is
 from petals_eval.data.json_text import read_objects
 from petals_eval.data.source import DataSource, FileFormat, format_of, local_path
 from petals_eval.data.tables import LINE, JsonTable, Readable, Table, TextTable, numbers_array, texts_array
@@ -46,6 +47,8 @@ def load_file(source: DataSource) -> Readable:
     _check_file(source, path)
     kind = source.format or format_of(source.path)
     try:
+        if meaning := what_it_is(path, *((b"PAR1",) if kind == "parquet" else ())):
+            raise DataError(f"{path.name} cannot be read as {kind}: it is {meaning}.")
         if kind == "parquet":
             return _load_parquet(path)
         if kind == "jsonl":

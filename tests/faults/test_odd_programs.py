@@ -3,6 +3,7 @@ errors."""
 
 import gc
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,8 +20,10 @@ import torch
 
 import petals_eval
 from petals_eval.demo import demo_paths
-from petals_eval.errors import MachineError, ModelError, PetalsEvalError
+from petals_eval.errors import InterruptedRunError, MachineError, ModelError, PetalsEvalError
+from petals_eval.evaluation.evaluate import _told_what_is_kept
 from petals_eval.local_swarm import LocalSwarm
+from petals_eval.remote_model import load_local
 from petals_eval.runs.journal import Journal
 
 SECONDS = 30.0
@@ -107,6 +111,43 @@ def test_a_dtype_that_no_server_computes_in_is_refused_at_once(dtype: str, tmp_p
     with pytest.raises(ModelError, match=f"stored in {dtype}, in which no server computes; expected one of float32"):
         LocalSwarm(tmp_path)
     assert LocalSwarm(tmp_path, dtype="bfloat16").num_blocks == 6
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_is_called_so(name: str, tmp_path: Path) -> None:
+    shutil.copy(demo_paths().model / "config.json", tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n")
+    with pytest.raises(ModelError, match="holds no tensors: it is a pointer of git lfs, not the file itself"):
+        load_local(str(tmp_path))
+
+
+def test_an_interrupt_is_not_swallowed_by_a_loop_over_runs(swarm: LocalSwarm, tmp_path: Path) -> None:
+    class Interrupting:
+        def update(self, done: int, *more: object, **values: object) -> None:
+            if done:
+                raise KeyboardInterrupt
+
+        def waiting(self, message: str) -> None:
+            pass
+
+    with opened(swarm) as model, pytest.raises(KeyboardInterrupt) as caught:
+        try:
+            petals_eval.evaluate(model, task=demo_paths().task, progress=Interrupting(), out=tmp_path / "run")
+        except Exception:  # noqa: BLE001  # as a caller's loop does
+            pytest.fail("it was swallowed")
+    assert isinstance(caught.value, InterruptedRunError)
+    assert "Run the same command again to go on" in caught.value.__notes__[0]
+
+
+def test_how_to_go_on_in_a_folder_that_was_named_by_the_clock() -> None:
+    """The same command would begin another folder there, and send everything again."""
+    journal = SimpleNamespace(path=Path("runs/t-2026"), journal=None)
+    for out, says in ((None, "run it again with --out runs/t-2026"), (Path("r"), "Run the same command again")):
+        scoring: Any = SimpleNamespace(prepared=SimpleNamespace(out=out), folder=journal, scored=lambda: 3, total=9)
+        with pytest.raises(InterruptedRunError) as caught, _told_what_is_kept(scoring, kept=True):
+            raise KeyboardInterrupt
+        assert "3 of 9 examples are scored and kept in runs/t-2026." in caught.value.__notes__[0]
+        assert says in caught.value.__notes__[0]
 
 
 def test_a_journal_that_has_no_room_to_be_one_file_says_so(tmp_path: Path) -> None:
