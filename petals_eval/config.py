@@ -1,7 +1,9 @@
 """Every setting of a swarm connection and of a run, with its default, its unit and its flag, in one place."""
 
+from collections.abc import Mapping
 from inspect import get_annotations
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -65,6 +67,8 @@ class Settings(BaseModel):
             raise ConfigError(explain(error, type(self), SETTINGS)) from error
 
 
+_MAX_NAME_CHARACTERS = 100  # files of a run folder have the names of adapters
+_PLACE = "expected a path, a hub name, or NAME=PATH"
 _ADDRESS = "expected a multiaddress such as /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW..."
 
 
@@ -107,6 +111,32 @@ def _not_blank(place: str) -> str:
     return place
 
 
+def _as_adapters(value: object) -> object:
+    """Take a mapping of names to places for pairs, and one place for a list of one."""
+    return list(value.items()) if isinstance(value, Mapping) else _as_list(value)
+
+
+def _adapter(value: object) -> object:
+    """Read NAME=PATH as a pair. A path that is there is a path, even if it holds an equals sign."""
+    if isinstance(value, tuple | list) and len(value) == 2:
+        name, place = value[0], _as_text(value[1])
+    else:
+        place = _as_text(value)
+        if not isinstance(place, str):
+            raise ValueError(_PLACE)
+        name, sign, rest = place.partition("=")
+        if not sign or not rest or "/" in name or Path(place).expanduser().exists():
+            return _not_blank(place)
+        place = rest
+    if not isinstance(place, str):
+        raise ValueError(_PLACE)
+    _not_blank(place)
+    is_path = isinstance(name, str) and (name.startswith("~") or not {"/", "\\"}.isdisjoint(name))
+    if not isinstance(name, str) or is_path or not 0 < len(name.strip()) <= _MAX_NAME_CHARACTERS:
+        raise ValueError(f"expected a name of 1 to {_MAX_NAME_CHARACTERS} characters that is no path, in NAME=PATH")
+    return name, place
+
+
 def _split(value: object) -> object:
     """Split a text of several addresses at its blanks, as people keep them in a variable of the shell."""
     texts = _as_list(value)
@@ -144,10 +174,9 @@ def _blocks(value: object) -> object:
 Peers = Annotated[tuple[Multiaddress, ...], BeforeValidator(_split)]
 SomePeers = Annotated[Peers, AfterValidator(_at_least_one)]
 Blocks = Annotated[tuple[int, int], BeforeValidator(_blocks)]
-Place = Annotated[
-    str, BeforeValidator(_as_text), AfterValidator(_not_blank)
-]  # a path, or the name of something on the hub
-Places = Annotated[tuple[Place, ...], BeforeValidator(_as_list)]
+Place = Annotated[str, BeforeValidator(_as_text), AfterValidator(_not_blank)]  # a path, or a name on the hub
+AdapterPlace = Annotated[str | tuple[str, str], BeforeValidator(_adapter)]  # a pair (name, place) where it has a name
+AdapterPlaces = Annotated[tuple[AdapterPlace, ...], BeforeValidator(_as_adapters)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 Identities = Annotated[tuple[Annotated[str, AfterValidator(_identity)], ...], BeforeValidator(_as_list)]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -343,8 +372,14 @@ class ResultSettings(Settings, heading=OUTPUT):
 class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, ResultSettings):
     """One run, as the command line and its YAML file give it: every flag of `petals-eval run` is a field here."""
 
-    adapter: Places = option(
-        (), "Prompt-tuned checkpoints: file, folder or hub name; shown side by side.", "NAME...", heading=MODEL
+    adapter: AdapterPlaces = option(
+        (),
+        "Prompt-tuned checkpoints: file, folder or hub name; shown side by side, each under NAME if that is given.",
+        "[NAME=]PATH...",
+        heading=MODEL,
+    )
+    adapter_task: Annotated[int, Field(ge=0)] | None = option(
+        None, "Which task's prompts to take of an adapter that has prompts for several, counted from 0.", heading=MODEL
     )
     without_prompts: bool = option(False, "Also evaluate the first adapter's head without its prompts.", heading=MODEL)
     dtype: Dtype | None = option(

@@ -1,14 +1,16 @@
 """RemoteModel: what stays at home and the blocks that do not, as one model that evaluates and never trains."""
 
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from petals_eval.config import Blocks, CallSettings, Place, Places, Pool, Settings, SwarmSettings
+from pydantic import Field
+
+from petals_eval.config import AdapterPlaces, Blocks, CallSettings, Place, Pool, Settings, SwarmSettings
 from petals_eval.data.batching import HasTokens, MicroBatch, micro_batches
 from petals_eval.errors import ConfigError, ExampleError
 from petals_eval.tasks.requests import Generated, Request
@@ -97,7 +99,8 @@ class RemoteModel:
         model: str | Path,
         *,
         initial_peers: str | Sequence[str],
-        adapter: str | Path | Sequence[str | Path] | None = None,
+        adapter: str | Path | Sequence[str | Path] | Mapping[str, str | Path] | None = None,
+        adapter_task: int | None = None,
         dht_prefix: str | None = None,
         revision: str | None = None,
         token: str | None = None,
@@ -112,7 +115,8 @@ class RemoteModel:
 
         model: hub name or local folder; only the tensors that stay at home are read.
         initial_peers: multiaddresses of bootstrap peers, one or several; one that answers is enough.
-        adapter: one or several prompt-tuned checkpoints (file, folder or hub name).
+        adapter: one or several prompt-tuned checkpoints (file, folder or hub name), or a mapping of names to such.
+        adapter_task: which task's prompts to take of an adapter that has prompts for several, counted from 0.
         dht_prefix: the name the servers announce; by default Petals' own rule for the hub name.
         dtype: of the computation at home, such as "float32" or torch.float32; the checkpoint's own by default.
         pool: which token of a text a class head reads where the text holds the padding token, by one of the rules of
@@ -126,6 +130,7 @@ class RemoteModel:
         given: dict[str, Any] = {
             "model": model,
             "adapter": () if adapter is None else adapter,
+            "adapter_task": adapter_task,
             "dht_prefix": dht_prefix,
             "revision": revision,
             "token": token,
@@ -138,7 +143,13 @@ class RemoteModel:
         check_device(loading.device)
         source: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": loading.cache_dir}
         local, adapters = load_local(
-            loading.model, loading.adapter, dtype=dtype_of(dtype), device=loading.device, pool=pool, **source
+            loading.model,
+            loading.adapter,
+            adapter_task=adapter_task,
+            dtype=dtype_of(dtype),
+            device=loading.device,
+            pool=pool,
+            **source,
         )
         side = LocalSide(local, adapters, settings, dht_prefix or default_dht_prefix(loading.model, local.family))
         home = None
@@ -318,7 +329,8 @@ class _LoadSettings(Settings):
     """What `RemoteModel.from_pretrained` takes beside the settings of a swarm."""
 
     model: Place
-    adapter: Places
+    adapter: AdapterPlaces
+    adapter_task: Annotated[int, Field(ge=0)] | None
     dht_prefix: str | None
     revision: str | None
     token: str | None
@@ -365,8 +377,9 @@ def _device_text(device: object) -> object:
 
 def load_local(
     model: str | Path,
-    adapter: str | Path | Sequence[str | Path] | None = None,
+    adapter: str | Sequence[str | tuple[str, str]] = (),
     *,
+    adapter_task: int | None = None,
     revision: str | None = None,
     token: str | None = None,
     dtype: "torch.dtype | None" = None,
@@ -374,8 +387,14 @@ def load_local(
     cache_dir: str | Path | None = None,
     pool: Pool = "auto",
 ) -> "tuple[LocalModel, tuple[Adapter, ...]]":
-    """Load what stays at home, and the prompts tuned for it. Raises ModelError, AdapterError."""
+    """Load what stays at home, and the prompts tuned for it.
+
+    adapter: places of adapters, or pairs of a name and a place. adapter_task: as `RemoteModel.from_pretrained` has it.
+
+    Raises ModelError, AdapterError.
+    """
     from petals_eval.model import LocalModel, load_adapter
+    from petals_eval.model.prompts import named_adapters
 
     local = LocalModel.from_pretrained(
         model,
@@ -386,18 +405,27 @@ def load_local(
         cache_dir=cache_dir,
         pooling=None if pool == "auto" else pool,
     )
-    names = [adapter] if isinstance(adapter, str | Path) else list(adapter or ())
-    return local, tuple(
-        load_adapter(
-            name,
-            family=local.family,
-            config=local.config,
-            checkpoint=local.checkpoint,
-            token=token,
-            cache_dir=cache_dir,
+    adapters = tuple(
+        replace(
+            load_adapter(
+                place,
+                family=local.family,
+                config=local.config,
+                checkpoint=local.checkpoint,
+                task=adapter_task,
+                token=token,
+                cache_dir=cache_dir,
+            ),
+            name=name,
         )
-        for name in names
+        for name, place in named_adapters([adapter] if isinstance(adapter, str) else adapter)
     )
+    if adapter_task is not None and all(each.task is None for each in adapters):
+        raise ConfigError(
+            f"--adapter-task {adapter_task}: expected an adapter that has prompts for several tasks (PEFT's "
+            "MULTITASK_PROMPT_TUNING), found none. Leave it out."
+        )
+    return local, adapters
 
 
 def check_home_blocks(blocks: tuple[int, int], side: LocalSide) -> None:

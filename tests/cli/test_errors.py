@@ -74,7 +74,7 @@ def adapter_of(tensors: Mapping[str, torch.Tensor], peft: dict | None = None) ->
         pytest.param(
             {"lora_A": torch.zeros(8, 64)},
             {"peft_type": "LORA"},
-            ["is a LORA adapter; expected PROMPT_TUNING or P_TUNING", "name it with --active-adapter"],
+            ["is a LORA adapter; expected PROMPT_TUNING, P_TUNING", "name it with --active-adapter"],
             id="LoRA of PEFT",
         ),
         pytest.param(

@@ -39,6 +39,8 @@ _OF_THIS_MACHINE = re.compile(
 async def start_daemon(**options: Any) -> P2P:
     """Start a daemon as `P2P.create` does with these options, with a reader that late answers do not end.
 
+    `dht_mode` may be "off", too.
+
     hivemind hands on the environment it finds: what other threads start meanwhile gets Go's variables too. Its sockets
     are where temporary files go, and not always in /tmp, which may be read-only.
 
@@ -52,6 +54,9 @@ async def start_daemon(**options: Any) -> P2P:
     class Daemon(P2P):
         """Known from its first moment on: hivemind leaves one whose start fails or is cancelled to itself. The garbage
         collector then finds it after the end of the loop, which it still needs."""
+
+        # "off": it asks nobody for addresses, and dials those alone that it is told.
+        DHT_MODE_MAPPING = P2P.DHT_MODE_MAPPING | {"off": {}}
 
         if len(folder) <= _SOCKET_PATH:
             _UNIX_SOCKET_PREFIX = f"/unix{folder}/hivemind-"
