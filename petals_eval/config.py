@@ -1,7 +1,9 @@
 """Every setting of a swarm connection and of a run, with its default, its unit and its flag, in one place."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from inspect import get_annotations
+from ipaddress import ip_address
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -31,6 +33,7 @@ __all__ = [
     "ServerChoice",
     "Settings",
     "SwarmSettings",
+    "checked_peers",
 ]
 
 # The bootstrap peers of the public Petals swarm (2023-2025), as the petals package lists them.
@@ -69,7 +72,24 @@ class Settings(BaseModel):
 
 _MAX_NAME_CHARACTERS = 100  # files of a run folder have the names of adapters
 _PLACE = "expected a path, a hub name, or NAME=PATH"
-_ADDRESS = "expected a multiaddress such as /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW..."
+_ADDRESS = "expected a multiaddress such as /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW... or drift://12D3KooW...@203.0.113.5:31337"
+_DRIFT_ADDRESS = re.compile(r"drift://(?P<peer>[^@]+)@(?P<host>\[[^]]+\]|[^:]+):(?P<port>\d+)", re.IGNORECASE)
+
+
+def _from_drift(address: str) -> str:
+    """Return the multiaddress that an address `drift://ID@HOST:PORT` stands for; any other text as it is.
+
+    DRIFT prints such addresses for whoever joins a swarm (`drift.utils.join_token`); one of IPv6 stands in brackets.
+    """
+    match = _DRIFT_ADDRESS.fullmatch(address)
+    if match is None:
+        return address
+    host = match["host"].strip("[]")
+    try:
+        protocol = f"ip{ip_address(host).version}"
+    except ValueError:
+        protocol = "dns"
+    return f"/{protocol}/{host}/tcp/{match['port']}/p2p/{match['peer']}"
 
 
 def _multiaddress(value: object) -> object:
@@ -79,6 +99,7 @@ def _multiaddress(value: object) -> object:
 
     if not isinstance(value, str):
         raise ValueError(_ADDRESS)
+    value = _from_drift(value)
     try:
         PeerID.from_base58(Multiaddr(value)["p2p"])
     except (ValueError, LookupError) as error:
@@ -265,6 +286,12 @@ class SwarmSettings(CallSettings):
 
     startup_timeout: Seconds = option(30.0, "Time until the libp2p daemon and the DHT node must be up.")
     connect_timeout: Seconds = option(10.0, "Time to connect to a server and have its rpc_info, or to open a session.")
+    index_keys: Names = option(
+        (),
+        "DHT keys under which servers keep their index of models, beside those of Petals, BloomBee and DRIFT.",
+        "KEY...",
+        flag="--index-key",
+    )
     update_period: Seconds = option(60.0, "Time between two looks at the DHT.")
     missing_update_period: Seconds = option(2.0, "Time between two looks at the DHT while blocks are missing.")
     min_backoff: Seconds = option(1.0, "How long a failed server is left alone, doubled with each failure in a row.")
@@ -276,6 +303,12 @@ class SwarmSettings(CallSettings):
         """Return what these settings, of a command, say of a connection: the fields that both have, and `changes`."""
         shared = cls.model_fields.keys() & type(settings).model_fields.keys()
         return cls(**{name: getattr(settings, name) for name in shared} | changes)
+
+
+def checked_peers(texts: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the addresses of peers, also several in one text, apart by blanks. Raises ConfigError."""
+    given: dict[str, Any] = {"initial_peers": texts}
+    return SwarmSettings(**given).initial_peers if texts else ()
 
 
 class ModelSettings(Settings, heading=MODEL):
@@ -300,6 +333,7 @@ class ModelOnSwarm(ModelSettings, heading=SWARM):
     dht_prefix: str | None = option(
         None, "Name the servers announce.", "NAME", unset="by Petals' rule for the hub name"
     )
+    index_keys: Names = same_as(SwarmSettings, "index_keys", heading=SWARM)
 
     @model_validator(mode="after")
     def _one_swarm(self) -> Self:

@@ -60,6 +60,13 @@ class LocalSide:
     settings: CallSettings
     dht_prefix: str
 
+    def blocks_on(self, connection: "SwarmConnection") -> "RemoteSequential":
+        """Return the model's blocks on a swarm. Raises MissingBlocksError where nobody announces them."""
+        from petals_eval.model.dht_prefixes import other_prefixes
+
+        others = other_prefixes(self.local.family.model_type, str(self.local.fingerprint["model"]), self.dht_prefix)
+        return connection.remote_sequential(self.dht_prefix, self.local.num_blocks, others)
+
 
 class RemoteModel:
     """Embeddings, prompts, norm and head at home; the transformer blocks on a swarm.
@@ -124,7 +131,8 @@ class RemoteModel:
         verify_local: blocks (start, stop) to load here, too, and hold the servers of these blocks against.
         swarm_settings: more fields of petals_eval.config.SwarmSettings, such as active_adapter or deadline.
 
-        Raises ModelError, AdapterError, ConfigError, SwarmUnreachableError.
+        Raises ModelError, AdapterError, ConfigError, SwarmUnreachableError, and MissingBlocksError where nobody
+        announces the model under its name.
         """
         settings = SwarmSettings(**{"initial_peers": initial_peers, **swarm_settings})
         given: dict[str, Any] = {
@@ -164,13 +172,14 @@ class RemoteModel:
     def connect(cls, side: LocalSide, initial_peers: Sequence[str], home: "BlockSpan | None" = None) -> "RemoteModel":
         """Connect our side of a model to the swarm of these bootstrap peers.
 
-        home: blocks to hold the servers of the same blocks against. Raises SwarmUnreachableError.
+        home: blocks to hold the servers of the same blocks against. Raises SwarmUnreachableError, and
+        MissingBlocksError where nobody announces the model under its name.
         """
         from petals_eval.swarm import SwarmConnection
 
         connection = SwarmConnection.connect(SwarmSettings.of(side.settings, initial_peers=tuple(initial_peers)))
         try:
-            blocks = connection.remote_sequential(side.dht_prefix, side.local.num_blocks)
+            blocks = side.blocks_on(connection)
             if home is not None:
                 blocks.verify_at_home(home)
         except BaseException:
@@ -442,13 +451,15 @@ def check_home_blocks(blocks: tuple[int, int], side: LocalSide) -> None:
 
 
 def default_dht_prefix(model: str | Path, family: "Family") -> str:
-    """Return the prefix that Petals servers announce for a hub repository.
+    """Return the prefix that servers announce for a hub repository by default.
 
     Raises ConfigError for a local folder: it has none on a foreign swarm.
     """
+    from petals_eval.model.dht_prefixes import default_prefix
+
     if Path(model).expanduser().is_dir():
         raise ConfigError(
             f"{model} is a local folder, so the name its servers announce is not known: give it with --dht-prefix "
             "(dht_prefix=... in Python). For a hub model it would follow from the hub name."
         )
-    return family.dht_prefix(str(model))
+    return default_prefix(family.model_type, str(model))

@@ -8,7 +8,7 @@ from petals_eval.cli.open_swarm import peers_of
 from petals_eval.cli.steps import step
 from petals_eval.cli.streams import json_text
 from petals_eval.config import RunSettings, SwarmSettings
-from petals_eval.errors import SwarmError
+from petals_eval.errors import SwarmError, SwarmUnreachableError
 from petals_eval.text import plural
 
 if TYPE_CHECKING:
@@ -160,9 +160,11 @@ def _look(settings: RunSettings, prepared: "Prepared") -> "Route":
             step(f"looking up who serves {prepared.side.dht_prefix}"),
             SwarmConnection.connect(wanted) as connection,
         ):
-            return route_of(connection.remote_sequential(prepared.side.dht_prefix, num_blocks).snapshot)
-    except SwarmError as error:
+            return route_of(prepared.side.blocks_on(connection).snapshot)
+    except SwarmUnreachableError as error:
         return Route(("the swarm could not be asked:", *str(error).splitlines()), is_reachable=False)
+    except SwarmError as error:  # it says why nobody there has a block of this model
+        return Route(tuple(str(error).splitlines()), missing=((0, num_blocks),))
 
 
 def _size(count: int) -> str:
