@@ -138,7 +138,7 @@ RUNS = [
     Pair("run", ALL_CLOSED),
     Pair("run", STDOUT_FULL, 4, "this machine cannot: .*No space left"),
     Pair("run", READER_LEFT, 141),
-    Pair("run", NO_GROWTH, 4, "may not grow|File too large"),
+    Pair("run", NO_GROWTH, 4, "disk I/O error. The disk failed|may not grow"),
     Pair("run --dry-run", STDIN_CLOSED, 0, ROUTE),
     Pair("run --dry-run", CP932, 0, ROUTE),
     Pair(
