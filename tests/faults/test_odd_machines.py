@@ -232,13 +232,13 @@ def test_a_quick_command(pair: Pair, place: Path, port: int) -> None:
     _check(pair, place, port)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("pair", MISTAKES, ids=str)
 def test_what_cannot_begin(pair: Pair, place: Path, port: int) -> None:
     _check(pair, place, port)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("pair", RUNS, ids=str)
 def test_a_run(pair: Pair, place: Path, port: int) -> None:
     _check(pair, place, port)
