@@ -12,6 +12,8 @@ Names are imported when first used: `petals-eval --help` need not wait for torch
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from petals_eval.lazy_imports import put_off_imports
+
 if TYPE_CHECKING:
     from petals_eval import errors
     from petals_eval.config import PUBLIC_SWARM, SwarmSettings
@@ -88,6 +90,9 @@ _HOMES = {
     "RegressionTask": "petals_eval.tasks",
     "TaskGroup": "petals_eval.tasks",
 }
+
+
+put_off_imports()
 
 
 def __getattr__(name: str) -> Any:

@@ -103,7 +103,9 @@ def _multiaddress(value: object) -> object:
     try:
         PeerID.from_base58(Multiaddr(value)["p2p"])
     except (ValueError, LookupError) as error:
-        raise ValueError(_ADDRESS) from error
+        # An address is longer than what a message shows of a value, and what is wrong is mostly at its end.
+        end = f"; it ends in {value[-20:]!r}" if len(value) > 60 else ""
+        raise ValueError(f"{_ADDRESS}{end}") from error
     return value
 
 
@@ -123,6 +125,13 @@ def _as_text(value: object) -> object:
     return fspath(value) if isinstance(value, PathLike) else value
 
 
+def _not_blank(place: str) -> str:
+    """Refuse a text without a letter: an empty variable of the shell would be the folder that one is in."""
+    if not place.strip():
+        raise ValueError("expected a path or a name: is a variable of the shell empty?")
+    return place
+
+
 def _as_adapters(value: object) -> object:
     """Take a mapping of names to places for pairs, and one place for a list of one."""
     return list(value.items()) if isinstance(value, Mapping) else _as_list(value)
@@ -138,10 +147,11 @@ def _adapter(value: object) -> object:
             raise ValueError(_PLACE)
         name, sign, rest = place.partition("=")
         if not sign or not rest or "/" in name or Path(place).expanduser().exists():
-            return place
+            return _not_blank(place)
         place = rest
     if not isinstance(place, str):
         raise ValueError(_PLACE)
+    _not_blank(place)
     is_path = isinstance(name, str) and (name.startswith("~") or not {"/", "\\"}.isdisjoint(name))
     if not isinstance(name, str) or is_path or not 0 < len(name.strip()) <= _MAX_NAME_CHARACTERS:
         raise ValueError(f"expected a name of 1 to {_MAX_NAME_CHARACTERS} characters that is no path, in NAME=PATH")
@@ -185,7 +195,7 @@ def _blocks(value: object) -> object:
 Peers = Annotated[tuple[Multiaddress, ...], BeforeValidator(_split)]
 SomePeers = Annotated[Peers, AfterValidator(_at_least_one)]
 Blocks = Annotated[tuple[int, int], BeforeValidator(_blocks)]
-Place = Annotated[str, BeforeValidator(_as_text)]  # a path, or the name of something on the hub
+Place = Annotated[str, BeforeValidator(_as_text), AfterValidator(_not_blank)]  # a path, or a name on the hub
 AdapterPlace = Annotated[str | tuple[str, str], BeforeValidator(_adapter)]  # a pair (name, place) where it has a name
 AdapterPlaces = Annotated[tuple[AdapterPlace, ...], BeforeValidator(_as_adapters)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]

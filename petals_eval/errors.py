@@ -11,6 +11,7 @@
     │   ├── GradientError                         autograd asked of the remote path
     │   └── ExampleError                          one example; in a run it is a failure, and the others go on
     │       ├── RequestTooLargeError              more tokens than the model reads or any server takes
+    │       ├── UnknownTokenError                 a token that the model does not have
     │       └── NotFiniteError                    its answer holds NaN or infinity, whoever computes it
     ├── SwarmError .......................... 3   the swarm cannot, not even by waiting
     │   ├── SwarmUnreachableError                 no bootstrap peer answered
@@ -29,7 +30,8 @@
     │   └── PeerDistrustedError                   caught with something that does not pass: left out for good
     │       ├── PeerNondeterministicError         two answers to one question
     │       └── PeerDisagreesError                another answer than those who compute the same
-    ├── MachineError ........................ 4   this machine cannot: disk, memory, permissions
+    └── MachineError ........................ 4   this machine cannot: disk, memory, permissions
+    KeyboardInterrupt
     └── InterruptedRunError ......... 130 or 143  SIGINT or SIGTERM; what was scored is kept
 
 A message says what was expected, what was found and what to do.
@@ -67,6 +69,7 @@ __all__ = [
     "SwarmError",
     "SwarmUnreachableError",
     "TaskError",
+    "UnknownTokenError",
 ]
 
 
@@ -116,6 +119,10 @@ class ExampleError(CallerError):
 
 class RequestTooLargeError(ExampleError):
     """An input holds more tokens than the model reads or the servers take."""
+
+
+class UnknownTokenError(ExampleError):
+    """A token is outside the model's vocabulary: its tokenizer has more of them than the model."""
 
 
 class NotFiniteError(ExampleError):
@@ -211,8 +218,11 @@ class MachineError(PetalsEvalError):
     exit_code = 4
 
 
-class InterruptedRunError(PetalsEvalError):
-    """SIGINT (130) or SIGTERM (143) ended the run; what was scored is kept."""
+class InterruptedRunError(KeyboardInterrupt):
+    """SIGINT (130) or SIGTERM (143) ended the run; what was scored is kept.
+
+    It is Ctrl-C, and no error of ours: a caller's `except Exception` in a loop over runs does not swallow it.
+    """
 
     def __init__(self, message: str, exit_code: int = 130):
         super().__init__(message)

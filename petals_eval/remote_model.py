@@ -1,5 +1,6 @@
 """RemoteModel: what stays at home and the blocks that do not, as one model that evaluates and never trains."""
 
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -87,6 +88,8 @@ class RemoteModel:
         self.blocks = blocks
         self.adapters = tuple(adapters)
         self._connection = connection
+        if connection is not None:  # for those who never close it; the connection knows nothing of this model
+            weakref.finalize(self, connection.close)
         blocks.warn_of_dropout(self.config_dropout)
         blocks.limit_steps(local.rotary.original_length)
 

@@ -22,18 +22,15 @@ find_python() {
     "Install one (Debian, Ubuntu: apt install python3.11 python3.11-venv), or name it: PYTHON=/path/to/python $0"
 }
 
-# hivemind's wheel is for one platform. Its source wants an old setuptools while it is built, and then a p2p daemon: it
-# downloads one for Linux and macOS (x86-64, arm64) or builds one with Go. Not tested here, so left to the user.
+# hivemind's wheels carry its libp2p daemon; on macOS on x86-64 it is torch that there is no wheel of.
 check_platform() {
   local system
   system="$(uname -s) $(uname -m)"
-  [ "$system" = "Linux x86_64" ] ||
-    fail "this is $system, and hivemind's wheel carries its p2p daemon only for Linux x86-64." \
-      "Elsewhere hivemind has to be built from source first (not tested; for Windows use WSL), with Go (https://go.dev)," \
-      "or without HIVEMIND_BUILDGO where hivemind publishes a daemon (Linux and macOS on arm64, macOS on x86-64):" \
-      "  python3.11 -m venv .venv && echo 'setuptools<81' >.venv/build.txt" \
-      "  HIVEMIND_BUILDGO=1 PIP_CONSTRAINT=.venv/build.txt .venv/bin/pip install $(grep '^hivemind==' constraints.txt)" \
-      "Then run this again: it goes on from there."
+  case "$system" in
+    "Linux x86_64" | "Linux aarch64" | "Darwin arm64") ;;
+    "Darwin x86_64") fail "macOS on x86-64 has no torch from 2.5 on (its last wheel there is 2.2.2): use another machine." ;;
+    *) fail "this is $system; expected Linux on x86-64 or aarch64, or macOS on arm64." "On Windows use WSL." ;;
+  esac
 }
 
 # set_up EXTRAS: make .venv with this checkout in it, with EXTRAS ("" or "[test]"). Does nothing when that is done:
@@ -56,7 +53,7 @@ set_up() {
     "$python" -m venv --clear .venv >&2 || fail "$python could not make the environment $PWD/.venv (see above)."
   fi
   printf 'Installing petals-eval%s into .venv (the first time this takes some minutes)\n' "$1" >&2
-  .venv/bin/python -m pip install -c constraints.txt -e ".$1" >&2 ||
+  .venv/bin/python -m pip install -c constraints.txt --config-settings editable_mode=compat -e ".$1" >&2 ||
     fail "the packages could not be installed (see pip's message above)." "What was downloaded is kept: run this again."
   printf '%s\n' "$wanted" >".venv/installed$1"
 }

@@ -44,7 +44,7 @@ class FakeModel:
             fingerprint=fingerprint,
             pooling=None,
             logit_cap=None,
-            check_length=self.check_length,
+            check_request=self.check_request,
             check_head=lambda head, adapter: None,
             class_outputs=lambda adapter: None,
             own_label_names=lambda adapter: None,
@@ -57,7 +57,8 @@ class FakeModel:
             settle=lambda on_tick: on_tick(),
         )
 
-    def check_length(self, tokens, prefix, new_tokens=0):
+    def check_request(self, request, prefix):
+        tokens = len(request.input_ids)
         if tokens + prefix > self.context:
             raise RequestTooLargeError(f"this model reads {self.context} tokens at most, found {tokens + prefix}")
 

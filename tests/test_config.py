@@ -1,5 +1,7 @@
 """Bootstrap peers as people hand them over: one text, several in one text, or a list of them."""
 
+import re
+
 import pytest
 
 from petals_eval import RemoteModel, check_health
@@ -51,3 +53,18 @@ def test_a_text_that_is_no_address_is_named_as_one(call, given, says):
     with pytest.raises(ConfigError, match=says) as caught:
         call(given)
     assert str(caught.value).count("initial_peers") == 1, "letter by letter"
+
+
+def test_the_part_of_an_address_that_is_wrong_is_shown():
+    """It is mostly at the end: a comma, a bracket or a quotation mark that was copied with it."""
+    good = "/ip4/203.0.113.5/tcp/31337/p2p/12D3KooWFMGVy1SpFwiww5ojbVfr1VQijdk7qfYaVG1m1EKLsZPd"
+    for odd in (",", "]", ")", "x"):
+        with pytest.raises(ConfigError, match=re.escape(f"it ends in '{(good + odd)[-20:]}'")):
+            SwarmSettings(initial_peers=good + odd)
+
+
+@pytest.mark.parametrize("name", ["model", "adapter", "task", "data", "out"])
+def test_an_empty_variable_of_the_shell_is_not_the_current_folder(name):
+    given = {"model": "m", "task": "sst2", "local_swarm": 1, name: " "}
+    with pytest.raises(ConfigError, match=rf"{name}.*: expected a path or a name: is a variable of the shell empty"):
+        RunSettings(**given)

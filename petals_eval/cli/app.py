@@ -1,35 +1,57 @@
 """The command line: one file a command; each parses, calls one function and prints."""
 
-import sys
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from petals_eval.cli import bench, bootstrap, demo, health, merge, run, show, swarm, tasks
 from petals_eval.cli.command import GroupedCommand
-from petals_eval.cli.exit_codes import run_command
 from petals_eval.cli.verbose import with_verbose
 
-__all__ = ["app", "main"]
+__all__ = ["app", "run_app"]
 
 # What typer raises for a wrong flag. Its name is in click or, since typer keeps a copy of click, in typer itself.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
+COMMANDS = ("run", "demo", "swarm", "bootstrap", "merge", "show", "health", "tasks", "bench")
+
+
+class Commands(TyperGroup):
+    """The commands. Each is imported when it is asked for: none waits for the settings of the others."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        # Of a misspelt one all are made: typer looks among them for what is meant.
+        for name in (cmd_name,) if cmd_name in COMMANDS else COMMANDS:
+            if name not in self.commands:
+                self.commands[name] = _command(name)
+        return self.commands.get(cmd_name)
+
+
+def _command(name: str) -> Any:
+    module = import_module(f"petals_eval.cli.{name}")
+    if name == "bench":  # it has commands of its own
+        return typer.main.get_command(module.app)
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+    register = alone.command(name=name, help=module.HELP, short_help=module.SHORT, cls=GroupedCommand)
+    register(with_verbose(getattr(module, name)))
+    return typer.main.get_command(alone)
+
+
 app = typer.Typer(
+    cls=Commands,
     name="petals-eval",
     help="Evaluate prompt-tuned language models whose transformer blocks run on a Petals swarm.",
     epilog="petals-eval COMMAND --help shows a command's options and examples.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for module in (run, demo, swarm, bootstrap, merge, show, health, tasks):
-    name = module.__name__.rpartition(".")[2]
-    register = app.command(name=name, help=module.HELP, short_help=module.SHORT, cls=GroupedCommand)
-    register(with_verbose(getattr(module, name)))
-app.add_typer(bench.app, name="bench", help=bench.SHORT)
 
 
 @app.callback(invoke_without_command=True)
@@ -43,24 +65,20 @@ def _version(
         raise typer.Exit
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `petals-eval` with `arguments` (None: those of the process) and exit.
+def run_app(arguments: Sequence[str] | None) -> int:
+    """Run the command that `arguments` (None: those of the process) name, and return its exit code.
 
-    Exit codes: see petals_eval.cli.exit_codes.run_command.
+    What goes wrong is raised, but for a wrong flag, which typer explains with the usage; its code is 2.
     """
-
-    def command() -> int:
-        try:
-            code = int(app(args=arguments, prog_name="petals-eval", standalone_mode=False) or 0)
-        except UsageError as error:
-            error.show()  # type: ignore[attr-defined]
-            return 2
-        except SystemExit:  # typer's answer to a reader that has left
-            raise BrokenPipeError from None
-        except typer.Abort:  # what older versions of typer make of Ctrl-C
-            raise KeyboardInterrupt from None
-        if code == 130:  # what newer ones make of it
-            raise KeyboardInterrupt
-        return code
-
-    sys.exit(run_command(command))
+    try:
+        code = int(app(args=arguments, prog_name="petals-eval", standalone_mode=False) or 0)
+    except UsageError as error:
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    except SystemExit:  # typer's answer to a reader that has left
+        raise BrokenPipeError from None
+    except typer.Abort:  # what older versions of typer make of Ctrl-C
+        raise KeyboardInterrupt from None
+    if code == 130:  # what newer ones make of it
+        raise KeyboardInterrupt
+    return code

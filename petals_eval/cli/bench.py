@@ -1,9 +1,12 @@
 """`petals-eval bench forward` and `petals-eval bench inference`: how fast a swarm is, seen from here."""
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 
@@ -35,6 +38,7 @@ Of the model only its config is read. Every combination of the values given is m
   petals-eval bench inference --model ./my-llama --dht-prefix my-llama \\
     --initial-peers /ip4/... --lengths 32,512 --windows 1,4 --new-tokens 32
 """
+BEGINS = "reading the model's config, and connecting"
 STRANGERS = "note: on the public swarm this is work for strangers' machines: keep it short."
 
 
@@ -53,6 +57,7 @@ app = typer.Typer(name="bench", help=SHORT, no_args_is_help=True, rich_markup_mo
 @with_verbose
 @flags_of(ForwardSettings)
 def forward(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
+    typer.echo(BEGINS, err=True)
     settings = ForwardSettings(**flags)
 
     from petals_eval.bench.sweep import bench_forward
@@ -66,6 +71,7 @@ def forward(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
 @with_verbose
 @flags_of(InferenceSettings)
 def inference(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
+    typer.echo(BEGINS, err=True)
     settings = InferenceSettings(**flags)
 
     from petals_eval.bench.sweep import bench_inference
@@ -73,14 +79,45 @@ def inference(out: Out = None, json_output: AsJson = False, **flags: Any) -> int
     return _bench(lambda say: bench_inference(settings, say), settings.public_swarm, out, json_output)
 
 
+class Folding:
+    """Cuts the rows of a table that are wider than the terminal, all at the end of one column; in a pipe none.
+
+    The columns are right-aligned, so that they end in every row where they end in the head, which is told first.
+    """
+
+    def __init__(self, stream: IO[str]):
+        self._width = shutil.get_terminal_size().columns if stream.isatty() else None
+        self._cuts: list[int] = []
+
+    def __call__(self, line: str) -> list[str]:
+        """Return the lines to print for one."""
+        if self._width is None or len(line) <= self._width:
+            return [line]
+        if not self._cuts:
+            ends = [at for at in range(1, len(line)) if line[at - 1] != " " and line[at] == " "]
+            begin, room = 0, self._width
+            while fitting := [at for at in ends if begin < at <= begin + room]:
+                self._cuts.append(begin := fitting[-1])
+                room = self._width - len(_INDENT)
+                if len(line) - begin <= room:
+                    break
+        parts = [line[begin:end] for begin, end in pairwise([0, *self._cuts, len(line)])]
+        return [parts[0], *(f"{_INDENT}{part.rstrip()}" for part in parts[1:])]
+
+
+_INDENT = "    "  # of the second line of a row
+
+
 def _bench(measure: Callable[[Callable[[str], None]], Any], public: bool, out: Path | None, json_output: bool) -> int:
     from petals_eval.runs.disk import blame_the_machine, write_atomically
 
     lines: list[str] = []
+    fold = Folding(sys.stderr if json_output else sys.stdout)
 
     def say(line: str) -> None:
         lines.append(line)
-        typer.echo(line, err=json_output)
+        for part in fold(line):
+            typer.echo(part, err=json_output)
 
     if public:
         typer.echo(STRANGERS, err=True)

@@ -1,5 +1,6 @@
 """`petals-eval bootstrap`: the node that servers and clients of a private swarm meet at, in the foreground."""
 
+import contextlib
 import time
 from functools import partial
 from typing import Annotated
@@ -16,6 +17,7 @@ from petals_eval.cli.address_flags import (
     kept_in_file,
     own_address,
 )
+from petals_eval.cli.steps import step
 
 __all__ = ["HELP", "SHORT", "bootstrap"]
 
@@ -43,21 +45,23 @@ def bootstrap(
     ] = None,
     peers_file: PeersFile = None,
 ) -> int:
-    address = own_address(listen, announce, identity)
-    others = checked_peers(initial_peers or [])
+    with contextlib.ExitStack() as opened:
+        with step("starting the node"):
+            address = own_address(listen, announce, identity)
+            others = checked_peers(initial_peers or [])
 
-    from anyio.from_thread import start_blocking_portal
-    from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+            from anyio.from_thread import start_blocking_portal
+            from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 
-    from petals_eval.errors import MachineError
-    from petals_eval.local_swarm.peer import Peer
+            from petals_eval.errors import MachineError
+            from petals_eval.local_swarm.peer import Peer
 
-    with start_blocking_portal("asyncio", name="bootstrap node") as portal:
-        try:
-            peer = portal.start_task_soon(partial(Peer.open, others, **address)).result(_TIMEOUT)
-        except (P2PDaemonError, TimeoutError) as error:
-            where = " and ".join([f"to listen at {listen}", *(f"to join {other}" for other in others)])
-            raise MachineError(f"expected {where}; found: {type(error).__name__}: {error}") from error
+            portal = opened.enter_context(start_blocking_portal("asyncio", name="bootstrap node"))
+            try:
+                peer = portal.start_task_soon(partial(Peer.open, others, **address)).result(_TIMEOUT)
+            except (P2PDaemonError, TimeoutError) as error:
+                where = " and ".join([f"to listen at {listen}", *(f"to join {other}" for other in others)])
+                raise MachineError(f"expected {where}; found: {type(error).__name__}: {error}") from error
         try:
             with kept_in_file(peers_file, peer.maddrs):
                 for maddr in peer.maddrs:

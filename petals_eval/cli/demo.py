@@ -26,7 +26,7 @@ def demo(
 
     paths = demo_paths()
     return execute(
-        RunSettings(
+        lambda: RunSettings(
             model=str(paths.model),
             adapter=(str(paths.prompts),),
             task=str(paths.task),

@@ -1,17 +1,18 @@
 """`petals-eval run --dry-run`: show what a run would send and to whom; send nothing."""
 
-import json
 from typing import TYPE_CHECKING
 
 import typer
 
 from petals_eval.cli.open_swarm import peers_of
+from petals_eval.cli.steps import step
+from petals_eval.cli.streams import json_text
 from petals_eval.config import RunSettings, SwarmSettings
-from petals_eval.errors import SwarmError
+from petals_eval.errors import MissingBlocksError, SwarmError, SwarmUnreachableError
 from petals_eval.text import plural
 
 if TYPE_CHECKING:
-    from petals_eval.evaluation.dry_run import DryRun, Generating
+    from petals_eval.evaluation.dry_run import DryRun, Generating, Route
     from petals_eval.evaluation.groups import PreparedGroup
     from petals_eval.evaluation.prepare import Prepared
 
@@ -25,11 +26,31 @@ _A = {"example": "an example", "document": "a document"}
 
 def show_dry_run(settings: RunSettings, prepared: "Prepared") -> int:
     """Print the first examples as the model would read them, what would be sent, and to which servers; or all of it as
-    JSON."""
+    JSON. Returns the exit code: that of a swarm that cannot where it is not there or lacks blocks."""
+    route = _look(settings, prepared)
+    if settings.json_output:
+        _echo_json(_as_json(prepared, route))
+    else:
+        _show(prepared, route)
+    return 0 if route.is_complete else SwarmError.exit_code
+
+
+def show_group_dry_run(settings: RunSettings, group: "PreparedGroup") -> int:
+    """Print what `show_dry_run` prints of each task of a group, and return the exit code."""
+    route = _look(settings, group.members[0])  # the same for all of them
+    if settings.json_output:
+        tasks = [_as_json(member, route) for member in group.members]
+        _echo_json({"group": group.group.name, "tasks": tasks})
+    else:
+        for member in group.members:
+            typer.echo(f"=== task {member.task.name}")
+            _show(member, route)
+    return 0 if route.is_complete else SwarmError.exit_code
+
+
+def _show(prepared: "Prepared", route: "Route") -> None:
     from petals_eval.evaluation.dry_run import dry_run
 
-    if settings.json_output:
-        return _echo_json({"schema_version": DRY_RUN_SCHEMA, **_as_json(settings, prepared)})
     for plan in (dry_run(prepared, adapter) for adapter in prepared.side.adapters or (None,)):
         typer.echo(f"== {plan.adapter or 'no prompts'}: the first examples as the model reads them")
         for example in plan.shown:
@@ -38,24 +59,12 @@ def show_dry_run(settings: RunSettings, prepared: "Prepared") -> int:
         for note in (*prepared.notes, *plan.notes):
             typer.echo(f"  note: {note}")
     typer.echo("== the servers that would be used first")
-    for line in _route(settings, prepared):
+    for line in route.lines:
         typer.echo(f"  {line}")
     typer.echo("nothing was sent")
-    return 0
 
 
-def show_group_dry_run(settings: RunSettings, group: "PreparedGroup") -> int:
-    """Print what `show_dry_run` prints of each task of a group."""
-    if settings.json_output:
-        tasks = [_as_json(settings, member) for member in group.members]
-        return _echo_json({"schema_version": DRY_RUN_SCHEMA, "group": group.group.name, "tasks": tasks})
-    for member in group.members:
-        typer.echo(f"=== task {member.task.name}")
-        show_dry_run(settings, member)
-    return 0
-
-
-def _as_json(settings: RunSettings, prepared: "Prepared") -> dict[str, object]:
+def _as_json(prepared: "Prepared", route: "Route") -> dict[str, object]:
     from petals_eval.evaluation.dry_run import dry_run
 
     return {
@@ -63,13 +72,14 @@ def _as_json(settings: RunSettings, prepared: "Prepared") -> dict[str, object]:
         "kind": prepared.task.kind,
         "notes": list(prepared.notes),
         "adapters": [dry_run(prepared, adapter).to_json() for adapter in prepared.side.adapters or (None,)],
-        "servers": _route(settings, prepared),
+        "servers": list(route.lines),
+        "is_reachable": route.is_reachable,
+        "missing_blocks": [list(span) for span in route.missing],
     }
 
 
-def _echo_json(found: dict[str, object]) -> int:
-    typer.echo(json.dumps(found, ensure_ascii=False))  # on one line: tokens would take one each
-    return 0
+def _echo_json(found: dict[str, object]) -> None:
+    typer.echo(json_text({"schema_version": DRY_RUN_SCHEMA, **found}))  # on one line: tokens would take one each
 
 
 def _amounts(plan: "DryRun", kind: str) -> list[str]:
@@ -132,9 +142,9 @@ def _failures(plan: "DryRun", example: str) -> list[str]:
     return lines + ([f"    and {more:,} more"] if more else [])
 
 
-def _route(settings: RunSettings, prepared: "Prepared") -> list[str]:
-    """Return a line for each hop of the route, or why there is none to be seen."""
-    from petals_eval.evaluation.dry_run import route_lines
+def _look(settings: RunSettings, prepared: "Prepared") -> "Route":
+    """Return who would compute, by what the swarm says of itself now."""
+    from petals_eval.evaluation.dry_run import Route, route_of
     from petals_eval.swarm import SwarmConnection
 
     num_blocks = prepared.side.local.num_blocks
@@ -143,13 +153,20 @@ def _route(settings: RunSettings, prepared: "Prepared") -> list[str]:
 
         # Not started: who they are is known without.
         spans = split_evenly(num_blocks, settings.local_swarm)
-        return [f"blocks {span}  a server embedded on this machine" for span in spans]
+        return Route(tuple(f"blocks {span}  a server embedded on this machine" for span in spans))
     wanted = SwarmSettings.of(settings, initial_peers=peers_of(settings), startup_timeout=LOOK_SECONDS)
     try:
-        with SwarmConnection.connect(wanted) as connection:
-            return route_lines(prepared.side.blocks_on(connection).snapshot)
-    except SwarmError as error:
-        return ["the swarm could not be asked:", *str(error).splitlines()]
+        with (
+            step(f"looking up who serves {prepared.side.dht_prefix}"),
+            SwarmConnection.connect(wanted) as connection,
+        ):
+            return route_of(prepared.side.blocks_on(connection).snapshot)
+    except SwarmUnreachableError as error:
+        return Route(("the swarm could not be asked:", *str(error).splitlines()), is_reachable=False)
+    except MissingBlocksError as error:
+        return Route((str(error),), missing=error.missing)
+    except SwarmError as error:  # it says why nobody there has a block of this model
+        return Route(tuple(str(error).splitlines()), missing=((0, num_blocks),))
 
 
 def _size(count: int) -> str:

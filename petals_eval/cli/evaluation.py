@@ -1,38 +1,46 @@
 """What `run` and `demo` share: prepare, evaluate with progress shown, print what came of it."""
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from petals_eval.cli.open_swarm import open_model
+from petals_eval.cli.steps import step
+from petals_eval.cli.streams import json_text
 from petals_eval.config import ResultSettings, RunSettings
 
 if TYPE_CHECKING:
+    from petals_eval.evaluation.groups import PreparedGroup
     from petals_eval.evaluation.prepare import Prepared
     from petals_eval.model import Adapter
     from petals_eval.remote_model import RemoteModel
     from petals_eval.runs import GroupResult, RunResult
     from petals_eval.runs.thresholds import Threshold
-    from petals_eval.tasks import TaskGroup
 
 __all__ = ["execute", "show_group", "show_result"]
 
 
-def execute(settings: RunSettings) -> int:
-    """Do what the settings say and print the result on stdout; everything on the way goes to stderr."""
-    from petals_eval.evaluation.evaluate import evaluate_prepared
-    from petals_eval.evaluation.prepare import prepare_run
-    from petals_eval.report import ProgressDisplay
-    from petals_eval.tasks import load_group
+def execute(read_settings: Callable[[], RunSettings]) -> int:
+    """Do what the settings say and print the result on stdout; everything on the way goes to stderr.
 
-    group = load_group(settings.task)
-    if group is not None:
-        return _execute_group(settings, group)
-    prepared = prepare_run(settings)
+    read_settings: called once a person was told that something happens: checking an address takes imports.
+    """
+    with step("reading the task, the data, the prompts and the model's part at home"):
+        settings = read_settings()
+
+        from petals_eval.evaluation.evaluate import evaluate_prepared
+        from petals_eval.evaluation.groups import PreparedGroup, prepare_group_run
+        from petals_eval.evaluation.prepare import prepare_run
+        from petals_eval.report import ProgressDisplay
+        from petals_eval.tasks import load_group
+
+        group = load_group(settings.task)
+        prepared = prepare_run(settings) if group is None else prepare_group_run(settings, group)
+    if isinstance(prepared, PreparedGroup):
+        return _execute_group(settings, prepared)
     if settings.dry_run:
         from petals_eval.cli.dry_run import show_dry_run
 
@@ -47,13 +55,11 @@ def execute(settings: RunSettings) -> int:
     return show_result(result, folder.path, prepared.thresholds, settings)
 
 
-def _execute_group(settings: RunSettings, group: "TaskGroup") -> int:
+def _execute_group(settings: RunSettings, prepared: "PreparedGroup") -> int:
     """Do what the settings say for each task of a group."""
     from petals_eval.evaluation.evaluate import evaluate_group
-    from petals_eval.evaluation.groups import prepare_group_run
     from petals_eval.report import ProgressDisplay
 
-    prepared = prepare_group_run(settings, group)
     if settings.dry_run:
         from petals_eval.cli.dry_run import show_group_dry_run
 
@@ -62,7 +68,8 @@ def _execute_group(settings: RunSettings, group: "TaskGroup") -> int:
         begun = prepared.in_folder()
         left = [member for member in begun.members if not member.is_finished]
         finished = f", {len(begun.members) - len(left)} of them finished" if len(left) < len(begun.members) else ""
-        _say(f"{_prompts_text(prepared.side.adapters)} · group {group.name} · {len(begun.members)} tasks{finished}")
+        name = prepared.group.name
+        _say(f"{_prompts_text(prepared.side.adapters)} · group {name} · {len(begun.members)} tasks{finished}")
         _say_estimate(settings, model, left)
         with ProgressDisplay(begun.total) as progress:
             result = evaluate_group(begun, model, progress=progress)
@@ -92,7 +99,7 @@ def show_result(result: "RunResult", folder: Path, thresholds: "Sequence[Thresho
     from petals_eval.runs.thresholds import missed
 
     if settings.json_output:
-        typer.echo(json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
+        typer.echo(json_text(result.to_json(), indent=2))
         _say(f"run folder: {folder}")
     else:
         print_result(result, console_for(sys.stdout), folder=folder)
@@ -116,7 +123,7 @@ def show_group(
     from petals_eval.runs.thresholds import missed
 
     if settings.json_output:
-        typer.echo(json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
+        typer.echo(json_text(result.to_json(), indent=2))
         _say(f"run folders: {folder}")
     else:
         print_group(result, console_for(sys.stdout), folder=folder)

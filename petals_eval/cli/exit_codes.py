@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def run_command(command: Callable[[], int]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 128 + signal.SIGPIPE
         except Exception as error:  # noqa: BLE001  # the last resort: a bug of ours must not end as a traceback
+            if received:  # some libraries make errors of their own of an interrupt
+                _say(how_it_ended(received))
+                return interrupted_code(received)
             if _is_the_machines(error):
                 _say(f"error: this machine cannot: {type(error).__name__}: {error}")
                 return MachineError.exit_code
@@ -88,8 +92,13 @@ _QUIET = {
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """The libraries' own log lines are not for the user of a command; HIVEMIND_LOGLEVEL brings hivemind's back."""
+    """The libraries' own log lines are not for the user of a command; HIVEMIND_LOGLEVEL brings hivemind's back.
+
+    Nor are their warnings: whoever asks Python to show them, or to make errors of them, means a program of their own.
+    """
     for name in ("transformers", "huggingface_hub"):  # where they are imported already
         logging.getLogger(name).setLevel(logging.ERROR)
-    with environment_defaults(_QUIET):
+    with environment_defaults(_QUIET), warnings.catch_warnings():
+        if sys.warnoptions:
+            warnings.simplefilter("ignore")
         yield

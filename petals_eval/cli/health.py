@@ -1,6 +1,5 @@
 """`petals-eval health`: is a swarm fit for work now?"""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from petals_eval.cli.flags import flags_of, keys_of
+from petals_eval.cli.steps import step
+from petals_eval.cli.streams import json_text
 from petals_eval.config import PUBLIC_SWARM
 from petals_eval.errors import ConfigError, SwarmError
 from petals_eval.health.settings import HealthSettings, LookSettings
@@ -48,8 +49,9 @@ def health(**flags: Any) -> int:
     """Run the command; return its exit code."""
     if ("initial_peers" in flags) == ("public_swarm" in flags):
         raise ConfigError("expected exactly one swarm: --initial-peers MADDR or --public-swarm")
-    look = LookSettings(**{key: flags.pop(key) for key in set(keys_of(LookSettings).values()) & flags.keys()})
-    settings = HealthSettings(**{"initial_peers": PUBLIC_SWARM, **flags})
+    with step("checking what is asked for"):  # an address by hivemind's parser, which takes a second to import
+        look = LookSettings(**{key: flags.pop(key) for key in set(keys_of(LookSettings).values()) & flags.keys()})
+        settings = HealthSettings(**{"initial_peers": PUBLIC_SWARM, **flags})
     if look.public_swarm:
         typer.echo(STRANGERS, err=True)
     if look.serve is not None:
@@ -65,7 +67,8 @@ def health(**flags: Any) -> int:
         )
     if look.watch:
         return _watch(settings, look)
-    report = _look(settings)
+    with step("asking the swarm's servers"):
+        report = _look(settings)
     _show(report, look)
     return report.exit_code
 
@@ -84,7 +87,7 @@ def _show(report: "HealthReport", look: LookSettings) -> None:
         _write_page(report, look.html)
         typer.echo(f"page: {look.html}", err=True)
     if look.json_output:
-        typer.echo(json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False))
+        typer.echo(json_text(report.to_json()))
     else:
         print_report(report, console_for(sys.stdout))
 

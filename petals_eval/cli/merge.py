@@ -7,6 +7,7 @@ import typer
 
 from petals_eval.cli.flags import flags_of
 from petals_eval.config import ResultSettings
+from petals_eval.text import plural
 
 __all__ = ["HELP", "SHORT", "merge"]
 
@@ -28,6 +29,8 @@ def merge(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Run folder to make.")],
     **flags: Any,
 ) -> int:
+    typer.echo(f"joining {plural(len(parts), 'part')}", err=True)
+
     from petals_eval.cli.evaluation import show_result
     from petals_eval.evaluation.merge import merge as merge_parts
     from petals_eval.runs import Manifest

@@ -37,11 +37,9 @@ def run(
     ] = None,
     **flags: Any,
 ) -> int:
-    settings = read_settings(config, flags)
-
     from petals_eval.cli.evaluation import execute
 
-    return execute(settings)
+    return execute(lambda: read_settings(config, flags))
 
 
 def read_settings(config: Path | None, flags: dict[str, Any]) -> RunSettings:

@@ -26,6 +26,8 @@ def show(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Run folder.")],
     **flags: Any,
 ) -> int:
+    typer.echo(f"reading {folder}", err=True)
+
     from petals_eval.cli.evaluation import show_result
     from petals_eval.runs import RunFolder
     from petals_eval.runs.thresholds import check_parts, parse_thresholds

@@ -1,8 +1,9 @@
 """`petals-eval swarm MODEL`: a local swarm in the foreground."""
 
+import contextlib
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +18,12 @@ from petals_eval.cli.address_flags import (
     own_address,
 )
 from petals_eval.cli.flags import flags_of
+from petals_eval.cli.steps import step
 from petals_eval.config import RunSettings
+from petals_eval.text import plural
+
+if TYPE_CHECKING:
+    from petals_eval.local_swarm import LocalSwarm
 
 __all__ = ["HELP", "SHORT", "swarm"]
 
@@ -62,20 +68,31 @@ def swarm(
     peers_file: PeersFile = None,
     **flags: Any,
 ) -> int:
-    from petals_eval.errors import MachineError
-    from petals_eval.local_swarm import LocalSwarm
+    count = len(span) if span else servers
+    with contextlib.ExitStack() as opened:
+        started: list[Any] = []
 
-    with LocalSwarm(
-        model,
-        servers=servers,
-        spans=_spans(span) if span else None,
-        dht_prefix=dht_prefix,
-        initial_peers=checked_peers(initial_peers or []),
-        dtype=dtype,
-        **flags,
-        **_address_of_one(len(span) if span else servers, listen, announce, identity),
-    ) as running:
-        typer.echo(f"serving {running.num_blocks} blocks as {running.dht_prefix}:")
+        def how_far() -> str:
+            serving = sum(1 for each in started for server in each.servers if server.peer_id)
+            return f"{serving} of {count} serve"
+
+        with step(f"starting {plural(count, 'server')} of {model}", how_far):
+            from petals_eval.errors import MachineError
+            from petals_eval.local_swarm import LocalSwarm
+
+            running = LocalSwarm(
+                model,
+                servers=servers,
+                spans=_spans(span) if span else None,
+                dht_prefix=dht_prefix,
+                initial_peers=checked_peers(initial_peers or []),
+                dtype=dtype,
+                **flags,
+                **_address_of_one(count, listen, announce, identity),
+            )
+            started.append(running)
+            opened.enter_context(running)
+        typer.echo(f"serving {_served(running)} as {running.dht_prefix}:")
         for server in running.servers:
             typer.echo(f"  blocks {server.span}  {server.peer_id}")
         typer.echo("connect with:")
@@ -93,6 +110,17 @@ def swarm(
     raise MachineError(
         f"the server of blocks {ended.span} ({ended.peer_id}) ended by itself, so the swarm was stopped."
     )
+
+
+def _served(running: "LocalSwarm") -> str:
+    """Return how many blocks the servers hold, and which of the model's nobody here does."""
+    from petals_eval.swarm.wire.span import joined, spans_text
+
+    held = {block for server in running.servers for block in range(server.span.start, server.span.stop)}
+    if len(held) == running.num_blocks:
+        return plural(len(held), "block")
+    missing = joined(block for block in range(running.num_blocks) if block not in held)
+    return f"{len(held)} of {plural(running.num_blocks, 'block')} (none of these servers holds {spans_text(missing)})"
 
 
 def _address_of_one(servers: int, listen: str, announce: str | None, identity: Path | None) -> dict[str, Any]:

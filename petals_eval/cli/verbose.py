@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from petals_eval.errors import MachineError
 from petals_eval.text import printable
 
 __all__ = ["with_verbose"]
@@ -22,6 +23,7 @@ def with_verbose(command: Callable[..., int]) -> Callable[..., int]:
     """Give a command the flag `--verbose`; the variable does for it, too, unless it is empty or 0."""
 
     def told(verbose: bool = False, **values: Any) -> int:
+        _check_working_folder()
         if not verbose and os.environ.get(VARIABLE, "") in ("", "0"):
             return command(**values)
         with _events_on_stderr():
@@ -33,6 +35,14 @@ def with_verbose(command: Callable[..., int]) -> Callable[..., int]:
     )
     told.__signature__ = signature.replace(parameters=[*signature.parameters.values(), flag])  # type: ignore[attr-defined]
     return told
+
+
+def _check_working_folder() -> None:
+    """Raise MachineError where the folder that the command was started in is gone: libraries find worse words."""
+    try:
+        os.getcwd()  # noqa: PTH109
+    except FileNotFoundError:
+        raise MachineError("the folder that this was started in was deleted: change to one that is there.") from None
 
 
 @contextlib.contextmanager

@@ -14,14 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from petals_eval.data.first_bytes import what_it_is
 from petals_eval.data.json_text import read_objects
 from petals_eval.data.source import DataSource, FileFormat, format_of, local_path
-from petals_eval.data.tables import LINE, JsonTable, Table, TextTable
+from petals_eval.data.tables import LINE, JsonTable, Readable, Table, TextTable, numbers_array, texts_array
 from petals_eval.errors import DataError, MachineError
 from petals_eval.validation import shorten
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from pyarrow import RecordBatch
 
 __all__ = ["file_fingerprint", "load_file", "load_json", "scratch_folder", "without_progress_bars"]
 
@@ -31,7 +32,7 @@ _BATCH_CHARACTERS = 1 << 23  # a batch of long texts is written before it has th
 _MACHINE = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM)
 
 
-def load_file(source: DataSource) -> Table:
+def load_file(source: DataSource) -> Readable:
     """Return the rows of a local file. Memory is bounded by a batch of rows, not by the file.
 
     csv, tsv and lines give text columns exactly as written, so that no row and no "NA" or "null" is lost to a guess of
@@ -46,6 +47,8 @@ def load_file(source: DataSource) -> Table:
     _check_file(source, path)
     kind = source.format or format_of(source.path)
     try:
+        if meaning := what_it_is(path, *((b"PAR1",) if kind == "parquet" else ())):
+            raise DataError(f"{path.name} cannot be read as {kind}: it is {meaning}.")
         if kind == "parquet":
             return _load_parquet(path)
         if kind == "jsonl":
@@ -161,7 +164,7 @@ def _load_parquet(path: Path) -> Table:
             raise DataError(f"{path.name} cannot be read: expected a parquet file; {reason}") from error
 
 
-def load_json(paths: Sequence[Path], encoding: str = "utf-8") -> Table:
+def load_json(paths: Sequence[Path], encoding: str = "utf-8") -> JsonTable:
     """Return the objects of these files, one after the other.
 
     Rows of several files have no lines: one number is not enough.
@@ -178,11 +181,11 @@ def load_json(paths: Sequence[Path], encoding: str = "utf-8") -> Table:
                         columns.update(dict.fromkeys(value))
                     yield line if len(paths) == 1 else None, (text,)
 
-    dataset = _stored(paths[0].name, 1, rows())  # all of it, before the columns are known
-    return JsonTable(dataset, tuple(columns))
+    batches = _stored(paths[0].name, 1, rows())  # all of it, before the columns are known
+    return JsonTable(batches, tuple(columns))
 
 
-def _load_text(source: DataSource, path: Path, kind: FileFormat) -> Table:
+def _load_text(source: DataSource, path: Path, kind: FileFormat) -> TextTable:
     # newline="\n": only "\n" ends a line. Python's own splitting would also break at \r, and str.splitlines at \x85,
     # which is an ordinary character of latin-1.
     with path.open(encoding=_read_encoding(source.encoding), newline="\n") as file:
@@ -190,27 +193,29 @@ def _load_text(source: DataSource, path: Path, kind: FileFormat) -> Table:
         return TextTable(_stored(path.name, len(columns), rows), columns)
 
 
-def _stored(name: str, width: int, rows: Iterator[tuple[int | None, Sequence[str | None]]]) -> "Dataset":
-    """Return these rows, each a line number and `width` cells, memory-mapped. name: of the file, for messages."""
-    import datasets
+def _stored(name: str, width: int, rows: Iterator[tuple[int | None, Sequence[str | None]]]) -> "list[RecordBatch]":
+    """Return these rows, each a line number and `width` cells, memory-mapped. name: of the file, for messages.
+
+    By pyarrow alone: `datasets`, and pandas with it, would take a second to import.
+    """
     import pyarrow as pa
 
-    schema = pa.schema([(LINE, pa.int64()), *((str(number), pa.string()) for number in range(width))])
+    schema = pa.schema([(LINE, pa.int64()), *((str(number), pa.large_string()) for number in range(width))])
     with scratch_folder() as folder:
-        table = Path(folder) / "rows.arrow"
-        with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        table = str(Path(folder) / "rows.arrow")
+        with pa.OSFile(table, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for batch in _batches(rows):
                 lines, cells = zip(*batch, strict=True)
                 try:
-                    texts = [pa.array(values, pa.string()) for values in zip(*cells, strict=True)]
+                    texts = [texts_array(values) for values in zip(*cells, strict=True)]
                 except UnicodeEncodeError as error:
                     raise DataError(
                         f"{name}, lines {lines[0]} to {lines[-1]}: a text holds {error.object[error.start]!r}, "
                         "half of a surrogate pair, which is no character. Correct the text or the encoding."
                     ) from None
-                writer.write_batch(pa.record_batch([pa.array(lines, pa.int64()), *texts], schema=schema))
-        with without_progress_bars():
-            return datasets.Dataset.from_file(str(table))
+                writer.write_batch(pa.record_batch([numbers_array(lines), *texts], schema=schema))
+        with pa.ipc.open_stream(pa.memory_map(table)) as stream:
+            return list(stream)
 
 
 def _batches(

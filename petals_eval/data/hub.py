@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from petals_eval.data.files import load_json, scratch_folder, without_progress_bars
 from petals_eval.data.source import DataSource, format_of, local_path
-from petals_eval.data.tables import Table
+from petals_eval.data.tables import Readable, Table
 from petals_eval.errors import DataError, MachineError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def load_hub(source: DataSource) -> Table:
     return Table(_load(source, source.path, cache=None))
 
 
-def load_folder(source: DataSource) -> Table:
+def load_folder(source: DataSource) -> Readable:
     """Load one split of a local folder of data files, without the cache. Raises DataError as `load_hub` does.
 
     csv and JSON files are read as they are written, unless the folder declares what their columns mean.

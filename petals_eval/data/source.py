@@ -32,6 +32,7 @@ _SUFFIXES: dict[str, FileFormat] = {
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".parquet": "parquet",
+    ".pq": "parquet",
     ".txt": "lines",
 }
 

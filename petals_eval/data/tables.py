@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 from petals_eval.data.json_text import value_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import Array, RecordBatch
 
-__all__ = ["LINE", "JsonTable", "Readable", "Table", "TextTable", "class_names_of"]
+__all__ = ["LINE", "JsonTable", "Readable", "Table", "TextTable", "class_names_of", "numbers_array", "texts_array"]
 
 LINE = "line"
 """In the table of a file, the column of the lines where the rows begin. The file's own columns are called 0, 1, ...
@@ -91,21 +94,66 @@ def class_names_of(features: Mapping[str, object]) -> dict[str, tuple[str, ...]]
     return {column: tuple(feature.names) for column, feature in features.items() if isinstance(feature, ClassLabel)}
 
 
-class TextTable(Table):
-    """Rows of texts, as csv, tsv and plain lines are."""
+class FileTable:
+    """Rows of a file as it writes them, in batches that are memory-mapped.
 
-    def __init__(self, dataset: "Dataset", columns: Sequence[str]):
-        super().__init__(dataset)
+    columns: their names, in the order of the file.
+    """
+
+    class_names: Mapping[str, tuple[str, ...]] = {}
+    truth_words: tuple[str, str] = ("False", "True")
+
+    def __init__(self, batches: "Sequence[RecordBatch]", columns: Sequence[str]):
         self.columns = tuple(columns)
+        self._batches = batches
+        self._ends = list(accumulate(batch.num_rows for batch in batches))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
 
     def read(self, rows: range | list[int]) -> Iterator[tuple[Mapping[str, object], int | None]]:
-        chunk = self._chunk(rows)
+        """Yield each of these ascending rows: its values by column, and the line of the file where it begins."""
+        for chunk in self._chunks(rows):
+            yield from self._rows(chunk)
+
+    def content_hash(self) -> str:
+        """Return a SHA-256 over column names and cells, as they are written."""
+        digest = hashlib.sha256(json.dumps(self.columns).encode())
+        for batch in self._batches:
+            chunk = batch.to_pydict()
+            for cells in zip(*(chunk[name] for name in chunk if name != LINE), strict=True):
+                digest.update(json.dumps(cells[0] if len(cells) == 1 else cells).encode() + b"\n")
+        return digest.hexdigest()
+
+    def _rows(self, chunk: Mapping[str, list[Any]]) -> Iterator[tuple[Mapping[str, object], int | None]]:
+        """Yield the rows of a part of a batch, as `read` does."""
+        raise NotImplementedError
+
+    def _chunks(self, rows: range | list[int]) -> Iterator[Mapping[str, list[Any]]]:
+        """Yield the cells of these ascending rows by column, those of each batch by themselves."""
+        at = 0
+        while at < len(rows):
+            number = bisect_right(self._ends, rows[at])
+            batch, begin = self._batches[number], self._ends[number] - self._batches[number].num_rows
+            stop = at
+            while stop < len(rows) and rows[stop] < self._ends[number]:
+                stop += 1
+            inside = [row - begin for row in rows[at:stop]]
+            is_run = inside[-1] - inside[0] == len(inside) - 1
+            yield (batch.slice(inside[0], len(inside)) if is_run else batch.take(numbers_array(inside))).to_pydict()
+            at = stop
+
+
+class TextTable(FileTable):
+    """Rows of texts, as csv, tsv and plain lines are."""
+
+    def _rows(self, chunk: Mapping[str, list[Any]]) -> Iterator[tuple[Mapping[str, object], int | None]]:
         values = [chunk[str(number)] for number in range(len(self.columns))]
         for line, *cells in zip(chunk[LINE], *values, strict=True):
             yield dict(zip(self.columns, cells, strict=True)), line
 
 
-class JsonTable(Table):
+class JsonTable(FileTable):
     """Rows that are stored as the JSON objects that they were in the file.
 
     columns: all keys, in the order in which they first appear; an object without one of them has None there.
@@ -113,25 +161,43 @@ class JsonTable(Table):
 
     truth_words = ("false", "true")
 
-    def __init__(self, dataset: "Dataset", columns: Sequence[str]):
-        super().__init__(dataset)
-        self.columns = tuple(columns)
-
-    def read(self, rows: range | list[int]) -> Iterator[tuple[Mapping[str, object], int | None]]:
-        chunk = self._chunk(rows)
+    def _rows(self, chunk: Mapping[str, list[Any]]) -> Iterator[tuple[Mapping[str, object], int | None]]:
         for line, text in zip(chunk[LINE], chunk[_OBJECT], strict=True):
             value = value_of(text)
             if len(value) < len(self.columns):
                 value = {column: value.get(column) for column in self.columns}
             yield value, line
 
-    def content_hash(self) -> str:
-        """Return a SHA-256 over column names and objects, as they are written."""
-        digest = hashlib.sha256(json.dumps(self.columns).encode())
-        for start in range(0, len(self), _CHUNK_ROWS):
-            for text in self._chunk(range(start, start + _CHUNK_ROWS))[_OBJECT]:
-                digest.update(json.dumps(text).encode() + b"\n")
-        return digest.hexdigest()
+
+def numbers_array(values: Sequence[int | None]) -> "Array":
+    """Return an Arrow array of int64, made of its parts: `pyarrow.array` would import pandas, to ask it whether it
+    knows these values, and that takes longer than reading a small file."""
+    import numpy as np
+    import pyarrow as pa
+
+    numbers = np.array([0 if value is None else value for value in values], dtype=np.int64)
+    return pa.Array.from_buffers(pa.int64(), len(values), [_present(values), pa.py_buffer(numbers)])
+
+
+def texts_array(values: Sequence[str | None]) -> "Array":
+    """Return an Arrow array of texts of any length. Raises UnicodeEncodeError for half a surrogate pair."""
+    import numpy as np
+    import pyarrow as pa
+
+    parts = [b"" if value is None else value.encode() for value in values]
+    ends = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+    buffers = [_present(values), pa.py_buffer(ends), pa.py_buffer(b"".join(parts))]
+    return pa.Array.from_buffers(pa.large_string(), len(parts), buffers)
+
+
+def _present(values: Sequence[object]) -> Any:
+    """Return Arrow's bitmap of the values that are there; None, as Arrow has it, where all are."""
+    import numpy as np
+    import pyarrow as pa
+
+    if None not in values:
+        return None
+    return pa.py_buffer(np.packbits([value is not None for value in values], bitorder="little"))
 
 
 def _number(written: str) -> int | float:

@@ -191,13 +191,14 @@ class _Run:
 
         def requests() -> Iterator[Request]:
             for number, row in enumerate(rows):
+                targets = tuple((position, token) for position, token in row.targets.tolist())
+                request = Request(str(number), 0, tuple(row.input_ids.tolist()), targets)
                 try:
-                    self._model.local.check_length(len(row.input_ids), prefix)
+                    self._model.local.check_request(request, prefix)
                 except ExampleError as error:
                     _raise_with_place(row, error)
-                asked[str(number)] = row
-                targets = tuple((position, token) for position, token in row.targets.tolist())
-                yield Request(str(number), 0, tuple(row.input_ids.tolist()), targets)
+                asked[request.key] = row
+                yield request
 
         def failed(request: Request, error: ExampleError) -> None:
             _raise_with_place(asked[request.key], error)

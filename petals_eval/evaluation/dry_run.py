@@ -13,13 +13,13 @@ from petals_eval.runs.results import LABELLED_KINDS, OF_TEXTS_ALONE
 from petals_eval.swarm.scheduling.tuning import SizePolicy
 from petals_eval.tasks import describe_example, show_example
 from petals_eval.tasks.requests import Example, Request
-from petals_eval.text import listed, printable
+from petals_eval.text import listed, plural, printable
 
 if TYPE_CHECKING:
     from petals_eval.model import Adapter, LocalPart
     from petals_eval.swarm.wire.records import Snapshot
 
-__all__ = ["DryRun", "Generating", "dry_run", "route_lines"]
+__all__ = ["DryRun", "Generating", "Route", "dry_run", "route_of"]
 
 SHOWN_FAILURES = 5
 
@@ -136,7 +136,7 @@ def dry_run(prepared: Prepared, adapter: "Adapter | None", *, show: int = 2) -> 
                 if example.error is not None:
                     raise example.error
                 for request in example.requests:
-                    local.check_length(len(request.input_ids), prefix, request.new_tokens)
+                    local.check_request(request, prefix)
             except ExampleError as error:
                 counted.fail(example, error)
                 continue
@@ -270,8 +270,26 @@ class _Counted:
         )
 
 
-def route_lines(snapshot: "Snapshot") -> list[str]:
-    """Return a line for each of the servers that a run would use first, or for the blocks that nobody holds."""
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Who would compute.
+
+    lines: one for each of the servers that a run would use first, or why there are none. missing: blocks (first, stop)
+    that nobody holds.
+    """
+
+    lines: tuple[str, ...]
+    missing: tuple[tuple[int, int], ...] = ()
+    is_reachable: bool = True
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether a run could begin now."""
+        return self.is_reachable and not self.missing
+
+
+def route_of(snapshot: "Snapshot") -> Route:
+    """Return who would compute, by the records of the servers that may be used."""
     from petals_eval.swarm.directory.routing import plan_route
     from petals_eval.swarm.peers.peer_text import short_peer
     from petals_eval.swarm.wire.span import Span, spans_text
@@ -279,12 +297,15 @@ def route_lines(snapshot: "Snapshot") -> list[str]:
     servers = list(snapshot.servers.values())
     route = plan_route(servers, Span(0, snapshot.num_blocks), lambda server, blocks: 1.0)
     if route is None:
-        return [f"no server holds blocks {spans_text(snapshot.missing())} of {snapshot.num_blocks}"]
-    return [
+        missing = snapshot.missing()
+        line = f"no server holds blocks {spans_text(missing)} of {snapshot.num_blocks}"
+        return Route((line,), tuple((span.start, span.stop) for span in missing))
+    hops = [
         f"blocks {hop.span}  {short_peer(hop.server.peer_id)}"
         f"  petals {_said(hop.server.record.version)}  {_said(hop.server.record.torch_dtype)}"
         for hop in route
-    ] + [f"{len(servers)} servers hold these {snapshot.num_blocks} blocks"]
+    ]
+    return Route((*hops, f"{plural(len(servers), 'server')} hold these {snapshot.num_blocks} blocks"))
 
 
 def _said(text: str | None) -> str:

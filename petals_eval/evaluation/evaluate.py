@@ -330,6 +330,9 @@ def _told_what_is_kept(scoring: Scoring, *, kept: bool) -> Iterator[None]:
                 scored = scoring.folder.journal.committed() if isinstance(error, MachineError) else scoring.scored()
         if scored:
             # A mistake of the caller's would come back; whatever else ends a run, time or another swarm may help.
-            how = "" if isinstance(error, CallerError) else " Run the same command again to go on."
+            again = "Run the same command again to go on."
+            if scoring.prepared.out is None:  # which would begin a new folder
+                again = f"To go on, run it again with --out {scoring.folder.path} (out=... in Python)."
+            how = "" if isinstance(error, CallerError) else f" {again}"
             told.add_note(f"  {scored} of {scoring.total} examples are scored and kept in {scoring.folder.path}.{how}")
         raise told from error.__cause__

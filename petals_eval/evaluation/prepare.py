@@ -20,7 +20,8 @@ from petals_eval.errors import ConfigError, ModelError
 from petals_eval.evaluation.shots import RowsAndShots, row_code_of, rows_and_shots, with_prompt
 from petals_eval.remote_model import LocalSide, check_device, dtype_of
 from petals_eval.runs.code_hash import answering_code, task_code
-from petals_eval.runs.folder import RunFolder, check_folder, holds_finished
+from petals_eval.runs.disk import check_room
+from petals_eval.runs.folder import DEFAULT_PARENT, RunFolder, check_folder, holds_finished
 from petals_eval.runs.manifest import AdapterRecord, DataRecord, Manifest, ModelRecord, check_names
 from petals_eval.runs.privacy import shareable_name
 from petals_eval.runs.results import WITHOUT_PROMPTS
@@ -51,6 +52,8 @@ __all__ = [
 
 NO_ADAPTER = "no prompts"
 """The journal's name for a model evaluated as it is."""
+BYTES_AN_EXAMPLE = 500
+"""What the journal and the predictions take for each, by which a disk is refused that is too full from the start."""
 _FIRST_EXAMPLES = 50
 """Enough to know how long the examples are, on average."""
 
@@ -171,8 +174,11 @@ def prepare(
     check_parts(thresholds, asked.columns)
     piece = None if shard is None else Shard.parse(shard)
     is_finished = may_be_finished and out is not None and holds_finished(out)
+    place = None if is_finished or not is_kept else Path(DEFAULT_PARENT if out is None else out)
     if out is not None and not is_finished:
         check_folder(out)
+    if place is not None:
+        check_room(place)
     given = _rows_or_source(asked, data, source_settings)
     source = None if isinstance(given, Rows) else given
 
@@ -187,6 +193,8 @@ def prepare(
     rows = found.rows
     part = rows if piece is None else piece.of(rows)
     variants = _variants(side.adapters, without_prompts)
+    if place is not None:
+        check_room(place, BYTES_AN_EXAMPLE * len(part) * len(variants))
     for _, adapter in variants:
         _check_head(side.local, asked, adapter)
     asked = _bound(asked, side.local, [adapter for _, adapter in variants])

@@ -85,7 +85,7 @@ class Pending:
 class PendingExamples:
     """The examples of a variant whose answers are still out.
 
-    check_length: raises ExampleError for a request that is longer than the model reads.
+    check: raises ExampleError for a request that the model cannot be asked, such as one that is longer than it reads.
     on_failed: told of each example that cannot be computed, and of who computed a part of it.
     fail_fast: stops the run; not by examples too long for the model while others are out, which may yet be scored.
     """
@@ -94,12 +94,12 @@ class PendingExamples:
         self,
         examples: Iterable[Example],
         *,
-        check_length: Callable[[Request], object],
+        check: Callable[[Request], object],
         on_failed: Callable[[Example, ExampleError, Collection[ServerUsed]], object],
         fail_fast: FailFast,
     ):
         self._examples = examples
-        self._check_length = check_length
+        self._check = check
         self._on_failed = on_failed
         self._fail_fast = fail_fast
         self._pending: dict[str, Pending] = {}
@@ -111,7 +111,7 @@ class PendingExamples:
                 if example.error is not None:
                     raise example.error
                 for request in example.requests:
-                    self._check_length(request)
+                    self._check(request)
             except ExampleError as error:
                 self._on_failed(example, error, ())
                 if not self._pending:
@@ -194,7 +194,7 @@ class Scoring:
         fail_fast = FailFast(any_scored=bool(done_before))
         pending = PendingExamples(
             self._left(done_before, adapter, task),
-            check_length=lambda request: local.check_length(len(request.input_ids), prefix, request.new_tokens),
+            check=lambda request: local.check_request(request, prefix),
             on_failed=partial(self._record_failure, name),
             fail_fast=fail_fast,
         )

@@ -160,8 +160,8 @@ class _Generation:
             if decoding is None or not request.input_ids:
                 raise CallerError("expected requests with a decoding and a token at least to go on from")
             try:
-                self._local.check_length(len(request.input_ids), self._prefix, request.new_tokens)
-            except RequestTooLargeError as error:
+                self._local.check_request(request, self._prefix)
+            except ExampleError as error:
                 self._on_failed(request, error)
                 continue
             text = GrowingText(decoding, self._local.tokenizer, self._ends)

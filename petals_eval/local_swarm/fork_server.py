@@ -54,16 +54,18 @@ class ForkServer:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the fork server
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         # One thread of arithmetic a server: many servers share this machine.
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        # transformers makes its models' documentation of docstrings, which `python -OO` would take from it.
+        variables |= {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "PYTHONOPTIMIZE": ""}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND, str(theirs.fileno()), model_type],
+                [sys.executable, "-W", "ignore", "-c", _COMMAND, str(theirs.fileno()), model_type],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
                 start_new_session=True,
-                env={**os.environ, **threads, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+                env={**os.environ, **variables},
             )
 
     def fork(self, settings: ServerSettings, control: socket.socket, log: IO[bytes], deadline: float) -> int:

@@ -7,12 +7,12 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from pydantic import ValidationError
 
-from petals_eval.config import checked_peers
+from petals_eval.config import Dtype, checked_peers
 from petals_eval.errors import ConfigError, ModelError
 from petals_eval.local_swarm.fork_server import ForkServer
 from petals_eval.local_swarm.handles import LocalServer, ProcessServer, ThreadServer
@@ -32,6 +32,7 @@ __all__ = ["LocalSwarm", "split_evenly"]
 _BOOTSTRAP_TIMEOUT = 30.0
 """Seconds that the launcher's own node may take to start, and to end."""
 _POLL_PERIOD = 0.2  # seconds
+_DTYPES = get_args(Dtype)
 
 
 class LocalSwarm:
@@ -77,7 +78,13 @@ class LocalSwarm:
         """
         self.model = str(model)
         source = open_source(self.model, revision=revision, token=token, cache_dir=cache_dir, error=ModelError)
-        family, self.num_blocks = _read_config(source)
+        family, self.num_blocks, dtype = _read_config(source)
+        if options.get("dtype") is None and dtype not in (None, *_DTYPES):
+            raise ModelError(
+                f"the blocks of {source} are stored in {dtype}, in which no server computes; expected one of "
+                f"{', '.join(_DTYPES)}. Say in which of them (--dtype of `petals-eval swarm`, dtype=... in Python), or "
+                "convert the model by `model.to(torch.float32).save_pretrained(FOLDER)`."
+            )
         self._model_type = family.model_type
         self.dht_prefix = dht_prefix or _default_prefix(source, family)
         self.mode = mode
@@ -237,8 +244,8 @@ def _default_prefix(source: Source, family: Family) -> str:
     return default_prefix(family.model_type, source.name)
 
 
-def _read_config(source: Source) -> tuple[Family, int]:
-    """Read the family and the number of blocks without the seconds that importing transformers takes."""
+def _read_config(source: Source) -> tuple[Family, int, str | None]:
+    """Read the family, the number of blocks and the dtype, where one is named, without importing transformers."""
     path = source.find("config.json")
     if path is None:
         raise ModelError(f"{source} has no config.json; expected a model in Hugging Face's format.")
@@ -250,4 +257,5 @@ def _read_config(source: Source) -> tuple[Family, int]:
     num_blocks = getattr(config, family.blocks_field, None) or getattr(config, "n_layer", None)  # BLOOM's own name
     if not isinstance(num_blocks, int):
         raise ModelError(f"{path}: expected {family.blocks_field}, a number of blocks, found {num_blocks!r}")
-    return family, num_blocks
+    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    return family, num_blocks, None if dtype is None else str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Metrics of every kind of task: pure functions on arrays, by scikit-learn where it has them, with 95% intervals."""
+"""Metrics of every kind of task: pure functions on arrays with the values of scikit-learn, and 95% intervals."""
 
 from petals_eval.metrics.accuracy import accuracy, balanced_accuracy, majority_baseline
 from petals_eval.metrics.answers import Metric, Spread

@@ -15,9 +15,7 @@ def accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
     >>> accuracy([0, 1, 2, 2], [0, 1, 1, 2])
     0.75
     """
-    from sklearn.metrics import accuracy_score
-
-    return float(accuracy_score(labels, predictions))
+    return float(np.mean(np.asarray(labels) == np.asarray(predictions)))
 
 
 def balanced_accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
@@ -26,11 +24,7 @@ def balanced_accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
     >>> balanced_accuracy([0, 0, 0, 1], [0, 0, 0, 0])
     0.5
     """
-    from sklearn.metrics import recall_score
-
-    # As sklearn's balanced_accuracy_score, which warns where a label is predicted that does not occur.
-    present = np.unique(np.asarray(labels))
-    return float(recall_score(labels, predictions, labels=present, average="macro", zero_division=0))
+    return float(balanced_accuracies(Tallies.of(labels, predictions))[0])
 
 
 def majority_baseline(labels: ArrayLike) -> float:

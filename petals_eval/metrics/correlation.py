@@ -17,11 +17,7 @@ def mcc(labels: ArrayLike, predictions: ArrayLike) -> float:
     >>> round(mcc([0, 0, 1, 1], [0, 0, 1, 0]), 4)
     0.5774
     """
-    from sklearn.metrics import matthews_corrcoef
-
-    if len(np.union1d(np.asarray(labels), np.asarray(predictions))) < 2:
-        return 0.0  # scikit-learn's value too, but it warns
-    return float(matthews_corrcoef(labels, predictions))
+    return float(resampled_mcc(Tallies.of(labels, predictions))[0])
 
 
 def resampled_mcc(tallies: Tallies) -> np.ndarray:

@@ -25,10 +25,9 @@ def precision_recall_f1(labels: ArrayLike, predictions: ArrayLike, average: str)
     >>> [round(score, 4) for score in precision_recall_f1([0, 1, 2, 2], [0, 1, 1, 2], "macro")]
     [0.8333, 0.8333, 0.7778]
     """
-    from sklearn.metrics import precision_recall_fscore_support
-
-    scores = precision_recall_fscore_support(labels, predictions, average=average, zero_division=0)
-    return float(scores[0]), float(scores[1]), float(scores[2])
+    tallies = Tallies.of(labels, predictions)
+    precision, recall, f1 = (float(resampled_average(score, average, tallies)[0]) for score in SCORES)
+    return precision, recall, f1
 
 
 def per_class(labels: ArrayLike, predictions: ArrayLike, n_labels: int) -> tuple[list[float], list[float], list[float]]:
@@ -37,16 +36,9 @@ def per_class(labels: ArrayLike, predictions: ArrayLike, n_labels: int) -> tuple
     >>> per_class([0, 0, 1], [0, 0, 0], 2)
     ([0.6666666666666666, nan], [1.0, 0.0], [0.8, 0.0])
     """
-    from sklearn.metrics import precision_recall_fscore_support
-
-    scores = precision_recall_fscore_support(
-        labels, predictions, labels=range(n_labels), average=None, zero_division=np.nan
-    )
-    precision, recall, f1 = (np.asarray(score, dtype=np.float64) for score in scores[:3])
-    # F1 = 2 right / (predicted + labelled) is 0/0 only for a label that neither occurs nor is predicted.
-    seen = np.isin(np.arange(n_labels), np.union1d(np.asarray(labels), np.asarray(predictions)))
-    f1 = np.where(seen, np.nan_to_num(f1, nan=0.0), np.nan)
-    return precision.tolist(), recall.tolist(), f1.tolist()
+    tallies = Tallies.of(labels, predictions, n_labels)
+    precision, recall, f1 = (resampled_per_class(score, tallies)[0].tolist() for score in SCORES)
+    return precision, recall, f1
 
 
 def resampled_per_class(score: str, tallies: Tallies) -> np.ndarray:

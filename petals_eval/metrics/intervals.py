@@ -91,9 +91,11 @@ class Tallies:
         return self.labelled.sum(axis=1)
 
     @classmethod
-    def of(cls, labels: NDArray[np.int64], predictions: NDArray[np.int64], n_labels: int) -> "Tallies":
-        """Return the tallies of the examples themselves: one row."""
-        cells, counts = _cells(labels, predictions, n_labels)
+    def of(cls, labels: ArrayLike, predictions: ArrayLike, n_labels: int | None = None) -> "Tallies":
+        """Return the tallies of the examples themselves: one row. n_labels: None for those up to the highest label."""
+        truth, predicted = np.asarray(labels, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
+        n_labels = n_labels or 1 + max(int(truth.max()), int(predicted.max()))
+        cells, counts = _cells(truth, predicted, n_labels)
         return cls._of_draws(counts[None, :], cells, n_labels)
 
     @classmethod

@@ -16,10 +16,7 @@ def log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
     >>> round(log_loss([0, 1], [[0.9, 0.1], [0.4, 0.6]]), 4)
     0.3081
     """
-    from sklearn.metrics import log_loss as sklearn_log_loss
-
-    shares = np.asarray(probabilities, dtype=np.float64)
-    return float(sklearn_log_loss(labels, shares, labels=range(shares.shape[1])))
+    return float(losses(np.asarray(labels), np.asarray(probabilities, dtype=np.float64)).mean())
 
 
 def brier(labels: ArrayLike, probabilities: ArrayLike) -> float:

@@ -21,13 +21,13 @@ def roc_auc(labels: ArrayLike, probabilities: ArrayLike) -> float | None:
     >>> roc_auc([1, 1], [[0.5, 0.5], [0.2, 0.8]]) is None
     True
     """
-    from sklearn.metrics import roc_auc_score
-
     truth, shares = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
     present = np.unique(truth)
     if len(present) < 2:
         return None
-    return float(np.mean([roc_auc_score(truth == k, shares[:, k]) for k in _ranked(present, shares.shape[1])]))
+    once = np.ones(len(truth))
+    ranked = _ranked(present, shares.shape[1])
+    return float(np.mean([_Ranking(truth == k, shares[:, k]).area(once) for k in ranked]))
 
 
 def _ranked(present: np.ndarray, n_labels: int) -> list[int]:

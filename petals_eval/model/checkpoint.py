@@ -156,12 +156,12 @@ def load_tokenizer(source: Source) -> Any:
     place, options = source.for_transformers()
     try:
         try:
-            return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
         except ValueError:
             # transformers 5 names classes that older ones lack, yet tokenizer.json says all of the same tokenizer.
             if source.find("tokenizer.json") is None:
                 raise
-            return PreTrainedTokenizerFast.from_pretrained(place, **options)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(place, **options)
     except Exception as error:  # tokenizers raises Exception itself for a file it cannot read
         if type(error) is not Exception and not isinstance(error, _UNREADABLE):
             raise
@@ -170,6 +170,12 @@ def load_tokenizer(source: Source) -> Any:
             f"{source} has no tokenizer that can be loaded by transformers {version('transformers')} and tokenizers "
             f"{version('tokenizers')}: {reason}. Files written by newer releases may need these."
         ) from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers 5 makes an empty one of no file
+        raise ModelError(
+            f"{source} has no tokenizer: expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt as of "
+            "older families, found none that knows a word. Copy it from the model that this one was made of."
+        )
+    return tokenizer
 
 
 def _read_config(source: Source) -> tuple[Any, bool]:

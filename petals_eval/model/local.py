@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from petals_eval.data.batching import MicroBatch
-from petals_eval.errors import AdapterError, ConfigError, ModelError, RequestTooLargeError
+from petals_eval.errors import AdapterError, ConfigError, ModelError, RequestTooLargeError, UnknownTokenError
 from petals_eval.model.adapter import Adapter, hash_tensors
 from petals_eval.model.arithmetic import isolated_arithmetic
 from petals_eval.model.checkpoint import Checkpoint
@@ -20,6 +20,7 @@ from petals_eval.model.pooling import POOLINGS, Pooling, pooled_token
 from petals_eval.model.rotary import rotary_scaling
 from petals_eval.model.tensor_files import shown_name
 from petals_eval.model.tensor_roles import Role, block_number, find_head, looks_like_head, role_of
+from petals_eval.validation import shorten
 
 __all__ = ["LocalModel", "LocalPart"]
 
@@ -39,6 +40,9 @@ class Answerable(Protocol):
 
     @property
     def asks_greedy(self) -> bool: ...
+
+    @property
+    def new_tokens(self) -> int: ...
 
 
 R = TypeVar("R", bound=Answerable)
@@ -260,6 +264,23 @@ class LocalPart(nn.Module, ABC):
                 f"on the longest call that anybody sent it, so no number of this row could be trusted. {advice}"
             )
         raise RequestTooLargeError(f"{positions}; this {self.family.title} reads {self.context} at most. {advice}")
+
+    def check_request(self, request: Answerable, prefix: int) -> None:
+        """Raise RequestTooLargeError for a request longer than what the model reads after `prefix` prompt tokens, and
+        UnknownTokenError for a token that it does not have."""
+        self.check_length(len(request.input_ids), prefix, request.new_tokens)
+        self._check_tokens(request.input_ids, self.embeddings.weight.shape[0])
+        if request.targets:
+            self._check_tokens([token for _, token in request.targets], self._lm_vocabulary())
+
+    def _check_tokens(self, tokens: Sequence[int], vocabulary: int) -> None:
+        odd = next((token for token in tokens if not 0 <= token < vocabulary), None)
+        if odd is not None:
+            raise UnknownTokenError(
+                f"token {odd} ({shorten(self.tokenizer.decode([odd]))}) is outside this model's vocabulary, 0 to "
+                f"{vocabulary - 1}: its tokenizer was given more tokens than the model. Use the model that was resized "
+                "for it, or take the token out of the text."
+            )
 
     def embed(self, input_ids: torch.Tensor, adapter: Adapter | None = None) -> torch.Tensor:
         """Return the input of the first block: prompts, then the text's embeddings.

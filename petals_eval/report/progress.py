@@ -88,7 +88,9 @@ class ProgressDisplay:
         rate = self._rate()
         if rate is not None:
             parts.append(f"{rate_text(rate)} ex/s")
-            if self._total is not None and rate > 0 and self._done < self._total:
+            if self._waiting is not None:
+                parts.append("waiting")
+            elif self._total is not None and rate > 0 and self._done < self._total:
                 parts.append(f"{_duration((self._total - self._done) / rate)} left")
         parts += [plural(self._retries, "retry", "retries"), plural(self._servers, "server")]
         return " · ".join(parts)
@@ -102,9 +104,12 @@ class ProgressDisplay:
         self._console.print(Text(printable(line)), soft_wrap=True)
 
     def _draw(self) -> RenderableType:
-        bar = ProgressBar(total=self._total, completed=self._done, width=BAR_WIDTH, pulse=self._total is None)
-        row = Table.grid(padding=(0, 1))
-        row.add_row(bar, Text(self.status()))
+        status = Text(self.status(), no_wrap=True, overflow="ellipsis")
+        row: RenderableType = status
+        if BAR_WIDTH + 1 + status.cell_len <= self._console.width:
+            bar = ProgressBar(total=self._total, completed=self._done, width=BAR_WIDTH, pulse=self._total is None)
+            row = Table.grid(padding=(0, 1))
+            row.add_row(bar, status)
         return row if self._waiting is None else Group(row, Text(self._waiting))
 
     def __enter__(self) -> Self:

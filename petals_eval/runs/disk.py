@@ -3,13 +3,14 @@
 import contextlib
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from petals_eval.errors import MachineError
 
-__all__ = ["TEMPORARY_SUFFIX", "advice", "blame_the_machine", "write_atomically"]
+__all__ = ["TEMPORARY_SUFFIX", "advice", "blame_the_machine", "check_room", "write_atomically"]
 
 TEMPORARY_SUFFIX = ".part"
 
@@ -37,6 +38,22 @@ def blame_the_machine(path: Path) -> Iterator[None]:
     except OSError as error:
         found = error.strerror or type(error).__name__
         raise MachineError(f"Expected to use {path}; found: {found}. {advice(error.errno)}") from error
+
+
+def check_room(folder: Path, wanted: int = 0) -> None:
+    """Raise MachineError where no folder could be written at `folder`, or less than `wanted` bytes are free there.
+
+    It is tried, in the nearest folder that is there, and undone: permissions alone do not say it.
+    """
+    with blame_the_machine(folder):
+        above = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+        Path(tempfile.mkdtemp(prefix=".petals-eval-", suffix=TEMPORARY_SUFFIX, dir=above)).rmdir()
+        free = shutil.disk_usage(above).free
+    if free < wanted:
+        raise MachineError(
+            f"Expected {wanted / 1e6:.1f} MB of room for what is written at {folder}; found {free / 1e6:.1f} MB free. "
+            "Free some space, or choose another folder with --out."
+        )
 
 
 def write_atomically(path: Path, parts: Iterable[str]) -> None:

@@ -28,9 +28,13 @@ from petals_eval.runs.texts import TEXTS_FILE, TextFile
 from petals_eval.tasks.requests import Prediction
 from petals_eval.text import listed
 
-__all__ = ["RunFolder", "check_folder", "holds_finished", "new_default_folder"]
+__all__ = ["DEFAULT_PARENT", "RunFolder", "check_folder", "holds_finished", "new_default_folder"]
 
 PREDICTIONS_SCHEMA = 2
+
+
+DEFAULT_PARENT = "runs"
+"""Where the folders of runs are made that were given none."""
 
 
 class RunFolder:
@@ -383,7 +387,7 @@ def new_default_folder(name: str) -> Path:
     stem = f"{stem}-{datetime.now():%Y-%m-%d-%H%M}"
     count = 1
     while True:
-        folder = Path("runs") / (stem if count == 1 else f"{stem}-{count}")
+        folder = Path(DEFAULT_PARENT) / (stem if count == 1 else f"{stem}-{count}")
         with blame_the_machine(folder):
             try:
                 folder.mkdir(parents=True)

@@ -65,6 +65,7 @@ class Journal:
         self._next_commit = float("-inf")
         self._closed = False
         self._connection = connect(path, create=create, read_only=read_only)
+        self._read_only = read_only
         most_values = self._connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)  # 999 in some builds
         self._rows_together = min(ROWS_TOGETHER, most_values // len(Row._fields))
         self._tables = LookupTables(self._connection)
@@ -204,7 +205,24 @@ class Journal:
             finally:
                 self._closed = True
                 with blame_sqlite(self.path):
+                    whole = self._read_only or self._is_in_one_file()
                     self._connection.close()
+            if not whole:
+                raise MachineError(
+                    f"{self.path} is complete only together with {self.path.name}-wal beside it: there was no room to "
+                    "join them. Nothing is lost: keep them together, or free some space and open the run once more."
+                )
+
+    def _is_in_one_file(self) -> bool:
+        """Bring all that was committed into the file itself, and return whether that could be done: SQLite, when it
+        closes a file, says nothing of a full disk."""
+        try:
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.OperationalError as error:
+            if (error.sqlite_errorname or "").startswith(("SQLITE_FULL", "SQLITE_IOERR")):
+                return False
+            raise
+        return True
 
     def __enter__(self) -> Self:
         return self

@@ -49,7 +49,6 @@ PACKAGES = (
     "tokenizers",
     "hivemind",
     "numpy",
-    "scikit-learn",
     "datasets",
     "peft",
     "petals",

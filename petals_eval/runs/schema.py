@@ -126,12 +126,20 @@ def _prepare(connection: sqlite3.Connection, path: Path, create: bool, read_only
         )
 
 
+_NO_LOCKS = (
+    "The file system gives no locks or no shared memory, as some network file systems (NFS, SMB): choose a local "
+    "folder with --out."
+)
 _WHAT_TO_DO = {
     "SQLITE_FULL": "The disk is full: free some space, then run the same command again; what was scored is kept.",
     "SQLITE_READONLY": "The file or its folder is read-only: make it writable, or choose another folder with --out.",
     "SQLITE_CANTOPEN": "It cannot be opened: check the permissions of the folder, or choose another one with --out.",
     "SQLITE_IOERR": "The disk failed to read or write: check it (is it full or removed?), then run the command again.",
-    "SQLITE_BUSY": "Another process holds it: wait until that run ends, or choose another folder with --out.",
+    "SQLITE_IOERR_LOCK": _NO_LOCKS,
+    "SQLITE_IOERR_SHM": _NO_LOCKS,
+    "SQLITE_PROTOCOL": _NO_LOCKS,
+    "SQLITE_BUSY": "Another process holds it: wait until that run ends, or choose another folder with --out. If nobody "
+    "does: is it on a network file system (NFS, SMB) that gives no locks? Then choose a local folder.",
     "SQLITE_LOCKED": "Another process holds it: wait until that run ends, or choose another folder with --out.",
     "SQLITE_PERM": "No permission: check the permissions of the folder, or choose another one with --out.",
 }

@@ -1,6 +1,7 @@
 """The event loop of a connection: one thread in which everything that waits for the network runs."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
@@ -8,7 +9,7 @@ from typing import Any, TypeVar
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from petals_eval.errors import SwarmError
+from petals_eval.errors import ConfigError, SwarmError
 
 __all__ = ["EventLoop"]
 
@@ -25,10 +26,17 @@ class EventLoop:
         """name: of the thread."""
         self._context = start_blocking_portal("asyncio", {"use_uvloop": True}, name=name)
         self._portal: BlockingPortal | None = self._context.__enter__()
+        self._thread = self._portal.call(threading.current_thread)
         self._background: list[Future[Any]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._lost_because: str | None = None
         self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is the process whose loop it is: a forked one has no thread that runs it."""
+        return os.getpid() == self._process
 
     def run(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run a coroutine function in the loop and wait for it; an interrupt here cancels it there."""
@@ -43,8 +51,13 @@ class EventLoop:
         """Start a coroutine function in the loop. Cancelling the future cancels it.
 
         Raises SwarmError after close(), and in the future when the loop was given up; RuntimeError from within the
-        loop itself: waiting there would never end.
+        loop itself: waiting there would never end; ConfigError in a process that was forked from the loop's.
         """
+        if not self.is_ours:
+            raise ConfigError(
+                f"the connection to the swarm belongs to process {self._process}, and a process forked from it "
+                f"({os.getpid()}) has no part in it: open a RemoteModel of its own there, or start it by spawn."
+            )
         if self._portal is None:
             raise SwarmError("the connection to the swarm is closed: connect again")
         return self._portal.start_task_soon(self._while_not_lost, function, *args)
@@ -75,7 +88,16 @@ class EventLoop:
             task.cancel()
 
     def close(self, last: Callable[[], Awaitable[object]]) -> None:
-        """Cancel everything, run `last`, and end the thread. Safe to call twice: the second call does nothing."""
+        """Cancel everything, run `last`, and end the thread. Safe to call twice: the second call does nothing.
+
+        In a forked process it does nothing at all: the connection is its parent's. Called from within the loop, as the
+        garbage collector may, it goes on in a thread of its own.
+        """
+        if not self.is_ours:
+            return
+        if threading.current_thread() is self._thread:
+            threading.Thread(target=self.close, args=(last,), name="closing").start()
+            return
         with self._lock:
             portal, self._portal = self._portal, None
         if portal is None:

@@ -281,7 +281,7 @@ def _with_own_folder(values: dict[str, Any], folder: Path | None) -> dict[str, A
 
 def _check_metrics(task: Task, origin: str) -> None:
     """Raise TaskError for unknown metrics, before anything is computed. Shipped tasks are checked by their test."""
-    from petals_eval.metrics import check_metric_names  # here, because scikit-learn takes a second to import
+    from petals_eval.metrics import check_metric_names  # here, because listing tasks needs no numpy
 
     try:
         check_metric_names(task.metrics, task.kind, label_names=task.label_names)

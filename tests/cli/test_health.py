@@ -22,7 +22,8 @@ def test_a_clean_swarm_is_healthy_and_ends_with_0(stage: Stage) -> None:
     assert outcome.code == 0
     assert "stories260K-hf   healthy   5/5 blocks, thinnest: block 0 (1 server)" in outcome.out
     assert "0 █████  1 to 1 server a block" in outcome.out
-    assert "3 servers, asked up to level route" in outcome.out and outcome.err == "page: health.html\n"
+    assert "3 servers, asked up to level route" in outcome.out
+    assert outcome.err == "checking what is asked for\nasking the swarm's servers\npage: health.html\n"
     assert "✓</span> healthy" in Path("health.html").read_text()
 
 

@@ -255,9 +255,15 @@ def test_the_readme_names_what_there_is() -> None:
     assert all(family.title in README for family in FAMILIES.values())
     for name in ("reviews.yaml", "questions.yaml", "words.yaml", "alike.yaml"):
         assert load_task(name).name == Path(name).stem
-    commands = ("run", "show", "tasks", "health", "swarm", "bootstrap", "bench forward", "bench inference")
+    commands = ("", "run", "show", "tasks", "health", "swarm", "bootstrap", "bench forward", "bench inference")
     shown = "".join(invoke(*command.split(), "--help").out for command in commands)
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--help", "--version", "--servers"}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {
+        "--help",
+        "--version",
+        "--servers",
+        "--config-settings",
+        "--index-url",
+    }
     assert [flag for flag in sorted(flags) if flag not in shown] == []
     for name in petals_eval.metrics.METRICS:
         stem = re.sub(r"_(macro|micro|weighted|per_class)$", "", name)

@@ -280,12 +280,22 @@ def test_a_dry_run_counts_the_bytes_of_the_wire(stage: Stage) -> None:
     assert sizes == [pytest.approx(sizes[0] / share, abs=0.1) for share in (1, 2, 4)]
 
 
-def test_a_dry_run_works_without_a_swarm(stage: Stage) -> None:
+def test_a_dry_run_is_a_gate(stage: Stage) -> None:
+    """Without a swarm it shows all the rest, and its exit code says that a run could not begin."""
     command = [*stage.on_task("trec", stage.trec), "--adapter", stage.adapter(), "--limit", 3, "--dry-run"]
     outcome = invoke(*command, "--initial-peers", NOBODY, "--dht-prefix", "x")
-    assert outcome.code == 0
+    assert outcome.code == 3
     assert "the swarm could not be asked:" in outcome.out
     assert "no initial peer answered" in outcome.out
+    assert outcome.out.endswith("nothing was sent\n")
+    outcome = invoke(*command, "--initial-peers", stage.peer, "--dht-prefix", "x")
+    assert outcome.code == 3 and "  nobody announces 'x' on this swarm" in outcome.out
+    found = json.loads(invoke(*command, "--initial-peers", stage.peer, "--dht-prefix", "x", "--json").out)
+    assert (found["is_reachable"], found["missing_blocks"]) == (True, [[0, 5]])
+    outcome = invoke(*command, *stage.swarm, "--json")
+    found = json.loads(outcome.out)
+    assert (outcome.code, found["is_reachable"], found["missing_blocks"]) == (0, True, [])
+    assert len(found["servers"]) == 4
     outcome = invoke(*command, "--local-swarm", 2)
     assert outcome.code == 0
     assert "  blocks 0:3  a server embedded on this machine" in outcome.out

@@ -1,5 +1,7 @@
 """Local files: every row survives, memory and disk stay clean, and errors name the row."""
 
+import bz2
+import lzma
 from pathlib import Path
 
 import pytest
@@ -296,3 +298,32 @@ def test_a_source_without_a_path():
 def test_a_token_is_never_shown():
     source = DataSource(path="a/b", token="hf_secret")
     assert "hf_secret" not in repr(source) + str(source) + source.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n", "git lfs pull"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n", "git lfs pull"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n", "git lfs pull"),
+        ("a.csv.bz2", bz2.compress(b"text\na\n"), "compressed with bzip2"),
+        ("a.csv.xz", lzma.compress(b"text\na\n"), "compressed with xz"),
+        ("a.csv.zst", b"\x28\xb5\x2f\xfd\x00", "compressed with zstd"),
+        ("a.xlsx", b"PK\x03\x04\x14\x00", "an Excel workbook"),
+        ("a.arrow", b"ARROW1\x00\x00", "an Arrow file: save it as parquet"),
+        ("a.txt", b"PAR1\x15\x04", "a parquet file: give it the suffix .parquet"),
+        ("a.parquet", b"PK\x03\x04\x14\x00", "an Excel workbook"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_by_its_true_name(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    message = fails(str(tmp_path / name))
+    assert says in message and "encoding" not in message
+
+
+def test_another_suffix_of_parquet(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.pq")
+    assert [row.columns for row in load(str(tmp_path / "a.pq"))] == [{"text": "a"}]

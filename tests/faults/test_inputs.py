@@ -170,7 +170,7 @@ CSV = [
     Case("excelsep.csv", "Excel's first line is no header", Wrong("no column text", "sep=")),
     Case("trailing_comma.csv", "one cell too many", Wrong("row 0 (line 2): expected 2 columns (text, label), found 3")),
     Case("cr.csv", "line ends of old Macs: no row may be made of them", Wrong("line 1")),
-    Case("gz.csv.gz", "bytes of a compressed file are no text", Wrong("is not utf-8")),
+    Case("gz.csv.gz", "bytes of a compressed file are no text", Wrong("it is compressed with gzip")),
     Case("empty.csv", "no bytes", Wrong("is empty: expected at least one row")),
     Case("blank_only.csv", "blank lines are no rows", Wrong("has no rows: it holds only blank lines")),
     Case("header_only.csv", "a header is no row", Wrong("is empty: expected at least one row")),
@@ -282,7 +282,7 @@ PARQUET = [
     Case("dupcol.parquet", "which of them is text nobody knows", Wrong("cannot be read")),
     Case("odd_types.parquet", "a type that datasets does not know", Wrong("cannot be read", "map<string, int64")),
     Case("actually_csv.parquet", "csv under a wrong name", Wrong("expected a parquet file")),
-    Case("lfs_pointer.parquet", "a pointer of git lfs", Wrong("expected a parquet file")),
+    Case("lfs_pointer.parquet", "a pointer of git lfs", Wrong("it is a pointer of git lfs", "git lfs pull")),
     Case("truncated.parquet", "half a file", Wrong("expected a parquet file")),
 ]
 
@@ -389,7 +389,7 @@ def test_a_huge_cell_is_read_or_refused_and_never_cut(tmp_path: Path) -> None:
 def test_a_compressed_file_gives_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "a", "label": 1}\n'))
-    with pytest.raises(DataError, match="is not utf-8"):
+    with pytest.raises(DataError, match="it is compressed with gzip: unpack it first"):
         load_rows(DataSource(path=str(path)))
 
 

@@ -5,15 +5,23 @@ What is right is Hugging Face's own forward of one row, by a model that was call
 
 import csv
 import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
+from transformers import AutoTokenizer
 
 import petals_eval
-from petals_eval.errors import AdapterError, TaskError
+from petals_eval.config import CallSettings
+from petals_eval.demo import demo_paths
+from petals_eval.errors import AdapterError, ModelError, TaskError
+from petals_eval.evaluation.dry_run import dry_run
+from petals_eval.evaluation.prepare import prepare
 from petals_eval.local_swarm import LocalSwarm
+from petals_eval.remote_model import LocalSide, load_local
 from petals_eval.tasks import ClassificationTask
 
 INPUTS = Path(__file__).parent / "inputs"
@@ -130,17 +138,61 @@ def test_outputs_in_another_order_than_the_tasks_labels_are_an_error(tmp_path):
 
 def test_a_head_under_an_unknown_name_is_an_error():
     """A4: the base model's own random head was used in its place."""
-    from petals_eval.remote_model import load_local
-
     says = r"holds base_model\.model\.classification_head\.weight, which .* would leave out"
     with pytest.raises(AdapterError, match=says):
         load_local(str(INPUTS / "models" / "seqm"), str(INPUTS / "adapters" / "head_other_name"))
 
 
 def test_prompts_of_a_compiled_model_are_read():
-    from petals_eval.remote_model import load_local
-
     _, [adapter] = load_local(str(INPUTS / "models" / "seqm"), str(INPUTS / "adapters" / "orig_mod_prefix"))
     state = torch.load(INPUTS / "adapters" / "orig_mod_prefix" / "petals_state_dict.pt")
     assert torch.equal(adapter.prompts, state["_orig_mod.model.prompt_embeddings.weight"])
     assert torch.equal(adapter.head_weight, state["_orig_mod.score.weight"])
+
+
+def test_a_token_that_the_model_does_not_have_is_a_failure_of_its_row(tmp_path):
+    """A padding token was added to the tokenizer, say, and the model was not resized for it."""
+    model = tmp_path / "model"
+    shutil.copytree(demo_paths().model, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(model)
+    rows = [{"text": f"a {word} meal", "label": "good"} for word in ("good", "<extra>", "bad", "<extra>")]
+    task = ClassificationTask(name="t", text="{text}", label_column="label", label_names=("bad", "good"))
+    local, adapters = load_local(str(model), str(demo_paths().prompts))
+    side = LocalSide(local, adapters, CallSettings(), "model")
+    plan = dry_run(prepare(lambda: side, task=task, data=rows, is_kept=False), adapters[0])
+    assert [key for key, _ in plan.failures] == ["1", "3"]
+    with (
+        LocalSwarm(model, servers=1, mode="thread") as swarm,
+        petals_eval.RemoteModel.from_pretrained(
+            model, adapter=demo_paths().prompts, initial_peers=swarm.initial_peers, dht_prefix=swarm.dht_prefix
+        ) as remote,
+    ):
+        result = petals_eval.evaluate(remote, task=task, data=rows, out=tmp_path / "run")
+    assert (result.first.n_scored, result.first.n_failed) == (2, 2)
+    failed = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()]
+    assert {each["key"]: each["reason"] for each in failed} == dict(plan.failures)
+    assert "token 143 ('<extra>') is outside this model's vocabulary, 0 to 142" in failed[0]["reason"]
+
+
+def test_a_tokenizer_of_sentencepiece_alone_is_read_as_sentencepiece_reads_it(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(demo_paths().model, model)
+    (model / "tokenizer.json").unlink()
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "unk_token": "<unk>", "add_bos_token": True}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"has no tokenizer: expected tokenizer\.json, tokenizer\.model"):
+        load_local(str(model))[0].tokenizer("a meal")
+    texts = [json.loads(line)["text"] for line in demo_paths().data.read_text().splitlines()]
+    (tmp_path / "corpus.txt").write_text("\n".join(texts))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(model / "tokenizer"),
+        model_type="bpe",
+        vocab_size=120,
+        minloglevel=2,
+    )
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
+    tokenizer = load_local(str(model))[0].tokenizer
+    assert [tokenizer(text)["input_ids"] for text in texts] == [[1, *reference.encode(text)] for text in texts]
