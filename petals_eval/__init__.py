@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from petals_eval import errors
+    from petals_eval.comparison.compare import Comparison, compare
     from petals_eval.config import PUBLIC_SWARM, SwarmSettings
     from petals_eval.data import DataSource
     from petals_eval.evaluation.batches import evaluate_batches
@@ -42,6 +43,7 @@ __all__ = [
     "AdapterResult",
     "ChoiceTask",
     "ClassificationTask",
+    "Comparison",
     "ContinuationTask",
     "DataSource",
     "GenerationTask",
@@ -58,6 +60,7 @@ __all__ = [
     "TaskGroup",
     "__version__",
     "check_health",
+    "compare",
     "errors",
     "evaluate",
     "evaluate_batches",
@@ -65,6 +68,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Comparison": "petals_eval.comparison.compare",
+    "compare": "petals_eval.comparison.compare",
     "PUBLIC_SWARM": "petals_eval.config",
     "SwarmSettings": "petals_eval.config",
     "DataSource": "petals_eval.data",

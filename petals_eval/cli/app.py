@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
-from petals_eval.cli import bench, bootstrap, demo, health, merge, run, show, swarm, tasks
+from petals_eval.cli import bench, bootstrap, compare, demo, health, merge, run, show, swarm, tasks
 from petals_eval.cli.command import GroupedCommand
 from petals_eval.cli.exit_codes import run_command
 from petals_eval.cli.verbose import with_verbose
@@ -25,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for module in (run, demo, swarm, bootstrap, merge, show, health, tasks):
+for module in (run, demo, swarm, bootstrap, merge, show, compare, health, tasks):
     name = module.__name__.rpartition(".")[2]
     register = app.command(name=name, help=module.HELP, short_help=module.SHORT, cls=GroupedCommand)
     register(with_verbose(getattr(module, name)))

@@ -4,7 +4,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from petals_eval.metrics.answers import Answers, Metric
-from petals_eval.metrics.intervals import Tallies, percentile_interval, wilson
+from petals_eval.metrics.intervals import Floats, Tallies, percentile_interval, wilson
+from petals_eval.metrics.resampling import Resampler
 
 __all__ = ["accuracy", "balanced_accuracy", "majority_baseline"]
 
@@ -48,6 +49,14 @@ def balanced_accuracies(tallies: Tallies) -> np.ndarray:
     occurs = tallies.labelled > 0
     recall = np.divide(tallies.right, tallies.labelled, out=np.zeros_like(tallies.right), where=occurs)
     return recall.sum(axis=1) / occurs.sum(axis=1)
+
+
+def balanced_accuracy_on_draws(answers: Answers) -> Resampler:
+    return lambda draws: {"balanced_accuracy": balanced_accuracies(answers.tallies(draws))}
+
+
+def right_answers(answers: Answers) -> dict[str, Floats]:
+    return {"accuracy": (answers.labels == answers.predictions).astype(np.float64)}
 
 
 def measure_accuracy(answers: Answers) -> list[Metric]:

@@ -1,6 +1,6 @@
 """What metrics are computed from, and what a metric is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from petals_eval.errors import ConfigError, DataError
-from petals_eval.metrics.intervals import Tallies
+from petals_eval.metrics.intervals import Floats, Tallies
+from petals_eval.metrics.resampling import Draws
 from petals_eval.metrics.scored_rows import ScoredRows
 
 __all__ = ["Answers", "Metric", "Spread"]
@@ -97,6 +98,15 @@ class Answers:
     def resampled_tallies(self) -> Tallies:
         """The tallies of the bootstrap, drawn once for all metrics of counts."""
         return Tallies.resampled(self.labels, self.predictions, self.n_labels, self.seed)
+
+    def tallies(self, draws: Draws) -> Tallies:
+        """Return the tallies of resamples of these rows."""
+        found: Tallies = draws.once(self, lambda: self._weighted(draws.weights))
+        return found
+
+    @cached_property
+    def _weighted(self) -> Callable[[Floats], Tallies]:
+        return Tallies.weighted(self.labels, self.predictions, self.n_labels)
 
     @classmethod
     def of(cls, rows: ScoredRows, label_names: Sequence[str], seed: int) -> "Answers":

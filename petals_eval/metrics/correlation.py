@@ -5,6 +5,7 @@ from numpy.typing import ArrayLike
 
 from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.intervals import Tallies, percentile_interval
+from petals_eval.metrics.resampling import Resampler
 
 __all__ = ["mcc"]
 
@@ -30,6 +31,10 @@ def resampled_mcc(tallies: Tallies) -> np.ndarray:
     covariance = tallies.right.sum(axis=1) * tallies.total - (tallies.labelled * tallies.predicted).sum(axis=1)
     spread = (total2 - (tallies.labelled**2).sum(axis=1)) * (total2 - (tallies.predicted**2).sum(axis=1))
     return np.divide(covariance, np.sqrt(spread), out=np.zeros_like(covariance), where=spread > 0)
+
+
+def mcc_on_draws(answers: Answers) -> Resampler:
+    return lambda draws: {"mcc": resampled_mcc(answers.tallies(draws))}
 
 
 def measure_mcc(answers: Answers) -> list[Metric]:

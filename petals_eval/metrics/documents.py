@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from petals_eval.metrics.answers import Metric
 from petals_eval.metrics.intervals import Floats, percentile_interval, resampled_means
 from petals_eval.metrics.probabilistic import fewer_resamples
+from petals_eval.metrics.resampling import Draws, Resampler
 from petals_eval.metrics.scored_rows import ScoredRows
 
 __all__ = ["Documents", "bits_per_unit", "nats_per_unit", "perplexity", "perplexity_per"]
@@ -86,6 +87,27 @@ class Documents:
 def measured(name: str, unit: Unit, *, in_bits: bool = False) -> Callable[[Documents], list[Metric]]:
     """Return what measures the perplexity by a unit, or the bits."""
     return partial(_measure, name, unit, (lambda nats: nats / math.log(2)) if in_bits else _exp)
+
+
+def on_draws(name: str, unit: Unit, *, in_bits: bool = False) -> Callable[[Documents], Resampler]:
+    """Return the resampler of the perplexity by a unit, or of the bits."""
+    return lambda documents: perplexity_on_draws(
+        name, documents.log_likelihoods, documents.units[unit], in_bits=in_bits
+    )
+
+
+def perplexity_on_draws(name: str, log_likelihoods: Floats, units: Floats, *, in_bits: bool = False) -> Resampler:
+    """Return the resampler of the perplexity of texts by any unit, as `perplexity_per`; or of the bits."""
+    columns = np.column_stack([log_likelihoods, units])
+
+    def resampler(draws: Draws) -> dict[str, Floats]:
+        sums = draws.sums(columns)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            nats = -sums[:, 0] / sums[:, 1]
+            found = nats / math.log(2) if in_bits else np.exp(nats)
+        return {name: np.where(np.isfinite(found), found, np.nan)}
+
+    return resampler
 
 
 def perplexity_per(name: str, log_likelihoods: Floats, units: Floats, seed: int) -> list[Metric]:

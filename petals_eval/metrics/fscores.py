@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike
 
 from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.intervals import Tallies, percentile_interval
+from petals_eval.metrics.resampling import Resampler
 
 __all__ = ["AVERAGES", "SCORES", "per_class", "precision_recall_f1", "resampled_average", "resampled_per_class"]
 
@@ -69,6 +70,22 @@ def resampled_average(score: str, average: str, tallies: Tallies) -> np.ndarray:
         return (scores * tallies.labelled).sum(axis=1) / tallies.total
     seen = (tallies.predicted + tallies.labelled) > 0
     return (scores * seen).sum(axis=1) / seen.sum(axis=1)
+
+
+def averaged_on_draws(score: str, average: str) -> Callable[[Answers], Resampler]:
+    """Return the resampler of `f1_macro` and its like."""
+    name = f"{score}_{average}"
+    return lambda answers: lambda draws: {name: resampled_average(score, average, answers.tallies(draws))}
+
+
+def per_class_on_draws(score: str) -> Callable[[Answers], Resampler]:
+    """Return the resampler of `f1_per_class` and its like."""
+
+    def resampler(answers: Answers) -> Resampler:
+        names = [f"{score}[{label}]" for label in answers.label_names]
+        return lambda draws: dict(zip(names, resampled_per_class(score, answers.tallies(draws)).T, strict=True))
+
+    return resampler
 
 
 def averaged(score: str, average: str) -> Callable[[Answers], list[Metric]]:

@@ -8,6 +8,7 @@ import numpy as np
 from petals_eval.metrics.answers import Metric
 from petals_eval.metrics.intervals import Floats, affordable, percentile_interval, resampled_means, row_weights, wilson
 from petals_eval.metrics.probabilistic import fewer_resamples
+from petals_eval.metrics.resampling import Draws, Resampler
 from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.metrics.spec import MetricSpec
 from petals_eval.metrics.text_libraries import corpus_columns, corpus_value
@@ -38,9 +39,13 @@ class GeneratedRows:
                 known = values[~np.isnan(values)]
                 yield column, known, _note(len(known), len(values))
 
+    def all_counts(self, name: str) -> Floats:
+        """Return the counts (n, columns) for BLEU or chrF; NaN in rows that have none."""
+        return np.stack([self.rows.column(column) for column in corpus_columns(name)], axis=1)
+
     def counts(self, name: str) -> tuple[Floats, str | None]:
         """Return the counts (n, columns) of the rows that have some, for BLEU or chrF."""
-        counts = np.stack([self.rows.column(column) for column in corpus_columns(name)], axis=1)
+        counts = self.all_counts(name)
         known = counts[~np.isnan(counts).any(axis=1)]
         return known, _note(len(known), len(counts))
 
@@ -95,12 +100,30 @@ def _corpus(name: str) -> Callable[[GeneratedRows], list[Metric]]:
     return measure
 
 
+def _terms(name: str) -> Callable[[GeneratedRows], dict[str, Floats]]:
+    return lambda texts: {column: texts.rows.column(column) for column, known, _ in texts.named(name) if len(known)}
+
+
+def _corpus_on_draws(name: str) -> Callable[[GeneratedRows], Resampler]:
+    def resampler(texts: GeneratedRows) -> Resampler:
+        counts = np.nan_to_num(texts.all_counts(name))
+
+        def compute(draws: Draws) -> dict[str, Floats]:
+            sums = draws.sums(counts)
+            return {name: np.array([corpus_value(name, each) if any(each) else np.nan for each in sums.tolist()])}
+
+        return compute
+
+    return resampler
+
+
 def _spec(
     name: str,
     title: str,
     about: str,
     measure: Callable[[GeneratedRows], list[Metric]],
     *,
+    resampler: Callable[[GeneratedRows], Resampler] | None = None,
     higher_is_better: bool = True,
     best: float | None = 1.0,
     is_share: bool = False,
@@ -114,6 +137,8 @@ def _spec(
         best=best,
         is_share=is_share,
         view=GeneratedRows.of,
+        terms=_terms(name) if resampler is None else None,
+        resampler=resampler,
     )
 
 
@@ -129,8 +154,22 @@ GENERATED_METRICS = (
     _spec(
         "token_f1", "token F1", "mean F1 of the words of a text and of a right one, as SQuAD has it", _mean("token_f1")
     ),
-    _spec("bleu", "BLEU", "of all texts together, 0 to 100, by sacrebleu (an extra)", _corpus("bleu"), best=100.0),
-    _spec("chrf", "chrF", "of all texts together, 0 to 100, by sacrebleu (an extra)", _corpus("chrf"), best=100.0),
+    _spec(
+        "bleu",
+        "BLEU",
+        "of all texts together, 0 to 100, by sacrebleu (an extra)",
+        _corpus("bleu"),
+        best=100.0,
+        resampler=_corpus_on_draws("bleu"),
+    ),
+    _spec(
+        "chrf",
+        "chrF",
+        "of all texts together, 0 to 100, by sacrebleu (an extra)",
+        _corpus("chrf"),
+        best=100.0,
+        resampler=_corpus_on_draws("chrf"),
+    ),
     *(
         _spec(
             f"rouge{kind}",

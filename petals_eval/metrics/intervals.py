@@ -12,7 +12,7 @@ than `MIN_RESAMPLES` resamples. A metric whose interval has fewer than 1,000 say
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +97,18 @@ class Tallies:
         return cls._of_draws(counts[None, :], cells, n_labels)
 
     @classmethod
+    def weighted(
+        cls, labels: NDArray[np.int64], predictions: NDArray[np.int64], n_labels: int
+    ) -> "Callable[[Floats], Tallies]":
+        """Return what gives the tallies of resamples in which example i is weights[i] times, (n, resamples)."""
+        from scipy.sparse import csr_array
+
+        n = len(labels)
+        cells, place = np.unique(labels * n_labels + predictions, return_inverse=True)
+        in_cell = csr_array((np.ones(n), (place.reshape(-1), np.arange(n))), shape=(len(cells), n))
+        return lambda weights: cls._of_draws((in_cell @ weights).T, cells, n_labels)
+
+    @classmethod
     def resampled(
         cls, labels: NDArray[np.int64], predictions: NDArray[np.int64], n_labels: int, seed: int
     ) -> "Tallies":
@@ -115,7 +127,7 @@ class Tallies:
         )
 
     @classmethod
-    def _of_draws(cls, draws: NDArray[np.int64], cells: NDArray[np.int64], n_labels: int) -> "Tallies":
+    def _of_draws(cls, draws: NDArray[np.int64] | Floats, cells: NDArray[np.int64], n_labels: int) -> "Tallies":
         label, prediction = np.divmod(cells, n_labels)
         one_hot = np.eye(n_labels)
         weights = draws.astype(np.float64)

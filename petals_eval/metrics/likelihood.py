@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from petals_eval.metrics.answers import Metric
-from petals_eval.metrics.documents import perplexity_per
+from petals_eval.metrics.documents import perplexity_on_draws, perplexity_per
 from petals_eval.metrics.intervals import Floats, wilson
 from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.metrics.spec import MetricSpec
@@ -45,6 +45,10 @@ def measure_token_perplexity(rows: Continuations) -> list[Metric]:
     return perplexity_per("token_perplexity", rows.log_likelihoods, rows.tokens, rows.seed)
 
 
+def greedy_terms(rows: Continuations) -> dict[str, Floats]:
+    return {"acc": rows.is_greedy.astype(np.float64)}
+
+
 # acc and perplexity are those of lm-evaluation-harness 0.4.13's output type `loglikelihood`.
 CONTINUATION_METRICS = (
     MetricSpec(
@@ -55,6 +59,7 @@ CONTINUATION_METRICS = (
         higher_is_better=False,
         best=None,
         view=Continuations.of,
+        resampler=lambda rows: perplexity_on_draws("perplexity", rows.log_likelihoods, np.ones(len(rows))),
     ),
     MetricSpec(
         "token_perplexity",
@@ -64,6 +69,7 @@ CONTINUATION_METRICS = (
         higher_is_better=False,
         best=None,
         view=Continuations.of,
+        resampler=lambda rows: perplexity_on_draws("token_perplexity", rows.log_likelihoods, rows.tokens),
     ),
     MetricSpec(
         "acc",
@@ -72,5 +78,6 @@ CONTINUATION_METRICS = (
         measure_greedy,
         is_share=True,
         view=Continuations.of,
+        terms=greedy_terms,
     ),
 )

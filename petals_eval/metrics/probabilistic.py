@@ -45,6 +45,14 @@ def losses(labels: np.ndarray, probabilities: Floats) -> Floats:
     return -np.log(np.clip(probabilities[np.arange(len(labels)), labels], tiny, 1 - tiny))
 
 
+def log_loss_terms(answers: Answers) -> dict[str, Floats]:
+    return {"log_loss": losses(answers.labels, answers.probabilities)}
+
+
+def brier_terms(answers: Answers) -> dict[str, Floats]:
+    return {"brier": squared_errors(answers.labels, answers.probabilities)}
+
+
 def fewer_resamples(resamples: int) -> str | None:
     """Return the note of an interval from fewer resamples than usual."""
     return None if resamples == affordable(1) else f"interval from {resamples} resamples"

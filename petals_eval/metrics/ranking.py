@@ -6,6 +6,7 @@ from numpy.typing import ArrayLike
 from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.intervals import Floats, affordable, percentile_interval, row_weights
 from petals_eval.metrics.probabilistic import fewer_resamples
+from petals_eval.metrics.resampling import Resampler
 
 __all__ = ["roc_auc"]
 
@@ -60,14 +61,27 @@ class _Ranking:
         return float(positive @ (below[self._less] + below[self._no_more]) / (2 * pairs))
 
 
+def roc_auc_on_draws(answers: Answers) -> Resampler:
+    rankings = _rankings(answers)
+
+    def area(weights: Floats) -> float:
+        return _mean_of_defined([ranking.area(weights) for ranking in rankings])
+
+    return lambda draws: {"roc_auc": draws.each(area)}
+
+
+def _rankings(answers: Answers) -> list[_Ranking]:
+    ranked = _ranked(np.unique(answers.labels), answers.n_labels)
+    return [_Ranking(answers.labels == k, answers.probabilities[:, k]) for k in ranked]
+
+
 def measure_roc_auc(answers: Answers) -> list[Metric]:
     value = roc_auc(answers.labels, answers.probabilities)
     present = np.unique(answers.labels)
     if value is None:
         only = answers.label_names[present[0]]
         return [Metric("roc_auc", None, None, f"not defined: every example is {only!r}")]
-    ranked = _ranked(present, answers.n_labels)
-    rankings = [_Ranking(answers.labels == k, answers.probabilities[:, k]) for k in ranked]
+    rankings = _rankings(answers)
     resamples = affordable(len(answers) * len(rankings))
     areas = [
         _mean_of_defined([ranking.area(weights) for ranking in rankings])

@@ -10,11 +10,12 @@ from petals_eval.errors import ConfigError, DataError
 from petals_eval.metrics.answers import Metric
 from petals_eval.metrics.intervals import Floats, affordable, percentile_interval, resampled_means, row_weights
 from petals_eval.metrics.probabilistic import fewer_resamples
+from petals_eval.metrics.resampling import Resampler
 from petals_eval.metrics.scored_rows import ScoredRows
 
 __all__ = ["Numbers", "mae", "mse", "pearson", "spearman"]
 
-_PASSES = 4  # over the examples for one resample of a correlation, in the time that drawing its weights takes
+PASSES = 4  # over the examples for one resample of a correlation, in the time that drawing its weights takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +115,30 @@ class _Ranks:
         return (np.cumsum(counts) - (counts - 1) / 2)[self._place]
 
 
+def squared_error_terms(numbers: Numbers) -> dict[str, Floats]:
+    return {"mse": (numbers.labels - numbers.predictions) ** 2}
+
+
+def absolute_error_terms(numbers: Numbers) -> dict[str, Floats]:
+    return {"mae": np.abs(numbers.labels - numbers.predictions)}
+
+
+def pearson_on_draws(numbers: Numbers) -> Resampler:
+    def compute(weights: Floats) -> float:
+        return _correlation(numbers.labels, numbers.predictions, weights)
+
+    return lambda draws: {"pearson": draws.each(compute)}
+
+
+def spearman_on_draws(numbers: Numbers) -> Resampler:
+    ranks = _Ranks(numbers.labels), _Ranks(numbers.predictions)
+
+    def compute(weights: Floats) -> float:
+        return _correlation(ranks[0].of(weights), ranks[1].of(weights), weights)
+
+    return lambda draws: {"spearman": draws.each(compute)}
+
+
 def measure_pearson(numbers: Numbers) -> list[Metric]:
     def resampled(weights: np.ndarray) -> float:
         return _correlation(numbers.labels, numbers.predictions, weights)
@@ -149,7 +174,7 @@ def _correlated(name: str, value: float | None, resampled: Callable[[np.ndarray]
             if values.min() == values.max()
         ]
         return Metric(name, None, None, f"not defined: all {' and '.join(constant)} are the same")
-    resamples = affordable(_PASSES * len(numbers))
+    resamples = affordable(PASSES * len(numbers))
     values = [resampled(weights) for weights in row_weights(len(numbers), resamples, numbers.seed)]
     return Metric(name, value, percentile_interval(values), fewer_resamples(resamples))
 
