@@ -4,7 +4,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from petals_eval.metrics.answers import Answers, Metric
-from petals_eval.metrics.intervals import Floats, Tallies, percentile_interval, wilson
+from petals_eval.metrics.estimates import counted, share_of
+from petals_eval.metrics.intervals import Floats, Tallies
 from petals_eval.metrics.resampling import Resampler
 
 __all__ = ["accuracy", "balanced_accuracy", "majority_baseline"]
@@ -60,9 +61,8 @@ def right_answers(answers: Answers) -> dict[str, Floats]:
 
 
 def measure_accuracy(answers: Answers) -> list[Metric]:
-    right = int((answers.labels == answers.predictions).sum())
-    value = accuracy(answers.labels, answers.predictions)
-    return [Metric("accuracy", value, wilson(right, len(answers))), *measure_majority_baseline(answers)]
+    [right] = right_answers(answers).values()
+    return [share_of("accuracy", right, answers.clusters), *measure_majority_baseline(answers)]
 
 
 def measure_majority_baseline(answers: Answers) -> list[Metric]:
@@ -73,5 +73,4 @@ def measure_majority_baseline(answers: Answers) -> list[Metric]:
 
 def measure_balanced_accuracy(answers: Answers) -> list[Metric]:
     value = balanced_accuracy(answers.labels, answers.predictions)
-    interval = percentile_interval(balanced_accuracies(answers.resampled_tallies))
-    return [Metric("balanced_accuracy", value, interval)]
+    return [counted("balanced_accuracy", value, answers, balanced_accuracies)]

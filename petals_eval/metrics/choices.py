@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petals_eval.metrics.answers import Metric
-from petals_eval.metrics.intervals import wilson
+from petals_eval.metrics.estimates import share_of
 from petals_eval.metrics.scored_rows import Floats, ScoredRows
 from petals_eval.metrics.spec import MetricSpec
 
@@ -28,7 +28,7 @@ class ScoredChoices:
         return len(self.labels)
 
     @classmethod
-    def of(cls, rows: ScoredRows, label_names: Sequence[str], seed: int) -> "ScoredChoices":
+    def of(cls, rows: ScoredRows, label_names: Sequence[str]) -> "ScoredChoices":
         """Return the labelled ones of rows of the kind "choice"."""
         known = rows.labelled()
         return cls(known.labels.astype(np.int64), known)
@@ -70,8 +70,7 @@ def _share_of_right(name: str, score: Callable[[ScoredRows], Floats]) -> Callabl
         is_right = _is_right(choices, score)
         if is_right is None:
             return [Metric(name, None, None, "not every choice has the likelihood that this needs")]
-        right = int(is_right.sum())
-        return [Metric(name, right / len(choices), wilson(right, len(choices)))]
+        return [share_of(name, is_right.astype(np.float64), choices.rows.clusters)]
 
     return measure
 

@@ -128,7 +128,7 @@ def differences(
     """
     asked = pairs_of([side.name for side in sides]) if pairs is None else pairs
     keep = _with_label(sides[0].draws[0])
-    members = [_Member(side, keep, label_names, seed) for side in sides]
+    members = [_Member(side, keep, label_names) for side in sides]
     by_name = {member.name: member for member in members}
     kept = None if clusters is None else np.unique(clusters[keep], return_inverse=True)[1].reshape(-1)
     found: dict[str, list[Difference]] = {}
@@ -166,18 +166,18 @@ def differences(
 class _Member:
     """A side with what its metrics are computed from."""
 
-    def __init__(self, side: Side, keep: NDArray[np.bool_], label_names: Sequence[str], seed: int):
+    def __init__(self, side: Side, keep: NDArray[np.bool_], label_names: Sequence[str]):
         self.name = side.name
         self.specs: Mapping[str, MetricSpec] = {spec.name: spec for spec in KINDS[side.kind]}
         self._rows = [rows.chosen(keep) for rows in side.draws]
-        self._label_names, self._seed = label_names, seed
+        self._label_names = label_names
         self._views: dict[View, list[Any]] = {}
 
     def views(self, metric: str) -> list[Any]:
         """Return what a metric is computed from, of each draw of shots."""
         view = self.specs[metric].view
         if view not in self._views:
-            self._views[view] = [view(rows, self._label_names, self._seed) for rows in self._rows]
+            self._views[view] = [view(rows, self._label_names) for rows in self._rows]
         return self._views[view]
 
     def terms(self, metric: str) -> list[dict[str, Floats]]:

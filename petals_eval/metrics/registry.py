@@ -306,7 +306,6 @@ def compute_metrics(
     probabilities: ArrayLike,
     *,
     label_names: Sequence[str],
-    seed: int = 0,
 ) -> dict[str, Metric]:
     """Compute metrics of a classification with 95% intervals, by name.
 
@@ -314,7 +313,6 @@ def compute_metrics(
         label, "f1[label]"; "confusion_matrix" gives none (see `petals_eval.metrics.confusion_matrix`).
     labels, predictions: (n,) indices into `label_names`. Failed examples are not among them.
     probabilities: (n, labels).
-    seed: of the bootstrap; one seed gives one interval, whatever other metrics are asked for.
 
     Raises ConfigError for an unknown name, DataError for arrays that do not fit.
 
@@ -323,23 +321,21 @@ def compute_metrics(
     (1.0, 0.5)
     """
     known = check_metric_names(names)
-    answers = Answers.checked(labels, predictions, probabilities, label_names, seed)
+    answers = Answers.checked(labels, predictions, probabilities, label_names)
     return _measured([METRICS[name] for name in known], lambda view: answers, label_names, "no example was scored")
 
 
-def measure(
-    kind: str, names: Sequence[str], rows: ScoredRows, *, label_names: Sequence[str] = (), seed: int = 0
-) -> dict[str, Metric]:
+def measure(kind: str, names: Sequence[str], rows: ScoredRows, *, label_names: Sequence[str] = ()) -> dict[str, Metric]:
     """Compute the metrics of a task of any kind with 95% intervals, by name, from what a journal holds.
 
-    label_names: where the rows have common labels. seed: of the bootstrap.
+    label_names: where the rows have common labels.
     Raises ConfigError for a name that the kind does not have, DataError for rows that do not fit.
     """
     table, views = _table(kind), dict[View, Any]()
 
     def view_of(view: View) -> Any:
         if view not in views:
-            views[view] = view(rows, label_names, seed)
+            views[view] = view(rows, label_names)
         return views[view]
 
     why_none = "no example has a label" if len(rows) else "no example was scored"
@@ -366,13 +362,14 @@ def _measured(
                 found[name] = Metric(name, None, None, why_none)
             continue
         for metric in spec.measure(given):
-            found[metric.name] = _single(metric) if len(given) == 1 and not spec.is_share else metric
+            is_single = len(given) == 1 and not spec.is_share and metric.name != "majority_baseline"
+            found[metric.name] = _single(metric) if is_single else metric
     return found
 
 
 def _single(metric: Metric) -> Metric:
-    # Every resample of one example is that example: the bootstrap would claim certainty.
-    if metric.ci95 is None:
+    # One example has no spread: its interval would claim certainty.
+    if metric.value is None:
         return metric
-    note = "no interval from one example"
-    return replace(metric, ci95=None, note=f"{metric.note}; {note}" if metric.note else note)
+    notes = [each for each in (metric.note or "").split("; ") if each and not each.startswith("no interval")]
+    return replace(metric, ci95=None, is_rough=False, note="; ".join([*notes, "no interval from one example"]))

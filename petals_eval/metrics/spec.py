@@ -11,8 +11,8 @@ from petals_eval.metrics.scored_rows import ScoredRows
 
 __all__ = ["MetricSpec", "View"]
 
-View = Callable[[ScoredRows, Sequence[str], int], Any]
-"""(rows, label names, seed of the bootstrap) -> what some metrics are computed from; its length is that of its rows.
+View = Callable[[ScoredRows, Sequence[str]], Any]
+"""(rows, label names) -> what some metrics are computed from; its length is that of its rows.
 
 Raises DataError for rows that do not fit.
 """
@@ -26,7 +26,7 @@ class MetricSpec:
     measure: of what `view` makes of at least one row; gives one metric, or one a label.
     higher_is_better: otherwise the lower the better. best: what none can be above; None: there is no such value.
     score: for metrics with one value a label, the name before the bracket.
-    is_share: its interval is Wilson's, which says something of a single example, too.
+    is_share: a share of the rows, whose interval is Wilson's: it says something of a single example, too.
     view: makes of the scored rows what `measure` is given; computed once for all metrics that share it.
     terms: of a mean over rows, by the name of the metric what each row gives to it, float64 (n,), NaN where a row does
         not count; of a share 0 or 1.

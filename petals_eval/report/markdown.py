@@ -48,8 +48,8 @@ def markdown_report(result: RunResult, manifest: Manifest, servers: Sequence[tup
 def _metrics(adapters: Sequence[AdapterResult]) -> str:
     rows = [[metric_title(name), *(_cell(each, name) for each in adapters)] for name in metric_names(adapters)]
     intervals = (
-        "95% intervals in brackets: Wilson's for shares of the examples such as accuracy, a seeded percentile "
-        "bootstrap for the rest."
+        "95% intervals in brackets: Wilson's for shares of the examples such as accuracy, for the rest one by what "
+        "each example adds, corrected for skewness."
     )
     if any(each.draws for each in adapters):
         intervals = (

@@ -27,6 +27,9 @@ __all__ = [
 ]
 
 
+ROUGH = "~ marks an interval that may cover less than 95%: it rests on few rows, or on few errors"
+
+
 def value_text(metric: Metric | None) -> str:
     """Return a value with four decimals, or six digits of a large one; "-" where there is none."""
     return "-" if metric is None or metric.value is None else number_text(metric.value)
@@ -34,7 +37,7 @@ def value_text(metric: Metric | None) -> str:
 
 def interval_text(metric: Metric | None) -> str:
     """Return an interval with three decimals, or five digits of a large value's, or the spread over draws; an empty
-    text where there is none."""
+    text where there is none. "~" stands before one that may cover less than 95%."""
     if metric is None:
         return ""
     if metric.draws is not None:
@@ -43,7 +46,8 @@ def interval_text(metric: Metric | None) -> str:
         return f"{spread[0]} - {spread[1]}, sd {spread[2]}"
     if metric.ci95 is None:
         return ""
-    return " - ".join(number_text(bound, 3, beside=metric.value) for bound in metric.ci95)
+    bounds = " - ".join(number_text(bound, 3, beside=metric.value) for bound in metric.ci95)
+    return f"~{bounds}" if metric.is_rough else bounds
 
 
 def signed_text(difference: Difference) -> str:
@@ -112,6 +116,8 @@ def notes(results: Sequence[AdapterResult]) -> list[str]:
         for note, adapters in by_note.items():
             whose = "" if len(adapters) == len(results) else f" ({', '.join(adapters)})"
             found.append(printable(f"{metric_title(name)}{whose}: {note}"))
+    if any(metric.is_rough for result in results for metric in result.metrics.values()):
+        found.append(ROUGH)
     return found
 
 

@@ -215,7 +215,6 @@ def run_result(
     keep_predictions: whether the result holds every prediction. with_texts: gives the predictions under a name of the
         journal what was generated, which no journal has.
     """
-    seed = manifest.seeds.get("bootstrap", 0)
     results: dict[str, AdapterResult] = {}
     draws: dict[str, list[AdapterResult]] = {}
     for adapter in manifest.adapters:
@@ -226,7 +225,6 @@ def run_result(
             label_names,
             kind=manifest.kind,
             columns=manifest.answer_columns,
-            seed=seed,
         )
         if keep_predictions:
             predictions = with_texts(adapter.name, _predictions(journal, adapter.name, manifest))
@@ -320,16 +318,15 @@ def summarise(
     *,
     kind: str = "classification",
     columns: Sequence[str] = ("score",),
-    seed: int = 0,
 ) -> AdapterResult:
     """Read one adapter's rows and compute its metrics.
 
-    kind, columns: of the task. seed: draws the bootstrap.
+    kind, columns: of the task.
     Raises ConfigError for an unknown metric, DataError where rows do not fit the labels or the columns.
     """
     counts = journal.counts(adapter)
     rows = journal.scored_rows(adapter, columns)
-    found = measure(kind, metrics, rows, label_names=label_names, seed=seed)
+    found = measure(kind, metrics, rows, label_names=label_names)
     confusion: list[list[int]] = []
     if label_names:
         known = rows.labelled()

@@ -89,7 +89,7 @@ def test_a_metric_on_resamples_is_the_metric_of_those_rows(kind: str) -> None:
         seen = set()
         for spec in KINDS[kind]:
             if spec.name in names:
-                resampler = spec.on_draws(spec.view(rows, label_names(kind), 0))
+                resampler = spec.on_draws(spec.view(rows, label_names(kind)))
                 assert resampler is not None
                 for name, value in resampler(draws).items():
                     assert value[0] == pytest.approx(expected[name].value, rel=1e-9), name
