@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from petals_eval.local_swarm import LocalSwarm
     from petals_eval.remote_model import RemoteModel
     from petals_eval.runs.group_result import GroupResult
+    from petals_eval.runs.overview import load_runs
     from petals_eval.runs.results import AdapterResult, RunResult
     from petals_eval.swarm import RemoteSequential, SwarmConnection
     from petals_eval.tasks import (
@@ -64,6 +65,7 @@ __all__ = [
     "errors",
     "evaluate",
     "evaluate_batches",
+    "load_runs",
     "merge",
 ]
 
@@ -78,6 +80,7 @@ _HOMES = {
     "AdapterResult": "petals_eval.runs.results",
     "GroupResult": "petals_eval.runs.group_result",
     "RunResult": "petals_eval.runs.results",
+    "load_runs": "petals_eval.runs.overview",
     "evaluate": "petals_eval.evaluation.evaluate",
     "evaluate_batches": "petals_eval.evaluation.batches",
     "merge": "petals_eval.evaluation.merge",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from petals_eval.errors import ConfigError
 from petals_eval.metrics.intervals import Floats, affordable, percentile_interval
 from petals_eval.metrics.paired import (
     LEVEL,
@@ -125,7 +126,11 @@ def differences(
     A share is compared by McNemar's exact test and Newcombe's interval. Everything else, and a share's mean over draws
     of shots, by the paired percentile bootstrap; its p-value takes the difference for normal, with the standard error
     of the resamples. With clusters means have cluster-robust errors with Student's t, and whole clusters are drawn.
+
+    Raises ConfigError for a negative seed.
     """
+    if seed < 0:
+        raise ConfigError(f"Expected a seed of 0 or more for the bootstrap; found {seed}.")
     asked = pairs_of([side.name for side in sides]) if pairs is None else pairs
     keep = _with_label(sides[0].draws[0])
     members = [_Member(side, keep, label_names) for side in sides]

@@ -13,6 +13,7 @@ from petals_eval.runs.journal import Failure, Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, ServerUsed, WireRecord
 from petals_eval.runs.matching import match_rows
 from petals_eval.runs.rows import KeyedRows
+from petals_eval.runs.tables import ResultRow, as_csv, as_latex, as_markdown
 from petals_eval.tasks.requests import Prediction
 from petals_eval.text import number_text
 
@@ -164,6 +165,36 @@ class RunResult:
     def predictions(self) -> tuple[Prediction, ...]:
         """The predictions of the first adapter."""
         return self.first.predictions
+
+    def rows(self, run: str = "") -> list[ResultRow]:
+        """Return a table's row for each adapter, and for the run without prompts. run: what to call this one."""
+        every = [*self.adapters.values(), *([self.without_prompts] if self.without_prompts else [])]
+        return [
+            (
+                {
+                    "run": run,
+                    "task": self.task,
+                    "kind": self.kind,
+                    "adapter": each.adapter,
+                    "rows": each.n_scored,
+                    "failed": each.n_failed,
+                },
+                each.metrics,
+            )
+            for each in every
+        ]
+
+    def to_csv(self) -> str:
+        """Return the table of the adapters as csv."""
+        return as_csv(self.rows())
+
+    def to_markdown(self) -> str:
+        """Return the table of the adapters in Markdown."""
+        return as_markdown(self.rows())
+
+    def to_latex(self) -> str:
+        """Return the table of the adapters as a LaTeX tabular (booktabs)."""
+        return as_latex(self.rows())
 
     def to_json(self) -> dict[str, object]:
         """Return `metrics.json`: the first adapter's numbers on top; with several, all again under "adapters"."""

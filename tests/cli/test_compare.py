@@ -55,3 +55,13 @@ def test_what_cannot_be_compared_ends_with_code_2(trec: Path) -> None:
     assert alone.code == 2 and "found 'perplexity'" in alone.err
     assert invoke("compare", "nowhere", trec).code == 2
     assert invoke("compare").code == 2
+
+
+def test_show_prints_tables_of_one_and_of_many(trec: Path) -> None:
+    assert invoke("show", trec, "--csv").out.startswith("run,task,kind,adapter,rows,failed,")
+    latex = invoke("show", trec, "--latex").out
+    assert "trec-deep\\_ptune & 0.7360 [0.696, 0.773]" in latex
+    assert invoke("show", trec, "--markdown").out.splitlines()[2].startswith("| trec-deep\\_ptune | 0.7360")
+    assert invoke("show", trec, trec).out.count("0.7180") == 2
+    refused = invoke("show", trec, "--csv", "--json")
+    assert refused.code == 2 and "expected --csv alone" in refused.err
