@@ -31,6 +31,7 @@ from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.prompted import Prompting
 from petals_eval.tasks.requests import Example
 from petals_eval.tasks.tokens import tokenizer_sha256
+from petals_eval.text import listed
 
 if TYPE_CHECKING:
     from petals_eval.local_swarm import LocalSwarm
@@ -204,6 +205,9 @@ def prepare(
         answering["end_tokens"] = sorted(side.local.end_tokens())
     if code is not None and code.sha256 is not None:
         answering["prepare_code"] = code.sha256
+    adapter_task = next((each.task for each in side.adapters if each.task is not None), None)
+    if adapter_task is not None:
+        answering["adapter_task"] = adapter_task
     if save_texts:  # a run that keeps texts keeps those of all rows: it does not go on with one that did not
         answering["save_texts"] = True
     manifest = _manifest(
@@ -219,12 +223,13 @@ def prepare(
         holds_finished(out, manifest)
     elif out is not None:
         check_folder(out, manifest)
+    # Also what can only be told with the tokenizer at hand: that there is one, and that label words differ in it.
+    first_examples = tuple(islice(tasks[0].examples(part, side.local.tokenizer), _FIRST_EXAMPLES))
     return Prepared(
         task=tasks[0],
         rows=rows,
         part=part,
-        # Also what can only be told with the tokenizer at hand: that there is one, and that label words differ in it.
-        first_examples=tuple(islice(tasks[0].examples(part, side.local.tokenizer), _FIRST_EXAMPLES)),
+        first_examples=first_examples,
         side=side,
         # The journal has the names that may be shared.
         variants=tuple(
@@ -238,7 +243,7 @@ def prepare(
         tokens_per_micro_batch=tokens_per_micro_batch,
         out=None if out is None else Path(out),
         is_kept=is_kept,
-        notes=found.notes,
+        notes=(*found.notes, *_no_answers(asked, rows), *_two_openings(first_examples, side.local.tokenizer)),
         is_finished=is_finished,
     )
 
@@ -270,12 +275,12 @@ def side_of_run(settings: RunSettings) -> "tuple[Callable[[], LocalSide], list[L
 
     Raises ConfigError, ModelError for what is wrong with the settings themselves.
     """
-    from petals_eval.model.prompts import adapter_name
+    from petals_eval.model.prompts import named_adapters
     from petals_eval.model.sources import open_source
 
     options = _local_options(settings)
     open_source(settings.model, error=ModelError)
-    check_names([adapter_name(adapter) for adapter in settings.adapter])
+    check_names([name for name, _ in named_adapters(settings.adapter)])
     swarms: list[LocalSwarm] = []
 
     def open_side() -> LocalSide:
@@ -303,6 +308,7 @@ def _local_options(settings: RunSettings) -> dict[str, Any]:
         "token": settings.hub_token,
         "dtype": dtype_of(settings.dtype),
         "device": settings.device,
+        "adapter_task": settings.adapter_task,
         "pool": settings.pool,
     }
 
@@ -384,9 +390,34 @@ def _check_head(local: "LocalPart", task: Task, adapter: "Adapter | None") -> No
         getattr(task, "check_outputs", lambda shape: None)((outputs,))
 
 
+def _no_answers(task: Task, rows: Rows) -> Iterator[str]:
+    """Yield a sentence where rows need no answers and have no column of them: its name may be misspelt."""
+    column = getattr(task, "label_column", None)
+    if getattr(task, "unlabelled", "error") == "predict" and column is not None and column not in rows.columns:
+        yield (
+            f"{rows.name} has no column {column!r} of labels (its columns: {listed(map(repr, rows.columns))}): every "
+            "row is predicted, and nothing is scored"
+        )
+
+
+def _two_openings(examples: "Sequence[Example]", tokenizer: Any) -> Iterator[str]:
+    """Yield a sentence where texts begin twice."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    requests = [request for example in examples if example.error is None for request in example.requests]
+    if bos is not None and any(list(request.input_ids[:2]) == [bos, bos] for request in requests):
+        yield (
+            "texts begin with more than one beginning-of-text token: the tokenizer puts one in front of what has one "
+            "already, and `bos: never` in the task leaves it out"
+        )
+
+
 def _variants(adapters: "Sequence[Adapter]", without_prompts: bool) -> "list[tuple[str, Adapter | None]]":
     variants: list[tuple[str, Adapter | None]] = [(adapter.name, adapter) for adapter in adapters]
     if not variants:
+        if without_prompts:
+            raise ConfigError(
+                "--without-prompts: expected tuned prompts to leave out, found no --adapter; leave it out"
+            )
         return [(NO_ADAPTER, None)]
     if without_prompts:
         variants.append((WITHOUT_PROMPTS, adapters[0].without_prompts()))

@@ -12,18 +12,21 @@ from petals_eval.health import verdict as rules
 from petals_eval.health.canary import canary_for, segments_of, shared_segments
 from petals_eval.health.census import AnnouncedModel, Census
 from petals_eval.health.compare import Ballot
+from petals_eval.health.dialing import dial_bootstrap
 from petals_eval.health.findings import finding, from_trust
 from petals_eval.health.live import LiveSwarm, RouteTimes, try_route
 from petals_eval.health.locked import LockedServers
 from petals_eval.health.probing import Network, Prober, ServerProbe
-from petals_eval.health.reference_blocks import ReferenceBlocks, load_reference_blocks
-from petals_eval.health.results import Finding, HealthReport, ModelHealth, Traffic, Verdict
+from petals_eval.health.reference_blocks import ReferenceBlocks, blocks_of, load_reference_blocks
+from petals_eval.health.results import BootstrapPeer, Finding, HealthReport, ModelHealth, Traffic, Verdict
 from petals_eval.health.settings import HealthSettings, Level
 from petals_eval.swarm.activations import Activations
+from petals_eval.swarm.directory.announced import not_announced
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.trust.recorded_call import RecordedCall
 from petals_eval.swarm.wire.span import Span, joined, spans_text
+from petals_eval.text import plural
 
 __all__ = ["ModelProbe", "ProbeRun", "Swarm", "check", "check_health", "probe_swarm"]
 
@@ -71,9 +74,13 @@ def check(settings: HealthSettings, locked: LockedServers | None = None) -> Heal
     from petals_eval.swarm import SwarmConnection
 
     reference = load_reference_blocks(settings)
+    if settings.model is not None and settings.num_blocks is None:
+        settings = settings.model_copy(update={"num_blocks": blocks_of(settings.model)})
     started, began = time.monotonic(), time.time()
     deadline = started + settings.time_limit
     with SwarmConnection.connect(settings.for_swarm()) as connection:
+        timeout = min(settings.connect_timeout, settings.time_limit)
+        dialled = connection.loop.start(_ask_bootstrap, settings, timeout)
         run = connection.loop.run(probe_swarm, LiveSwarm(connection), settings, deadline, reference, locked)
         routes: dict[str, RouteTimes | Finding] = {}
         for model in run.models if settings.level >= Level.ROUTE else ():
@@ -83,7 +90,14 @@ def check(settings: HealthSettings, locked: LockedServers | None = None) -> Heal
                 found = try_route(connection, announced, model.hidden_size, settings.canary_positions, timeout=left)
                 if found is not None:
                     routes[announced.prefix] = found
-    return run.report(began, time.monotonic() - started, routes)
+        bootstrap = dialled.result()
+    return run.report(began, time.monotonic() - started, routes, bootstrap)
+
+
+async def _ask_bootstrap(settings: HealthSettings, timeout: float) -> tuple[BootstrapPeer, ...]:
+    if settings.level < Level.INFO:
+        return tuple(BootstrapPeer(address, "not asked") for address in settings.initial_peers)
+    return await dial_bootstrap(settings.initial_peers, timeout)
 
 
 class ProbeRun:
@@ -94,7 +108,13 @@ class ProbeRun:
         self.models = tuple(models)
         self._notes = tuple(notes)
 
-    def report(self, began: float, seconds: float, routes: "dict[str, RouteTimes | Finding]") -> HealthReport:
+    def report(
+        self,
+        began: float,
+        seconds: float,
+        routes: "dict[str, RouteTimes | Finding]",
+        bootstrap: Sequence[BootstrapPeer] = (),
+    ) -> HealthReport:
         """Return the report. began: seconds since the epoch. routes: by prefix, for those that were tried."""
         models = tuple(model.result(routes.get(model.census.model.prefix)) for model in self.models)
         counts = [model.prober.traffic for model in self.models]
@@ -105,7 +125,7 @@ class ProbeRun:
         )
         verdict = rules.of_swarm(model.verdict for model in models)
         notes = self._notes if models else (*self._notes, "no model is announced on this swarm")
-        return HealthReport(began, seconds, self._settings.level, verdict, models, traffic, notes)
+        return HealthReport(began, seconds, self._settings.level, verdict, models, traffic, notes, tuple(bootstrap))
 
 
 async def probe_swarm(
@@ -133,7 +153,7 @@ async def probe_swarm(
     for model in chosen:
         judge = reference if reference is not None and reference.prefix == model.prefix else None
         prober = Prober(swarm.network(model.prefix), model.num_blocks, settings, locked, runtime)
-        models.append(ModelProbe(await swarm.census(model), prober, settings, budget, judge, runtime))
+        models.append(ModelProbe(await swarm.census(model), announced, prober, settings, budget, judge, runtime))
     await asyncio.gather(*(model.run() for model in models))
     return ProbeRun(settings, models, notes)
 
@@ -143,7 +163,7 @@ async def _named(
 ) -> AnnouncedModel:
     if settings.num_blocks is not None:
         return AnnouncedModel(prefix, settings.num_blocks, announced.repository if announced else None)
-    return announced or AnnouncedModel(prefix, await swarm.count_blocks(prefix), None)
+    return announced or AnnouncedModel(prefix, await swarm.count_blocks(prefix), None, is_counted=True)
 
 
 class _Budget:
@@ -168,12 +188,13 @@ class _Budget:
 class ModelProbe:
     """The probes of one model's servers.
 
-    hidden_size: of the canary, once it is known.
+    announced: the models that the swarm announces. hidden_size: of the canary, once it is known.
     """
 
     def __init__(
         self,
         census: Census,
+        announced: Sequence[AnnouncedModel],
         prober: Prober,
         settings: HealthSettings,
         budget: _Budget,
@@ -181,6 +202,7 @@ class ModelProbe:
         runtime: Runtime,
     ):
         self.census = census
+        self._announced = announced
         self.prober = prober
         self.hidden_size = settings.hidden_size or (reference.hidden_size if reference is not None else None)
         self._reference = reference
@@ -188,6 +210,7 @@ class ModelProbe:
         self._budget = budget
         self._runtime = runtime
         self._probes = [prober.probe_record(claim) for claim in census.claims]
+        self._compared: set[int] = set()
 
     async def run(self) -> None:
         """Ask every server, as far as the level says."""
@@ -267,8 +290,10 @@ class ModelProbe:
         probes = {probe.server.peer_id: probe for probe in self._probes}
         voters = ballot.voters
         at_home = self._reference is not None and ballot.span.within(self._reference.span)
-        for server in voters if at_home or len(voters) > 1 else ():
-            probes[server.peer_id].compared += len(ballot.span)
+        if voters and (at_home or len(voters) > 1):
+            self._compared.update(range(ballot.span.start, ballot.span.stop))
+            for server in voters:
+                probes[server.peer_id].compared += len(ballot.span)
         if self._reference is not None and at_home:
             caught = await self._reference.findings(ballot, self._runtime.in_thread)
         else:
@@ -310,6 +335,7 @@ class ModelProbe:
             replicas=replicas,
             claimed=rules.replicas(model.num_blocks, servers, frozenset(Verdict)),
             missing=tuple((span.start, span.stop) for span in missing),
+            compared=tuple((span.start, span.stop) for span in joined(sorted(self._compared))),
             has_route=has_route,
             route_seconds=times.seconds if times else None,
             route_tokens_per_second=times.tokens_per_second if times else None,
@@ -321,10 +347,14 @@ class ModelProbe:
         self, replicas: Sequence[int], missing: Sequence[Span], route: "RouteTimes | Finding | None"
     ) -> list[Finding]:
         found: list[Finding] = []
+        model = self.census.model
         if not self.census.claims:
-            found.append(finding("not-announced", f"nobody announces {self.census.model.prefix!r}"))
+            found.append(finding("not-announced", not_announced(model.prefix, self._announced)))
         elif missing:
             found.append(finding("missing-blocks", f"no usable server holds blocks {spans_text(missing)}"))
+        if self.census.claims and model.is_counted:
+            seen = f"servers announce {plural(model.num_blocks, 'block')}, and no index says whether the model has more"
+            found.append(finding("blocks-unknown", f"{seen}: give --num-blocks, or --model"))
         least = self._settings.min_replicas
         thin = joined(block for block, count in enumerate(replicas) if 0 < count < least)
         if thin:
