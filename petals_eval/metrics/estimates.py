@@ -13,9 +13,9 @@ from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.intervals import Floats, Tallies, wilson
 from petals_eval.metrics.skewness import cells_influences, fewest_rows, influence_interval
 
-__all__ = ["FEW_OF_ALL", "FEW_ROWS", "are_extreme", "counted", "estimated", "mean_of", "ratio_of", "share_of"]
+__all__ = ["FEW_OF_ALL", "are_extreme", "counted", "estimated", "mean_of", "ratio_of", "share_of"]
 
-FEW_ROWS = 200  # below, an interval that may cover too little is marked; from there on it is left out
+FEW_ROWS = 1000  # of terms that know no limit: below, their intervals are marked; from there on, left out where skewed
 HEAVY = 0.3  # skewness of an estimate from where on a few rows weigh too much
 FEW_ERRORS = 5  # that are to be expected of a label
 FEW_OF_ALL = 10  # right or wrong rows
@@ -40,17 +40,16 @@ def estimated(
     """Return a metric with the interval that its influences give.
 
     value, influences: on the scale that `back` leads back from; those of `influence_interval`. limits: of that scale.
-    is_rough: whether the interval may cover too little. may_be_heavy: whether it does where the influences are skewed.
+    is_rough: whether the interval may cover too little. may_be_heavy: whether a row may weigh any amount.
     """
     sums = influences if clusters is None else np.bincount(clusters, weights=influences).astype(np.float64)
     rows = len(sums) if counts is None else round(float(counts.sum()))
     low, high, skewness = (float(each) for each in influence_interval(value, sums, counts, rows=rows))
     if not high > low:
         return Metric(name, back(value), None, _joined(note, "no interval: all rows say the same"))
-    if may_be_heavy and abs(skewness) > HEAVY:
-        if rows >= FEW_ROWS:
-            return Metric(name, back(value), None, _joined(note, "no interval: a few rows weigh too much"))
-        is_rough = True
+    if may_be_heavy and rows >= FEW_ROWS and abs(skewness) > HEAVY:
+        return Metric(name, back(value), None, _joined(note, "no interval: a few rows weigh too much"))
+    is_rough = is_rough or (may_be_heavy and rows < FEW_ROWS)
     bounds = back(max(limits[0], low)), back(min(limits[1], high))
     return Metric(name, back(value), bounds, note, is_rough=is_rough)
 

@@ -76,7 +76,10 @@ def _share(name: str) -> Callable[[GeneratedRows], list[Metric]]:
 def _mean(name: str) -> Callable[[GeneratedRows], list[Metric]]:
     limits = (0.0, np.inf if name == "new_tokens" else 1.0)
     return _measured(
-        name, lambda column, terms, clusters, note: mean_of(column, terms, clusters, limits=limits, note=note)
+        name,
+        lambda column, terms, clusters, note: mean_of(
+            column, terms, clusters, limits=limits, note=note, may_be_heavy=name == "new_tokens"
+        ),
     )
 
 

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from petals_eval.errors import DataError
 from petals_eval.metrics.answers import Metric
-from petals_eval.metrics.estimates import FEW_ROWS, estimated, mean_of
+from petals_eval.metrics.estimates import estimated, mean_of
 from petals_eval.metrics.intervals import Floats
 from petals_eval.metrics.resampling import Resampler
 from petals_eval.metrics.scored_rows import ScoredRows
@@ -214,6 +214,5 @@ def _correlated(name: str, value: float, influences: Floats, numbers: Numbers) -
         numbers.clusters,
         back=math.tanh,
         may_be_heavy=True,
-        is_rough=len(numbers) < FEW_ROWS,
     )
     return replace(found, value=value)
