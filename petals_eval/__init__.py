@@ -16,6 +16,7 @@ from petals_eval.lazy_imports import put_off_imports
 
 if TYPE_CHECKING:
     from petals_eval import errors
+    from petals_eval.comparison.compare import Comparison, compare
     from petals_eval.config import PUBLIC_SWARM, SwarmSettings
     from petals_eval.data import DataSource
     from petals_eval.evaluation.batches import evaluate_batches
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from petals_eval.local_swarm import LocalSwarm
     from petals_eval.remote_model import RemoteModel
     from petals_eval.runs.group_result import GroupResult
+    from petals_eval.runs.overview import load_runs
     from petals_eval.runs.results import AdapterResult, RunResult
     from petals_eval.swarm import RemoteSequential, SwarmConnection
     from petals_eval.tasks import (
@@ -44,6 +46,7 @@ __all__ = [
     "AdapterResult",
     "ChoiceTask",
     "ClassificationTask",
+    "Comparison",
     "ContinuationTask",
     "DataSource",
     "GenerationTask",
@@ -60,13 +63,17 @@ __all__ = [
     "TaskGroup",
     "__version__",
     "check_health",
+    "compare",
     "errors",
     "evaluate",
     "evaluate_batches",
+    "load_runs",
     "merge",
 ]
 
 _HOMES = {
+    "Comparison": "petals_eval.comparison.compare",
+    "compare": "petals_eval.comparison.compare",
     "PUBLIC_SWARM": "petals_eval.config",
     "SwarmSettings": "petals_eval.config",
     "DataSource": "petals_eval.data",
@@ -75,6 +82,7 @@ _HOMES = {
     "AdapterResult": "petals_eval.runs.results",
     "GroupResult": "petals_eval.runs.group_result",
     "RunResult": "petals_eval.runs.results",
+    "load_runs": "petals_eval.runs.overview",
     "evaluate": "petals_eval.evaluation.evaluate",
     "evaluate_batches": "petals_eval.evaluation.batches",
     "merge": "petals_eval.evaluation.merge",

@@ -361,7 +361,7 @@ class TaskSettings(Settings, heading=TASK):
     split: str | None = option(None, "Split of a hub data set.", "NAME")
     data_revision: str | None = option(None, "Revision of a hub data set.", "REV")
     limit: Positive | None = option(None, "Evaluate this many examples, drawn by --seed.", unset="all")
-    seed: int = option(0, "Seed of the sample and of the intervals.", "S")
+    seed: int = option(0, "Seed of the sample, and of the intervals of differences.", "S")
     max_length: Positive | None = option(None, "Tokens of text at most.", unset="the task's")
     unlabelled: Literal["error", "predict"] | None = option(
         None,

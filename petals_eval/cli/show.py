@@ -7,25 +7,47 @@ import typer
 
 from petals_eval.cli.flags import flags_of
 from petals_eval.config import ResultSettings
+from petals_eval.errors import ConfigError
 from petals_eval.text import plural
 
 __all__ = ["HELP", "SHORT", "show"]
 
 SHORT = "Show the result of a run folder."
 HELP = """Show the result of a run folder, computed anew from its journal: of a run that is finished, was
-interrupted or is under way, of a group of tasks, and of folders that earlier versions wrote. Nothing is written.
+interrupted or is under way, of a group of tasks, and of folders that earlier versions wrote. Several folders are shown
+as one table. Nothing is written.
 
 \b
   petals-eval show runs/sst2
   petals-eval show runs/sst2 --json
+  petals-eval show runs/prompts-a runs/prompts-b --latex
 """
 
 
 @flags_of(ResultSettings)
 def show(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Run folder.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Run folders.")],
+    latex: Annotated[bool, typer.Option("--latex", help="Print a LaTeX tabular (booktabs).")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print a csv.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     **flags: Any,
 ) -> int:
+    chosen = [name for name, given in (("latex", latex), ("csv", csv), ("markdown", markdown)) if given]
+    if len(chosen) > 1 or (chosen and flags):
+        raise ConfigError(f"expected --{chosen[0]} alone: it prints the table and nothing else")
+    if not chosen and len(folders) > 1 and flags:
+        raise ConfigError("expected one run folder beside these flags; several are shown as a table")
+    if chosen or len(folders) > 1:
+        from petals_eval.runs import tables
+        from petals_eval.runs.overview import rows_of_folders
+
+        form = chosen[0] if chosen else "markdown"
+        typer.echo(getattr(tables, f"as_{form}")(rows_of_folders(folders)), nl=False)
+        return 0
+    return _show_run(folders[0], flags)
+
+
+def _show_run(folder: Path, flags: dict[str, Any]) -> int:
     typer.echo(f"reading {folder}", err=True)
 
     from petals_eval.cli.evaluation import show_result

@@ -106,7 +106,7 @@ def evaluate(
         TaskGroup, its YAML file or a mapping) gives a GroupResult, and `out` is then a folder with one for each task.
     data: a file, a hub name or a DataSource; rows: a list of mappings or any other iterable of them, a pandas DataFrame
         or a datasets.Dataset; None: the task's own.
-    limit, seed: evaluate this many examples, drawn by the seed; the seed also draws the bootstrap of the intervals.
+    limit, seed: evaluate this many examples, drawn by the seed; the seed also draws the bootstrap of differences.
     shard: "2/3" evaluates the second of three parts; `petals_eval.merge` joins their run folders.
     unlabelled: "predict" rows that have no label, which are in no metric then; None: as the task says, which by default
         takes them for a mistake.

@@ -4,7 +4,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from petals_eval.metrics.answers import Answers, Metric
-from petals_eval.metrics.intervals import Tallies, percentile_interval, wilson
+from petals_eval.metrics.estimates import counted, share_of
+from petals_eval.metrics.intervals import Floats, Tallies
+from petals_eval.metrics.resampling import Resampler
 
 __all__ = ["accuracy", "balanced_accuracy", "majority_baseline"]
 
@@ -44,10 +46,17 @@ def balanced_accuracies(tallies: Tallies) -> np.ndarray:
     return recall.sum(axis=1) / occurs.sum(axis=1)
 
 
+def balanced_accuracy_on_draws(answers: Answers) -> Resampler:
+    return lambda draws: {"balanced_accuracy": balanced_accuracies(answers.tallies(draws))}
+
+
+def right_answers(answers: Answers) -> dict[str, Floats]:
+    return {"accuracy": (answers.labels == answers.predictions).astype(np.float64)}
+
+
 def measure_accuracy(answers: Answers) -> list[Metric]:
-    right = int((answers.labels == answers.predictions).sum())
-    value = accuracy(answers.labels, answers.predictions)
-    return [Metric("accuracy", value, wilson(right, len(answers))), *measure_majority_baseline(answers)]
+    [right] = right_answers(answers).values()
+    return [share_of("accuracy", right, answers.clusters), *measure_majority_baseline(answers)]
 
 
 def measure_majority_baseline(answers: Answers) -> list[Metric]:
@@ -58,5 +67,4 @@ def measure_majority_baseline(answers: Answers) -> list[Metric]:
 
 def measure_balanced_accuracy(answers: Answers) -> list[Metric]:
     value = balanced_accuracy(answers.labels, answers.predictions)
-    interval = percentile_interval(balanced_accuracies(answers.resampled_tallies))
-    return [Metric("balanced_accuracy", value, interval)]
+    return [counted("balanced_accuracy", value, answers, balanced_accuracies)]

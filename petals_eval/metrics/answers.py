@@ -1,14 +1,15 @@
 """What metrics are computed from, and what a metric is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from petals_eval.errors import ConfigError, DataError
-from petals_eval.metrics.intervals import Tallies
+from petals_eval.errors import DataError
+from petals_eval.metrics.intervals import Floats, Tallies
+from petals_eval.metrics.resampling import Draws
 from petals_eval.metrics.scored_rows import ScoredRows
 
 __all__ = ["Answers", "Metric", "Spread"]
@@ -53,6 +54,7 @@ class Metric:
     ci95: (low, high) 95% interval, None where there is none.
     note: what a reader must know about this number.
     draws: of a mean over several draws of shots, the values that it is the mean of.
+    is_rough: whether the interval may cover less than 95%, for it rests on few rows or few errors.
     """
 
     name: str
@@ -60,10 +62,13 @@ class Metric:
     ci95: tuple[float, float] | None = None
     note: str | None = None
     draws: Spread | None = None
+    is_rough: bool = False
 
     def to_json(self) -> dict[str, object]:
-        """Return `{"value", "ci95"}`, and "note" and "draws" where there are any."""
+        """Return `{"value", "ci95"}`, and "is_rough", "note" and "draws" where there are any."""
         entry: dict[str, object] = {"value": self.value, "ci95": None if self.ci95 is None else list(self.ci95)}
+        if self.is_rough:
+            entry["is_rough"] = True
         if self.note is not None:
             entry["note"] = self.note
         if self.draws is not None:
@@ -77,14 +82,14 @@ class Answers:
 
     labels, predictions: int64 (n,), indices into `label_names`.
     probabilities: float64 (n, labels), rows sum to 1.
-    seed: of the bootstrap.
+    clusters: int64 (n,), from 0, of rows that may depend on each other; None: of none.
     """
 
     labels: NDArray[np.int64]
     predictions: NDArray[np.int64]
     probabilities: NDArray[np.float64]
     label_names: tuple[str, ...]
-    seed: int
+    clusters: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -94,12 +99,22 @@ class Answers:
         return len(self.label_names)
 
     @cached_property
-    def resampled_tallies(self) -> Tallies:
-        """The tallies of the bootstrap, drawn once for all metrics of counts."""
-        return Tallies.resampled(self.labels, self.predictions, self.n_labels, self.seed)
+    def counts(self) -> Floats:
+        """The confusion matrix, (labels, labels); row = label."""
+        cells = np.bincount(self.labels * self.n_labels + self.predictions, minlength=self.n_labels**2)
+        return cells.reshape(self.n_labels, self.n_labels).astype(np.float64)
+
+    def tallies(self, draws: Draws) -> Tallies:
+        """Return the tallies of resamples of these rows."""
+        found: Tallies = draws.once(self, lambda: self._weighted(draws.weights))
+        return found
+
+    @cached_property
+    def _weighted(self) -> Callable[[Floats], Tallies]:
+        return Tallies.weighted(self.labels, self.predictions, self.n_labels)
 
     @classmethod
-    def of(cls, rows: ScoredRows, label_names: Sequence[str], seed: int) -> "Answers":
+    def of(cls, rows: ScoredRows, label_names: Sequence[str]) -> "Answers":
         """Return the labelled ones of rows whose first column is a score for each label; probabilities: the softmax of
         these. Raises DataError where rows have scores for another number of labels."""
         known = rows.labelled()
@@ -113,18 +128,22 @@ class Answers:
         scores = known.values[:, 0].reshape(len(known), len(label_names))
         powers = np.exp(scores - scores.max(axis=1, keepdims=True)) if len(known) else scores
         powers /= powers.sum(axis=1, keepdims=True)
-        return cls.checked(known.labels.astype(np.int64), scores.argmax(axis=1), powers, label_names, seed)
+        labels, predictions = known.labels.astype(np.int64), scores.argmax(axis=1)
+        return cls.checked(labels, predictions, powers, label_names, known.clusters)
 
     @classmethod
     def checked(
-        cls, labels: ArrayLike, predictions: ArrayLike, probabilities: ArrayLike, label_names: Sequence[str], seed: int
+        cls,
+        labels: ArrayLike,
+        predictions: ArrayLike,
+        probabilities: ArrayLike,
+        label_names: Sequence[str],
+        clusters: NDArray[np.int64] | None = None,
     ) -> "Answers":
         """Check shapes and ranges once, so that no metric has to. Rows are divided by their sum in float64.
 
-        Raises DataError, ConfigError for a negative seed.
+        Raises DataError.
         """
-        if seed < 0:
-            raise ConfigError(f"Expected a seed of 0 or more for the bootstrap; found {seed}.")
         names = tuple(label_names)
         if len(names) < 2:
             raise DataError(f"Metrics need at least two label names; found {len(names)}. Name every label of the task.")
@@ -145,7 +164,7 @@ class Answers:
             raise DataError(
                 f"Metrics need probabilities of 0 or more that sum to 1; row {row} holds {shares[row].tolist()}."
             )
-        return cls(truth, predicted, shares / sums, names, seed)
+        return cls(truth, predicted, shares / sums, names, clusters)
 
 
 def _indices(what: str, values: ArrayLike, names: tuple[str, ...]) -> NDArray[np.int64]:

@@ -4,8 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from petals_eval.metrics.answers import Answers, Metric
-from petals_eval.metrics.intervals import Floats, percentile_interval, resampled_means
-from petals_eval.metrics.probabilistic import fewer_resamples
+from petals_eval.metrics.intervals import Floats
 
 __all__ = ["BINS", "ece"]
 
@@ -35,10 +34,6 @@ def gaps(labels: np.ndarray, predictions: np.ndarray, probabilities: Floats) -> 
 
 def measure_ece(answers: Answers) -> list[Metric]:
     value = ece(answers.labels, answers.predictions, answers.probabilities)
-    columns = gaps(answers.labels, answers.predictions, answers.probabilities)
-    resampled = np.abs(resampled_means(columns, answers.seed)).sum(axis=1)
-    interval = percentile_interval(resampled)
-    # A sum of absolute values: the noise that resampling adds to every bin can only add to it.
-    above = interval is not None and value < interval[0]
-    notes = [fewer_resamples(len(resampled)), "few examples a bin: the interval lies too high" if above else None]
-    return [Metric("ece", value, interval, "; ".join(filter(None, notes)) or None)]
+    # A sum of absolute values: what chance does to a bin adds to it, and so does resampling.
+    note = "no interval: chance adds to it, the more the fewer rows there are"
+    return [Metric("ece", value, None, note)]

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petals_eval.metrics.answers import Metric
-from petals_eval.metrics.intervals import wilson
+from petals_eval.metrics.estimates import share_of
 from petals_eval.metrics.scored_rows import Floats, ScoredRows
 from petals_eval.metrics.spec import MetricSpec
 
@@ -28,7 +28,7 @@ class ScoredChoices:
         return len(self.labels)
 
     @classmethod
-    def of(cls, rows: ScoredRows, label_names: Sequence[str], seed: int) -> "ScoredChoices":
+    def of(cls, rows: ScoredRows, label_names: Sequence[str]) -> "ScoredChoices":
         """Return the labelled ones of rows of the kind "choice"."""
         known = rows.labelled()
         return cls(known.labels.astype(np.int64), known)
@@ -49,21 +49,43 @@ def first_highest(scores: Floats, starts: NDArray[np.int64]) -> NDArray[np.int64
     return np.minimum.reduceat(np.where(is_highest, positions, len(scores)), starts[:-1])
 
 
+def _is_right(choices: ScoredChoices, score: Callable[[ScoredRows], Floats]) -> NDArray[np.bool_] | None:
+    """Return of which rows the right choice has the highest score, (n,); None where a score is not known."""
+    scores = score(choices.rows)
+    return None if np.isnan(scores).any() else first_highest(scores, choices.rows.starts) == choices.labels
+
+
+def _terms(name: str, score: Callable[[ScoredRows], Floats]) -> Callable[[ScoredChoices], dict[str, Floats]]:
+    def terms(choices: ScoredChoices) -> dict[str, Floats]:
+        right = _is_right(choices, score)
+        return {} if right is None else {name: right.astype(np.float64)}
+
+    return terms
+
+
 def _share_of_right(name: str, score: Callable[[ScoredRows], Floats]) -> Callable[[ScoredChoices], list[Metric]]:
     """Return the measure of how often the right choice has the highest score, (items,)."""
 
     def measure(choices: ScoredChoices) -> list[Metric]:
-        scores = score(choices.rows)
-        if np.isnan(scores).any():
+        is_right = _is_right(choices, score)
+        if is_right is None:
             return [Metric(name, None, None, "not every choice has the likelihood that this needs")]
-        right = int((first_highest(scores, choices.rows.starts) == choices.labels).sum())
-        return [Metric(name, right / len(choices), wilson(right, len(choices)))]
+        return [share_of(name, is_right.astype(np.float64), choices.rows.clusters)]
 
     return measure
 
 
 def _spec(name: str, title: str, about: str, score: Callable[[ScoredRows], Floats]) -> MetricSpec:
-    return MetricSpec(name, title, about, _share_of_right(name, score), is_share=True, view=ScoredChoices.of)
+    return MetricSpec(
+        name,
+        title,
+        about,
+        _share_of_right(name, score),
+        is_share=True,
+        view=ScoredChoices.of,
+        terms=_terms(name, score),
+        needs_scores=name != "acc",
+    )
 
 
 def _by(column: str) -> Callable[[ScoredRows], Floats]:

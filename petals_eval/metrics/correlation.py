@@ -4,7 +4,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from petals_eval.metrics.answers import Answers, Metric
-from petals_eval.metrics.intervals import Tallies, percentile_interval
+from petals_eval.metrics.estimates import counted
+from petals_eval.metrics.intervals import Tallies
+from petals_eval.metrics.resampling import Resampler
 
 __all__ = ["mcc"]
 
@@ -25,7 +27,11 @@ def resampled_mcc(tallies: Tallies) -> np.ndarray:
     total2 = tallies.total**2
     covariance = tallies.right.sum(axis=1) * tallies.total - (tallies.labelled * tallies.predicted).sum(axis=1)
     spread = (total2 - (tallies.labelled**2).sum(axis=1)) * (total2 - (tallies.predicted**2).sum(axis=1))
-    return np.divide(covariance, np.sqrt(spread), out=np.zeros_like(covariance), where=spread > 0)
+    return np.divide(covariance, np.sqrt(np.maximum(spread, 0.0)), out=np.zeros_like(covariance), where=spread > 0)
+
+
+def mcc_on_draws(answers: Answers) -> Resampler:
+    return lambda draws: {"mcc": resampled_mcc(answers.tallies(draws))}
 
 
 def measure_mcc(answers: Answers) -> list[Metric]:
@@ -35,5 +41,7 @@ def measure_mcc(answers: Answers) -> list[Metric]:
         if (values == values[0]).all()
     ]
     note = f"0 by convention: all {' and '.join(constant)} are the same" if constant else None
-    interval = percentile_interval(resampled_mcc(answers.resampled_tallies))
-    return [Metric("mcc", mcc(answers.labels, answers.predictions), interval, note)]
+    value = mcc(answers.labels, answers.predictions)
+    if constant:
+        return [Metric("mcc", value, None, note)]
+    return [counted("mcc", value, answers, resampled_mcc, lowest=-1.0)]

@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from petals_eval.metrics.answers import Metric
-from petals_eval.metrics.intervals import Floats, percentile_interval, resampled_means
-from petals_eval.metrics.probabilistic import fewer_resamples
+from petals_eval.metrics.estimates import ratio_of
+from petals_eval.metrics.intervals import Floats
+from petals_eval.metrics.resampling import Draws, Resampler
 from petals_eval.metrics.scored_rows import ScoredRows
 
 __all__ = ["Documents", "bits_per_unit", "nats_per_unit", "perplexity", "perplexity_per"]
@@ -51,36 +52,24 @@ class Documents:
     """Scored documents.
 
     log_likelihoods: (n,) natural-log, of whole documents. units: (n,) of each unit, how many it has.
-    seed: of the bootstrap.
+    clusters: int64 (n,), of documents that may depend on each other; None: of none.
     """
 
     log_likelihoods: Floats
     units: dict[Unit, Floats]
-    seed: int
+    clusters: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.log_likelihoods)
 
     @classmethod
-    def of(cls, rows: ScoredRows, label_names: Sequence[str], seed: int) -> "Documents":
+    def of(cls, rows: ScoredRows, label_names: Sequence[str]) -> "Documents":
         """Read rows of one item. Raises DataError where there are no such columns."""
         return cls(
             rows.column("log_likelihood"),
             {"tokens": rows.column("tokens"), "words": rows.column("words"), "bytes": rows.column("bytes")},
-            seed,
+            rows.clusters,
         )
-
-    @cached_property
-    def _resampled(self) -> Floats:
-        """(resamples, 1 + units): means of the likelihoods and of each unit, drawn once for all metrics."""
-        return resampled_means(np.column_stack([self.log_likelihoods, *self.units.values()]), self.seed)
-
-    def resampled_nats(self, unit: Unit) -> Floats:
-        """Return (resamples,) nats per unit; NaN where no document drawn has any."""
-        means = self._resampled
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found: Floats = -means[:, 0] / means[:, 1 + list(self.units).index(unit)]
-        return np.where(np.isfinite(found), found, np.nan)
 
 
 def measured(name: str, unit: Unit, *, in_bits: bool = False) -> Callable[[Documents], list[Metric]]:
@@ -88,26 +77,46 @@ def measured(name: str, unit: Unit, *, in_bits: bool = False) -> Callable[[Docum
     return partial(_measure, name, unit, (lambda nats: nats / math.log(2)) if in_bits else _exp)
 
 
-def perplexity_per(name: str, log_likelihoods: Floats, units: Floats, seed: int) -> list[Metric]:
+def on_draws(name: str, unit: Unit, *, in_bits: bool = False) -> Callable[[Documents], Resampler]:
+    """Return the resampler of the perplexity by a unit, or of the bits."""
+    return lambda documents: perplexity_on_draws(
+        name, documents.log_likelihoods, documents.units[unit], in_bits=in_bits
+    )
+
+
+def perplexity_on_draws(name: str, log_likelihoods: Floats, units: Floats, *, in_bits: bool = False) -> Resampler:
+    """Return the resampler of the perplexity of texts by any unit, as `perplexity_per`; or of the bits."""
+    columns = np.column_stack([log_likelihoods, units])
+
+    def resampler(draws: Draws) -> dict[str, Floats]:
+        sums = draws.sums(columns)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            nats = -sums[:, 0] / sums[:, 1]
+            found = nats / math.log(2) if in_bits else np.exp(nats)
+        return {name: np.where(np.isfinite(found), found, np.nan)}
+
+    return resampler
+
+
+def perplexity_per(
+    name: str, log_likelihoods: Floats, units: Floats, clusters: NDArray[np.int64] | None = None
+) -> list[Metric]:
     """Measure the perplexity of texts by any unit. log_likelihoods: (n,), natural. units: (n,), how many each has."""
-    return _measure(name, "tokens", _exp, Documents(log_likelihoods, {"tokens": units}, seed))
+    return _measure(name, "tokens", _exp, Documents(log_likelihoods, {"tokens": units}, clusters))
 
 
 def _measure(name: str, unit: Unit, of_nats: Callable[[float], float], documents: Documents) -> list[Metric]:
-    if not documents.units[unit].sum() > 0:
+    units = documents.units[unit]
+    if not units.sum() > 0:
         return [Metric(name, None, None, f"the documents have no {unit}")]
-    nats = nats_per_unit(documents.log_likelihoods, documents.units[unit])
-    value = of_nats(nats)
-    if not math.isfinite(value):
+    nats = nats_per_unit(documents.log_likelihoods, units)
+    if not math.isfinite(of_nats(nats)):
         return [Metric(name, None, None, f"e to the power of {nats:.0f}, more than a number holds")]
-    resampled = documents.resampled_nats(unit)
-    # The bounds are found in nats, whose order is that of the values: a resample beyond all numbers is no trouble.
-    bounds = percentile_interval(resampled)
-    low, high = (of_nats(bound) for bound in bounds) if bounds is not None else (math.inf, math.inf)
-    if bounds is not None and not math.isfinite(high):
-        return [Metric(name, value, None, "no interval: resamples reach more than a number holds")]
-    interval = (low, high) if bounds is not None else None
-    return [Metric(name, value, interval, fewer_resamples(len(resampled)))]
+    # The interval is found in nats: their sums are what rows add to, and their order is that of the values.
+    found = ratio_of(name, -documents.log_likelihoods, units, documents.clusters, back=of_nats)
+    if found.ci95 is not None and not math.isfinite(found.ci95[1]):
+        return [replace(found, ci95=None, is_rough=False, note="no interval: it reaches more than a number holds")]
+    return [found]
 
 
 def _exp(nats: float) -> float:

@@ -1,17 +1,24 @@
 """Precision, recall and F1, averaged over labels or for each label."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from petals_eval.metrics.accuracy import right_answers
 from petals_eval.metrics.answers import Answers, Metric
-from petals_eval.metrics.intervals import Tallies, percentile_interval
+from petals_eval.metrics.estimates import counted, ratio_of, share_of
+from petals_eval.metrics.intervals import Tallies, wilson
+from petals_eval.metrics.resampling import Resampler
 
 __all__ = ["AVERAGES", "SCORES", "per_class", "precision_recall_f1", "resampled_average", "resampled_per_class"]
 
 SCORES = ("precision", "recall", "f1")
 AVERAGES = ("macro", "micro", "weighted")
+FEW_OF_LABEL = 2  # right or wrong rows of a label
+# Of each label, for an interval that covers: a label that occurs seldom or never moves these in jumps.
+FEWEST_ROWS = {("precision", "macro"): 5, ("recall", "macro"): 5, ("f1", "macro"): 5, ("precision", "weighted"): 60}
 
 
 def precision_recall_f1(labels: ArrayLike, predictions: ArrayLike, average: str) -> tuple[float, float, float]:
@@ -63,13 +70,34 @@ def resampled_average(score: str, average: str, tallies: Tallies) -> np.ndarray:
     return (scores * seen).sum(axis=1) / seen.sum(axis=1)
 
 
+def averaged_on_draws(score: str, average: str) -> Callable[[Answers], Resampler]:
+    """Return the resampler of `f1_macro` and its like."""
+    name = f"{score}_{average}"
+    return lambda answers: lambda draws: {name: resampled_average(score, average, answers.tallies(draws))}
+
+
+def per_class_on_draws(score: str) -> Callable[[Answers], Resampler]:
+    """Return the resampler of `f1_per_class` and its like."""
+
+    def resampler(answers: Answers) -> Resampler:
+        names = [f"{score}[{label}]" for label in answers.label_names]
+        return lambda draws: dict(zip(names, resampled_per_class(score, answers.tallies(draws)).T, strict=True))
+
+    return resampler
+
+
 def averaged(score: str, average: str) -> Callable[[Answers], list[Metric]]:
     """Return the measurement of `f1_macro` and its like."""
 
     def measure(answers: Answers) -> list[Metric]:
-        scores = precision_recall_f1(answers.labels, answers.predictions, average)
-        resampled = resampled_average(score, average, answers.resampled_tallies)
-        return [Metric(f"{score}_{average}", scores[SCORES.index(score)], percentile_interval(resampled))]
+        if average == "micro" or (score, average) == ("recall", "weighted"):  # each is the accuracy
+            [right] = right_answers(answers).values()
+            return [share_of(f"{score}_{average}", right, answers.clusters)]
+        value = precision_recall_f1(answers.labels, answers.predictions, average)[SCORES.index(score)]
+        fewest = FEWEST_ROWS.get((score, average), 0)
+        return [
+            counted(f"{score}_{average}", value, answers, partial(resampled_average, score, average), fewest=fewest)
+        ]
 
     return measure
 
@@ -80,12 +108,29 @@ def for_each_label(score: str) -> Callable[[Answers], list[Metric]]:
 
     def measure(answers: Answers) -> list[Metric]:
         scores = per_class(answers.labels, answers.predictions, answers.n_labels)[SCORES.index(score)]
-        resampled = resampled_per_class(score, answers.resampled_tallies)
         return [
             Metric(f"{score}[{name}]", None, None, why)
             if np.isnan(value)
-            else Metric(f"{score}[{name}]", value, percentile_interval(resampled[:, index]))
+            else _of_label(score, f"{score}[{name}]", answers, index)
             for index, (name, value) in enumerate(zip(answers.label_names, scores, strict=True))
         ]
 
     return measure
+
+
+def _of_label(score: str, name: str, answers: Answers, label: int) -> Metric:
+    """Return a score of one label with Wilson's interval of the share that it is, or that it follows from.
+
+    F1 is 2 s / (1 + s) of the share s of right ones among all rows that have the label or were given it.
+    """
+    is_label, is_predicted = answers.labels == label, answers.predictions == label
+    among = {"precision": is_predicted, "recall": is_label, "f1": is_label | is_predicted}[score]
+    back: Callable[[float], float] = (lambda share: 2 * share / (1 + share)) if score == "f1" else float
+    right = (is_label & is_predicted).astype(np.float64)
+    if answers.clusters is not None:
+        limits = (0.0, 1.0)
+        return ratio_of(name, right, among.astype(np.float64), answers.clusters, limits=limits, back=back)
+    count, total = int(right.sum()), int(among.sum())
+    low, high = wilson(count, total)
+    is_rough = min(count, total - count) < FEW_OF_LABEL
+    return Metric(name, back(count / total), (back(low), back(high)), is_rough=is_rough)

@@ -1,24 +1,17 @@
-"""95% intervals: Wilson's for a share, the seeded percentile bootstrap for everything else.
+"""What intervals are made of: Wilson's for a share, the percentiles of resamples, and tallies of these.
 
-The bootstrap (Efron, "Bootstrap methods: another look at the jackknife", 1979) draws n examples with replacement and
-computes the metric again. It is made cheap in two ways, neither of which is an approximation:
-
-- Metrics of counts depend on the confusion matrix alone, and the confusion matrix of a resample is a multinomial draw
-  over the cells of the original one: its cost does not depend on n.
-- Metrics that are means over examples are a product of the resample's weights with the examples' values.
-
-Cost is bounded in a stated way: 1,000 resamples, but at most `MAX_DRAWS` weights drawn for one metric and never fewer
-than `MIN_RESAMPLES` resamples. A metric whose interval has fewer than 1,000 says so in its note.
+The cost of a bootstrap is bounded in a stated way: 1,000 resamples, but at most `MAX_DRAWS` weights drawn for one
+metric and never fewer than `MIN_RESAMPLES` resamples. What is computed from fewer than 1,000 says so.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["RESAMPLES", "Tallies", "affordable", "percentile_interval", "resampled_means", "row_weights", "wilson"]
+__all__ = ["RESAMPLES", "Tallies", "affordable", "percentile_interval", "row_weights", "wilson"]
 
 RESAMPLES = 1000
 MIN_RESAMPLES = 100
@@ -99,25 +92,19 @@ class Tallies:
         return cls._of_draws(counts[None, :], cells, n_labels)
 
     @classmethod
-    def resampled(
-        cls, labels: NDArray[np.int64], predictions: NDArray[np.int64], n_labels: int, seed: int
-    ) -> "Tallies":
-        """Return the tallies of `RESAMPLES` resamples."""
-        cells, counts = _cells(labels, predictions, n_labels)
-        random = np.random.default_rng([seed, 0])
-        at_once = max(1, 4_000_000 // len(cells))  # many labels: bounds memory, changes no draw
-        parts = []
-        for start in range(0, RESAMPLES, at_once):
-            draws = random.multinomial(len(labels), counts / len(labels), size=min(at_once, RESAMPLES - start))
-            parts.append(cls._of_draws(draws, cells, n_labels))
-        return cls(
-            np.concatenate([part.right for part in parts]),
-            np.concatenate([part.labelled for part in parts]),
-            np.concatenate([part.predicted for part in parts]),
-        )
+    def weighted(
+        cls, labels: NDArray[np.int64], predictions: NDArray[np.int64], n_labels: int
+    ) -> "Callable[[Floats], Tallies]":
+        """Return what gives the tallies of resamples in which example i is weights[i] times, (n, resamples)."""
+        from scipy.sparse import csr_array
+
+        n = len(labels)
+        cells, place = np.unique(labels * n_labels + predictions, return_inverse=True)
+        in_cell = csr_array((np.ones(n), (place.reshape(-1), np.arange(n))), shape=(len(cells), n))
+        return lambda weights: cls._of_draws((in_cell @ weights).T, cells, n_labels)
 
     @classmethod
-    def _of_draws(cls, draws: NDArray[np.int64], cells: NDArray[np.int64], n_labels: int) -> "Tallies":
+    def _of_draws(cls, draws: NDArray[np.int64] | Floats, cells: NDArray[np.int64], n_labels: int) -> "Tallies":
         label, prediction = np.divmod(cells, n_labels)
         one_hot = np.eye(n_labels)
         weights = draws.astype(np.float64)
@@ -144,9 +131,3 @@ def row_weights(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]
     random = np.random.default_rng([seed, 1])
     for _ in range(resamples):
         yield np.bincount(random.integers(0, n, size=n), minlength=n)
-
-
-def resampled_means(columns: Floats, seed: int) -> Floats:
-    """Return (resamples, m) means over the resamples of `columns` (n, m); `affordable(n)` resamples."""
-    n = len(columns)
-    return np.stack([weights @ columns for weights in row_weights(n, affordable(n), seed)]) / n

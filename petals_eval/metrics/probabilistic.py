@@ -4,9 +4,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from petals_eval.metrics.answers import Answers, Metric
-from petals_eval.metrics.intervals import Floats, affordable, percentile_interval, resampled_means
+from petals_eval.metrics.estimates import mean_of
+from petals_eval.metrics.intervals import Floats
 
-__all__ = ["brier", "fewer_resamples", "log_loss"]
+__all__ = ["brier", "log_loss"]
+
+# Most of what these sum up stands in the wrong rows: with fewer of them others might as well be missing. One row moves
+# the log loss further than the Brier score, so its interval needs more of them.
+FEW_ERRORS = {"log_loss": 30, "brier": 10}
 
 
 def log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
@@ -42,21 +47,23 @@ def losses(labels: np.ndarray, probabilities: Floats) -> Floats:
     return -np.log(np.clip(probabilities[np.arange(len(labels)), labels], tiny, 1 - tiny))
 
 
-def fewer_resamples(resamples: int) -> str | None:
-    """Return the note of an interval from fewer resamples than usual."""
-    return None if resamples == affordable(1) else f"interval from {resamples} resamples"
+def log_loss_terms(answers: Answers) -> dict[str, Floats]:
+    return {"log_loss": losses(answers.labels, answers.probabilities)}
+
+
+def brier_terms(answers: Answers) -> dict[str, Floats]:
+    return {"brier": squared_errors(answers.labels, answers.probabilities)}
 
 
 def measure_log_loss(answers: Answers) -> list[Metric]:
-    value = log_loss(answers.labels, answers.probabilities)
-    return [_mean("log_loss", value, losses(answers.labels, answers.probabilities), answers)]
+    return [_mean(answers, log_loss_terms(answers), np.inf)]
 
 
 def measure_brier(answers: Answers) -> list[Metric]:
-    value = brier(answers.labels, answers.probabilities)
-    return [_mean("brier", value, squared_errors(answers.labels, answers.probabilities), answers)]
+    return [_mean(answers, brier_terms(answers), 2.0)]
 
 
-def _mean(name: str, value: float, terms: Floats, answers: Answers) -> Metric:
-    means = resampled_means(terms[:, None], answers.seed)[:, 0]
-    return Metric(name, value, percentile_interval(means), fewer_resamples(len(means)))
+def _mean(answers: Answers, terms: dict[str, Floats], highest: float) -> Metric:
+    [(name, each)] = terms.items()
+    is_rough = int((answers.labels != answers.predictions).sum()) < FEW_ERRORS[name]
+    return mean_of(name, each, answers.clusters, limits=(0.0, highest), is_rough=is_rough, may_be_heavy=False)

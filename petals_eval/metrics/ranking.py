@@ -1,13 +1,20 @@
 """The area under the ROC curve."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 from petals_eval.metrics.answers import Answers, Metric
-from petals_eval.metrics.intervals import Floats, affordable, percentile_interval, row_weights
-from petals_eval.metrics.probabilistic import fewer_resamples
+from petals_eval.metrics.estimates import are_extreme, estimated
+from petals_eval.metrics.intervals import Floats
+from petals_eval.metrics.resampling import Resampler
+from petals_eval.text import plural
 
 __all__ = ["roc_auc"]
+
+FEWEST_ROWS = 10  # of each label, for an interval
 
 
 def roc_auc(labels: ArrayLike, probabilities: ArrayLike) -> float | None:
@@ -49,6 +56,23 @@ class _Ranking:
         self._less = np.searchsorted(ranked, scores[self._positive], side="left")
         self._no_more = np.searchsorted(ranked, scores[self._positive], side="right")
 
+    def influences(self) -> Floats:
+        """Return how much each example moves the area, (n,): by the pairs that it is in, less the area.
+
+        Source: E. R. DeLong, D. M. DeLong and D. L. Clarke-Pearson, "Comparing the areas under two or more correlated
+        receiver operating characteristic curves" (1988).
+        """
+        positives, negatives = len(self._positive), len(self._negative)
+        found = np.empty(positives + negatives)
+        above = (self._less + self._no_more) / (2 * negatives)
+        # Of each negative, the positives that score more; ties count half.
+        pairs = np.bincount(self._less, minlength=negatives + 1) + np.bincount(self._no_more, minlength=negatives + 1)
+        below = 1 - np.cumsum(pairs)[:negatives] / (2 * positives)
+        area = above.mean()
+        found[self._positive] = (above - area) / positives
+        found[self._negative] = (below - area) / negatives
+        return found
+
     def area(self, weights: np.ndarray) -> float:
         """Return the area of a resample with example i `weights[i]` times in it; NaN where only one kind occurs."""
         positive = weights[self._positive]
@@ -60,22 +84,47 @@ class _Ranking:
         return float(positive @ (below[self._less] + below[self._no_more]) / (2 * pairs))
 
 
+def roc_auc_on_draws(answers: Answers) -> Resampler:
+    rankings = _rankings(answers)
+
+    def area(weights: Floats) -> float:
+        return _mean_of_defined([ranking.area(weights) for ranking in rankings])
+
+    return lambda draws: {"roc_auc": draws.each(area)}
+
+
+def _rankings(answers: Answers) -> list[_Ranking]:
+    ranked = _ranked(np.unique(answers.labels), answers.n_labels)
+    return [_Ranking(answers.labels == k, answers.probabilities[:, k]) for k in ranked]
+
+
 def measure_roc_auc(answers: Answers) -> list[Metric]:
     value = roc_auc(answers.labels, answers.probabilities)
     present = np.unique(answers.labels)
     if value is None:
         only = answers.label_names[present[0]]
         return [Metric("roc_auc", None, None, f"not defined: every example is {only!r}")]
-    ranked = _ranked(present, answers.n_labels)
-    rankings = [_Ranking(answers.labels == k, answers.probabilities[:, k]) for k in ranked]
-    resamples = affordable(len(answers) * len(rankings))
-    areas = [
-        _mean_of_defined([ranking.area(weights) for ranking in rankings])
-        for weights in row_weights(len(answers), resamples, answers.seed)
-    ]
     absent = [name for index, name in enumerate(answers.label_names) if index not in present]
-    notes = [f"without {', '.join(map(repr, absent))}: no such example" if absent else None, fewer_resamples(resamples)]
-    return [Metric("roc_auc", value, percentile_interval(areas), "; ".join(filter(None, notes)) or None)]
+    note = f"without {', '.join(map(repr, absent))}: no such example" if absent else None
+    fewest = int(np.bincount(answers.labels)[present].min())
+    if fewest < FEWEST_ROWS:
+        few = f"no interval: a label has {plural(fewest, 'row')}, expected {FEWEST_ROWS} at least"
+        return [Metric("roc_auc", value, None, f"{note}; {few}" if note else few)]
+    influences = np.mean([ranking.influences() for ranking in _rankings(answers)], axis=0)
+    if not 0 < value < 1:
+        why = "no interval: every pair is in the same order"
+        return [Metric("roc_auc", value, None, f"{note}; {why}" if note else why)]
+    accuracy = float((answers.labels == answers.predictions).mean())
+    found = estimated(
+        "roc_auc",
+        math.log(value / (1 - value)),
+        influences / (value * (1 - value)),
+        answers.clusters,
+        note=note,
+        is_rough=bool(are_extreme(accuracy, fewest)),
+        back=lambda odds: 1 / (1 + math.exp(-odds)),
+    )
+    return [replace(found, value=value)]
 
 
 def _mean_of_defined(areas: list[float]) -> float:

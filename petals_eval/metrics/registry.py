@@ -1,7 +1,7 @@
 """The metrics by kind of task and by name, and the functions that compute them."""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -9,18 +9,42 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from petals_eval.errors import ConfigError
-from petals_eval.metrics.accuracy import measure_accuracy, measure_balanced_accuracy, measure_majority_baseline
+from petals_eval.metrics.accuracy import (
+    balanced_accuracy_on_draws,
+    measure_accuracy,
+    measure_balanced_accuracy,
+    measure_majority_baseline,
+    right_answers,
+)
 from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.calibration import measure_ece
 from petals_eval.metrics.choices import CHOICE_METRICS
-from petals_eval.metrics.correlation import measure_mcc
-from petals_eval.metrics.documents import Documents, measured
-from petals_eval.metrics.fscores import AVERAGES, SCORES, averaged, for_each_label
+from petals_eval.metrics.correlation import mcc_on_draws, measure_mcc
+from petals_eval.metrics.documents import Documents, Unit, measured, on_draws
+from petals_eval.metrics.fscores import (
+    AVERAGES,
+    SCORES,
+    averaged,
+    averaged_on_draws,
+    for_each_label,
+    per_class_on_draws,
+)
 from petals_eval.metrics.generated import GENERATED_METRICS
 from petals_eval.metrics.likelihood import CONTINUATION_METRICS
-from petals_eval.metrics.probabilistic import measure_brier, measure_log_loss
-from petals_eval.metrics.ranking import measure_roc_auc
-from petals_eval.metrics.regression import Numbers, measure_mae, measure_mse, measure_pearson, measure_spearman
+from petals_eval.metrics.probabilistic import brier_terms, log_loss_terms, measure_brier, measure_log_loss
+from petals_eval.metrics.ranking import measure_roc_auc, roc_auc_on_draws
+from petals_eval.metrics.regression import (
+    PASSES,
+    Numbers,
+    absolute_error_terms,
+    measure_mae,
+    measure_mse,
+    measure_pearson,
+    measure_spearman,
+    pearson_on_draws,
+    spearman_on_draws,
+    squared_error_terms,
+)
 from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.metrics.spec import MetricSpec, View
 
@@ -44,7 +68,12 @@ def _nothing(answers: Answers) -> list[Metric]:
 _TITLES = {"precision": "precision", "recall": "recall", "f1": "F1"}
 _CLASSES = (
     MetricSpec(
-        "accuracy", "accuracy", "share of right answers; brings the majority baseline", measure_accuracy, is_share=True
+        "accuracy",
+        "accuracy",
+        "share of right answers; brings the majority baseline",
+        measure_accuracy,
+        is_share=True,
+        terms=right_answers,
     ),
     MetricSpec(
         "majority_baseline",
@@ -52,30 +81,88 @@ _CLASSES = (
         "accuracy of always answering the commonest label",
         measure_majority_baseline,
     ),
-    MetricSpec("balanced_accuracy", "balanced accuracy", "mean recall over the labels", measure_balanced_accuracy),
+    MetricSpec(
+        "balanced_accuracy",
+        "balanced accuracy",
+        "mean recall over the labels",
+        measure_balanced_accuracy,
+        resampler=balanced_accuracy_on_draws,
+    ),
     *(
-        MetricSpec(f"{s}_{a}", f"{_TITLES[s]} ({a})", f"{_TITLES[s]}, {a} average over the labels", averaged(s, a))
+        MetricSpec(
+            f"{s}_{a}",
+            f"{_TITLES[s]} ({a})",
+            f"{_TITLES[s]}, {a} average over the labels",
+            averaged(s, a),
+            resampler=averaged_on_draws(s, a),
+        )
         for s in SCORES
         for a in AVERAGES
     ),
     *(
         MetricSpec(
-            f"{s}_per_class", _TITLES[s], f"{_TITLES[s]} of each label, as {s}[label]", for_each_label(s), score=s
+            f"{s}_per_class",
+            _TITLES[s],
+            f"{_TITLES[s]} of each label, as {s}[label]",
+            for_each_label(s),
+            score=s,
+            resampler=per_class_on_draws(s),
         )
         for s in SCORES
     ),
-    MetricSpec("mcc", "Matthews correlation", "correlation of labels and predictions, -1 to 1", measure_mcc),
-    MetricSpec("roc_auc", "ROC AUC", "area under the ROC curve; one against the rest, macro", measure_roc_auc),
-    MetricSpec("log_loss", "log loss", "mean -ln p(label), in nats", measure_log_loss, higher_is_better=False),
-    MetricSpec("brier", "Brier score", "squared error of the probabilities, 0 to 2", measure_brier, False),
-    MetricSpec("ece", "calibration error", "expected calibration error, 15 bins", measure_ece, False),
+    MetricSpec(
+        "mcc",
+        "Matthews correlation",
+        "correlation of labels and predictions, -1 to 1",
+        measure_mcc,
+        resampler=mcc_on_draws,
+    ),
+    MetricSpec(
+        "roc_auc",
+        "ROC AUC",
+        "area under the ROC curve; one against the rest, macro",
+        measure_roc_auc,
+        resampler=roc_auc_on_draws,
+        passes=lambda answers: answers.n_labels,
+        needs_scores=True,
+    ),
+    MetricSpec(
+        "log_loss",
+        "log loss",
+        "mean -ln p(label), in nats",
+        measure_log_loss,
+        False,
+        terms=log_loss_terms,
+        needs_scores=True,
+    ),
+    MetricSpec(
+        "brier",
+        "Brier score",
+        "squared error of the probabilities, 0 to 2",
+        measure_brier,
+        False,
+        terms=brier_terms,
+        needs_scores=True,
+    ),
+    MetricSpec(
+        "ece", "calibration error", "expected calibration error, 15 bins", measure_ece, False, needs_scores=True
+    ),
     # Not a number: it is always in metrics.json under its own key. A task may name it all the same.
     MetricSpec("confusion_matrix", "confusion matrix", "always reported beside the metrics", _nothing),
 )
 
 
-def _by_unit(name: str, title: str, about: str, measure: Callable[[Documents], list[Metric]]) -> MetricSpec:
-    return MetricSpec(name, title, about, measure, higher_is_better=False, best=None, view=Documents.of)
+def _by_unit(name: str, title: str, about: str, unit: Unit, *, in_bits: bool = False) -> MetricSpec:
+    return MetricSpec(
+        name,
+        title,
+        about,
+        measured(name, unit, in_bits=in_bits),
+        higher_is_better=False,
+        best=None,
+        view=Documents.of,
+        resampler=on_draws(name, unit, in_bits=in_bits),
+    )
 
 
 _DOCUMENTS = (
@@ -83,37 +170,68 @@ _DOCUMENTS = (
         "token_perplexity",
         "token perplexity",
         "e to the power of minus the mean log-likelihood a token",
-        measured("token_perplexity", "tokens"),
+        "tokens",
     ),
     _by_unit(
         "word_perplexity",
         "word perplexity",
         "the same a word of the original text, whatever the tokenizer",
-        measured("word_perplexity", "words"),
+        "words",
     ),
     _by_unit(
         "byte_perplexity",
         "byte perplexity",
         "the same a byte of the original text in utf-8",
-        measured("byte_perplexity", "bytes"),
+        "bytes",
     ),
     _by_unit(
         "bits_per_byte",
         "bits per byte",
         "minus the mean log-likelihood a byte, in bits",
-        measured("bits_per_byte", "bytes", in_bits=True),
+        "bytes",
+        in_bits=True,
     ),
 )
 
 _NUMBERS = (
     MetricSpec(
-        "pearson", "Pearson correlation", "of labels and predictions, -1 to 1", measure_pearson, view=Numbers.of
+        "pearson",
+        "Pearson correlation",
+        "of labels and predictions, -1 to 1",
+        measure_pearson,
+        view=Numbers.of,
+        resampler=pearson_on_draws,
+        passes=lambda numbers: PASSES,
     ),
-    MetricSpec("spearman", "Spearman correlation", "of their ranks, -1 to 1", measure_spearman, view=Numbers.of),
     MetricSpec(
-        "mse", "mean squared error", "in squares of the label's unit", measure_mse, False, best=None, view=Numbers.of
+        "spearman",
+        "Spearman correlation",
+        "of their ranks, -1 to 1",
+        measure_spearman,
+        view=Numbers.of,
+        resampler=spearman_on_draws,
+        passes=lambda numbers: PASSES,
     ),
-    MetricSpec("mae", "mean absolute error", "in the label's unit", measure_mae, False, best=None, view=Numbers.of),
+    MetricSpec(
+        "mse",
+        "mean squared error",
+        "in squares of the label's unit",
+        measure_mse,
+        False,
+        best=None,
+        view=Numbers.of,
+        terms=squared_error_terms,
+    ),
+    MetricSpec(
+        "mae",
+        "mean absolute error",
+        "in the label's unit",
+        measure_mae,
+        False,
+        best=None,
+        view=Numbers.of,
+        terms=absolute_error_terms,
+    ),
 )
 
 KINDS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
@@ -188,7 +306,6 @@ def compute_metrics(
     probabilities: ArrayLike,
     *,
     label_names: Sequence[str],
-    seed: int = 0,
 ) -> dict[str, Metric]:
     """Compute metrics of a classification with 95% intervals, by name.
 
@@ -196,7 +313,6 @@ def compute_metrics(
         label, "f1[label]"; "confusion_matrix" gives none (see `petals_eval.metrics.confusion_matrix`).
     labels, predictions: (n,) indices into `label_names`. Failed examples are not among them.
     probabilities: (n, labels).
-    seed: of the bootstrap; one seed gives one interval, whatever other metrics are asked for.
 
     Raises ConfigError for an unknown name, DataError for arrays that do not fit.
 
@@ -205,23 +321,21 @@ def compute_metrics(
     (1.0, 0.5)
     """
     known = check_metric_names(names)
-    answers = Answers.checked(labels, predictions, probabilities, label_names, seed)
+    answers = Answers.checked(labels, predictions, probabilities, label_names)
     return _measured([METRICS[name] for name in known], lambda view: answers, label_names, "no example was scored")
 
 
-def measure(
-    kind: str, names: Sequence[str], rows: ScoredRows, *, label_names: Sequence[str] = (), seed: int = 0
-) -> dict[str, Metric]:
+def measure(kind: str, names: Sequence[str], rows: ScoredRows, *, label_names: Sequence[str] = ()) -> dict[str, Metric]:
     """Compute the metrics of a task of any kind with 95% intervals, by name, from what a journal holds.
 
-    label_names: where the rows have common labels. seed: of the bootstrap.
+    label_names: where the rows have common labels.
     Raises ConfigError for a name that the kind does not have, DataError for rows that do not fit.
     """
     table, views = _table(kind), dict[View, Any]()
 
     def view_of(view: View) -> Any:
         if view not in views:
-            views[view] = view(rows, label_names, seed)
+            views[view] = view(rows, label_names)
         return views[view]
 
     why_none = "no example has a label" if len(rows) else "no example was scored"
@@ -248,13 +362,14 @@ def _measured(
                 found[name] = Metric(name, None, None, why_none)
             continue
         for metric in spec.measure(given):
-            found[metric.name] = _single(metric) if len(given) == 1 and not spec.is_share else metric
+            is_single = len(given) == 1 and not spec.is_share and metric.name != "majority_baseline"
+            found[metric.name] = _single(metric) if is_single else metric
     return found
 
 
 def _single(metric: Metric) -> Metric:
-    # Every resample of one example is that example: the bootstrap would claim certainty.
-    if metric.ci95 is None:
+    # One example has no spread: its interval would claim certainty.
+    if metric.value is None:
         return metric
-    note = "no interval from one example"
-    return replace(metric, ci95=None, note=f"{metric.note}; {note}" if metric.note else note)
+    notes = [each for each in (metric.note or "").split("; ") if each and not each.startswith("no interval")]
+    return replace(metric, ci95=None, is_rough=False, note="; ".join([*notes, "no interval from one example"]))

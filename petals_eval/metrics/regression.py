@@ -1,47 +1,50 @@
 """Metrics of numbers: correlations, squared and absolute errors."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from petals_eval.errors import ConfigError, DataError
+from petals_eval.errors import DataError
 from petals_eval.metrics.answers import Metric
-from petals_eval.metrics.intervals import Floats, affordable, percentile_interval, resampled_means, row_weights
-from petals_eval.metrics.probabilistic import fewer_resamples
+from petals_eval.metrics.estimates import estimated, mean_of
+from petals_eval.metrics.intervals import Floats
+from petals_eval.metrics.resampling import Resampler
 from petals_eval.metrics.scored_rows import ScoredRows
 
 __all__ = ["Numbers", "mae", "mse", "pearson", "spearman"]
 
-_PASSES = 4  # over the examples for one resample of a correlation, in the time that drawing its weights takes
+PASSES = 4  # over the examples for one resample of a correlation, in the time that drawing its weights takes
 
 
 @dataclass(frozen=True, eq=False)
 class Numbers:
-    """labels, predictions: float64 (n,), finite, of examples that have a label. seed: of the bootstrap."""
+    """labels, predictions: float64 (n,), finite, of examples that have a label.
+
+    clusters: int64 (n,), of rows that may depend on each other; None: of none.
+    """
 
     labels: Floats
     predictions: Floats
-    seed: int
+    clusters: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @classmethod
-    def of(cls, rows: ScoredRows, label_names: Sequence[str], seed: int) -> "Numbers":
+    def of(cls, rows: ScoredRows, label_names: Sequence[str]) -> "Numbers":
         """Return the labelled ones of rows with one number each, their first column.
 
-        Raises DataError where a row has several, ConfigError for a negative seed.
+        Raises DataError where a row has several.
         """
-        if seed < 0:
-            raise ConfigError(f"Expected a seed of 0 or more for the bootstrap; found {seed}.")
         known = rows.labelled()
         odd = known.items != 1
         if odd.any():
             row = int(np.argmax(odd))
             raise DataError(f"Metrics of a regression need one number a row; row {row} has {known.items[row]}.")
-        return cls(known.labels, known.values[:, 0], seed)
+        return cls(known.labels, known.values[:, 0], known.clusters)
 
 
 def pearson(labels: ArrayLike, predictions: ArrayLike) -> float | None:
@@ -114,46 +117,102 @@ class _Ranks:
         return (np.cumsum(counts) - (counts - 1) / 2)[self._place]
 
 
-def measure_pearson(numbers: Numbers) -> list[Metric]:
-    def resampled(weights: np.ndarray) -> float:
+def squared_error_terms(numbers: Numbers) -> dict[str, Floats]:
+    return {"mse": (numbers.labels - numbers.predictions) ** 2}
+
+
+def absolute_error_terms(numbers: Numbers) -> dict[str, Floats]:
+    return {"mae": np.abs(numbers.labels - numbers.predictions)}
+
+
+def pearson_on_draws(numbers: Numbers) -> Resampler:
+    def compute(weights: Floats) -> float:
         return _correlation(numbers.labels, numbers.predictions, weights)
 
-    return [_correlated("pearson", pearson(numbers.labels, numbers.predictions), resampled, numbers)]
+    return lambda draws: {"pearson": draws.each(compute)}
+
+
+def spearman_on_draws(numbers: Numbers) -> Resampler:
+    ranks = _Ranks(numbers.labels), _Ranks(numbers.predictions)
+
+    def compute(weights: Floats) -> float:
+        return _correlation(ranks[0].of(weights), ranks[1].of(weights), weights)
+
+    return lambda draws: {"spearman": draws.each(compute)}
+
+
+def measure_pearson(numbers: Numbers) -> list[Metric]:
+    value = pearson(numbers.labels, numbers.predictions)
+    if value is None:
+        return [_undefined("pearson", numbers)]
+    one, other = _standard(numbers.labels), _standard(numbers.predictions)
+    return [_correlated("pearson", value, one * other - value * (one**2 + other**2) / 2, numbers)]
 
 
 def measure_spearman(numbers: Numbers) -> list[Metric]:
-    ranks = _Ranks(numbers.labels), _Ranks(numbers.predictions)
-
-    def resampled(weights: np.ndarray) -> float:
-        return _correlation(ranks[0].of(weights), ranks[1].of(weights), weights)
-
-    return [_correlated("spearman", spearman(numbers.labels, numbers.predictions), resampled, numbers)]
+    value = spearman(numbers.labels, numbers.predictions)
+    if value is None:
+        return [_undefined("spearman", numbers)]
+    n = len(numbers)
+    one, other = (_Ranks(values).of(np.ones(n)) / n for values in (numbers.labels, numbers.predictions))
+    one, other = one - one.mean(), other - other.mean()
+    # A row moves the ranks of those beyond it, too: what it adds there is their mean on its far side.
+    beyond = {
+        (a, b): _mean_beyond(values, ranks)
+        for a, values in enumerate((numbers.labels, numbers.predictions))
+        for b, ranks in enumerate((one, other))
+    }
+    spread = np.mean(one**2), np.mean(other**2)
+    covariance = one * other + beyond[0, 1] + beyond[1, 0]
+    squares = (one**2 + 2 * beyond[0, 0]) / spread[0] + (other**2 + 2 * beyond[1, 1]) / spread[1]
+    influences = covariance / np.sqrt(spread[0] * spread[1]) - value * squares / 2
+    return [_correlated("spearman", value, influences - influences.mean(), numbers)]
 
 
 def measure_mse(numbers: Numbers) -> list[Metric]:
-    errors = (numbers.labels - numbers.predictions) ** 2
-    return [_mean("mse", errors, numbers)]
+    [terms] = squared_error_terms(numbers).values()
+    return [mean_of("mse", terms, numbers.clusters)]
 
 
 def measure_mae(numbers: Numbers) -> list[Metric]:
-    return [_mean("mae", np.abs(numbers.labels - numbers.predictions), numbers)]
+    [terms] = absolute_error_terms(numbers).values()
+    return [mean_of("mae", terms, numbers.clusters)]
 
 
-def _correlated(name: str, value: float | None, resampled: Callable[[np.ndarray], float], numbers: Numbers) -> Metric:
-    if value is None:
-        if len(numbers) == 1:
-            return Metric(name, None, None, "not defined for one example")
-        constant = [
-            what
-            for what, values in (("labels", numbers.labels), ("predictions", numbers.predictions))
-            if values.min() == values.max()
-        ]
-        return Metric(name, None, None, f"not defined: all {' and '.join(constant)} are the same")
-    resamples = affordable(_PASSES * len(numbers))
-    values = [resampled(weights) for weights in row_weights(len(numbers), resamples, numbers.seed)]
-    return Metric(name, value, percentile_interval(values), fewer_resamples(resamples))
+def _standard(values: Floats) -> Floats:
+    found: Floats = (values - values.mean()) / values.std()
+    return found
 
 
-def _mean(name: str, terms: Floats, numbers: Numbers) -> Metric:
-    means = resampled_means(terms[:, None], numbers.seed)[:, 0]
-    return Metric(name, float(terms.mean()), percentile_interval(means), fewer_resamples(len(means)))
+def _mean_beyond(values: Floats, terms: Floats) -> Floats:
+    """Return (n,) the sum of the terms of rows with a greater value, equal ones counting half, over n."""
+    place = np.unique(values, return_inverse=True)[1].reshape(-1)
+    sums = np.bincount(place, weights=terms)
+    found: Floats = (np.cumsum(sums[::-1])[::-1] - sums / 2)[place] / len(values)
+    return found
+
+
+def _undefined(name: str, numbers: Numbers) -> Metric:
+    if len(numbers) == 1:
+        return Metric(name, None, None, "not defined for one example")
+    constant = [
+        what
+        for what, values in (("labels", numbers.labels), ("predictions", numbers.predictions))
+        if values.min() == values.max()
+    ]
+    return Metric(name, None, None, f"not defined: all {' and '.join(constant)} are the same")
+
+
+def _correlated(name: str, value: float, influences: Floats, numbers: Numbers) -> Metric:
+    """Return a correlation with the interval of Fisher's z of it, where its spread depends least on its size."""
+    if not abs(value) < 1:
+        return Metric(name, value, None, "no interval: the rows lie on a line")
+    found = estimated(
+        name,
+        math.atanh(value),
+        influences / len(numbers) / (1 - value**2),
+        numbers.clusters,
+        back=math.tanh,
+        may_be_heavy=True,
+    )
+    return replace(found, value=value)

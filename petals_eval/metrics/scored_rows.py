@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 
 from petals_eval.errors import DataError
 
-__all__ = ["ScoredRows"]
+__all__ = ["CLUSTER", "ScoredRows"]
+
+CLUSTER = "cluster"
+"""The column of values that says which rows may depend on each other, the same in all items of a row."""
 
 Floats = NDArray[np.float64]
 
@@ -72,6 +75,13 @@ class ScoredRows:
         """Whether it is known of each example what is right, (n,)."""
         return ~np.isnan(self.labels)
 
+    @property
+    def clusters(self) -> NDArray[np.int64] | None:
+        """Which cluster each example is of, int64 (n,) from 0; None where the task has none."""
+        if CLUSTER not in self.columns:
+            return None
+        return np.unique(self.column(CLUSTER)[self.starts[:-1]], return_inverse=True)[1].reshape(-1)
+
     def column(self, name: str) -> Floats:
         """Return one column of all items, (items,). Raises DataError where there is none."""
         if name not in self.columns:
@@ -86,6 +96,13 @@ class ScoredRows:
         starts = np.concatenate([[0], np.cumsum(counts)])
         values = self.values[np.repeat(keep, self.items)]
         return ScoredRows(self.labels[keep], self.predictions[keep], values, starts, self.columns)
+
+    def at(self, positions: NDArray[np.int64]) -> "ScoredRows":
+        """Return the examples at these positions, in their order."""
+        counts = self.items[positions]
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        items = np.repeat(self.starts[positions] - starts[:-1], counts) + np.arange(starts[-1])
+        return ScoredRows(self.labels[positions], self.predictions[positions], self.values[items], starts, self.columns)
 
     def labelled(self) -> "ScoredRows":
         """Return the examples of which it is known what is right."""

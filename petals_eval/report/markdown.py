@@ -3,18 +3,22 @@
 import re
 from collections.abc import Iterable, Sequence
 
+from petals_eval.metrics.differences import Difference
 from petals_eval.report.numbers import (
     counts_line,
     interval_text,
     metric_names,
     metric_title,
     notes,
+    p_value_text,
+    signed_interval_text,
+    signed_text,
     swarm_line,
     value_text,
     wire_lines,
 )
 from petals_eval.runs import AdapterResult, Manifest, NoisyServer, RunResult, ServerUsed, WireRecord
-from petals_eval.text import printable
+from petals_eval.text import number_text, printable
 
 __all__ = ["markdown_report"]
 
@@ -27,6 +31,7 @@ def markdown_report(result: RunResult, manifest: Manifest, servers: Sequence[tup
     sections = [
         f"# {_safe(result.task)} with {_safe(manifest.model.name)}",
         _metrics(adapters),
+        _differences(result.differences),
         *(_draws(each) for each in adapters if each.draws),
         "\n".join(f"- {_safe(note)}" for note in notes(adapters)),
         "\n".join([*(f"- {_safe(each.adapter)}: {counts_line(each)}" for each in adapters), f"- {swarm_line(result)}"]),
@@ -43,14 +48,40 @@ def markdown_report(result: RunResult, manifest: Manifest, servers: Sequence[tup
 def _metrics(adapters: Sequence[AdapterResult]) -> str:
     rows = [[metric_title(name), *(_cell(each, name) for each in adapters)] for name in metric_names(adapters)]
     intervals = (
-        "95% intervals in brackets: Wilson's for shares of the examples such as accuracy, a seeded percentile "
-        "bootstrap for the rest."
+        "95% intervals in brackets: Wilson's for shares of the examples such as accuracy, for the rest one by what "
+        "each example adds, corrected for skewness."
     )
     if any(each.draws for each in adapters):
         intervals = (
             "Means over draws of shots; in brackets the least, the greatest, and the standard deviation of a draw."
         )
     return f"{_table(['', *(each.adapter for each in adapters)], rows)}\n\n{intervals}"
+
+
+def _differences(found: Sequence[Difference]) -> str:
+    """Return a section on how much the first adapter differs from the others, or nothing."""
+    if not found:
+        return ""
+    heads = ["", "metric", "difference", "95% interval", "p", "p (Holm)", "detectable"]
+    rows = [
+        [
+            f"{each.first} - {each.second}",
+            metric_title(each.metric),
+            signed_text(each),
+            signed_interval_text(each),
+            p_value_text(each.p_value),
+            p_value_text(each.p_holm),
+            "-" if each.minimum_detectable is None else number_text(each.minimum_detectable, 3),
+        ]
+        for each in found
+    ]
+    methods = "; ".join(dict.fromkeys(each.method for each in found))
+    about = (
+        f"On the {found[0].rows:,} rows that all of them scored. Shares, then the others: {methods}. Holm's correction "
+        "is over the pairs of a metric. Detectable is the smallest difference that so many rows show in four of five "
+        "such data sets, at 5%."
+    )
+    return f"## Differences\n\n{_table(heads, rows)}\n\n{about}"
 
 
 def _draws(result: AdapterResult) -> str:

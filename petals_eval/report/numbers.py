@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from petals_eval.metrics import Metric, title_of
+from petals_eval.metrics.differences import Difference
 from petals_eval.runs import AdapterResult, ComputedIn, RunResult, WireRecord
 from petals_eval.text import number_text, plural, printable
 
@@ -15,11 +16,18 @@ __all__ = [
     "metric_title",
     "noise_line",
     "notes",
+    "p_value_text",
     "rate_text",
+    "signed_interval_text",
+    "signed_text",
     "swarm_line",
+    "tested_text",
     "value_text",
     "wire_lines",
 ]
+
+
+ROUGH = "~ marks an interval that may cover less than 95%: it rests on few rows, or on few errors"
 
 
 def value_text(metric: Metric | None) -> str:
@@ -29,7 +37,7 @@ def value_text(metric: Metric | None) -> str:
 
 def interval_text(metric: Metric | None) -> str:
     """Return an interval with three decimals, or five digits of a large value's, or the spread over draws; an empty
-    text where there is none."""
+    text where there is none. "~" stands before one that may cover less than 95%."""
     if metric is None:
         return ""
     if metric.draws is not None:
@@ -38,7 +46,46 @@ def interval_text(metric: Metric | None) -> str:
         return f"{spread[0]} - {spread[1]}, sd {spread[2]}"
     if metric.ci95 is None:
         return ""
-    return " - ".join(number_text(bound, 3, beside=metric.value) for bound in metric.ci95)
+    bounds = " - ".join(number_text(bound, 3, beside=metric.value) for bound in metric.ci95)
+    return f"~{bounds}" if metric.is_rough else bounds
+
+
+def signed_text(difference: Difference) -> str:
+    """Return a difference with its sign, in the digits of the two values; "-" where there is none."""
+    if difference.value is None:
+        return "-"
+    beside = max(abs(difference.first_value or 0.0), abs(difference.second_value or 0.0))
+    return _signed(difference.value, 4, beside)
+
+
+def signed_interval_text(difference: Difference) -> str:
+    """Return the interval of a difference with signs, one digit shorter; an empty text where there is none."""
+    if difference.ci95 is None:
+        return ""
+    beside = max(abs(difference.first_value or 0.0), abs(difference.second_value or 0.0))
+    return " to ".join(_signed(bound, 3, beside) for bound in difference.ci95)
+
+
+def tested_text(difference: Difference) -> str:
+    """Return a difference's interval and p-value, the corrected one where several were tested."""
+    p_value = difference.p_value if difference.p_holm is None else difference.p_holm
+    parts = [signed_interval_text(difference), "" if p_value is None else f"p {p_value_text(p_value)}"]
+    return ", ".join(filter(None, parts))
+
+
+def _signed(value: float, decimals: int, beside: float) -> str:
+    text = number_text(value, decimals, beside=beside)
+    return text if text.startswith("-") else f"+{text}"
+
+
+def p_value_text(p_value: float | None) -> str:
+    """
+    >>> [p_value_text(p) for p in (0.39119, 0.0412, 1.0, 0.00002, None)]
+    ['0.391', '0.041', '1.000', '<0.001', '-']
+    """
+    if p_value is None:
+        return "-"
+    return "<0.001" if p_value < 0.0005 else f"{p_value:.3f}"
 
 
 def metric_title(name: str) -> str:
@@ -69,6 +116,8 @@ def notes(results: Sequence[AdapterResult]) -> list[str]:
         for note, adapters in by_note.items():
             whose = "" if len(adapters) == len(results) else f" ({', '.join(adapters)})"
             found.append(printable(f"{metric_title(name)}{whose}: {note}"))
+    if any(metric.is_rough for result in results for metric in result.metrics.values()):
+        found.append(ROUGH)
     return found
 
 

@@ -1,7 +1,8 @@
 """The result of a run on the terminal, or as plain text where there is none."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.cells import cell_len
@@ -10,6 +11,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from petals_eval.metrics import Metric
+from petals_eval.metrics.differences import Difference
 from petals_eval.report.numbers import (
     counts_line,
     counts_of,
@@ -19,16 +21,18 @@ from petals_eval.report.numbers import (
     metric_title,
     noise_line,
     notes,
+    signed_interval_text,
+    signed_text,
     swarm_line,
+    tested_text,
     value_text,
     wire_lines,
 )
+from petals_eval.report.tables import NAME_WIDTH, text_table
 from petals_eval.runs import AdapterResult, GroupResult, RunResult
 from petals_eval.text import printable
 
 __all__ = ["print_group", "print_result"]
-
-NAME_WIDTH = 24  # of an adapter at the head of its column
 
 
 def print_result(result: RunResult, console: Console, *, folder: Path | None = None) -> None:
@@ -37,7 +41,7 @@ def print_result(result: RunResult, console: Console, *, folder: Path | None = N
     console: of `console_for`; everything printed is plain text to it, never markup.
     """
     adapters = list(result.adapters.values())
-    tables = [_one(adapters[0])] if len(adapters) == 1 else _side_by_side(adapters, console.width)
+    tables = [_one(adapters[0])] if len(adapters) == 1 else _side_by_side(result, adapters, console.width)
     for line in itertools.chain(*tables):
         console.print(line, soft_wrap=True)
     for below in _below(result, adapters):
@@ -58,7 +62,7 @@ def print_group(result: GroupResult, console: Console, *, folder: Path | None = 
         rows.append(["mean over tasks", "", *(value_text(Metric(n, means[n].over_tasks)) for n in names)])
         rows.append(["mean over rows", "", *(value_text(Metric(n, means[n].over_rows)) for n in names)])
         head = printable(adapter, longest=NAME_WIDTH) if len(result.adapters) > 1 else ""
-        for line in _table([head, "scored", *map(metric_title, names)], rows):
+        for line in text_table([head, "scored", *map(metric_title, names)], rows):
             console.print(line, soft_wrap=True)
     if not names:
         console.print(Text("  no metric that all of these tasks have: their run folders have the metrics of each"))
@@ -72,7 +76,7 @@ def print_group(result: GroupResult, console: Console, *, folder: Path | None = 
 def _below(result: RunResult, adapters: Sequence[AdapterResult]) -> list[str]:
     lines = []
     if result.without_prompts is not None:
-        lines.append(_comparison(result.without_prompts))
+        lines.append(_comparison(result.without_prompts, result.differences))
     lines += notes(adapters)
     if len(adapters) == 1:
         lines.append(counts_line(adapters[0]))
@@ -84,59 +88,72 @@ def _below(result: RunResult, adapters: Sequence[AdapterResult]) -> list[str]:
     return lines
 
 
-def _comparison(bare: AdapterResult) -> str:
+def _comparison(bare: AdapterResult, differences: Sequence[Difference]) -> str:
     name = "accuracy" if "accuracy" in bare.metrics else next(iter(bare.metrics), "accuracy")
     metric = bare.metrics.get(name)
     interval = interval_text(metric)
-    return f"without the prompts: {metric_title(name)} {value_text(metric)}" + (f" ({interval})" if interval else "")
+    line = f"without the prompts: {metric_title(name)} {value_text(metric)}" + (f" ({interval})" if interval else "")
+    found = next((each for each in differences if (each.metric, each.second) == (name, bare.adapter)), None)
+    return line if found is None else f"{line}; difference {signed_text(found)} ({signed_interval_text(found)})"
 
 
 def _one(result: AdapterResult) -> list[Text]:
     rows = [[metric_title(name), value_text(metric), interval_text(metric)] for name, metric in result.metrics.items()]
-    return _table(["", "mean" if result.draws else "value", interval_title([result])], rows)
+    return text_table(["", "mean" if result.draws else "value", interval_title([result])], rows)
 
 
-def _side_by_side(adapters: Sequence[AdapterResult], width: int) -> list[list[Text]]:
+@dataclass(frozen=True)
+class _Column:
+    """values: by metric, a value and what stands in brackets behind it. counts: as `counts_of` has them."""
+
+    head: str
+    values: Mapping[str, tuple[str, str]]
+    counts: Mapping[str, str]
+
+
+def _side_by_side(result: RunResult, adapters: Sequence[AdapterResult], width: int) -> list[list[Text]]:
     """Return one table if the terminal is wide enough; else intervals below their values; else several tables."""
     names = metric_names(adapters)
-    beside = _columns(adapters, names, below=False)
+    columns = [*map(_of_adapter, adapters), *_of_differences(result, names)]
+    beside = _columns(columns, names, below=False)
     if max(cell_len(line.plain) for line in beside) <= width:
         return [beside]
-    counted = {what for each in adapters for what in counts_of(each)}
+    counted = {what for each in columns for what in each.counts}
     first = max(map(cell_len, [*map(metric_title, names), *counted])) + 4
-    cells = [value_text(each.metrics.get(name)) for name in names for each in adapters]
-    cells += [interval_text(each.metrics.get(name)) for name in names for each in adapters]
-    widest = max(map(cell_len, [*map(_head, adapters), *cells]))
+    cells = [cell for each in columns for pair in each.values.values() for cell in pair]
+    widest = max(map(cell_len, [*(each.head for each in columns), *cells]))
     at_once = max(1, (width - first) // (widest + 2))
-    return [_columns(adapters[i : i + at_once], names, below=True) for i in range(0, len(adapters), at_once)]
+    return [_columns(columns[i : i + at_once], names, below=True) for i in range(0, len(columns), at_once)]
 
 
-def _columns(adapters: Sequence[AdapterResult], names: Sequence[str], *, below: bool) -> list[Text]:
+def _of_adapter(result: AdapterResult) -> _Column:
+    values = {name: (value_text(metric), interval_text(metric)) for name, metric in result.metrics.items()}
+    return _Column(printable(result.adapter, longest=NAME_WIDTH), values, counts_of(result))
+
+
+def _of_differences(result: RunResult, names: Sequence[str]) -> list[_Column]:
+    """Return a column for each adapter beside the first: how much that one differs from it."""
+    others = [name for name in result.adapters if name != result.first.adapter]
+    found = []
+    for other in others:
+        pair = {each.metric: each for each in result.differences if each.second == other}
+        values = {name: (signed_text(pair[name]), tested_text(pair[name])) for name in names if name in pair}
+        first, second = (printable(name, longest=NAME_WIDTH // 2) for name in (result.first.adapter, other))
+        if values:
+            found.append(_Column("difference" if len(others) == 1 else f"{first} - {second}", values, {}))
+    return found
+
+
+def _columns(columns: Sequence[_Column], names: Sequence[str], *, below: bool) -> list[Text]:
     """below: intervals stand below their values."""
     rows = []
     for name in names:
-        metrics = [each.metrics.get(name) for each in adapters]
-        intervals = [interval_text(metric) for metric in metrics]
+        cells = [each.values.get(name, ("", "")) for each in columns]
         if below:
-            rows.append([metric_title(name), *map(value_text, metrics)])
-            rows.append(["", *intervals])
+            rows.append([metric_title(name), *(value for value, _ in cells)])
+            rows.append(["", *(interval for _, interval in cells)])
         else:
-            beside = [f" ({interval})" if interval else "" for interval in intervals]
-            rows.append([metric_title(name), *(value_text(m) + b for m, b in zip(metrics, beside, strict=True))])
-    counts = [counts_of(each) for each in adapters]
-    rows += [[what, *(count.get(what, "") for count in counts)] for what in dict.fromkeys(w for c in counts for w in c)]
-    return _table(["", *(_head(each) for each in adapters)], [row for row in rows if any(row)])
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Text]:
-    """Return lines of columns, each as wide as its widest cell, without blanks at their ends."""
-    widths = [max(cell_len(line[column]) for line in [heads, *rows]) for column in range(len(heads))]
-    lines = []
-    for line in [heads, *rows]:
-        cells = [cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)]
-        lines.append(Text(f"  {'  '.join(cells)}".rstrip(), style="bold" if line is heads else ""))
-    return lines
-
-
-def _head(result: AdapterResult) -> str:
-    return printable(result.adapter, longest=NAME_WIDTH)
+            rows.append([metric_title(name), *(f"{value} ({inside})" if inside else value for value, inside in cells)])
+    counted = dict.fromkeys(what for each in columns for what in each.counts)
+    rows += [[what, *(each.counts.get(what, "") for each in columns)] for what in counted]
+    return text_table(["", *(each.head for each in columns)], [row for row in rows if any(row)])

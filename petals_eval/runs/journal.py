@@ -17,7 +17,7 @@ from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.runs.copy_rows import copy_rows
 from petals_eval.runs.lookup_tables import LookupTables
 from petals_eval.runs.manifest import ServerUsed
-from petals_eval.runs.rows import Counts, Failure, Row, packed, unpacked
+from petals_eval.runs.rows import Counts, Failure, KeyedRows, Row, packed, unpacked
 from petals_eval.runs.schema import blame_sqlite, connect
 from petals_eval.tasks.requests import Label, Prediction
 
@@ -305,6 +305,21 @@ class Journal:
         """
         sql = f"SELECT label, prediction, answer {_VALID} AND status = 'ok' {_IN_ORDER}"
         return ScoredRows.of(self._select(sql, (adapter,)), columns)
+
+    def keyed_rows(self, adapter: str, columns: Sequence[str] = ("score",)) -> KeyedRows:
+        """Return the scored rows with keys and hashes, in source order. Raises DataError as `scored_rows` does."""
+        sql = f"SELECT key, row_hash, label, prediction, answer {_VALID} AND status = 'ok' {_IN_ORDER}"
+        keys: list[str] = []
+        hashes: list[str] = []
+
+        def rows() -> Iterator[tuple[float | None, float | None, bytes]]:
+            for key, row_hash, *rest in self._select(sql, (adapter,)):
+                keys.append(key)
+                hashes.append(row_hash)
+                yield tuple(rest)
+
+        scored = ScoredRows.of(rows(), columns)
+        return KeyedRows(tuple(keys), tuple(hashes), scored)
 
     def servers(self) -> list[tuple[ServerUsed, int]]:
         """Return the servers that computed valid rows, each with how many, most first."""

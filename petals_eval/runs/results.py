@@ -7,9 +7,13 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from petals_eval.metrics import Metric, Spread, confusion_matrix, measure, title_of
+from petals_eval.metrics.differences import Difference, Side, differences, pairs_of
 from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.runs.journal import Failure, Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, ServerUsed, WireRecord
+from petals_eval.runs.matching import match_rows
+from petals_eval.runs.rows import KeyedRows
+from petals_eval.runs.tables import ResultRow, as_csv, as_latex, as_markdown
 from petals_eval.tasks.requests import Prediction
 from petals_eval.text import number_text
 
@@ -124,7 +128,8 @@ class ComputedIn:
 class RunResult:
     """What `evaluate` returns of a run.
 
-    kind: of the task.
+    kind, columns: of the task, and the names of the columns of its predictions' values.
+    differences: of the first adapter from each other one, and from the run without prompts, on the rows of both.
     adapters: by name, in the order they were given; at least one.
     without_prompts: the same examples without tuned prompts, where that was asked for.
     retries: micro-batches that were sent again. servers: how many computed something.
@@ -143,6 +148,8 @@ class RunResult:
     noisy_servers: tuple[NoisyServer, ...] = ()
     wire: WireRecord | None = None
     kind: str = "classification"
+    columns: tuple[str, ...] = ("score",)
+    differences: tuple[Difference, ...] = ()
 
     @property
     def first(self) -> AdapterResult:
@@ -159,6 +166,36 @@ class RunResult:
         """The predictions of the first adapter."""
         return self.first.predictions
 
+    def rows(self, run: str = "") -> list[ResultRow]:
+        """Return a table's row for each adapter, and for the run without prompts. run: what to call this one."""
+        every = [*self.adapters.values(), *([self.without_prompts] if self.without_prompts else [])]
+        return [
+            (
+                {
+                    "run": run,
+                    "task": self.task,
+                    "kind": self.kind,
+                    "adapter": each.adapter,
+                    "rows": each.n_scored,
+                    "failed": each.n_failed,
+                },
+                each.metrics,
+            )
+            for each in every
+        ]
+
+    def to_csv(self) -> str:
+        """Return the table of the adapters as csv."""
+        return as_csv(self.rows())
+
+    def to_markdown(self) -> str:
+        """Return the table of the adapters in Markdown."""
+        return as_markdown(self.rows())
+
+    def to_latex(self) -> str:
+        """Return the table of the adapters as a LaTeX tabular (booktabs)."""
+        return as_latex(self.rows())
+
     def to_json(self) -> dict[str, object]:
         """Return `metrics.json`: the first adapter's numbers on top; with several, all again under "adapters"."""
         about = {"schema_version": SCHEMA_VERSION, "task": self.task, "kind": self.kind}
@@ -172,6 +209,8 @@ class RunResult:
             found["adapters"] = {name: result.to_json() for name, result in self.adapters.items()}
         if self.without_prompts is not None:
             found["without_prompts"] = self.without_prompts.to_json()
+        if self.differences:
+            found["differences"] = [each.to_json() for each in self.differences]
         return found
 
     def __str__(self) -> str:
@@ -207,7 +246,6 @@ def run_result(
     keep_predictions: whether the result holds every prediction. with_texts: gives the predictions under a name of the
         journal what was generated, which no journal has.
     """
-    seed = manifest.seeds.get("bootstrap", 0)
     results: dict[str, AdapterResult] = {}
     draws: dict[str, list[AdapterResult]] = {}
     for adapter in manifest.adapters:
@@ -218,7 +256,6 @@ def run_result(
             label_names,
             kind=manifest.kind,
             columns=manifest.answer_columns,
-            seed=seed,
         )
         if keep_predictions:
             predictions = with_texts(adapter.name, _predictions(journal, adapter.name, manifest))
@@ -239,6 +276,33 @@ def run_result(
         noisy_servers=manifest.noisy_servers,
         wire=manifest.wire,
         kind=manifest.kind,
+        columns=manifest.answer_columns,
+        differences=tuple(_differences(manifest, journal, metrics, label_names)),
+    )
+
+
+def _differences(
+    manifest: Manifest, journal: Journal, metrics: Sequence[str], label_names: Sequence[str]
+) -> list[Difference]:
+    """Return how much the first adapter differs from each other one, on the rows that all of them scored."""
+    sides: dict[str, list[KeyedRows]] = {}
+    for adapter in manifest.adapters:
+        if len(manifest.adapters) > 1:
+            rows = journal.keyed_rows(adapter.name, manifest.answer_columns)
+            sides.setdefault(adapter.adapter or adapter.name, []).append(rows)
+    # Those of a run that is under way, or failed altogether, have nothing to be compared.
+    sides = {name: draws for name, draws in sides.items() if all(map(len, draws))}
+    if len(sides) < 2 or not set.intersection(*(set(each.keys) for draws in sides.values() for each in draws)):
+        return []
+    matched = match_rows(sides, same_data=True)
+    first = next(iter(matched.sides))
+    return differences(
+        [Side(name, manifest.kind, draws) for name, draws in matched.sides.items()],
+        metrics,
+        label_names=label_names,
+        seed=manifest.seeds.get("bootstrap", 0),
+        clusters=matched.clusters,
+        pairs=pairs_of(list(matched.sides), against=first),
     )
 
 
@@ -285,16 +349,15 @@ def summarise(
     *,
     kind: str = "classification",
     columns: Sequence[str] = ("score",),
-    seed: int = 0,
 ) -> AdapterResult:
     """Read one adapter's rows and compute its metrics.
 
-    kind, columns: of the task. seed: draws the bootstrap.
+    kind, columns: of the task.
     Raises ConfigError for an unknown metric, DataError where rows do not fit the labels or the columns.
     """
     counts = journal.counts(adapter)
     rows = journal.scored_rows(adapter, columns)
-    found = measure(kind, metrics, rows, label_names=label_names, seed=seed)
+    found = measure(kind, metrics, rows, label_names=label_names)
     confusion: list[list[int]] = []
     if label_names:
         known = rows.labelled()

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.runs.manifest import ServerUsed
 from petals_eval.tasks.requests import Label, Values
 
-__all__ = ["Counts", "Failure", "Row", "packed", "unpacked"]
+__all__ = ["Counts", "Failure", "KeyedRows", "Row", "packed", "unpacked"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,21 @@ class Failure:
     label: Label
     reason: str
     row_hash: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class KeyedRows:
+    """Scored rows with what tells them apart.
+
+    keys: of the examples. hashes: of what their rows say; an empty text where nobody noted it. rows: in the same order.
+    """
+
+    keys: tuple[str, ...]
+    hashes: tuple[str, ...]
+    rows: ScoredRows
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
 
 class Row(NamedTuple):

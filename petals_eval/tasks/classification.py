@@ -218,6 +218,11 @@ class ClassificationTask(HeadedTask):
     def _labels(self, rows: Rows) -> Labels:
         return Labels(self.label_names, self.label_map, rows.class_names.get(self.label_column))
 
+    def row_labels(self, rows: Rows) -> Iterator[tuple[str, int | None]]:
+        """Yield the key and the label of each of `rows`. Raises DataError as `check` does."""
+        labels = self._labels(rows)
+        return ((str(row.index), self._label(row, labels, rows)) for row in rows)
+
     def _label(self, row: Row, labels: Labels, rows: Rows) -> int | None:
         value, where = label_of(row, self.label_column, self.unlabelled), rows.where(row)
         return labels.index(value, where=where, column=self.label_column, unlabelled=self.unlabelled)

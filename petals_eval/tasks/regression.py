@@ -19,7 +19,7 @@ from petals_eval.validation import shorten
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RegressionTask"]
+__all__ = ["RegressionTask", "number_of"]
 
 
 class RegressionTask(HeadedTask):
@@ -115,9 +115,13 @@ class RegressionTask(HeadedTask):
         [number] = scores.tolist()
         return example.predicted(number, [(number,)])
 
+    def row_labels(self, rows: Rows) -> Iterator[tuple[str, float | None]]:
+        """Yield the key and the label of each of `rows`. Raises DataError as `check` does."""
+        return ((str(row.index), self._label(row, rows)) for row in rows)
+
     def _label(self, row: Row, rows: Rows) -> float | None:
         value = label_of(row, self.label_column, self.unlabelled)
-        number = _number(value)
+        number = number_of(value)
         lowest, highest = self.label_range or (float("-inf"), float("inf"))
         if number is not None and lowest <= number <= highest:
             return number
@@ -129,7 +133,7 @@ class RegressionTask(HeadedTask):
         return None
 
 
-def _number(value: object) -> float | None:
+def number_of(value: object) -> float | None:
     """Return the number that a value is, or that a text spells; None for what is none, infinity and NaN."""
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         return None

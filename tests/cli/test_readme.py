@@ -178,6 +178,10 @@ def test_a_command_of_the_readme(command: Typed) -> None:
     if words[1] == "show":
         run = ("run", "--model", "my-llama", "--adapter", "prompts", "--task", "reviews.yaml", "--limit", 20)
         assert invoke(*run, "--local-swarm", 1, "--out", words[2]).code == 0
+    if words[1] == "compare":
+        for folder in words[2:]:
+            run = ("run", "--model", "my-llama", "--adapter", Path(folder).name, "--task", "reviews.yaml")
+            assert invoke(*run, "--local-swarm", 1, "--out", folder).code == 0
     if "$PEERS" in words:
         with LocalSwarm("my-llama", servers=2, mode="thread") as swarm:
             at = words.index("$PEERS")
@@ -255,7 +259,18 @@ def test_the_readme_names_what_there_is() -> None:
     assert all(family.title in README for family in FAMILIES.values())
     for name in ("reviews.yaml", "questions.yaml", "words.yaml", "alike.yaml"):
         assert load_task(name).name == Path(name).stem
-    commands = ("", "run", "show", "tasks", "health", "swarm", "bootstrap", "bench forward", "bench inference")
+    commands = (
+        "",
+        "run",
+        "show",
+        "compare",
+        "tasks",
+        "health",
+        "swarm",
+        "bootstrap",
+        "bench forward",
+        "bench inference",
+    )
     shown = "".join(invoke(*command.split(), "--help").out for command in commands)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {
         "--help",

@@ -118,7 +118,7 @@ def some_continuations(rows=150):
 
 def test_perplexities_and_the_share_of_greedy_ones():
     examples = some_continuations()
-    found = measure("continuation", ["perplexity", "token_perplexity", "acc"], scored(examples, CONTINUATION), seed=1)
+    found = measure("continuation", ["perplexity", "token_perplexity", "acc"], scored(examples, CONTINUATION))
     likelihoods = [items[0][0] for _, items in examples]
     tokens = sum(items[0][2] for _, items in examples)
     assert found["perplexity"].value == pytest.approx(math.exp(-sum(likelihoods) / len(likelihoods)), rel=1e-12)
@@ -130,7 +130,7 @@ def test_perplexities_and_the_share_of_greedy_ones():
 
 
 @pytest.mark.parametrize("name", ["perplexity", "token_perplexity"])
-def test_the_intervals_are_those_of_scipys_bootstrap(name):
+def test_of_many_rows_the_intervals_are_those_of_scipys_bootstrap(name):
     examples = some_continuations()
     likelihoods = np.array([items[0][0] for _, items in examples])
     counts = np.array([items[0][2] if name == "token_perplexity" else 1.0 for _, items in examples])

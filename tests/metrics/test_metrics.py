@@ -21,15 +21,13 @@ from petals_eval.metrics import (
 from petals_eval.metrics.accuracy import balanced_accuracies
 from petals_eval.metrics.correlation import resampled_mcc
 from petals_eval.metrics.fscores import AVERAGES, SCORES, resampled_average, resampled_per_class
-from petals_eval.metrics.intervals import RESAMPLES, Tallies, affordable, percentile_interval, row_weights
+from petals_eval.metrics.intervals import Tallies, percentile_interval, row_weights
 from petals_eval.metrics.ranking import _Ranking
 from tests.metrics.metric_tester import CASES, REFERENCES, Case, random_case, reference
 
 
-def compute(names, case: Case, seed: int = 0):
-    return compute_metrics(
-        names, case.labels, case.predictions, case.probabilities, label_names=case.label_names, seed=seed
-    )
+def compute(names, case: Case):
+    return compute_metrics(names, case.labels, case.predictions, case.probabilities, label_names=case.label_names)
 
 
 def by_name(cases):
@@ -53,8 +51,7 @@ def test_the_value_is_the_reference(name: str, case: Case) -> None:
     assert (metric.value is not None) or metric.note
     if metric.ci95 is not None:
         assert metric.ci95[0] <= metric.ci95[1]
-        if name != "ece":  # biased upwards, see its note
-            assert metric.ci95[0] - 1e-12 <= metric.value <= metric.ci95[1] + 1e-12
+        assert metric.ci95[0] - 1e-12 <= metric.value <= metric.ci95[1] + 1e-12
 
 
 @by_name(CASES)
@@ -112,9 +109,9 @@ def test_accuracy_of_the_trec_run_has_the_interval_of_its_counts() -> None:
     assert metric["majority_baseline"].note == "always answering 'a'"
 
 
-@pytest.mark.parametrize("name", [name for name in REFERENCES if name not in ("accuracy", "majority_baseline")])
-def test_the_interval_is_scipys_percentile_bootstrap(name: str) -> None:
-    """Another generator and a plain loop: they agree to the noise of 1,000 resamples."""
+@pytest.mark.parametrize("name", [name for name in REFERENCES if name not in ("majority_baseline", "ece")])
+def test_of_many_rows_the_interval_is_that_of_a_bootstrap_written_out(name: str) -> None:
+    """A plain loop over resamples: they agree to the noise of 1,000 of them."""
     case = random_case("bootstrap", 250, 3)
 
     def statistic(rows) -> float:
@@ -128,43 +125,17 @@ def test_the_interval_is_scipys_percentile_bootstrap(name: str) -> None:
     assert metric.ci95 == pytest.approx((low, high), abs=0.2 * (high - low))
 
 
-def test_one_seed_gives_one_interval_whatever_else_is_asked() -> None:
-    case = random_case("seeded", 300, 4)
+def test_an_interval_does_not_depend_on_what_else_is_asked() -> None:
+    case = random_case("alone", 300, 4)
     everything = compute(available_metrics(), case)
     for name in REFERENCES:
         assert compute([name], case)[name] == everything[name]
-    other = compute(available_metrics(), case, seed=1)
-    assert other["f1_macro"].value == everything["f1_macro"].value
-    assert other["f1_macro"].ci95 != everything["f1_macro"].ci95
-    assert other["roc_auc"].ci95 != everything["roc_auc"].ci95
-
-
-def test_many_labels_are_drawn_in_parts_without_changing_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = random_case("parts", 2000, 80)
-    whole = Tallies.resampled(case.labels, case.predictions, 80, 3)
-    cells = len(np.unique(case.labels * 80 + case.predictions))
-    assert whole.right.shape == (RESAMPLES, 80)
-    assert cells * RESAMPLES < 4_000_000  # drawn at once; now the same by hand in parts
-    random = np.random.default_rng([3, 0])
-    counts = np.unique(case.labels * 80 + case.predictions, return_counts=True)[1]
-    first = random.multinomial(2000, counts / 2000, size=300)
-    second = random.multinomial(2000, counts / 2000, size=700)
-    assert (np.concatenate([first, second]).sum(axis=1) == whole.total).all()
-    again = np.random.default_rng([3, 0]).multinomial(2000, counts / 2000, size=1000)
-    assert (np.concatenate([first, second]) == again).all()
 
 
 def test_the_first_resamples_do_not_depend_on_how_many_there_are() -> None:
     few, many = list(row_weights(50, 3, 9)), list(row_weights(50, 8, 9))
     assert all((a == b).all() for a, b in zip(few, many, strict=False))
     assert all(weights.sum() == 50 for weights in many)
-
-
-def test_an_interval_from_fewer_resamples_says_so() -> None:
-    case = random_case("large", 40_000, 5)
-    metric = compute(["roc_auc"], case)["roc_auc"]
-    assert affordable(40_000 * 5) == 500
-    assert metric.note == "interval from 500 resamples"
 
 
 def test_ten_thousand_rows_take_seconds() -> None:
@@ -189,7 +160,7 @@ def test_a_metric_that_is_not_defined_says_why() -> None:
     assert absent["roc_auc"].note == "without 'label-2': no such example"
 
 
-def test_one_example_has_no_bootstrap_interval() -> None:
+def test_one_example_has_no_interval_but_that_of_a_share() -> None:
     case = next(case for case in CASES if case.name == "one example, right")
     found = compute(["accuracy", "f1_macro", "log_loss"], case)
     assert found["accuracy"].ci95 == pytest.approx((0.2065, 1.0), abs=1e-4)

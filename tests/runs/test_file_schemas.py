@@ -11,6 +11,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
 from petals_eval.metrics import KINDS
+from petals_eval.metrics.differences import Difference
 from petals_eval.runs import (
     WITHOUT_PROMPTS,
     AdapterRecord,
@@ -155,11 +156,16 @@ def test_all_that_a_run_may_know_is_described(tmp_path: Path) -> None:
             (ComputedIn(None, None, None, 1),),
             (noisy,),
             wire,
+            differences=(
+                Difference("accuracy", "trec-ptune", "other", 0.5, 0.5, 2, "exact", (-0.1, 0.1), 1.0, 1.0, 0, 1, 0.2),
+                Difference("f1[no]", "trec-ptune", WITHOUT_PROMPTS, None, 0.5, 2, "bootstrap", note="not defined"),
+            ),
         )
         folder.finish(told)
     assert check_folder(tmp_path / "run") == {"manifest", "metrics", "predictions"}
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["n_unlabelled"] == 1 and "wire" in metrics and "adapters" in metrics and "without_prompts" in metrics
+    assert "differences" in metrics
     lines = (tmp_path / "run" / "predictions.other.jsonl").read_text().splitlines()
     assert all(json.loads(line)["disputed"] for line in lines)
     # Whoever validates strictly learns nothing of a field of a later release, and an open schema takes it.

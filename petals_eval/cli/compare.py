@@ -1,0 +1,50 @@
+"""`petals-eval compare`: which of several runs is better, on the same rows."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from petals_eval.cli.flags import flags_of
+from petals_eval.comparison.settings import CompareSettings
+
+__all__ = ["HELP", "SHORT", "compare"]
+
+SHORT = "Compare runs on the same rows."
+HELP = """Compare runs, or the adapters of one, on the rows that all of them scored: the difference of every metric with
+its 95% interval, a test, and the smallest difference that so many rows could show.
+
+\b
+  petals-eval compare runs/prompts-a runs/prompts-b
+  petals-eval compare runs/several-adapters --against baseline
+  petals-eval compare runs/prompts-a other-tool.csv
+
+A file holds the predictions of another tool: csv, tsv or JSONL with the columns key (the position of the row in the
+data, from 0), prediction, and label unless a run or --task says what is right.
+"""
+
+
+@flags_of(CompareSettings)
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, and files of predictions.")],
+    **flags: Any,
+) -> int:
+    from petals_eval.comparison.compare import compare as compare_runs
+    from petals_eval.report import console_for, print_comparison
+
+    settings = CompareSettings(**flags)
+    found = compare_runs(
+        *runs,
+        metrics=settings.metrics,
+        against=settings.against,
+        task=settings.task,
+        data=settings.data,
+        seed=settings.seed,
+    )
+    if settings.json_output:
+        report = found.to_json(changed_rows=settings.changed)
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        print_comparison(found, console_for(sys.stdout), changed_rows=settings.changed)
+    return 0

@@ -1,0 +1,1 @@
+"""Which of several runs is better, on the same rows: of this package, and of predictions that other tools made."""

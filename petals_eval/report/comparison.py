@@ -1,0 +1,114 @@
+"""A comparison on the terminal, or as plain text where there is none."""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from petals_eval.comparison.compare import Comparison
+from petals_eval.metrics.differences import EXACT, Difference
+from petals_eval.report.numbers import metric_title, p_value_text, signed_interval_text, signed_text
+from petals_eval.report.tables import NAME_WIDTH, text_table
+from petals_eval.text import number_text, plural, printable
+
+__all__ = ["print_comparison"]
+
+
+def print_comparison(comparison: Comparison, console: Console, *, changed_rows: int = 10) -> None:
+    """Print every difference with its interval, its test and what could be detected.
+
+    changed_rows: of a single pair, how many of the rows whose prediction changed are shown.
+    """
+    pairs = comparison.pairs
+    heads = ["", "difference", "95% interval", "p", *(["p (Holm)"] if len(pairs) > 1 else []), "detectable"]
+    if len(pairs) == 1:
+        names = [printable(name, longest=NAME_WIDTH) for name in pairs[0]]
+        rows = [
+            [metric_title(each.metric), *_values(each), *_cells(each, several=False)] for each in comparison.differences
+        ]
+        tables = [text_table(["", *names, *heads[1:]], rows)]
+    else:
+        tables = [
+            text_table(
+                [metric_title(metric), *heads[1:]], [[_pair(each), *_cells(each, several=True)] for each in alike]
+            )
+            for metric, alike in _by_metric(comparison.differences)
+        ]
+    for line in (line for table in tables for line in table):
+        console.print(line, soft_wrap=True)
+    for below in _below(comparison):
+        console.print(Padding(Text(below), (0, 0, 0, 2), expand=False))
+    if len(pairs) == 1 and changed_rows and comparison.changed[pairs[0]]:
+        console.print(Text(""))
+        for line in _changed(comparison, changed_rows):
+            console.print(line, soft_wrap=True)
+
+
+def _by_metric(found: Iterable[Difference]) -> list[tuple[str, list[Difference]]]:
+    by_metric: dict[str, list[Difference]] = {}
+    for each in found:
+        by_metric.setdefault(each.metric, []).append(each)
+    return list(by_metric.items())
+
+
+def _pair(each: Difference) -> str:
+    return " - ".join(printable(name, longest=NAME_WIDTH) for name in (each.first, each.second))
+
+
+def _values(each: Difference) -> list[str]:
+    return ["-" if value is None else number_text(value) for value in (each.first_value, each.second_value)]
+
+
+def _cells(each: Difference, *, several: bool) -> list[str]:
+    detectable = "-" if each.minimum_detectable is None else number_text(each.minimum_detectable, 3)
+    corrected = [p_value_text(each.p_holm)] if several else []
+    return [signed_text(each), signed_interval_text(each), p_value_text(each.p_value), *corrected, detectable]
+
+
+def _below(comparison: Comparison) -> list[str]:
+    """Return what a reader must know beside the numbers."""
+    lines = [f"{plural(comparison.rows, 'row')}, matched by key and content"]
+    lines += [f"not compared: {plural(n, 'row')} of {name} alone" for name, n in comparison.left_out.items()]
+    for pair in comparison.pairs:
+        whose = f"{pair[0]} - {pair[1]}: " if len(comparison.pairs) > 1 else ""
+        changed = comparison.changed[pair]
+        found = [] if changed is None else [f"{plural(changed, 'prediction')} changed"]
+        for each in comparison.of(*pair).values():
+            if each.only_first is not None and "[" not in each.metric:
+                found.append(
+                    f"{metric_title(each.metric)}: right in {each.only_first:,} rows only {pair[0]}, in "
+                    f"{each.only_second:,} only {pair[1]}"
+                )
+        if found and len(comparison.pairs) <= 3:
+            lines.append(whose + " · ".join(found))
+    methods = _methods(comparison.differences)
+    for method, metrics in methods.items():
+        whose = "the others: " if method == list(methods)[-1] else f"{', '.join(map(metric_title, metrics))}: "
+        lines.append(method if len(methods) == 1 else f"{whose}{method}")
+    lines.append("detectable: the smallest difference that so many rows show in four of five such data sets, at 5%")
+    notes = {f"{metric_title(each.metric)}: {each.note}": None for each in comparison.differences if each.note}
+    return [printable(line) for line in [*lines, *notes]]
+
+
+def _methods(found: Sequence[Difference]) -> dict[str, list[str]]:
+    by_method: dict[str, list[str]] = {}
+    for each in found:
+        metrics = by_method.setdefault(each.method, [])
+        if each.metric not in metrics:
+            metrics.append(each.metric)
+    return dict(sorted(by_method.items(), key=lambda item: item[0] != EXACT))
+
+
+def _changed(comparison: Comparison, most: int) -> list[Text]:
+    first, second = comparison.pairs[0]
+    rows = [
+        [printable(str(cell), longest=NAME_WIDTH) for cell in (each.key, each.label, each.first, each.second)]
+        + [each.change or ""]
+        for each in islice(comparison.changed_rows(first, second), most)
+    ]
+    total = comparison.changed[first, second] or 0
+    title = "row" if total <= most else f"row (first {most} of {total:,})"
+    heads = [title, "label", printable(first, longest=NAME_WIDTH), printable(second, longest=NAME_WIDTH), ""]
+    return text_table(heads, rows)

@@ -1,0 +1,86 @@
+"""Results as a table, for papers and for other programs: a row for each adapter of a run, a column for each metric."""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+
+from petals_eval.metrics import Metric, title_of
+from petals_eval.text import number_text, printable
+
+__all__ = ["ResultRow", "as_csv", "as_latex", "as_markdown"]
+
+ResultRow = tuple[dict[str, object], Mapping[str, Metric]]
+"""What a row says of its run, by column, and its metrics."""
+
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+
+
+def as_csv(rows: Sequence[ResultRow]) -> str:
+    """Return a csv with a header: of each metric its value, and as `<metric>_low` and `<metric>_high` its interval."""
+    names = _names(rows)
+    about = _about(rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*about, *(column for name in names for column in (name, f"{name}_low", f"{name}_high"))])
+    for said, metrics in rows:
+        cells: list[object] = [said.get(column, "") for column in about]
+        for name in names:
+            metric = metrics.get(name)
+            cells += [None if metric is None else metric.value, *((metric and metric.ci95) or (None, None))]
+        writer.writerow(["" if cell is None else cell for cell in cells])
+    return text.getvalue()
+
+
+def as_markdown(rows: Sequence[ResultRow]) -> str:
+    """Return a Markdown table, values with their intervals in brackets."""
+    lines = [[re.sub(r"([\\`*_{}\[\]<>|#!~&])", r"\\\1", cell) for cell in line] for line in _cells(rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def as_latex(rows: Sequence[ResultRow]) -> str:
+    """Return a LaTeX tabular with the rules of booktabs, values with their intervals in brackets."""
+    heads, *lines = [["".join(_LATEX.get(each, each) for each in cell) for cell in line] for line in _cells(rows)]
+    body = "".join(f"{' & '.join(line)} \\\\\n" for line in lines)
+    columns = "l" * len(_shown(rows)) + "r" * (len(heads) - len(_shown(rows)))
+    return (
+        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{' & '.join(heads)} \\\\\n\\midrule\n{body}"
+        "\\bottomrule\n\\end{tabular}\n"
+    )
+
+
+def _cells(rows: Sequence[ResultRow]) -> list[list[str]]:
+    names, about = _names(rows), _shown(rows)
+    lines = [[*about, *(printable(title_of(name), longest=60) for name in names)]]
+    for said, metrics in rows:
+        lines.append([printable(str(said[column])) for column in about] + [_cell(metrics.get(name)) for name in names])
+    return lines
+
+
+def _cell(metric: Metric | None) -> str:
+    if metric is None or metric.value is None:
+        return "-"
+    if metric.ci95 is None:
+        return number_text(metric.value)
+    low, high = (number_text(bound, 3, beside=metric.value) for bound in metric.ci95)
+    return f"{number_text(metric.value)} [{low}, {high}]"
+
+
+def _names(rows: Sequence[ResultRow]) -> list[str]:
+    return list(dict.fromkeys(name for _, metrics in rows for name in metrics))
+
+
+def _about(rows: Sequence[ResultRow]) -> list[str]:
+    return list(dict.fromkeys(column for said, _ in rows for column in said))
+
+
+def _shown(rows: Sequence[ResultRow]) -> list[str]:
+    """Return the columns that tell the rows apart, or the adapter of a single one."""
+    columns = ("run", "task", "adapter")
+    several = [column for column in columns if len({said[column] for said, _ in rows}) > 1]
+    return several or ["adapter"]

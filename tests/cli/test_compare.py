@@ -1,0 +1,67 @@
+"""`petals-eval compare` over the published prompts on TREC."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Stage
+from tests.cli.invoking import invoke
+
+
+@pytest.fixture(scope="module")
+def trec(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of both published prompts on TREC: what their README says of them is what they reach."""
+    folder: Path = tmp_path_factory.mktemp("trec") / "both"
+    command = stage.run("--out", folder, "--json")
+    at = command.index("--adapter")
+    outcome = invoke(*command[: at + 2], stage.adapter("trec-ptune"), *command[at + 2 :])
+    assert outcome.code == 0
+    adapters = json.loads(outcome.out)["adapters"]
+    assert [each["metrics"]["accuracy"]["value"] for each in adapters.values()] == [0.7360, 0.7180]
+    return folder
+
+
+def test_the_two_runs_of_trec_differ_by_what_was_computed_elsewhere(trec: Path) -> None:
+    outcome = invoke("compare", trec, "--metrics", "accuracy", "--json", "--changed", 3)
+    assert (outcome.code, outcome.err) == (0, "")
+    found = json.loads(outcome.out)
+    [accuracy] = found["differences"]
+    assert accuracy["difference"] == pytest.approx(0.018)
+    assert accuracy["discordant"] == {"only_first": 48, "only_second": 39}
+    assert round(accuracy["p_value"], 3) == 0.391
+    assert [round(bound, 3) for bound in accuracy["ci95"]] == [-0.019, 0.055]
+    assert (accuracy["rows"], found["rows"], accuracy["changed"]) == (500, 500, 117)
+    assert len(found["changed_rows"][0]["rows"]) == 3
+
+
+def test_a_person_reads_what_differs_and_how_sure_it_is(trec: Path) -> None:
+    outcome = invoke("compare", trec, "--changed", 2)
+    lines = outcome.out.splitlines()
+    assert lines[0].split() == ["trec-deep_ptune", "trec-ptune", "difference", "95%", "interval", "p", "detectable"]
+    assert lines[1].split() == ["accuracy", "0.7360", "0.7180", "+0.0180", "-0.019", "to", "+0.055", "0.391", "0.054"]
+    assert "  500 rows, matched by key and content" in lines
+    assert "accuracy: right in 48 rows only trec-deep_ptune, in 39 only trec-ptune" in outcome.out
+    assert lines[-3].split()[:7] == ["row", "(first", "2", "of", "117)", "label", "trec-deep_ptune"]
+    shown = invoke("show", trec).out.splitlines()
+    assert shown[0].split() == ["trec-deep_ptune", "trec-ptune", "difference"]
+    assert shown[1].endswith("+0.0180 (-0.019 to +0.055, p 0.391)")
+    report = (trec / "report.md").read_text()
+    assert "## Differences" in report and "+0.0180 | -0.019 to +0.055 | 0.391" in report
+
+
+def test_what_cannot_be_compared_ends_with_code_2(trec: Path) -> None:
+    alone = invoke("compare", "--metrics", "perplexity", trec)
+    assert alone.code == 2 and "found 'perplexity'" in alone.err
+    assert invoke("compare", "nowhere", trec).code == 2
+    assert invoke("compare").code == 2
+
+
+def test_show_prints_tables_of_one_and_of_many(trec: Path) -> None:
+    assert invoke("show", trec, "--csv").out.startswith("run,task,kind,adapter,rows,failed,")
+    latex = invoke("show", trec, "--latex").out
+    assert "trec-deep\\_ptune & 0.7360 [0.696, 0.773]" in latex
+    assert invoke("show", trec, "--markdown").out.splitlines()[2].startswith("| trec-deep\\_ptune | 0.7360")
+    assert invoke("show", trec, trec).out.count("0.7180") == 2
+    refused = invoke("show", trec, "--csv", "--json")
+    assert refused.code == 2 and "expected --csv alone" in refused.err

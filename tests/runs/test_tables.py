@@ -1,0 +1,38 @@
+"""Results as tables: in a paper, in a spreadsheet, in pandas."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+import petals_eval
+from petals_eval.errors import RunFolderError
+from petals_eval.runs import RunFolder
+from tests.comparison.test_compare import run
+
+
+def test_many_runs_are_one_table(tmp_path: Path) -> None:
+    run(tmp_path / "runs" / "one", "a_1", "b")
+    run(tmp_path / "runs" / "deep" / "two", "c", skip=(3,))
+    frame = petals_eval.load_runs(tmp_path / "runs")
+    assert frame["run"].tolist() == ["deep/two", "one", "one"]
+    assert frame["adapter"].tolist() == ["c", "a_1", "b"]
+    assert frame["rows"].tolist() == [59, 60, 60] and frame["failed"].tolist() == [1, 0, 0]
+    result = RunFolder.open(tmp_path / "runs" / "one").result()
+    accuracy = result.metrics["accuracy"]
+    assert frame["accuracy"][1] == accuracy.value
+    assert (frame["accuracy_low"][1], frame["accuracy_high"][1]) == accuracy.ci95
+    with pytest.raises(RunFolderError, match="Expected the folders of runs below"):
+        petals_eval.load_runs(tmp_path / "nowhere")
+
+
+def test_a_result_prints_itself_as_the_command_does(tmp_path: Path) -> None:
+    result = RunFolder.open(run(tmp_path / "one", "a_1", "b")).result()
+    lines = list(csv.DictReader(result.to_csv().splitlines()))
+    assert [line["adapter"] for line in lines] == ["a_1", "b"]
+    assert float(lines[0]["accuracy"]) == result.metrics["accuracy"].value
+    assert lines[0]["ece_low"] == ""
+    assert result.to_markdown().splitlines()[0].startswith("| adapter | accuracy | majority baseline |")
+    latex = result.to_latex()
+    assert latex.startswith("\\begin{tabular}{lrrrrr}\n\\toprule\nadapter & accuracy") and "a\\_1 & 0." in latex
+    assert latex.endswith("\\bottomrule\n\\end{tabular}\n")
