@@ -17,6 +17,7 @@ from petals_eval.errors import (
     RequestTooLargeError,
     SwarmError,
 )
+from petals_eval.simulator.virtual_time import run_in_virtual_time
 from petals_eval.swarm.scheduling.tuning import MicroBatchSize, PushChoice, PushPolicy, SizePolicy
 from petals_eval.swarm.sessions.route_session import RouteSession
 from petals_eval.swarm.wire.span import Span
@@ -33,7 +34,6 @@ from tests.support.fake_swarm import (
     set_pace,
 )
 from tests.support.tensors import hidden_states
-from tests.support.virtual_time import run_in_virtual_time
 
 PACKAGE = Path(petals_eval.__file__).parent
 FULL = "Could not allocate 1024 bytes immediately: out of memory"

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from petals_eval.errors import SwarmError
+from petals_eval.simulator.virtual_time import run_in_virtual_time
 from petals_eval.swarm.event_loop import EventLoop
 from petals_eval.swarm.micro_batch import Computed, Failed, Work
 from petals_eval.swarm.peers.window import WindowPolicy
 from petals_eval.swarm.stream import BlockingStream, MicroBatchStream, StreamPolicy
 from petals_eval.swarm.wire.span import Span
 from tests.support.fake_swarm import FakeDirectory, FakeTransport, pipeline, server
-from tests.support.virtual_time import run_in_virtual_time
 
 MIN_CALLS, POLICY = WindowPolicy.min_calls, StreamPolicy()
 SERVERS = server("first", 0, 1), server("second", 1, 2)
