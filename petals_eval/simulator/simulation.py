@@ -173,6 +173,8 @@ class _SimulatedSwarm:
                     await self.transport.process(0)
                     stream.send(following)
                     following = next(work, None)
+                    if following is None:
+                        stream.end()
                 elif (back := await returned.get()) is not None:
                     result = stream.take(back)
                     if isinstance(result, Computed):
@@ -206,7 +208,7 @@ class _SimulatedSwarm:
         for batch in micro_batches(rows, max_tokens=at_once):
             shape = *batch.input_ids.shape, scenario.hidden_size
             hidden = _values(batch).to(dtype)[:, None, None].expand(shape)
-            yield Work(batch, hidden, None, self._pipeline.tuning.size.bytes)
+            yield Work(batch, hidden, None)
 
     def _counters(self) -> Sequence[np.ndarray]:
         """Return what only grows: retries, seconds each server computed and each link was busy, the client's own."""

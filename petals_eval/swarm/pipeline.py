@@ -89,7 +89,7 @@ class Pipeline:
         when a single row is longer than the servers take, even in steps, NotFiniteError when it overflows their dtype.
         """
         hops: list[ServedHop] = []
-        block, tokens = span.start, activations.tokens
+        block = span.start
         delivery = self.tuning.choose(activations)
         deadline, non_finite = HopDeadline(), list[Hop]()
         self._under_way += 1
@@ -113,9 +113,17 @@ class Pipeline:
         finally:
             self._under_way -= 1
             self.tuning.release(delivery)
-        farthest = max((self.peers.of(hop.peer_id).window.min_rtt for hop in hops), default=0.0)
-        self.tuning.record(delivery, [hop.version for hop in hops], tokens, farthest)
+        self._record(delivery, hops, activations)
         return activations, tuple(hops)
+
+    def _record(self, delivery: Delivery, hops: list[ServedHop], answer: Activations) -> None:
+        """Take in what a micro-batch that is back tells of the servers of its route."""
+        self.tuning.record(delivery, [hop.version for hop in hops], answer.tokens)
+        windows = [(self.peers.of(hop.peer_id).window, hop.span.stop - hop.span.start) for hop in hops]
+        slowest = min((window.rate / blocks for window, blocks in windows if window.rate), default=0.0)
+        if slowest and answer.tokens:
+            farthest = max(window.min_rtt for window, _ in windows)
+            self.tuning.size.on_delivered(slowest * answer.nbytes / answer.tokens, farthest)
 
     def positions_at_once(self, hidden_size: int, dtype: torch.dtype) -> int:
         """Return how many positions (rows x longest) of hidden states of this size and dtype to send at once."""
@@ -242,7 +250,7 @@ class Pipeline:
             yield
         finally:
             self._directory.users -= 1
-            self.tuning.pause()
+            self.tuning.push.pause()
 
     def status(self) -> SwarmStatus:
         """Return what a progress display shows."""

@@ -117,6 +117,7 @@ class RemoteSequential(nn.Module):
                     item = again.pop() if again else next(source, None)
                     if item is None:
                         exhausted = True
+                        stream.end()
                         continue
                     refuse_gradients(item.hidden, item.prompts)
                     stream.send(item)
@@ -202,11 +203,6 @@ class RemoteSequential(nn.Module):
     def dht_prefix(self) -> str:
         """The name under which the servers announce these blocks."""
         return self._directory.dht_prefix
-
-    @property
-    def micro_batch_bytes(self) -> int:
-        """Bytes of hidden states that are best sent at once, as far as is known (`swarm.scheduling.tuning`)."""
-        return self._pipeline.tuning.size.bytes
 
     def positions_at_once(self, hidden_size: int, dtype: torch.dtype) -> int:
         """Return how many positions (rows x longest) of hidden states of this size and dtype to send at once."""

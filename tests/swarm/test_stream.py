@@ -117,18 +117,6 @@ def test_what_fails_is_told_with_its_tag_and_the_rest_comes_back(loop):
     stream.close()
 
 
-def test_what_a_size_brings_is_measured_where_a_micro_batch_was_made_for_it(loop):
-    pipe = pipeline(FakeDirectory(2, *SERVERS), FakeTransport(), deadline=60.0)
-    stream, seen = BlockingStream(loop, pipe, Span(0, 2), None), []
-    pipe.tuning.record_size = lambda made_for, tokens: seen.append((made_for, tokens))
-    for made_for in (None, 240 << 10):
-        stream.send(Work("tag", torch.zeros(2, 3, 4), None, made_for))
-        while not stream.next(5.0, _raise):
-            pass
-    assert seen == [(240 << 10, 6)]
-    stream.close()
-
-
 def test_a_connection_that_ends_ends_the_waiting(loop):
     stream = stream_over(loop, HeldUpTransport("first"))
     send_all(stream, 1)

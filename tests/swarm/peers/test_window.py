@@ -109,6 +109,19 @@ def test_only_the_first_call_waits():
     assert window.rate == pytest.approx(500)
 
 
+def test_calls_leave_one_after_the_other_at_the_measured_rate():
+    window = CongestionWindow()
+    window.send(500, 0.0)
+    assert window.pause(0.0) == 0.0, "nothing is known yet"
+    window.on_delivered(window.send(500, 0.0), 0.5)  # 1,000 a second
+    gap = 500 / (WindowPolicy.pacing_gain * window.rate)
+    window.send(500, 1.0)
+    window.send(500, 1.0)  # one that could not wait counts as well
+    assert window.pause(1.0) == pytest.approx(2 * gap)
+    assert window.pause(1.0 + gap) == pytest.approx(gap)
+    assert window.pause(9.0) == 0.0
+
+
 def test_what_is_lost_is_no_longer_in_flight_and_measures_nothing():
     window = CongestionWindow()
     window.on_lost(window.send(500, 0.0))
