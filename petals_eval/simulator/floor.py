@@ -9,6 +9,7 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
 from petals_eval.simulator.scenario import Scenario
+from petals_eval.swarm.wire.server_info import may_push
 from petals_eval.swarm.wire.span import Span
 
 __all__ = ["RunFloor", "run_floor"]
@@ -47,8 +48,9 @@ def run_floor(scenario: Scenario) -> RunFloor:
 
     Positions flow from the first block to the last like water, along every route at once: a linear program that
     minimises the seconds in which each server computes its share at its pace, and each direction of each link, the
-    client's own among them, moves its bytes at its rate. What a call costs beside its positions is left out, and so is
-    the client's processor: a floor is what cannot be undercut.
+    client's own among them, moves its bytes at its rate. Where servers may push to each other the client's uplink
+    carries positions once and not once a hop. What a call costs beside its positions is left out, and so is the
+    client's processor: a floor is what cannot be undercut.
     """
     legs = list(_legs(scenario))
     return RunFloor(_best_flow(scenario, legs), _nearest_pass(scenario, legs))
@@ -74,6 +76,7 @@ def _ends(span: Span) -> tuple[int, int]:
 def _best_flow(scenario: Scenario, legs: list[_Leg]) -> float:
     """Return the least seconds in which all positions flow through: positions on each leg, and seconds, are unknown."""
     servers, client = scenario.servers, scenario.client
+    pushes = scenario.settings.get("push") != "never" and all(may_push(server.version) for server in servers)
     into, limits = list[tuple[int, int, float]](), list[tuple[int, int, float]]()  # row, column, value
     capacities = 3 * len(servers) + 2  # rows: of each server its time and its link up and down, then the client's
     client_rows = ((capacities - 2, client.up_mbps), (capacities - 1, client.down_mbps))
@@ -86,7 +89,7 @@ def _best_flow(scenario: Scenario, legs: list[_Leg]) -> float:
         limits.append((3 * leg.server, column, share / server.tokens_per_second))
         links = ((3 * leg.server + 1, server.link.up_mbps), (3 * leg.server + 2, server.link.down_mbps))
         for row, mbps in (*links, *client_rows):
-            if mbps is not None:
+            if mbps is not None and not (pushes and row == capacities - 2 and span.start > 0):
                 limits.append((row, column, scenario.bytes_per_position / (mbps * _BYTES_PER_MEGABIT)))
     limits += [(row, len(legs), -1.0) for row in range(capacities)]
     cost, sources = np.zeros(len(legs) + 1), np.zeros(scenario.blocks)

@@ -118,8 +118,9 @@ class Pipeline:
 
     def _record(self, delivery: Delivery, hops: list[ServedHop], answer: Activations) -> None:
         """Take in what a micro-batch that is back tells of the servers of its route."""
-        self.tuning.record(delivery, [hop.version for hop in hops], answer.tokens)
         windows = [(self.peers.of(hop.peer_id).window, hop.span.stop - hop.span.start) for hop in hops]
+        stretch = min((window.stretch for window, _ in windows), default=1.0)
+        self.tuning.record(delivery, [hop.version for hop in hops], answer.tokens, stretch)
         slowest = min((window.rate / blocks for window, blocks in windows if window.rate), default=0.0)
         if slowest and answer.tokens:
             farthest = max(window.min_rtt for window, _ in windows)

@@ -1,7 +1,7 @@
 """Swarms of which it is known from the real wire what the client makes of them."""
 
 from petals_eval.local_swarm.network import LinkProfile
-from petals_eval.simulator.scenario import Scenario, Server
+from petals_eval.simulator.scenario import Client, Scenario, Server
 from petals_eval.swarm.wire.span import Span
 
 _AROUND_A_TEXT = 9  # the prompt, and a token in front
@@ -31,7 +31,11 @@ _REGIMES = {
         1000,
         (16, 128),
     ),
+    "uplink": (256, "float32", [_server(at, at + 2, 0.03, 200, 20_000) for at in range(0, 8, 2)], 600, (16, 128)),
 }
+
+
+_CLIENTS = {"uplink": Client(up_mbps=20, down_mbps=100)}
 
 
 def regime(name: str, *, seed: int = 0, **settings: object) -> Scenario:
@@ -44,6 +48,7 @@ def regime(name: str, *, seed: int = 0, **settings: object) -> Scenario:
         rows=rows,
         tokens=(least + _AROUND_A_TEXT, most + _AROUND_A_TEXT),
         servers=tuple(servers),
+        client=_CLIENTS.get(name, Client()),
         settings=settings,
         seed=seed,
     )

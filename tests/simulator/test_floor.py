@@ -19,10 +19,10 @@ def server(start, stop, pace=1000.0, *, delay=0.0, up=None, down=None):
     return Server(blocks=Span(start, stop), link=LinkProfile(delay, 0.0, up, down), tokens_per_second=pace)
 
 
-def scenario(blocks, *servers, client=None, hidden_size=250):
+def scenario(blocks, *servers, client=None, hidden_size=250, push="never"):
     """A thousand positions; with 250 values of float32 a position has 1,000 bytes, and all of them 8 megabits."""
     work = {"rows": 100, "tokens": (10, 10), "hidden_size": hidden_size}
-    return Scenario(blocks=blocks, servers=servers, client=client or Client(), **work)
+    return Scenario(blocks=blocks, servers=servers, client=client or Client(), settings={"push": push}, **work)
 
 
 def test_a_chain_is_as_slow_as_its_slowest_server():
@@ -42,6 +42,12 @@ def test_each_direction_of_a_link_counts(link):
 def test_the_clients_link_carries_every_hop(client):
     servers = [server(start, start + 1, 1e6) for start in range(3)]
     assert run_floor(scenario(3, *servers, client=client)).flow == pytest.approx(6.0)
+
+
+def test_servers_that_push_spare_the_uplink_alone():
+    servers = [server(start, start + 1, 1e6) for start in range(3)]
+    assert run_floor(scenario(3, *servers, client=Client(up_mbps=4.0), push="auto")).flow == pytest.approx(2.0)
+    assert run_floor(scenario(3, *servers, client=Client(down_mbps=4.0), push="auto")).flow == pytest.approx(6.0)
 
 
 def test_a_server_takes_a_part_of_its_span_where_another_takes_the_rest():

@@ -57,6 +57,18 @@ def test_how_near_the_floor_an_evaluation_comes(name, first, warm):
     assert (found.shares[0] > first, found.shares[1] > warm) == (True, True), found.shares
 
 
+def test_pushing_is_not_tried_where_it_cannot_pay():
+    """On the wire each trial cost 10 to 30 points of the floor."""
+    never, auto = (simulate(regime("link16", push=push), evaluations=2).shares for push in ("never", "auto"))
+    assert auto == pytest.approx(never, abs=0.03)
+
+
+def test_pushing_is_found_where_all_hops_share_an_uplink():
+    never, auto, always = (simulate(regime("uplink", push=push)).evaluations[0] for push in ("never", "auto", "always"))
+    assert always.seconds < 0.5 * never.seconds
+    assert auto.seconds < 0.6 * never.seconds
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -19,6 +19,7 @@ measured over a chain of links.
 Work is counted in tokens times blocks, for a server may be asked for a part of its span.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ class WindowPolicy:
         away they are.
     rate_filter_seconds: for which the highest rate is believed.
     pacing_gain: times that rate calls leave at: a rate that was measured while little was sent can grow.
+    stretch_smoothing: of the difference to what one call tells is made up for at once.
     """
 
     max_tokens: int = 16_384
@@ -45,6 +47,7 @@ class WindowPolicy:
     near_rtt: float = 0.05
     rate_filter_seconds: float = 10.0
     pacing_gain: float = 1.25
+    stretch_smoothing: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +64,14 @@ class CongestionWindow:
     """One server's window. Times are seconds on one clock.
 
     min_rtt: the shortest round trip of a small question with nothing before it; 0 while none was asked.
+    stretch: times as long as the quickest of their size calls take of late: the rest they wait, somewhere on the way.
     """
 
     def __init__(self) -> None:
         self.in_flight = 0.0
         self.min_rtt = 0.0
+        self.stretch = 1.0
+        self._quickest = math.inf  # seconds per work, beyond the shortest round trip
         self._calls = 0  # in flight
         self._delivered = 0.0
         self._delivered_at = 0.0
@@ -156,6 +162,10 @@ class CongestionWindow:
         # It may have been busy, or starting, when it was asked; it is no farther away than any answer took.
         self.min_rtt = min(self.min_rtt, now - sent.at)
         self._largest_call = max(sent.work, 0.95 * self._largest_call)
+        seconds, work = now - max(sent.at, self._started_at), max(sent.work, 1e-9)
+        self._quickest = min(self._quickest, (seconds - self.min_rtt) / work)
+        quickest = max(self.min_rtt + self._quickest * work, 1e-9)
+        self.stretch += WindowPolicy.stretch_smoothing * (seconds / quickest - self.stretch)
 
     def _keep_rate(self, now: float, rate: float) -> None:
         """Add to a sliding maximum: the first entry is the highest rate of the filter's time."""

@@ -11,8 +11,9 @@ servers are near and a round trip costs nothing (an eighth less time without an 
 
 Pushing saves the client's uplink: every hidden state leaves home once and not once a hop. It costs sessions, one a hop
 and micro-batch, and room in the servers' caches. So it pays where the uplink is what everything waits for, which no
-single server's answers show. Hence trials here, too: the other way is tried for an epoch now and then, and kept where
-it brings clearly more.
+single server's answers show. Hence trials: the other way is tried for an epoch now and then, and kept where it brings
+clearly more. A trial costs much where pushing cannot pay, so the uplink must be under suspicion first: calls to every
+server of the route are held up. A busy link or server of its own delays its own calls only.
 """
 
 import logging
@@ -84,10 +85,13 @@ class PushPolicy:
         that were on their way when it began: these still take the uplink from it.
     first_rest, longest_rest: before a trial: what short runs never come to. Twice as many after each trial that brought
         nothing.
+    min_stretch: `CongestionWindow.stretch` of every server of the route before pushing is tried. Where all hops share
+        an uplink that they fill the least of them has 2.6 to 10 (simulated), where each has its own link at most 2.2.
     """
 
     better: float = 1.15
     epoch_seconds: float = 3.0
+    min_stretch: float = 2.5
     epoch_micro_batches: int = 10
     longest_epoch: float = 10.0
     first_rest: int = 3
@@ -95,7 +99,10 @@ class PushPolicy:
 
 
 class PushChoice:
-    """Whether to push now (`is_on`), and whether that is only being tried (`is_on_trial`)."""
+    """Whether to push now (`is_on`), and whether that is only being tried (`is_on_trial`).
+
+    may_pay: whether pushing is worth a trial.
+    """
 
     def __init__(
         self,
@@ -104,6 +111,7 @@ class PushChoice:
     ):
         self.is_on = setting == "always"
         self.is_on_trial = False
+        self.may_pay = True
         self._policy = policy
         self._is_fixed = setting != "auto"
         self._rate = 0.0  # tokens per second of the way in use
@@ -159,7 +167,7 @@ class PushChoice:
             self._rate = rate
             self._rest -= 1
             self.pause()
-            if self._rest <= 0:
+            if self._rest <= 0 and (self.is_on or self.may_pay):
                 self.is_on, self.is_on_trial = not self.is_on, True
                 _log.debug("%s is tried", "pushing" if self.is_on else "sending hop by hop")
         elif rate > policy.better * self._rate:
@@ -209,10 +217,11 @@ class Tuning:
         if delivery is not Delivery.HOP_BY_HOP_ONLY:
             self.push.on_ended(delivery is Delivery.PUSHED)
 
-    def record(self, delivery: Delivery, versions: Sequence[str | None], tokens: int) -> None:
+    def record(self, delivery: Delivery, versions: Sequence[str | None], tokens: int, stretch: float) -> None:
         """Count a micro-batch that is back; only routes on which every server can push are comparable.
 
-        versions: of the servers of its route, as they say.
+        versions: of the servers of its route, as they say. stretch: the least of them (`CongestionWindow.stretch`).
         """
         if delivery is not Delivery.HOP_BY_HOP_ONLY and len(versions) > 1 and all(map(may_push, versions)):
+            self.push.may_pay = stretch >= PushPolicy.min_stretch
             self.push.on_delivered(delivery is Delivery.PUSHED, tokens, self._runtime.monotonic())

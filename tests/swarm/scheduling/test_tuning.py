@@ -194,7 +194,7 @@ def send(tuning: Tuning, clock: Clock, seconds: float, until, most: int = 10_000
         delivery = tuning.choose(Activations(torch.zeros(1, 60, 4)))
         clock.now += seconds
         tuning.release(delivery)
-        tuning.record(delivery, [PUSH, PUSH], 60)
+        tuning.record(delivery, [PUSH, PUSH], 60, PushPolicy.min_stretch)
     return most
 
 
@@ -217,6 +217,17 @@ def test_what_can_be_pushed_goes_the_way_in_use():
     assert tuning(push="never").choose(small) is tuning().choose(small) is Delivery.HOP_BY_HOP
 
 
+def test_where_one_server_answers_as_soon_as_it_can_pushing_is_not_tried(clock):
+    """Then the uplink is not what everything waits for, and a trial would only take time from the run."""
+    both = tuning(clock)
+    for _ in range(10_000):
+        delivery = both.choose(Activations(torch.zeros(1, 60, 4)))
+        clock.now += 0.05
+        both.release(delivery)
+        both.record(delivery, [PUSH, PUSH], 60, 1.5)
+        assert not both.push.is_on
+
+
 @pytest.mark.parametrize("versions", [[PUSH], [PUSH, SAME], [PUSH, None]])
 def test_routes_that_cannot_push_are_compared_with_none_that_can(clock, versions):
     both = tuning(clock)
@@ -224,7 +235,7 @@ def test_routes_that_cannot_push_are_compared_with_none_that_can(clock, versions
         delivery = both.choose(Activations(torch.zeros(1, 60, 4)))
         clock.now += 0.05
         both.release(delivery)
-        both.record(delivery, versions, 60)
+        both.record(delivery, versions, 60, PushPolicy.min_stretch)
     assert not both.push.is_on and not both.push.is_on_trial
 
 
