@@ -1,6 +1,6 @@
 """A scenario: a swarm, the links to it, and the work that is sent through it. Data alone."""
 
-from functools import cached_property
+from functools import lru_cache
 from random import Random
 from typing import Annotated, Any, Literal, Self
 
@@ -92,13 +92,18 @@ class Scenario(_Described):
             raise ValueError(f"servers: expected every block of 0:{self.blocks} to be held, found none of {missing}")
         return self
 
-    @cached_property
+    @property
     def lengths(self) -> tuple[int, ...]:
         """The positions of each row."""
-        draws = Random(self.seed)
-        return tuple(draws.randint(*self.tokens) for _ in range(self.rows))
+        return _lengths(self.seed, self.rows, self.tokens)
 
     @property
     def bytes_per_position(self) -> int:
         """Bytes of a position's hidden states on the wire."""
         return self.hidden_size * _ITEMSIZES[self.dtype]
+
+
+@lru_cache(maxsize=2)
+def _lengths(seed: int, rows: int, tokens: tuple[int, int]) -> tuple[int, ...]:
+    draws = Random(seed)
+    return tuple(draws.randint(*tokens) for _ in range(rows))
