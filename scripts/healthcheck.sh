@@ -3,17 +3,26 @@
 #
 #   */5 * * * * HEALTH_WEBHOOK=https://... /path/to/scripts/healthcheck.sh --initial-peers /ip4/...
 #
-# Arguments are those of `petals-eval health`. Ends with its exit code: 0 healthy, 1 degraded, 2 a wrong flag,
-# 3 broken, unknown or unreachable; or 75 where the last look is still under way.
+# Arguments are those of `petals-eval health`, for one look. Ends with its exit code: 0 healthy, 1 degraded, 2 a wrong
+# flag, 3 broken, unknown or unreachable; or 70 where there is no report that can be read, and 75 where the last look is
+# still under way. What is healthy is said by a report alone.
 #
 # HEALTH_WEBHOOK        where to POST {"text", "verdict", "before", "exit_code", "report"} as JSON (needs curl)
 # HEALTH_MAIL           whom to send a mail (needs a `mail` command, or HEALTH_MAIL_COMMAND)
 # HEALTH_MAIL_COMMAND   called with -s SUBJECT ADDRESS and the text on stdin. Default: mail
-# HEALTH_STATE          file that keeps the verdict. Default: ~/.cache/petals-eval/health-verdict
+# HEALTH_STATE          where verdicts are kept: a file for each swarm, which is this name with a hash of the arguments
+#                       behind it. Default: ~/.cache/petals-eval/health-verdict
 # PETALS_EVAL           the command. Default: .venv/bin/petals-eval beside this script, or petals-eval on the PATH
 #
 # Where a change cannot be told, the old verdict is kept, and the next look tries again.
 set -uo pipefail
+
+for argument in "$@"; do
+  case $argument in
+    -h | --help) sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --watch | --serve | --serve=*) echo "$argument goes on looking: this looks once, leave it out" >&2; exit 2 ;;
+  esac
+done
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 petals_eval="${PETALS_EVAL:-}"
@@ -21,7 +30,8 @@ if [[ -z "$petals_eval" ]]; then
   petals_eval="$here/.venv/bin/petals-eval"
   [[ -x "$petals_eval" ]] || petals_eval="petals-eval"
 fi
-state="${HEALTH_STATE:-${XDG_CACHE_HOME:-$HOME/.cache}/petals-eval/health-verdict}"
+swarm="$(printf '%s\0' "$@" | sha256sum | cut -c1-16)"
+state="${HEALTH_STATE:-${XDG_CACHE_HOME:-$HOME/.cache}/petals-eval/health-verdict}-$swarm"
 mkdir -p "$(dirname "$state")" || exit 4
 
 # One look at a time: cron does not wait for a slow one.
@@ -32,15 +42,15 @@ work="$(mktemp -d)" || exit 4
 trap 'rm -rf "$work"' EXIT
 "$petals_eval" health --json "$@" >"$work/report" 2>"$work/errors"
 code=$?
-case $code in
-  0) verdict=healthy ;;
-  1) verdict=degraded ;;
-  2) cat "$work/errors" >&2; exit 2 ;;
-  3) verdict=broken
-     # A swarm that cannot be reached leaves no report; one that was not asked enough is unknown.
-     if [[ ! -s "$work/report" ]]; then verdict=unreachable
-     elif grep -qE '^\{"schema_version": [0-9]+, "time": [^,]+, "seconds": [^,]+, "level": "[a-z]+", "verdict": "unknown"' "$work/report"
-     then verdict=unknown; fi ;;
+# The report's first keys are ours; words of strangers come behind them.
+verdict="$(sed -nE 's/^\{"schema_version": [0-9]+, "time": [^,]+, "seconds": [^,]+, "level": "[a-z]+", "verdict": "([a-z]+)", .*\}$/\1/p' "$work/report")"
+case $code-$verdict in
+  0-healthy | 1-degraded | 3-broken | 3-unknown) ;;
+  3-) verdict=unreachable; : >"$work/report" ;;
+  0-* | 1-* | 3-*)
+    cat "$work/errors" >&2
+    echo "petals-eval health ended with $code, and its report says ${verdict:-nothing}: no verdict" >&2
+    exit 70 ;;
   *) cat "$work/errors" >&2; exit "$code" ;;
 esac
 before="$(cat "$state" 2>/dev/null || echo none)"

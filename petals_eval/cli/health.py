@@ -55,7 +55,14 @@ def health(**flags: Any) -> int:
     if look.serve is not None:
         from petals_eval.health.serving import serve_health
 
-        return serve_health(settings, look.serve, look.every, look.history, say=lambda line: typer.echo(line, err=True))
+        return serve_health(
+            settings,
+            look.serve,
+            look.every,
+            look.history,
+            say=lambda line: typer.echo(line, err=True),
+            dial_networks=look.dial_networks if look.is_reachable else None,
+        )
     if look.watch:
         return _watch(settings, look)
     report = _look(settings)
@@ -75,6 +82,7 @@ def _show(report: "HealthReport", look: LookSettings) -> None:
 
     if look.html is not None:
         _write_page(report, look.html)
+        typer.echo(f"page: {look.html}", err=True)
     if look.json_output:
         typer.echo(json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False))
     else:

@@ -13,7 +13,7 @@ from petals_eval.runs.results import LABELLED_KINDS, OF_TEXTS_ALONE
 from petals_eval.swarm.scheduling.tuning import SizePolicy
 from petals_eval.tasks import describe_example, show_example
 from petals_eval.tasks.requests import Example, Request
-from petals_eval.text import listed, plural, printable
+from petals_eval.text import listed, printable
 
 if TYPE_CHECKING:
     from petals_eval.model import Adapter, LocalPart
@@ -177,7 +177,6 @@ def dry_run(prepared: Prepared, adapter: "Adapter | None", *, show: int = 2) -> 
         notes=(
             *_draws(prepared),
             *notes,
-            *_too_many_openings(counted.bos_tokens),
             *_unused_tensors(local, adapter),
         ),
     )
@@ -187,16 +186,6 @@ def _draws(prepared: Prepared) -> Iterator[str]:
     draws = len({id(variant.task) for variant in prepared.variants})
     if draws > 1:
         yield f"this is the first of {draws} draws of shots; the others are of about the same size"
-
-
-def _too_many_openings(bos_tokens: Mapping[int, int]) -> Iterator[str]:
-    """Yield a sentence where texts begin twice."""
-    twice = sum(requests for count, requests in bos_tokens.items() if count > 1)
-    if twice:
-        yield (
-            f"{plural(twice, 'text begins', 'texts begin')} with more than one beginning-of-text token: the tokenizer "
-            "puts one in front of what has one already, and `bos: never` in the task leaves it out"
-        )
 
 
 def _unused_tensors(local: "LocalPart", adapter: "Adapter | None") -> Iterator[str]:

@@ -31,6 +31,7 @@ from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.prompted import Prompting
 from petals_eval.tasks.requests import Example
 from petals_eval.tasks.tokens import tokenizer_sha256
+from petals_eval.text import listed
 
 if TYPE_CHECKING:
     from petals_eval.local_swarm import LocalSwarm
@@ -219,12 +220,13 @@ def prepare(
         holds_finished(out, manifest)
     elif out is not None:
         check_folder(out, manifest)
+    # Also what can only be told with the tokenizer at hand: that there is one, and that label words differ in it.
+    first_examples = tuple(islice(tasks[0].examples(part, side.local.tokenizer), _FIRST_EXAMPLES))
     return Prepared(
         task=tasks[0],
         rows=rows,
         part=part,
-        # Also what can only be told with the tokenizer at hand: that there is one, and that label words differ in it.
-        first_examples=tuple(islice(tasks[0].examples(part, side.local.tokenizer), _FIRST_EXAMPLES)),
+        first_examples=first_examples,
         side=side,
         # The journal has the names that may be shared.
         variants=tuple(
@@ -238,7 +240,7 @@ def prepare(
         tokens_per_micro_batch=tokens_per_micro_batch,
         out=None if out is None else Path(out),
         is_kept=is_kept,
-        notes=found.notes,
+        notes=(*found.notes, *_no_answers(asked, rows), *_two_openings(first_examples, side.local.tokenizer)),
         is_finished=is_finished,
     )
 
@@ -384,9 +386,34 @@ def _check_head(local: "LocalPart", task: Task, adapter: "Adapter | None") -> No
         getattr(task, "check_outputs", lambda shape: None)((outputs,))
 
 
+def _no_answers(task: Task, rows: Rows) -> Iterator[str]:
+    """Yield a sentence where rows need no answers and have no column of them: its name may be misspelt."""
+    column = getattr(task, "label_column", None)
+    if getattr(task, "unlabelled", "error") == "predict" and column is not None and column not in rows.columns:
+        yield (
+            f"{rows.name} has no column {column!r} of labels (its columns: {listed(map(repr, rows.columns))}): every "
+            "row is predicted, and nothing is scored"
+        )
+
+
+def _two_openings(examples: "Sequence[Example]", tokenizer: Any) -> Iterator[str]:
+    """Yield a sentence where texts begin twice."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    requests = [request for example in examples if example.error is None for request in example.requests]
+    if bos is not None and any(list(request.input_ids[:2]) == [bos, bos] for request in requests):
+        yield (
+            "texts begin with more than one beginning-of-text token: the tokenizer puts one in front of what has one "
+            "already, and `bos: never` in the task leaves it out"
+        )
+
+
 def _variants(adapters: "Sequence[Adapter]", without_prompts: bool) -> "list[tuple[str, Adapter | None]]":
     variants: list[tuple[str, Adapter | None]] = [(adapter.name, adapter) for adapter in adapters]
     if not variants:
+        if without_prompts:
+            raise ConfigError(
+                "--without-prompts: expected tuned prompts to leave out, found no --adapter; leave it out"
+            )
         return [(NO_ADAPTER, None)]
     if without_prompts:
         variants.append((WITHOUT_PROMPTS, adapters[0].without_prompts()))

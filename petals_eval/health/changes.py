@@ -18,7 +18,12 @@ def changes(before: HealthReport, now: HealthReport) -> list[str]:
             lines.append(f"{shown}: announced, {model.verdict.value}")
         else:
             lines += [f"{shown}: {line}" for line in _of_model(old[name], model)]
-    return lines
+    states = {peer.address: peer.state for peer in before.bootstrap}
+    return lines + [
+        f"bootstrap peer {peer.address} {states[peer.address]} -> {peer.state}"
+        for peer in now.bootstrap
+        if states.get(peer.address, peer.state) != peer.state
+    ]
 
 
 def _of_model(old: ModelHealth, new: ModelHealth) -> list[str]:

@@ -12,12 +12,13 @@ from petals_eval.health import verdict as rules
 from petals_eval.health.canary import canary_for, segments_of, shared_segments
 from petals_eval.health.census import AnnouncedModel, Census
 from petals_eval.health.compare import Ballot
+from petals_eval.health.dialing import dial_bootstrap
 from petals_eval.health.findings import finding, from_trust
 from petals_eval.health.live import LiveSwarm, RouteTimes, try_route
 from petals_eval.health.locked import LockedServers
 from petals_eval.health.probing import Network, Prober, ServerProbe
 from petals_eval.health.reference_blocks import ReferenceBlocks, load_reference_blocks
-from petals_eval.health.results import Finding, HealthReport, ModelHealth, Traffic, Verdict
+from petals_eval.health.results import BootstrapPeer, Finding, HealthReport, ModelHealth, Traffic, Verdict
 from petals_eval.health.settings import HealthSettings, Level
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
@@ -74,6 +75,8 @@ def check(settings: HealthSettings, locked: LockedServers | None = None) -> Heal
     started, began = time.monotonic(), time.time()
     deadline = started + settings.time_limit
     with SwarmConnection.connect(settings.for_swarm()) as connection:
+        timeout = min(settings.connect_timeout, settings.time_limit)
+        dialled = connection.loop.start(_ask_bootstrap, settings, timeout)
         run = connection.loop.run(probe_swarm, LiveSwarm(connection), settings, deadline, reference, locked)
         routes: dict[str, RouteTimes | Finding] = {}
         for model in run.models if settings.level >= Level.ROUTE else ():
@@ -83,7 +86,14 @@ def check(settings: HealthSettings, locked: LockedServers | None = None) -> Heal
                 found = try_route(connection, announced, model.hidden_size, settings.canary_positions, timeout=left)
                 if found is not None:
                     routes[announced.prefix] = found
-    return run.report(began, time.monotonic() - started, routes)
+        bootstrap = dialled.result()
+    return run.report(began, time.monotonic() - started, routes, bootstrap)
+
+
+async def _ask_bootstrap(settings: HealthSettings, timeout: float) -> tuple[BootstrapPeer, ...]:
+    if settings.level < Level.INFO:
+        return tuple(BootstrapPeer(address, "not asked") for address in settings.initial_peers)
+    return await dial_bootstrap(settings.initial_peers, timeout)
 
 
 class ProbeRun:
@@ -94,7 +104,13 @@ class ProbeRun:
         self.models = tuple(models)
         self._notes = tuple(notes)
 
-    def report(self, began: float, seconds: float, routes: "dict[str, RouteTimes | Finding]") -> HealthReport:
+    def report(
+        self,
+        began: float,
+        seconds: float,
+        routes: "dict[str, RouteTimes | Finding]",
+        bootstrap: Sequence[BootstrapPeer] = (),
+    ) -> HealthReport:
         """Return the report. began: seconds since the epoch. routes: by prefix, for those that were tried."""
         models = tuple(model.result(routes.get(model.census.model.prefix)) for model in self.models)
         counts = [model.prober.traffic for model in self.models]
@@ -105,7 +121,7 @@ class ProbeRun:
         )
         verdict = rules.of_swarm(model.verdict for model in models)
         notes = self._notes if models else (*self._notes, "no model is announced on this swarm")
-        return HealthReport(began, seconds, self._settings.level, verdict, models, traffic, notes)
+        return HealthReport(began, seconds, self._settings.level, verdict, models, traffic, notes, tuple(bootstrap))
 
 
 async def probe_swarm(
@@ -188,6 +204,7 @@ class ModelProbe:
         self._budget = budget
         self._runtime = runtime
         self._probes = [prober.probe_record(claim) for claim in census.claims]
+        self._compared: set[int] = set()
 
     async def run(self) -> None:
         """Ask every server, as far as the level says."""
@@ -267,8 +284,10 @@ class ModelProbe:
         probes = {probe.server.peer_id: probe for probe in self._probes}
         voters = ballot.voters
         at_home = self._reference is not None and ballot.span.within(self._reference.span)
-        for server in voters if at_home or len(voters) > 1 else ():
-            probes[server.peer_id].compared += len(ballot.span)
+        if voters and (at_home or len(voters) > 1):
+            self._compared.update(range(ballot.span.start, ballot.span.stop))
+            for server in voters:
+                probes[server.peer_id].compared += len(ballot.span)
         if self._reference is not None and at_home:
             caught = await self._reference.findings(ballot, self._runtime.in_thread)
         else:
@@ -310,6 +329,7 @@ class ModelProbe:
             replicas=replicas,
             claimed=rules.replicas(model.num_blocks, servers, frozenset(Verdict)),
             missing=tuple((span.start, span.stop) for span in missing),
+            compared=tuple((span.start, span.stop) for span in joined(sorted(self._compared))),
             has_route=has_route,
             route_seconds=times.seconds if times else None,
             route_tokens_per_second=times.tokens_per_second if times else None,

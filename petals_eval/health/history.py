@@ -20,13 +20,15 @@ _SLOTS = 48  # of a day, half an hour each
 
 @dataclass(frozen=True, slots=True)
 class Uptime:
-    """A model over the last day.
+    """A model over the last day, or since it is looked at.
 
-    looks: how many the numbers come from. blocks: by block, the share of looks in which a usable server held it.
-    slots: the worst verdict of each half hour, oldest first; None where nobody looked.
+    looks: how many the numbers come from. seconds: since the first of them. blocks: by block, the share of looks in
+    which a usable server held it. slots: the worst verdict of each half hour of a day, oldest first; None where nobody
+    looked.
     """
 
     looks: int
+    seconds: float
     blocks: tuple[float, ...]
     slots: tuple[Verdict | None, ...]
 
@@ -90,7 +92,8 @@ class History:
             slot = min(_SLOTS - 1, max(0, int((time - (now - DAY)) / (DAY / _SLOTS))))
             found, before = Verdict(verdict), slots[slot]
             slots[slot] = found if before is None or found.badness > before.badness else before
-        return Uptime(len(rows), tuple(count / looks for count in held) if looks else (), tuple(slots))
+        seconds = now - rows[0][0] if rows else 0.0
+        return Uptime(len(rows), seconds, tuple(count / looks for count in held) if looks else (), tuple(slots))
 
     def close(self) -> None:
         """Close the file."""

@@ -1,4 +1,5 @@
-"""A report as Prometheus metrics. Names follow its conventions: base units, `_total` for counters, help for each.
+"""A report as Prometheus metrics. Names follow its conventions: base units, `_total` for counters, help for each. Those
+of the health monitor of Petals stand beside ours (`health_monitor`).
 
 Peers' words stand in label values only, which prometheus_client escapes; `Finding.name` and verdicts are ours.
 """
@@ -10,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from petals_eval.health.health_monitor import health_monitor_metrics
 from petals_eval.health.results import HealthReport, ModelHealth, Verdict
 
 __all__ = ["CONTENT_TYPE_LATEST", "Tally", "exposition"]
@@ -73,14 +75,27 @@ class _Report(Collector):
             yield GaugeMetricFamily(
                 "petals_health_last_look_duration_seconds", "How long it took.", value=self._report.seconds
             )
+            reachable = GaugeMetricFamily(
+                "petals_bootstrap_reachable",
+                "Whether an address of a bootstrap peer can be connected to.",
+                labels=["address"],
+            )
+            for peer in self._report.bootstrap:
+                if peer.state != "not asked":
+                    reachable.add_metric([peer.address], int(peer.state == "reachable"))
+            yield reachable
             yield from _models(self._report.models)
             yield from _servers(self._report.models)
+            yield from health_monitor_metrics(self._report)
 
 
 def _models(models: tuple[ModelHealth, ...]) -> Iterator[Metric]:
     verdict = GaugeMetricFamily("petals_model_verdict", "1 for the verdict a model has.", labels=["model", "verdict"])
     blocks = GaugeMetricFamily("petals_model_blocks", "Blocks of a model.", labels=["model"])
     covered = GaugeMetricFamily("petals_model_blocks_covered", "Blocks with a usable server.", labels=["model"])
+    compared = GaugeMetricFamily(
+        "petals_model_blocks_compared", "Blocks whose answers were held against others.", labels=["model"]
+    )
     servers = GaugeMetricFamily("petals_block_servers", "Usable servers of a block.", labels=["model", "block"])
     route = GaugeMetricFamily(
         "petals_model_route_duration_seconds", "Of a canary through all blocks.", labels=["model"]
@@ -93,6 +108,7 @@ def _models(models: tuple[ModelHealth, ...]) -> Iterator[Metric]:
             verdict.add_metric([model.name, each.value], int(model.verdict is each))
         blocks.add_metric([model.name], model.num_blocks)
         covered.add_metric([model.name], model.covered)
+        compared.add_metric([model.name], sum(stop - start for start, stop in model.compared))
         for block, count in enumerate(model.replicas):
             servers.add_metric([model.name, str(block)], count)
         if model.route_seconds is not None:
@@ -100,7 +116,7 @@ def _models(models: tuple[ModelHealth, ...]) -> Iterator[Metric]:
         names = [finding.name for _, finding in model.all_findings]
         for name in sorted(set(names)):
             found.add_metric([model.name, name], names.count(name))
-    yield from (verdict, blocks, covered, servers, route, found)
+    yield from (verdict, blocks, covered, compared, servers, route, found)
 
 
 def _servers(models: tuple[ModelHealth, ...]) -> Iterator[Metric]:
@@ -112,6 +128,19 @@ def _servers(models: tuple[ModelHealth, ...]) -> Iterator[Metric]:
     trip = GaugeMetricFamily("petals_server_round_trip_seconds", "Of an rpc_info.", labels=labels)
     claimed = GaugeMetricFamily(
         "petals_server_claimed_tokens_per_second", "Throughput that a server claims.", labels=labels
+    )
+    network = GaugeMetricFamily(
+        "petals_server_claimed_network_tokens_per_second", "What its link carries, by its record.", labels=labels
+    )
+    forward = GaugeMetricFamily(
+        "petals_server_claimed_forward_tokens_per_second",
+        "One of its blocks in forward calls, by its record.",
+        labels=labels,
+    )
+    inference = GaugeMetricFamily(
+        "petals_server_claimed_inference_tokens_per_second",
+        "One of its blocks in sessions, by its record.",
+        labels=labels,
     )
     measured = GaugeMetricFamily(
         "petals_server_canary_tokens_per_second", "Throughput of one small canary call.", labels=labels
@@ -127,9 +156,12 @@ def _servers(models: tuple[ModelHealth, ...]) -> Iterator[Metric]:
             for family, value in (
                 (trip, server.round_trip),
                 (claimed, server.throughput),
+                (network, server.network_rps),
+                (forward, server.forward_rps),
+                (inference, server.inference_rps),
                 (measured, server.tokens_per_second),
                 (cache, server.cache_tokens_left),
             ):
                 if value is not None:
                     family.add_metric(values, value)
-    yield from (info, verdict, trip, claimed, measured, cache)
+    yield from (info, verdict, trip, claimed, network, forward, inference, measured, cache)

@@ -11,8 +11,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from petals_eval.health.findings import FINDINGS
 from petals_eval.health.history import Uptime
-from petals_eval.health.results import HealthReport, Verdict
-from petals_eval.health.terminal import coverage_text, megabytes, seconds_text
+from petals_eval.health.results import HealthReport, ModelHealth, ServerHealth, Verdict
+from petals_eval.health.terminal import (
+    bootstrap_text,
+    comparison_text,
+    coverage_text,
+    megabytes,
+    ping_text,
+    seconds_text,
+)
 from petals_eval.swarm.peers.peer_text import short_peer
 from petals_eval.text import plural, printable
 
@@ -20,6 +27,7 @@ __all__ = ["page"]
 
 _MARKS = {Verdict.HEALTHY: "✓", Verdict.DEGRADED: "!", Verdict.UNKNOWN: "?", Verdict.BROKEN: "✕"}
 _MAX_ROWS = 500  # servers, and findings, of one model: a page of more is not read
+_MAX_PINGING = 24  # servers in the matrix of pings: a wider one is not read
 _MIN_RELOAD_SECONDS = 5
 
 
@@ -29,11 +37,14 @@ def page(
     *,
     error: str | None = None,
     reload: float | None = None,
+    looks: int = 1,
+    seconds: float = 0.0,
 ) -> str:
     """Return the whole page.
 
     report: None before the first look. uptimes: by model, where there is a history. error: why the last look did not
-    reach the swarm. reload: seconds after which a browser asks again.
+    reach the swarm. reload: seconds after which a browser asks again. looks, seconds: how many looks there were, and in
+    what time.
     """
     models = () if report is None else report.models
     names = {found.name for model in models for _, found in model.all_findings}
@@ -47,7 +58,26 @@ def page(
         num_servers=sum(len(model.servers) for model in models),
         megabytes=0.0 if report is None else megabytes(report.traffic),
         found_names=sorted(names & FINDINGS.keys()),
+        looks=looks,
+        seconds=seconds,
     )
+
+
+def _ping_rows(model: ModelHealth) -> list[tuple[ServerHealth, list[str]]]:
+    """Return the matrix of the servers' own pings: who pings, and the text of each cell in the order of the rows.
+
+    Servers that neither ping nor are pinged are left out, and those beyond `_MAX_PINGING`.
+    """
+    pinged = {peer_id for server in model.servers for peer_id in server.next_pings or ()}
+    shown = [server for server in model.servers if server.next_pings or server.peer_id in pinged][:_MAX_PINGING]
+    return [(server, [_ping_cell(server.next_pings or {}, other.peer_id) for other in shown]) for server in shown]
+
+
+def _ping_cell(pings: Mapping[str, float | None], peer_id: str) -> str:
+    if peer_id not in pings:
+        return ""
+    seconds = pings[peer_id]
+    return "✕" if seconds is None else seconds_text(seconds)
 
 
 def _percent(share: float) -> str:
@@ -69,6 +99,7 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
 )
 _ENVIRONMENT.filters["cut"] = lambda text, longest: printable(text, longest=longest)
+_ENVIRONMENT.filters["sentence"] = lambda text: f"{text[:1].upper()}{text[1:]}."
 _ENVIRONMENT.globals.update(
     marks=_MARKS,
     meanings=FINDINGS,
@@ -77,6 +108,11 @@ _ENVIRONMENT.globals.update(
     percent=_percent,
     seconds_text=seconds_text,
     coverage_text=coverage_text,
+    comparison_text=comparison_text,
+    bootstrap_text=bootstrap_text,
+    ping_rows=_ping_rows,
+    max_pinging=_MAX_PINGING,
+    ping_text=ping_text,
     short_peer=short_peer,
 )
 _TEMPLATE = _ENVIRONMENT.get_template("page.html")

@@ -12,7 +12,16 @@ from typing import Any
 from petals_eval.health.settings import Level
 from petals_eval.swarm.wire.span import Span
 
-__all__ = ["SCHEMA_VERSION", "Finding", "HealthReport", "ModelHealth", "ServerHealth", "Traffic", "Verdict"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "BootstrapPeer",
+    "Finding",
+    "HealthReport",
+    "ModelHealth",
+    "ServerHealth",
+    "Traffic",
+    "Verdict",
+]
 
 SCHEMA_VERSION = 1
 
@@ -59,7 +68,9 @@ class ServerHealth:
     state: claimed, "online" or "joining". seen: "answers", "unreachable", "silent", "fails" or "not asked".
     start, end: the blocks it claims, end exclusive. dtype, version: claimed; dtype_seen, version_seen: from rpc_info.
     quant_type, adapters, using_relay, throughput (tokens/s), cache_tokens_left: claimed.
-    cache_tokens_seen: from rpc_info.
+    network_rps, forward_rps, inference_rps: claimed tokens/s of its link, and of one block in forward calls and in
+    sessions. next_pings: claimed seconds to servers of the next blocks by their peer ids, None for one that did not
+    answer; None where it says nothing of them. cache_tokens_seen: from rpc_info.
     round_trip: seconds of an rpc_info over a connection that is there already.
     tokens_per_second: of the canary's call through all blocks of the span: a small call, so mostly the round trip.
     record_age: seconds since the last announcement, reckoned from when the record ends and the announce period.
@@ -80,6 +91,10 @@ class ServerHealth:
     adapters: tuple[str, ...]
     using_relay: bool | None
     throughput: float
+    network_rps: float | None
+    forward_rps: float | None
+    inference_rps: float | None
+    next_pings: dict[str, float | None] | None
     tokens_per_second: float | None
     cache_tokens_left: int | None
     cache_tokens_seen: int | None
@@ -111,6 +126,7 @@ class ModelHealth:
 
     level: the probe that was asked for. replicas: by block, servers that may be used as far as they were asked.
     claimed: the same by the records alone. missing: spans (first block, last block + 1) that no such server holds.
+    compared: spans whose answers were held against those of another server, or of blocks at home.
     findings: of the model itself. has_route: whether servers that answered hold all blocks between them; None where
     none was asked. route_seconds: of a canary all the way. route_tokens_per_second: of that canary.
     """
@@ -124,6 +140,7 @@ class ModelHealth:
     replicas: tuple[int, ...]
     claimed: tuple[int, ...]
     missing: tuple[tuple[int, int], ...]
+    compared: tuple[tuple[int, int], ...]
     has_route: bool | None
     route_seconds: float | None
     route_tokens_per_second: float | None
@@ -151,11 +168,25 @@ class ModelHealth:
 
 
 @dataclass(frozen=True, slots=True)
+class BootstrapPeer:
+    """One address of a bootstrap peer, as it was given.
+
+    state: "reachable", "unreachable" or "not asked". detail: why it is not reachable, or was not asked; None where it
+    is. seconds: a connection to it took.
+    """
+
+    address: str
+    state: str
+    detail: str | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class HealthReport:
     """What a look at a swarm found.
 
     time: when it began, in seconds since the epoch. seconds: how long it took.
-    notes: what is worth knowing and is nobody's fault.
+    notes: what is worth knowing and is nobody's fault. bootstrap: the addresses it was begun with.
     """
 
     time: float
@@ -165,6 +196,7 @@ class HealthReport:
     models: tuple[ModelHealth, ...]
     traffic: Traffic = field(default_factory=Traffic)
     notes: tuple[str, ...] = ()
+    bootstrap: tuple[BootstrapPeer, ...] = ()
 
     @property
     def exit_code(self) -> int:

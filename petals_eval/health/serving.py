@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,11 +18,14 @@ from petals_eval.health.history import History
 from petals_eval.health.locked import LockedServers
 from petals_eval.health.metrics import CONTENT_TYPE_LATEST, Tally, exposition
 from petals_eval.health.page import page
+from petals_eval.health.reachability import Network, Reachability, dial_in_swarm
 from petals_eval.health.results import SCHEMA_VERSION, HealthReport
 from petals_eval.health.settings import HealthSettings
 
 __all__ = ["HealthServer", "Monitor", "address_of", "serve_health"]
 
+_METRICS = ("/metrics", "/api/prometheus")  # the second as at the Petals health monitor
+_IS_REACHABLE = "/api/v1/is_reachable/"
 _OVERDUE_PERIODS = 3  # after which a monitor that has not looked is not well itself
 
 
@@ -61,7 +64,7 @@ class Monitor:
         self._lock = threading.Lock()
         self._report: HealthReport | None = None
         self._error: str | None = None
-        self._ended = time.monotonic()
+        self._began = self._ended = time.monotonic()
         self._tally = Tally()
 
     def look_until(self, stop: threading.Event) -> None:
@@ -112,11 +115,13 @@ class Monitor:
     def state(self) -> dict[str, Any]:
         """Return the report of the last look that reached the swarm, and whether the last one did (/api/v1/state)."""
         with self._lock:
-            report, error = self._report, self._error
+            report, error, looks = self._report, self._error, self._tally.looks
         return {
             "schema_version": SCHEMA_VERSION,
             "verdict": "unknown" if report is None or error is not None else report.verdict.value,
             "error": error,
+            "looks": looks,
+            "looking_seconds": time.monotonic() - self._began,
             "report": None if report is None else report.to_json(),
         }
 
@@ -124,11 +129,12 @@ class Monitor:
         """Return the HTML page."""
         now = time.time()
         with self._lock:
-            report, error = self._report, self._error
+            report, error, looks = self._report, self._error, self._tally.looks
         uptimes = {}
         for model in report.models if report else ():
             uptimes[model.name] = self._history.uptime(model.name, model.num_blocks, now)
-        return page(report, uptimes, error=error, reload=self._every)
+        seconds = time.monotonic() - self._began
+        return page(report, uptimes, error=error, reload=self._every, looks=looks, seconds=seconds)
 
     def metrics(self) -> bytes:
         """Return what Prometheus scrapes."""
@@ -143,14 +149,16 @@ class Monitor:
 
 
 class HealthServer(ThreadingHTTPServer):
-    """Answers GET and HEAD of four paths, and nothing else."""
+    """Answers GET and HEAD of a few paths, and nothing else."""
 
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], monitor: Monitor):
+    def __init__(self, address: tuple[str, int], monitor: Monitor, reachability: Reachability | None = None):
+        """reachability: None: it does not answer whether a peer can be reached."""
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         self.monitor = monitor
+        self.reachability = reachability
         super().__init__(address, _Handler)
 
 
@@ -168,8 +176,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/v1/state":
             text = json.dumps(monitor.state(), ensure_ascii=False, allow_nan=False)
             self._answer(HTTPStatus.OK, "application/json", text.encode())
-        elif path == "/metrics":
+        elif path in _METRICS:
             self._answer(HTTPStatus.OK, CONTENT_TYPE_LATEST, monitor.metrics())
+        elif path.startswith(_IS_REACHABLE) and self.server.reachability is not None:
+            self._say_whether_reachable(self.server.reachability, path.removeprefix(_IS_REACHABLE))
         elif path == "/healthz":
             well = monitor.is_well()
             status = HTTPStatus.OK if well else HTTPStatus.SERVICE_UNAVAILABLE
@@ -179,8 +189,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def _answer(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+    def _say_whether_reachable(self, reachability: Reachability, peer_id: str) -> None:
+        """Answer as the Petals health monitor does: servers tell their owner the message and the address."""
+        visitor = str(self.client_address[0])
+        found = reachability.answer(peer_id, visitor)
+        text = json.dumps({"success": found.success, "message": found.message, "your_ip": visitor})
+        self._answer(found.status, "application/json", text.encode(), found.retry_after)
+
+    def _answer(self, status: HTTPStatus, kind: str, body: bytes, retry_after: int | None = None) -> None:
         self.send_response(status)
+        if retry_after is not None:
+            self.send_header("Retry-After", str(retry_after))
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
@@ -195,21 +214,33 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def serve_health(
-    settings: HealthSettings, address: str, every: float, history: Path | None, say: Callable[[str], object]
+    settings: HealthSettings,
+    address: str,
+    every: float,
+    history: Path | None,
+    say: Callable[[str], object],
+    dial_networks: Sequence[Network] | None = None,
 ) -> int:
-    """Serve until Ctrl-C. Raises ConfigError for the address, MachineError where it or the history cannot be used."""
+    """Serve until Ctrl-C. Raises ConfigError for the address, MachineError where it or the history cannot be used.
+
+    dial_networks: networks beside the public ones where peers are dialled that visitors name; None: no peer is.
+    """
     where = address_of(address)
     past = History(history)
     monitor = Monitor(settings, every, past, say)
+    reachability = None
+    if dial_networks is not None:
+        reachability = Reachability(dial_in_swarm(settings.initial_peers), dial_networks)
     try:
-        server = HealthServer(where, monitor)
+        server = HealthServer(where, monitor, reachability)
     except OSError as error:
         past.close()
         raise MachineError(f"cannot listen on {address}: {error.strerror}. Choose another port.") from error
     stop = threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True, name="health page").start()
     host = f"[{where[0]}]" if ":" in where[0] else where[0]
-    say(f"serving http://{host}:{server.server_address[1]}/ (/api/v1/state, /metrics, /healthz); Ctrl-C ends it.")
+    paths = ["/api/v1/state", "/metrics", "/healthz", *([] if reachability is None else [_IS_REACHABLE])]
+    say(f"serving http://{host}:{server.server_address[1]}/ ({', '.join(paths)}); Ctrl-C ends it.")
     try:
         monitor.look_until(stop)
     except KeyboardInterrupt:
@@ -218,4 +249,6 @@ def serve_health(
         server.shutdown()
         server.server_close()
         past.close()
+        if reachability is not None:
+            reachability.close()
     return 0

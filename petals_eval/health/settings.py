@@ -1,6 +1,7 @@
 """Every setting of a look at a swarm's health, with its default and its unit."""
 
 from enum import IntEnum
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -52,6 +53,17 @@ def _level(value: object) -> object:
             raise ValueError(f"expected one of {', '.join(names)}")
         return names[value]
     return value
+
+
+def _networks(value: object) -> object:
+    """Read networks as people write them, such as 10.1.0.0/16."""
+    try:
+        return tuple(ip_network(each) for each in ([value] if isinstance(value, str) else value))  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected networks such as 10.1.0.0/16 or fd00::/8 ({error})") from error
+
+
+Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], BeforeValidator(_networks)]
 
 
 class ProbeSettings(Settings, heading=PROBES):
@@ -114,6 +126,10 @@ class LookSettings(Settings, heading=OUTPUT):
     watch: bool = option(False, "Look again and again; show what changes.")
     serve: str | None = option(None, "Serve the page and metrics; without a host on this machine alone.", "[HOST]:PORT")
     every: float = option(60.0, "Time between two looks of --watch and --serve.")
+    is_reachable: bool = option(False, "With --serve, tell Petals servers that ask whether others can reach them.")
+    dial_networks: Networks = option(
+        (), "Networks beside the public ones where --is-reachable may dial.", "CIDR...", unset="none"
+    )
     history: Path | None = option(None, "SQLite file of --serve.", "FILE", unset="in memory")
 
     @model_validator(mode="after")
@@ -122,8 +138,14 @@ class LookSettings(Settings, heading=OUTPUT):
             raise ValueError(
                 "--serve shows the report on its page and under /api/v1/state: leave --watch, --json, --html out"
             )
+        if self.is_reachable and self.serve is None:
+            raise ValueError("--is-reachable is answered by --serve: add --serve :9090, or leave it out")
+        if self.dial_networks and not self.is_reachable:
+            raise ValueError("--dial-networks is for --is-reachable: add it, or leave both out")
         if self.history is not None and self.serve is None:
             raise ValueError("--history is kept by --serve: add --serve :9090, or leave it out")
+        if self.html is not None and not self.html.absolute().parent.is_dir():
+            raise ValueError(f"--html: expected a file in a folder that is there, found {self.html}")
         if not self.every > 0:
             raise ValueError(f"--every: expected seconds above 0, found {self.every:g}")
         return self

@@ -1,27 +1,45 @@
 """A report on the terminal: a line and a bar for each model, a line for each server."""
 
+from collections.abc import Mapping
+from statistics import median
+
 from rich.console import Console
 from rich.text import Text
 
 from petals_eval.health.results import Finding, HealthReport, ModelHealth, ServerHealth, Traffic, Verdict
 from petals_eval.health.settings import Level
 from petals_eval.swarm.peers.peer_text import short_peer
+from petals_eval.swarm.wire.span import Span, joined, spans_text
 from petals_eval.text import plural, printable
 
-__all__ = ["coverage_text", "megabytes", "print_report", "route_text", "seconds_text", "summary_text"]
+__all__ = [
+    "bootstrap_text",
+    "comparison_text",
+    "coverage_text",
+    "megabytes",
+    "ping_text",
+    "print_report",
+    "route_text",
+    "seconds_text",
+    "summary_text",
+]
 
 _COLOURS = {Verdict.HEALTHY: "green", Verdict.DEGRADED: "yellow", Verdict.UNKNOWN: "magenta", Verdict.BROKEN: "red"}
 _BARS = "▁▂▃▄▅▆▇█"
 _MAX_SERVERS = 200  # lines of one model; --json and --html have all
 _HEADINGS = ("server", "blocks", "verdict", "petals", "dtype", "trip", "claims", "canary", "cache left", "announced")
-_FIRST_RIGHT_COLUMN = 5  # from here on columns are set to the right
+_TO_THE_RIGHT = frozenset(_HEADINGS[5:])  # numbers
+_LEFT_OUT_FIRST = ("announced", "cache left", "claims", "petals")  # where the terminal is too narrow for all columns
 
 
 def print_report(report: HealthReport, console: Console) -> None:
     """Show a report. Strangers' words have been made printable on their way into it, and are once more here."""
     for model in report.models:
-        for line in (_head(model), *_bar(model, console.width), *_servers(model), Text("")):
+        for line in (_head(model), *_bar(model, console.width), *_servers(model, console.width), Text("")):
             console.print(line, soft_wrap=True)
+    for peer in report.bootstrap:
+        if peer.state == "unreachable":
+            console.print(f"bootstrap peer {peer.address}: {printable(peer.detail or '')}", soft_wrap=True)
     console.print(summary_text(report), soft_wrap=True)
 
 
@@ -48,8 +66,13 @@ def _head(model: ModelHealth) -> Text:
     line.append(f"   {coverage_text(model)}", style="not bold")
     if model.verdict is not Verdict.HEALTHY:
         line.append(f"\n  {printable(model.why)}", style="not bold")
+    if model.servers:
+        line.append(f"\n  {comparison_text(model)}", style="not bold")
     if model.route_seconds is not None:
         line.append(f"\n  {route_text(model)}", style="not bold")
+    pings = ping_text(model)
+    if pings is not None:
+        line.append(f"\n  {pings}", style="not bold")
     for finding in model.findings:
         if finding.detail != model.why:
             line.append("\n  ").append_text(_finding(finding))
@@ -74,12 +97,51 @@ def route_text(model: ModelHealth) -> str:
 def seconds_text(seconds: float | None) -> str:
     """Return a time for a person to read.
 
-    >>> seconds_text(None), seconds_text(0.0123), seconds_text(2.5)
-    ('-', '12 ms', '2.5 s')
+    >>> [seconds_text(each) for each in (None, 0.0123, 2.5, 20, 660, 18_000, 172_800)]
+    ['-', '12 ms', '2.5 s', '20 s', '11 min', '5 h', '2 days']
     """
     if seconds is None:
         return "-"
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} days"
+
+
+def comparison_text(model: ModelHealth) -> str:
+    """Return which blocks' answers were held against others, and which were not: two wrong servers may agree, one alone
+    contradicts nobody."""
+    if model.level < Level.FORWARD:
+        return f"nothing was compared: no server was asked to compute (level {model.level.text})"
+    compared = [Span(*each) for each in model.compared]
+    alone = joined(block for block in range(model.num_blocks) if not any(block in span for span in compared))
+    if not compared:
+        return "no answer was compared with another server's"
+    text = f"answers compared with another server's or with blocks at home: blocks {spans_text(compared)}"
+    return f"{text}; with nobody's: {spans_text(alone) or 'none'}"
+
+
+def ping_text(model: ModelHealth) -> str | None:
+    """Return how far the servers are from each other by their own word; None where they do not say."""
+    pings = [seconds for server in model.servers for seconds in (server.next_pings or {}).values()]
+    answered = sorted(seconds for seconds in pings if seconds is not None)
+    if not answered:
+        return None
+    text = f"the servers' own pings: median {seconds_text(median(answered))}, longest {seconds_text(answered[-1])}"
+    lost = len(pings) - len(answered)
+    return f"{text}, {lost} of {len(pings)} without an answer" if lost else text
+
+
+def bootstrap_text(report: HealthReport) -> str:
+    """Return how many addresses of bootstrap peers can be reached."""
+    asked = [each for each in report.bootstrap if each.state != "not asked"]
+    if not asked:
+        return "bootstrap peers were not asked one by one"
+    reachable = sum(each.state == "reachable" for each in asked)
+    return f"{reachable} of {plural(len(asked), 'address', 'addresses')} of bootstrap peers can be reached"
 
 
 def _bar(model: ModelHealth, width: int) -> list[Text]:
@@ -100,28 +162,35 @@ def _bar(model: ModelHealth, width: int) -> list[Text]:
     return lines
 
 
-def _servers(model: ModelHealth) -> list[Text]:
+def _servers(model: ModelHealth, width: int) -> list[Text]:
     shown = model.servers[:_MAX_SERVERS]
     if not shown:
         return []
-    rows = [_HEADINGS, *(_row(server) for server in shown)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
-    lines = [Text(f"  {_aligned(_HEADINGS, widths)}", style="dim")]
-    for server, row in zip(shown, rows[1:], strict=True):
+    rows = [dict(zip(_HEADINGS, _row(server), strict=True)) for server in shown]
+    widths = {heading: max(len(heading), *(len(row[heading]) for row in rows)) for heading in _HEADINGS}
+    for heading in _LEFT_OUT_FIRST:
+        if sum(widths.values()) + 2 * len(widths) > width:
+            del widths[heading]
+    lines = [Text(f"  {_aligned({heading: heading for heading in widths}, widths)}", style="dim")]
+    for server, row in zip(shown, rows, strict=True):
         line = Text(f"  {_aligned(row, widths)}")
-        verdict = 2 + sum(widths[:2]) + 4
+        verdict = 2 + widths["server"] + widths["blocks"] + 4
         line.stylize(_COLOURS[server.verdict], verdict, verdict + len(server.verdict.value))
         lines.append(line)
         lines += [Text("      ").append_text(_finding(each)) for each in server.findings]
     if len(model.servers) > len(shown):
         lines.append(Text(f"  and {len(model.servers) - len(shown)} more: --json and --html show all"))
+    missing = [heading for heading in _HEADINGS if heading not in widths]
+    if missing:
+        lines.append(Text(f"  not shown in {width} columns: {', '.join(missing)}", style="dim"))
     return lines
 
 
-def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
+def _aligned(cells: Mapping[str, str], widths: Mapping[str, int]) -> str:
+    """Return a line with a cell for each column that has a width. Both by the columns' headings."""
     padded = (
-        cell.rjust(width) if column >= _FIRST_RIGHT_COLUMN else cell.ljust(width)
-        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        cells[heading].rjust(width) if heading in _TO_THE_RIGHT else cells[heading].ljust(width)
+        for heading, width in widths.items()
     )
     return "  ".join(padded)
 

@@ -238,7 +238,7 @@ class LocalPart(nn.Module, ABC):
             advice = f"Lower max_new_tokens to {room}." if room > 0 else "Shorten the text."
         else:
             positions = f"{prefix} prompt tokens and {tokens} tokens of text are {total} positions"
-            advice = f"Lower the task's max_length to {max(0, self.context - prefix)}."
+            advice = f"Give it {max(0, self.context - prefix)} tokens of text at most (a task's max_length)."
         if self.rotary.remembers_calls:
             raise RequestTooLargeError(
                 f"{positions}, more than the original length of this {self.family.title} ({self.context}). Its rotary "

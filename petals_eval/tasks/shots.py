@@ -146,6 +146,10 @@ def draw_shots(
             return _as_lm_eval_draws(pool, evaluated, count, seed, content, reader, draws_again=True)
         return _as_lm_eval_draws(pool, evaluated, count, seed, content, reader, draws_one_more=draws_one_more)
 
+    # A row of the pool that leaves itself out has one fewer to draw from: told before anything is sent.
+    for members in groups:
+        _enough(count // len(groups), len(members) - (is_shared and leave_out_self), pool, of_a_label=len(groups) > 1)
+
     def for_row(row: Row) -> list[int]:
         own = content(row)
 

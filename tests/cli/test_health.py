@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 import urllib.request
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def test_a_clean_swarm_is_healthy_and_ends_with_0(stage: Stage) -> None:
     assert outcome.code == 0
     assert "stories260K-hf   healthy   5/5 blocks, thinnest: block 0 (1 server)" in outcome.out
     assert "0 █████  1 to 1 server a block" in outcome.out
-    assert "3 servers, asked up to level route" in outcome.out and outcome.err == ""
+    assert "3 servers, asked up to level route" in outcome.out and outcome.err == "page: health.html\n"
     assert "✓</span> healthy" in Path("health.html").read_text()
 
 
@@ -52,6 +53,10 @@ def test_degraded_ends_with_1_and_broken_with_3(stage: Stage) -> None:
         (["--initial-peers", "PEER", "--serve", ":1", "--json"], "leave --watch, --json, --html out"),
         (["--initial-peers", "PEER", "--history", "h"], "--history is kept by --serve"),
         (["--initial-peers", "PEER", "--watch", "--every", "0"], "--every"),
+        (["--initial-peers", "PEER", "--html", "nowhere/health.html"], "--html: expected a file in a folder"),
+        (["--initial-peers", "PEER", "--is-reachable"], "--is-reachable is answered by --serve"),
+        (["--initial-peers", "PEER", "--serve", ":1", "--dial-networks", "10.0.0.0/8"], "is for --is-reachable"),
+        (["--initial-peers", "PEER", "--serve", ":1", "--is-reachable", "--dial-networks", "x"], "10.1.0.0/16"),
         (["--initial-peers", "PEER", "--verify-local", "0:3"], "expected both --model and --verify-local"),
         (["--initial-peers", "PEER", "--model", "m", "--verify-local", "0:3"], "name it with --dht-prefix"),
         (["--initial-peers", "PEER", "--model", "m", "--verify-local", "3"], "expected blocks FIRST:LAST"),
@@ -105,20 +110,23 @@ def test_serve_answers_and_ends_with_ctrl_c(stage: Stage) -> None:
 
     said: list[str] = []
     pages: list[str] = []
+    bootstrap = stage.peer.rpartition("/")[2]
 
     def say(line: str) -> None:
         said.append(line)
         if "healthy" in line:  # the first look is over
             url = said[0].split()[1]
-            for path in ("", "metrics", "healthz", "api/v1/state"):
+            for path in ("", "metrics", "healthz", "api/v1/state", f"api/v1/is_reachable/{bootstrap}"):
                 with urllib.request.urlopen(url + path, timeout=10) as answer:
                     pages.append(answer.read().decode())
             raise KeyboardInterrupt
 
     settings = HealthSettings(initial_peers=(stage.peer,))
-    assert serve_health(settings, ":0", 60.0, Path("health.sqlite"), say) == 0
+    networks = [ip_network("127.0.0.0/8")]
+    assert serve_health(settings, ":0", 60.0, Path("health.sqlite"), say, dial_networks=networks) == 0
     assert "stories260K-hf" in pages[0] and 'petals_model_blocks_covered{model="stories260K-hf"} 5.0' in pages[1]
     assert pages[2] == "ok\n" and json.loads(pages[3])["verdict"] == "healthy"
+    assert json.loads(pages[4])["success"] is True
     assert said[0].startswith("serving http://127.0.0.1:") and said[-1] == "stopping"
     assert Path("health.sqlite").exists()
     assert not any(thread.name == "health page" for thread in _after(2.0))

@@ -6,11 +6,14 @@ import pytest
 
 import petals_eval
 import petals_eval.data.files
+from petals_eval.config import CallSettings
+from petals_eval.demo import demo_paths
 from petals_eval.errors import AdapterError, ConfigError, DataError, RunFolderError, TaskError
 from petals_eval.evaluation.prepare import prepare
 from petals_eval.local_swarm import LocalSwarm
+from petals_eval.remote_model import LocalSide, load_local
 from petals_eval.swarm import SwarmConnection
-from petals_eval.tasks import ClassificationTask, ContinuationTask, PerplexityTask
+from petals_eval.tasks import ChoiceTask, ClassificationTask, ContinuationTask, PerplexityTask
 from tests.cli.invoking import invoke
 from tests.fake_model import TASK, FakeModel, evaluate, write_rows
 
@@ -86,6 +89,7 @@ def test_an_evaluation_from_python_reads_and_checks_its_data_once(reads, tmp_pat
         (["sst2-deep_ptune"], ["--verify-local", "0:1", "--active-adapter", "x"], "have no LoRA adapter"),
         (["sst2-deep_ptune"], ["--device", "cuda:77"], "device: expected one that torch can use here"),
         (["sst2-deep_ptune"], ["--max-length", "0"], "max_length: expected more than 0"),
+        ([], ["--without-prompts"], "--without-prompts: expected tuned prompts to leave out, found no --adapter"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_started(alone, realdata, adapters, flags, said, more):
@@ -126,6 +130,31 @@ def test_rows_without_a_label_are_asked_for_where_there_are_labels(asked, tmp_pa
         petals_eval.evaluate(FakeModel(), task=asked, data=source, unlabelled="predict")
     with pytest.raises(TaskError, match=f"unlabelled: a task of kind {asked.kind} has "):
         type(asked)(**asked.model_dump(exclude_unset=True), unlabelled="predict")
+
+
+def test_a_label_column_that_nobody_has_is_told_where_rows_may_lack_it(tmp_path):
+    local, _ = load_local(str(demo_paths().model), str(demo_paths().prompts))
+    side = LocalSide(local, (), CallSettings(), "demo")
+    task = ChoiceTask(
+        name="t", text="{text}", choices=["bad", "good"], delimiter=" ", label_column="lable", unlabelled="predict"
+    )
+    found = prepare(lambda: side, task=task, data=write_rows(tmp_path / "rows.csv"), is_kept=False)
+    assert found.notes == (
+        "rows.csv has no column 'lable' of labels (its columns: 'text', 'label'): "
+        "every row is predicted, and nothing is scored",
+    )
+    task = task.model_copy(update={"label_column": "label"})
+    assert prepare(lambda: side, task=task, data=write_rows(tmp_path / "rows.csv"), is_kept=False).notes == ()
+
+
+@pytest.mark.parametrize("openings", [1, 2])
+def test_texts_that_begin_twice_are_told_of(tmp_path, openings):
+    local, _ = load_local(str(demo_paths().model), str(demo_paths().prompts))
+    side = LocalSide(local, (), CallSettings(), "demo")
+    text = local.tokenizer.bos_token * openings + "{text}"
+    task = ContinuationTask(name="t", text=text, target=" {label}", bos="never")
+    found = prepare(lambda: side, task=task, data=write_rows(tmp_path / "rows.csv"), is_kept=False)
+    assert any("more than one beginning-of-text token" in note for note in found.notes) is (openings == 2)
 
 
 def test_what_lies_here_is_checked_before_the_model_is_looked_for(tmp_path):

@@ -1,6 +1,9 @@
 """What is different between two looks, in words."""
 
+from dataclasses import replace
+
 from petals_eval.health.changes import changes
+from petals_eval.health.results import BootstrapPeer
 from tests.support.fake_health import FakeServer, FakeSwarm, noisy, report_on
 
 
@@ -17,3 +20,11 @@ def test_changes_between_two_looks() -> None:
     assert any("bad disagrees-with-replica: " in line for line in lines)
     back = changes(now, before)
     assert any("degraded -> healthy" in line for line in back)
+
+
+def test_a_bootstrap_peer_that_was_lost_is_told() -> None:
+    report = report_on(FakeSwarm(4, a=FakeServer(0, 4)))
+    here = replace(report, bootstrap=(BootstrapPeer("/a", "reachable", seconds=0.1), BootstrapPeer("/b", "reachable")))
+    lost = replace(report, bootstrap=(BootstrapPeer("/a", "unreachable", "closed"), BootstrapPeer("/b", "reachable")))
+    assert changes(here, lost) == ["bootstrap peer /a reachable -> unreachable"]
+    assert changes(here, here) == changes(report, here) == []

@@ -39,13 +39,17 @@ def cron(tmp_path: Path):
     command.chmod(0o755)
     mail.chmod(0o755)
 
-    def look(report: HealthReport | None, **environment: str) -> tuple[int, list[str]]:
-        (tmp_path / "json").write_text("" if report is None else json.dumps(report.to_json()))
-        (tmp_path / "code").write_text(str(3 if report is None else report.exit_code))
+    def look(
+        report: HealthReport | str | None, *arguments: str, code: int | None = None, **environment: str
+    ) -> tuple[int, list[str]]:
+        """report: None leaves none, a text is printed as it is. code: of the command, if not the report's."""
+        text = report or "" if isinstance(report, str | None) else json.dumps(report.to_json()) + "\n"
+        (tmp_path / "json").write_text(text)
+        (tmp_path / "code").write_text(str(getattr(report, "exit_code", 3) if code is None else code))
         (tmp_path / "sent").unlink(missing_ok=True)
         own = {"PETALS_EVAL": str(command), "HEALTH_STATE": str(tmp_path / "state"), "HEALTH_MAIL_COMMAND": str(mail)}
         outcome = subprocess.run(
-            [ROOT / "scripts/healthcheck.sh", "--initial-peers", PEER],
+            [ROOT / "scripts/healthcheck.sh", "--initial-peers", PEER, *arguments],
             env={**os.environ, **own, **({"HEALTH_MAIL": "me@example.org"} | environment)},
             timeout=60,
         )
@@ -70,6 +74,33 @@ def test_cron_tells_of_changes_only(cron, tmp_path: Path) -> None:
     assert "healthy -> unreachable" in cron(None)[1][0]
     unknown = report_on(FakeSwarm(4, a=FakeServer(0, 4)), level="info")
     assert "unreachable -> unknown" in cron(unknown)[1][0]
+
+
+def test_nothing_is_healthy_without_a_report(cron, tmp_path: Path) -> None:
+    """`--help` ends with 0, too, and a report may be cut, or say something else than the exit code."""
+    cut = json.dumps(clean_report().to_json())[:-1]
+    for report, code in ((None, 0), (None, 1), ("usage: petals-eval health\n", 0), (cut, 0), (broken_report(), 0)):
+        assert cron(report, code=code) == (70, [])
+    named = json.dumps(broken_report().to_json()).replace('"tiny"', '"tiny", "verdict": "healthy"')
+    assert cron(named, code=0) == (70, [])
+    assert not [path for path in tmp_path.glob("state*") if path.suffix != ".lock"]
+
+
+def test_help_is_shown_and_no_look_is_taken_that_does_not_end(cron, tmp_path: Path, capfd) -> None:
+    assert cron(clean_report(), "--help") == (0, [])
+    usage = capfd.readouterr().out
+    assert "HEALTH_WEBHOOK        where to POST" in usage and usage.endswith("tries again.\n")
+    for flag in ("--watch", "--serve", "--serve=:9090"):
+        assert cron(clean_report(), flag) == (2, [])
+    assert "looks once" in capfd.readouterr().err
+    assert not list(tmp_path.glob("state*"))
+
+
+def test_each_swarm_has_a_verdict_of_its_own(cron) -> None:
+    assert len(cron(clean_report(), "--dht-prefix", "one")[1]) == 1
+    assert "none -> broken" in cron(broken_report(), "--dht-prefix", "other")[1][0]
+    assert cron(clean_report(), "--dht-prefix", "one") == (0, [])
+    assert cron(broken_report(), "--dht-prefix", "other") == (3, [])
 
 
 def test_cron_posts_json_to_a_webhook(cron) -> None:

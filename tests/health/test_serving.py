@@ -1,6 +1,7 @@
 """The exporter over HTTP."""
 
 import json
+import re
 import socket
 import threading
 import urllib.error
@@ -65,15 +66,13 @@ def site() -> Iterator[Site]:
 
 def test_page_state_and_metrics_follow_the_looks(site: Site) -> None:
     assert "under way" in site.get("/")[2] and site.value("petals_swarm_up") == 0
-    assert json.loads(site.get("/api/v1/state")[2]) == {
-        "schema_version": 1,
-        "verdict": "unknown",
-        "error": None,
-        "report": None,
-    }
+    state = json.loads(site.get("/api/v1/state")[2])
+    assert 0 <= state.pop("looking_seconds") < 60
+    assert state == {"schema_version": 1, "verdict": "unknown", "error": None, "looks": 0, "report": None}
     site.monitor.look()
     status, kind, text = site.get("/")
     assert (status, kind) == (200, "text/html; charset=utf-8") and "✓</span> healthy" in text
+    assert "One look" in text
     assert json.loads(site.get("/api/v1/state")[2])["report"]["models"][0]["name"] == "tiny"
     assert site.value("petals_swarm_up") == 1
 
@@ -91,7 +90,10 @@ def test_page_state_and_metrics_follow_the_looks(site: Site) -> None:
     assert site.value("petals_health_look_failures_total") == 1
 
     site.monitor.look()
-    assert "lowest 66.6% (block 2)" in site.get("/")[2]  # of three looks that reached it, one found nobody
+    text = site.get("/")[2]
+    assert "lowest 66.6% (block 2)" in text  # of three looks that reached it, one found nobody
+    assert re.search(r"Looked 4 times in [\d.]+ m?s\.", text) and re.search(r"uptime over [\d.]+ m?s \(4 looks\)", text)
+    assert site.get("/api/prometheus")[2].startswith("# HELP petals_swarm_up")
     assert site.get("/metrics")[1].startswith("text/plain; version=")
 
 

@@ -12,12 +12,15 @@ from typing import Any
 
 import msgpack
 import torch
+from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
+from hivemind.utils.multiaddr import Multiaddr
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import ValueWithExpiration
 
 from petals_eval.errors import PeerError
 from petals_eval.health.census import claims_in
+from petals_eval.health.peer_routing import addresses_in
 from petals_eval.swarm.directory.dht import read_announcements
 from petals_eval.swarm.transport.raw_stream import receive, streamed
 from petals_eval.swarm.transport.rpc import peer_errors
@@ -143,6 +146,15 @@ def announcements(data: bytes) -> None:
     read_snapshot(found, 4)
 
 
+def routing(data: bytes) -> None:
+    """health.peer_routing.addresses_in: what a bootstrap peer says of the addresses of others."""
+    try:
+        found = addresses_in(data, _KEY)
+    except ValueError:
+        return
+    _expect(len(found) <= 64 and all(each.startswith("/") and _is_plain(each) for each in found), "no addresses")
+
+
 class _Stored:
     def __init__(self, entries: Mapping[str, Any]):
         self._entries = entries
@@ -207,6 +219,11 @@ _RECORD = MSGPackSerializer.dumps(
 )
 _CODED = [codecs.encode(torch.ones(SHAPE), code) for code in (READABLE[0], READABLE[1], READABLE[3])]
 
+_KEY = PeerID.from_base58(PEER).to_bytes()
+_WHERE = Multiaddr("/ip4/203.0.113.5/tcp/31337").to_bytes()
+_PEER = b"\x0a%c" % len(_KEY) + _KEY + (b"\x12%c" % len(_WHERE) + _WHERE) * 2 + b"\x18\x01"
+_CLOSER = b"\x08\x04" + b"\x42%c" % len(_PEER) + _PEER + b"\x50\x01"
+
 bound_hivemind()  # as every connection does
 
 TARGETS: dict[str, Target] = {
@@ -225,6 +242,7 @@ TARGETS: dict[str, Target] = {
     "info": Target(info, (rpc_info(), msgpack.packb({}))),
     "record": Target(record, (_RECORD, MSGPackSerializer.dumps([0, 1.0]))),
     "announcements": Target(announcements, (_RECORD, MSGPackSerializer.dumps({PEER: (2, 1.0, {})}))),
+    "routing": Target(routing, (_CLOSER, _CLOSER * 3)),
     "frame": Target(frame, (_framed(_ANSWER), _framed(b"\n\2no", b"\1"), _framed(_ANSWER) * 3)),
 }
 

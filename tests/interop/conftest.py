@@ -30,9 +30,13 @@ def stories(stories_dir: Path) -> Iterator[RealPetalsSwarm]:
 
 
 @pytest.fixture(scope="session")
-def own_rows(realdata: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def own_rows(
+    request: pytest.FixtureRequest, realdata: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """The rows of the tasks with templates of our own, by task."""
-    return write_own_rows(realdata, tmp_path_factory.mktemp("rows"))
+    # The first documents are enough for every digit, and all of them take as long as everything else.
+    documents = None if request.config.getoption("--soak") else 12
+    return write_own_rows(realdata, tmp_path_factory.mktemp("rows"), documents=documents)
 
 
 @pytest.fixture(scope="session")

@@ -192,20 +192,19 @@ def ask_lm_eval(model: Path, own_rows: dict[str, Path], folder: Path) -> dict[st
     return _ask({"tasks": tasks, "model": str(model)}, folder)
 
 
-def write_own_rows(realdata: Path, folder: Path) -> dict[str, Path]:
-    """Write the rows of the tasks of our own as jsonl. Returns the file of each."""
+def write_own_rows(realdata: Path, folder: Path, *, documents: int | None) -> dict[str, Path]:
+    """Write the rows of the tasks of our own as jsonl, of the stories so many documents. Returns the file of each."""
     copa = [json.loads(line) for name in ("dev", "test") for line in _lines(realdata / "copa" / f"{name}.jsonl")]
     trec = [line.partition(" ") for line in _lines(realdata / "trec" / "TREC.test.all", "latin-1")]
     sst2 = [line.rpartition("\t") for line in _lines(realdata / "sst2" / "dev.tsv")]
     paragraphs = (realdata / "tinystories" / "validation.txt").read_text(encoding="utf-8").strip().split("\n\n")
-    # Documents of 40 paragraphs; the first of them are enough for every digit, and all take as long as everything else.
-    documents = ["\n\n".join(paragraphs[at : at + 40]) for at in range(0, 12 * 40, 40)]
+    stories = ["\n\n".join(paragraphs[at : at + 40]) for at in range(0, len(paragraphs), 40)][:documents]
     words = [paragraph.split(" ") for paragraph in paragraphs[:16]]
     rows: dict[str, list[dict[str, Any]]] = {
         "copa_questions": copa,
         "trec_words": [{"text": text, "label": int(label)} for label, _, text in trec],
         "sst2_words": [{"sentence": sentence, "label": int(label)} for sentence, _, label in sst2],
-        "stories": [{"page": document} for document in documents],
+        "stories": [{"page": story} for story in stories],
         "stories_continued": [{"beginning": " ".join(each[:9]), "word": each[9]} for each in words if len(each) > 9],
     }
     for name, found in rows.items():

@@ -17,6 +17,10 @@ def test_real_servers_alone_are_healthy(stories: RealPetalsSwarm) -> None:
     [model] = report.models
     assert (model.name, model.num_blocks, model.replicas) == (STORIES, 5, (1, 1, 1, 1, 1))
     assert {(server.version_seen, server.dtype_seen) for server in model.servers} == {("2.2.0.post1", "float32")}
+    # Each tells how far those are that it pinged, if only that there are none.
+    peers = {server.peer_id for server in model.servers}
+    assert all(server.next_pings is not None and server.next_pings.keys() <= peers for server in model.servers)
+    assert [each.state for each in report.bootstrap] == ["reachable"] * len(report.bootstrap) != []
 
 
 def test_mixed_with_the_stub_they_agree_and_a_liar_stands_out(stories_dir: Path) -> None:

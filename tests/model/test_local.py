@@ -131,7 +131,9 @@ def test_answers_do_not_depend_on_the_batch(tmp_path):
 
 def test_the_context_is_checked_with_the_prompts(tiny):
     tiny.check_length(tokens=504, prefix=8)
-    with pytest.raises(RequestTooLargeError, match=r"8 prompt tokens and 505 tokens.*reads 512.*max_length to 504"):
+    with pytest.raises(
+        RequestTooLargeError, match=r"8 prompt tokens and 505 tokens.*reads 512.*504 tokens of text at most"
+    ):
         tiny.check_length(tokens=505, prefix=8)
 
 

@@ -87,5 +87,7 @@ def test_a_row_that_a_server_would_remember_is_refused_with_that_reason(tmp_path
     folder = make_tiny("llama", tmp_path, max_position_embeddings=32, rope_parameters=scaling)
     local = LocalModel.from_pretrained(str(folder))
     local.check_length(tokens=28, prefix=4)
-    with pytest.raises(RequestTooLargeError, match=r"33 positions.*\(rope_type dynamic\): beyond.*max_length to 28"):
+    with pytest.raises(
+        RequestTooLargeError, match=r"33 positions.*\(rope_type dynamic\): beyond.*28 tokens of text at most"
+    ):
         local.check_length(tokens=29, prefix=4)

@@ -30,6 +30,7 @@ from petals_eval.runs import (
 from petals_eval.tasks.requests import Prediction
 from tests.fake_model import FakeModel, evaluate, write_rows
 from tests.runs.samples import LABELS, SERVERS, manifest
+from tests.support.json_schemas import closed
 
 SCHEMAS = resources.files("petals_eval.runs") / "schemas"
 HASH = "0123456789abcdef"
@@ -52,20 +53,6 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[tuple[float, ...], ...], float | No
 
 def schema(name: str) -> dict[str, Any]:
     return json.loads((SCHEMAS / f"{name}.schema.json").read_text(encoding="utf-8"))
-
-
-def closed(part: Any, name: str = "") -> Any:
-    """The same schema, in which an object has no keys but those that are described."""
-    if isinstance(part, list):
-        return [closed(each) for each in part]
-    if not isinstance(part, dict):
-        return part
-    made = {key: closed(value, key) for key, value in part.items()}
-    # An adapter's numbers are part of something larger, too, so they are closed where they are not.
-    described = "properties" in part and "type" in part and name != "adapter"
-    if (described or part.get("$ref") == "#/$defs/adapter") and "additionalProperties" not in part:
-        made["unevaluatedProperties"] = False
-    return made
 
 
 def check(name: str, value: dict[str, Any]) -> None:

@@ -149,6 +149,10 @@ def test_too_few_rows():
         drawn({"count": 8, "draw": "first"}, numbers(5))
     with pytest.raises(DataError, match="expected at least 6"):
         drawn({"count": 5, "draw": "lm_eval"}, numbers(5), is_shared=True)
+    own = Shots(count=5, draw="row")
+    with pytest.raises(DataError, match="expected at least 5 rows to draw from in numbers, found 4"):  # not mid-run
+        draw_shots(own, numbers(5), numbers(5), seed=1, is_shared=True)
+    draw_shots(own, numbers(5), numbers(5), seed=1, is_shared=False)
 
 
 def test_what_shots_there_are_is_told_by_a_hash():

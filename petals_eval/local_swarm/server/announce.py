@@ -73,7 +73,7 @@ async def announce(
         using_relay=False,
         cache_tokens_left=cache_tokens_left,
     )
-    extra = record.model_dump() | {"next_pings": None}
+    extra = record.model_dump()
     uids = [block_uid(settings.dht_prefix, block) for block in range(span.start, span.stop)]
     expiration = get_dht_time() + seconds_off + max(2 * settings.update_period, _MIN_LIFETIME)
     stores = [

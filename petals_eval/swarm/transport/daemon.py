@@ -21,6 +21,8 @@ hundred KiB, and spent two fifths of its processor time on collecting them as ga
 async def start_daemon(**options: Any) -> P2P:
     """Start a daemon as `P2P.create` does with these options, with a reader that late answers do not end.
 
+    `dht_mode` may be "off", too.
+
     hivemind hands on the environment it finds: what other threads start meanwhile gets Go's variables too.
     """
     started: list[P2P] = []
@@ -28,6 +30,9 @@ async def start_daemon(**options: Any) -> P2P:
     class Daemon(P2P):
         """Known from its first moment on: hivemind leaves one whose start fails or is cancelled to itself. The garbage
         collector then finds it after the end of the loop, which it still needs."""
+
+        # "off": it asks nobody for addresses, and dials those alone that it is told.
+        DHT_MODE_MAPPING = P2P.DHT_MODE_MAPPING | {"off": {}}
 
         def __init__(self) -> None:
             super().__init__()

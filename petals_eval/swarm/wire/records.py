@@ -4,6 +4,7 @@ Source: the layout of `petals.data_structures.ServerInfo.to_tuple()` in Petals 2
 beside this file, section 2).
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -11,7 +12,17 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from petals_eval.swarm.wire.span import Span, joined
 from petals_eval.text import printable
@@ -46,6 +57,24 @@ def peer_text(words: str) -> str:
     return printable(words, longest=80)
 
 
+_MAX_PINGS = 128
+"""Of one record that are read. Petals asks 20 servers at a time and keeps what it found for five minutes."""
+
+
+def _readable_pings(value: object) -> object:
+    """Keep what can be read. Petals writes infinity for a server that did not answer, which is no reason to do without
+    the one that says so; nor is anything else here."""
+    if not isinstance(value, dict):
+        return None
+    found = []
+    for peer_id, seconds in value.items():
+        is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds >= 0
+        if is_number and isinstance(peer_id, str) and peer_id.isascii() and peer_id.isalnum() and len(peer_id) <= 80:
+            found.append((peer_id, float(seconds) if seconds < math.inf else None))
+    return tuple(found[:_MAX_PINGS])
+
+
+_Pings = Annotated[tuple[tuple[str, float | None], ...] | None, BeforeValidator(_readable_pings)]
 _Words = Annotated[StrictStr, AfterValidator(peer_text)]
 _Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Count = Annotated[StrictInt, Field(ge=0)]
@@ -54,14 +83,16 @@ _Count = Annotated[StrictInt, Field(ge=0)]
 class ServerRecord(BaseModel):
     """A server's word about itself. Every field of `extra` is optional and unknown ones are ignored.
 
-    `next_pings`, the seconds to servers of the next blocks, is ignored as well: nothing here needs it, and Petals
-    writes infinity for a server that did not answer in time, which is no reason to do without the one that says so.
+    throughput: tokens/s through its span. network_rps: tokens/s that its link carries; forward_rps, inference_rps:
+    tokens/s of one block, in forward calls and in a session that adds one at a time. Petals measures these three once
+    and makes the throughput of them (`petals.server.throughput`). next_pings: peer ids of servers of the next blocks
+    with the seconds to each, None for one that did not answer; what cannot be read is left out, however wrong it is.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     state: ServerState
-    throughput: _Rate  # requests per second, as measured or set by the server
+    throughput: _Rate
     start_block: _Count | None = None
     end_block: _Count | None = None
     public_name: _Words | None = None
@@ -74,6 +105,7 @@ class ServerRecord(BaseModel):
     quant_type: _Words | None = None
     using_relay: StrictBool | None = None
     cache_tokens_left: _Count | None = None
+    next_pings: _Pings = None
 
     @classmethod
     def from_wire(cls, value: object) -> "ServerRecord":

@@ -1,5 +1,7 @@
 """Records are claims of strangers: validated, or dropped and counted."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +37,25 @@ def test_a_full_record_is_read_and_unknown_keys_are_ignored():
     record = ServerRecord.from_wire((2, 10.5, FULL))
     assert (record.state, record.throughput, record.end_block) == (ServerState.ONLINE, 10.5, 3)
     assert record.adapters == ("some/lora",)
+
+
+def test_pings_are_read_one_by_one_and_not_without_end():
+    pings = {
+        "Qm": 0.25,
+        "lost": math.inf,
+        "zero": 0,
+        "nan": math.nan,
+        "less": -1.0,
+        "words": "0.1",
+        "yes": True,
+        7: 0.1,
+    }
+    evil = {"\x1b[31m": 0.1, "a b": 0.1, "<b>": 0.1, "": 0.1, "x" * 81: 0.1}
+    record = ServerRecord.from_wire((2, 1.0, {"next_pings": pings | evil}))
+    assert record.next_pings == (("Qm", 0.25), ("lost", None), ("zero", 0.0))
+    many = ServerRecord.from_wire((2, 1.0, {"next_pings": {f"Qm{each}": 0.1 for each in range(10_000)}}))
+    assert len(many.next_pings) == 128
+    assert ServerRecord.from_wire((2, 1.0, {})).next_pings is None
 
 
 @pytest.mark.parametrize("pings", [{"Qm": float("inf")}, {"Qm": float("nan")}, {}, None, "none"])
