@@ -217,7 +217,7 @@ class Router:
         admission, tokens = Admission(self._peers, activations.rows, activations.positions), activations.tokens
         free = [
             other
-            for server in self._quarantine.trusted()
+            for server in self._planned.holders(self._directory.snapshot, hop.span.start)
             if server.peer_id != hop.peer_id
             and hop.span.within(server.span)
             and self._may_be_called(server)
