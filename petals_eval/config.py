@@ -1,7 +1,11 @@
 """Every setting of a swarm connection and of a run, with its default, its unit and its flag, in one place."""
 
+import re
+from collections.abc import Mapping, Sequence
 from inspect import get_annotations
+from ipaddress import ip_address
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -29,6 +33,7 @@ __all__ = [
     "ServerChoice",
     "Settings",
     "SwarmSettings",
+    "checked_peers",
 ]
 
 # The bootstrap peers of the public Petals swarm (2023-2025), as the petals package lists them.
@@ -65,7 +70,26 @@ class Settings(BaseModel):
             raise ConfigError(explain(error, type(self), SETTINGS)) from error
 
 
-_ADDRESS = "expected a multiaddress such as /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW..."
+_MAX_NAME_CHARACTERS = 100  # files of a run folder have the names of adapters
+_PLACE = "expected a path, a hub name, or NAME=PATH"
+_ADDRESS = "expected a multiaddress such as /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW... or drift://12D3KooW...@203.0.113.5:31337"
+_DRIFT_ADDRESS = re.compile(r"drift://(?P<peer>[^@]+)@(?P<host>\[[^]]+\]|[^:]+):(?P<port>\d+)", re.IGNORECASE)
+
+
+def _from_drift(address: str) -> str:
+    """Return the multiaddress that an address `drift://ID@HOST:PORT` stands for; any other text as it is.
+
+    DRIFT prints such addresses for whoever joins a swarm (`drift.utils.join_token`); one of IPv6 stands in brackets.
+    """
+    match = _DRIFT_ADDRESS.fullmatch(address)
+    if match is None:
+        return address
+    host = match["host"].strip("[]")
+    try:
+        protocol = f"ip{ip_address(host).version}"
+    except ValueError:
+        protocol = "dns"
+    return f"/{protocol}/{host}/tcp/{match['port']}/p2p/{match['peer']}"
 
 
 def _multiaddress(value: object) -> object:
@@ -75,6 +99,7 @@ def _multiaddress(value: object) -> object:
 
     if not isinstance(value, str):
         raise ValueError(_ADDRESS)
+    value = _from_drift(value)
     try:
         PeerID.from_base58(Multiaddr(value)["p2p"])
     except (ValueError, LookupError) as error:
@@ -96,6 +121,31 @@ def _as_list(value: object) -> object:
 def _as_text(value: object) -> object:
     """Take a path for its text."""
     return fspath(value) if isinstance(value, PathLike) else value
+
+
+def _as_adapters(value: object) -> object:
+    """Take a mapping of names to places for pairs, and one place for a list of one."""
+    return list(value.items()) if isinstance(value, Mapping) else _as_list(value)
+
+
+def _adapter(value: object) -> object:
+    """Read NAME=PATH as a pair. A path that is there is a path, even if it holds an equals sign."""
+    if isinstance(value, tuple | list) and len(value) == 2:
+        name, place = value[0], _as_text(value[1])
+    else:
+        place = _as_text(value)
+        if not isinstance(place, str):
+            raise ValueError(_PLACE)
+        name, sign, rest = place.partition("=")
+        if not sign or not rest or "/" in name or Path(place).expanduser().exists():
+            return place
+        place = rest
+    if not isinstance(place, str):
+        raise ValueError(_PLACE)
+    is_path = isinstance(name, str) and (name.startswith("~") or not {"/", "\\"}.isdisjoint(name))
+    if not isinstance(name, str) or is_path or not 0 < len(name.strip()) <= _MAX_NAME_CHARACTERS:
+        raise ValueError(f"expected a name of 1 to {_MAX_NAME_CHARACTERS} characters that is no path, in NAME=PATH")
+    return name, place
 
 
 def _split(value: object) -> object:
@@ -136,7 +186,8 @@ Peers = Annotated[tuple[Multiaddress, ...], BeforeValidator(_split)]
 SomePeers = Annotated[Peers, AfterValidator(_at_least_one)]
 Blocks = Annotated[tuple[int, int], BeforeValidator(_blocks)]
 Place = Annotated[str, BeforeValidator(_as_text)]  # a path, or the name of something on the hub
-Places = Annotated[tuple[Place, ...], BeforeValidator(_as_list)]
+AdapterPlace = Annotated[str | tuple[str, str], BeforeValidator(_adapter)]  # a pair (name, place) where it has a name
+AdapterPlaces = Annotated[tuple[AdapterPlace, ...], BeforeValidator(_as_adapters)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 Identities = Annotated[tuple[Annotated[str, AfterValidator(_identity)], ...], BeforeValidator(_as_list)]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -225,6 +276,12 @@ class SwarmSettings(CallSettings):
 
     startup_timeout: Seconds = option(30.0, "Time until the libp2p daemon and the DHT node must be up.")
     connect_timeout: Seconds = option(10.0, "Time to connect to a server and have its rpc_info, or to open a session.")
+    index_keys: Names = option(
+        (),
+        "DHT keys under which servers keep their index of models, beside those of Petals, BloomBee and DRIFT.",
+        "KEY...",
+        flag="--index-key",
+    )
     update_period: Seconds = option(60.0, "Time between two looks at the DHT.")
     missing_update_period: Seconds = option(2.0, "Time between two looks at the DHT while blocks are missing.")
     min_backoff: Seconds = option(1.0, "How long a failed server is left alone, doubled with each failure in a row.")
@@ -236,6 +293,12 @@ class SwarmSettings(CallSettings):
         """Return what these settings, of a command, say of a connection: the fields that both have, and `changes`."""
         shared = cls.model_fields.keys() & type(settings).model_fields.keys()
         return cls(**{name: getattr(settings, name) for name in shared} | changes)
+
+
+def checked_peers(texts: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the addresses of peers, also several in one text, apart by blanks. Raises ConfigError."""
+    given: dict[str, Any] = {"initial_peers": texts}
+    return SwarmSettings(**given).initial_peers if texts else ()
 
 
 class ModelSettings(Settings, heading=MODEL):
@@ -260,6 +323,7 @@ class ModelOnSwarm(ModelSettings, heading=SWARM):
     dht_prefix: str | None = option(
         None, "Name the servers announce.", "NAME", unset="by Petals' rule for the hub name"
     )
+    index_keys: Names = same_as(SwarmSettings, "index_keys", heading=SWARM)
 
     @model_validator(mode="after")
     def _one_swarm(self) -> Self:
@@ -332,8 +396,14 @@ class ResultSettings(Settings, heading=OUTPUT):
 class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, ResultSettings):
     """One run, as the command line and its YAML file give it: every flag of `petals-eval run` is a field here."""
 
-    adapter: Places = option(
-        (), "Prompt-tuned checkpoints: file, folder or hub name; shown side by side.", "NAME...", heading=MODEL
+    adapter: AdapterPlaces = option(
+        (),
+        "Prompt-tuned checkpoints: file, folder or hub name; shown side by side, each under NAME if that is given.",
+        "[NAME=]PATH...",
+        heading=MODEL,
+    )
+    adapter_task: Annotated[int, Field(ge=0)] | None = option(
+        None, "Which task's prompts to take of an adapter that has prompts for several, counted from 0.", heading=MODEL
     )
     without_prompts: bool = option(False, "Also evaluate the first adapter's head without its prompts.", heading=MODEL)
     dtype: Dtype | None = option(

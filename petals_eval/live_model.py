@@ -7,6 +7,8 @@
 Its embeddings, prompts, norm and head are used where they are, not copied; its config says where the swarm is. A
 connection of our own to that swarm is opened at the first evaluation and kept for the next one. Petals' own connection
 is left alone. petals itself is never imported here: who has such a model has imported it.
+
+DRIFT and BloomBee have kept the structure of Petals' client, so that models of all three are told by it alone.
 """
 
 import contextlib
@@ -28,6 +30,7 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import AdapterError, ConfigError, ModelError
 from petals_eval.model.adapter import Adapter, Kind, hash_tensors
 from petals_eval.model.checkpoint import load_tokenizer
+from petals_eval.model.dht_prefixes import other_prefixes
 from petals_eval.model.eval_mode import evaluating
 from petals_eval.model.families import family_of
 from petals_eval.model.local import LocalPart
@@ -52,8 +55,17 @@ LIVE_PROMPTS = "live prompts"
 
 
 def is_petals_model(model: object) -> bool:
-    """Return whether this is an object of one of Petals' classes, or of a class made from one."""
-    return any(kind.__module__.partition(".")[0] == "petals" for kind in type(model).__mro__)
+    """Return whether this is a model of Petals or of a relative that has kept its structure."""
+    return _has_all(getattr(model, "config", None), _CONFIG) and _has_all(getattr(model, "transformer", None), _BASE)
+
+
+_CONFIG = ("initial_peers", "dht_prefix", "tuning_mode", "daemon_startup_timeout", "request_timeout", "active_adapter")
+_BASE = ("word_embeddings", "word_embeddings_layernorm", "ln_f", "get_prompt")
+"""What a client's config and its model without the head have, and nobody else's: the swarm, and the tuned prompts."""
+
+
+def _has_all(thing: object, names: tuple[str, ...]) -> bool:
+    return all(hasattr(thing, name) for name in names)
 
 
 @contextlib.contextmanager
@@ -97,7 +109,7 @@ def connected(model: nn.Module, side: LocalSide) -> RemoteModel:
 
     Raises SwarmUnreachableError.
     """
-    return RemoteModel(side.local, _connected(model, side.local.num_blocks).blocks, side.adapters)
+    return RemoteModel(side.local, _connected(model).blocks, side.adapters)
 
 
 def connect(model: nn.Module, **swarm_settings: Any) -> None:
@@ -110,10 +122,10 @@ def connect(model: nn.Module, **swarm_settings: Any) -> None:
     """
     _base_of(model)
     config: Any = model.config
-    family = family_of(config)
+    family_of(config)
     _settings_of(config, swarm_settings)  # refuses a mistake before it is kept
     _chosen[model] = dict(swarm_settings)
-    _connected(model, family.num_blocks(config))
+    _connected(model)
 
 
 def close(model: nn.Module) -> None:
@@ -247,7 +259,7 @@ _chosen: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyD
 _tokenizers: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
-def _connected(model: nn.Module, num_blocks: int) -> _Kept:
+def _connected(model: nn.Module) -> _Kept:
     """Return the connection to the swarm that the model's config names now."""
     config: Any = model.config
     prefix, settings = _dht_prefix_of(config), _settings_of(config, _chosen.get(model, {}))
@@ -258,7 +270,9 @@ def _connected(model: nn.Module, num_blocks: int) -> _Kept:
     close(model)
     connection = SwarmConnection.connect(settings)
     try:
-        blocks = connection.remote_sequential(prefix, num_blocks)
+        family = family_of(config)
+        others = other_prefixes(family.model_type, _name_of(config), prefix)
+        blocks = connection.remote_sequential(prefix, family.num_blocks(config), others)
     except BaseException:
         connection.close()
         raise
@@ -306,10 +320,10 @@ def _base_of(model: nn.Module) -> nn.Module:
     if base is None or not has_head:
         kind = type(model)
         raise ConfigError(
-            "expected a petals_eval.RemoteModel or a Petals model with a head, such as "
-            "AutoDistributedModelForSequenceClassification and AutoDistributedModelForCausalLM load; found "
-            f"{kind.__module__}.{kind.__qualname__}. Of a wrapped model (DataParallel, torch.compile) give the one "
-            "inside."
+            "expected a petals_eval.RemoteModel or a Petals model with a head, such as petals' and drift's "
+            "AutoDistributedModelForSequenceClassification and AutoDistributedModelForCausalLM load; "
+            f"found {kind.__module__}.{kind.__qualname__}. Of a wrapped model (DataParallel, torch.compile) give the "
+            "one inside."
         )
     return base
 
@@ -323,7 +337,7 @@ def _prompts_of(base: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | No
     tuning_mode = config.tuning_mode
     if not tuning_mode or "ptune" not in tuning_mode:
         return None, None
-    with evaluating(base):
+    with evaluating(base), _numbered_prefix(base):
         prompts, deep = base.get_prompt(1)  # type: ignore[operator]
         prompts = prompts[0].float().cpu()
         deep = deep.float().cpu() if tuning_mode == "deep_ptune" else None
@@ -335,6 +349,24 @@ def _prompts_of(base: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | No
                 "Did the training diverge?"
             )
     return prompts, deep
+
+
+@contextlib.contextmanager
+def _numbered_prefix(base: nn.Module) -> Iterator[None]:
+    """Give `get_prompt` its rows' numbers for the body where they have no values.
+
+    transformers 5 makes a model on the meta device and leaves what is neither a parameter nor a buffer there; the own
+    forward of DRIFT dd294a1 fails on that.
+    """
+    numbers = getattr(base, "prefix_tokens", None)
+    if not isinstance(numbers, torch.Tensor) or not numbers.is_meta:
+        yield
+        return
+    base.prefix_tokens = torch.arange(len(numbers))
+    try:
+        yield
+    finally:
+        base.prefix_tokens = numbers
 
 
 def _tokenizer_of(model: nn.Module) -> Any:

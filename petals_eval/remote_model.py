@@ -1,13 +1,15 @@
 """RemoteModel: what stays at home and the blocks that do not, as one model that evaluates and never trains."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from petals_eval.config import Blocks, CallSettings, Place, Places, Pool, Settings, SwarmSettings
+from pydantic import Field
+
+from petals_eval.config import AdapterPlaces, Blocks, CallSettings, Place, Pool, Settings, SwarmSettings
 from petals_eval.data.batching import HasTokens, MicroBatch, micro_batches
 from petals_eval.errors import ConfigError, ExampleError
 from petals_eval.tasks.requests import Generated, Request
@@ -57,6 +59,13 @@ class LocalSide:
     settings: CallSettings
     dht_prefix: str
 
+    def blocks_on(self, connection: "SwarmConnection") -> "RemoteSequential":
+        """Return the model's blocks on a swarm. Raises MissingBlocksError where nobody announces them."""
+        from petals_eval.model.dht_prefixes import other_prefixes
+
+        others = other_prefixes(self.local.family.model_type, str(self.local.fingerprint["model"]), self.dht_prefix)
+        return connection.remote_sequential(self.dht_prefix, self.local.num_blocks, others)
+
 
 class RemoteModel:
     """Embeddings, prompts, norm and head at home; the transformer blocks on a swarm.
@@ -94,7 +103,8 @@ class RemoteModel:
         model: str | Path,
         *,
         initial_peers: str | Sequence[str],
-        adapter: str | Path | Sequence[str | Path] | None = None,
+        adapter: str | Path | Sequence[str | Path] | Mapping[str, str | Path] | None = None,
+        adapter_task: int | None = None,
         dht_prefix: str | None = None,
         revision: str | None = None,
         token: str | None = None,
@@ -109,7 +119,8 @@ class RemoteModel:
 
         model: hub name or local folder; only the tensors that stay at home are read.
         initial_peers: multiaddresses of bootstrap peers, one or several; one that answers is enough.
-        adapter: one or several prompt-tuned checkpoints (file, folder or hub name).
+        adapter: one or several prompt-tuned checkpoints (file, folder or hub name), or a mapping of names to such.
+        adapter_task: which task's prompts to take of an adapter that has prompts for several, counted from 0.
         dht_prefix: the name the servers announce; by default Petals' own rule for the hub name.
         dtype: of the computation at home, such as "float32" or torch.float32; the checkpoint's own by default.
         pool: which token of a text a class head reads where the text holds the padding token, by one of the rules of
@@ -117,12 +128,14 @@ class RemoteModel:
         verify_local: blocks (start, stop) to load here, too, and hold the servers of these blocks against.
         swarm_settings: more fields of petals_eval.config.SwarmSettings, such as active_adapter or deadline.
 
-        Raises ModelError, AdapterError, ConfigError, SwarmUnreachableError.
+        Raises ModelError, AdapterError, ConfigError, SwarmUnreachableError, and MissingBlocksError where nobody
+        announces the model under its name.
         """
         settings = SwarmSettings(**{"initial_peers": initial_peers, **swarm_settings})
         given: dict[str, Any] = {
             "model": model,
             "adapter": () if adapter is None else adapter,
+            "adapter_task": adapter_task,
             "dht_prefix": dht_prefix,
             "revision": revision,
             "token": token,
@@ -135,7 +148,13 @@ class RemoteModel:
         check_device(loading.device)
         source: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": loading.cache_dir}
         local, adapters = load_local(
-            loading.model, loading.adapter, dtype=dtype_of(dtype), device=loading.device, pool=pool, **source
+            loading.model,
+            loading.adapter,
+            adapter_task=adapter_task,
+            dtype=dtype_of(dtype),
+            device=loading.device,
+            pool=pool,
+            **source,
         )
         side = LocalSide(local, adapters, settings, dht_prefix or default_dht_prefix(loading.model, local.family))
         home = None
@@ -150,13 +169,14 @@ class RemoteModel:
     def connect(cls, side: LocalSide, initial_peers: Sequence[str], home: "BlockSpan | None" = None) -> "RemoteModel":
         """Connect our side of a model to the swarm of these bootstrap peers.
 
-        home: blocks to hold the servers of the same blocks against. Raises SwarmUnreachableError.
+        home: blocks to hold the servers of the same blocks against. Raises SwarmUnreachableError, and
+        MissingBlocksError where nobody announces the model under its name.
         """
         from petals_eval.swarm import SwarmConnection
 
         connection = SwarmConnection.connect(SwarmSettings.of(side.settings, initial_peers=tuple(initial_peers)))
         try:
-            blocks = connection.remote_sequential(side.dht_prefix, side.local.num_blocks)
+            blocks = side.blocks_on(connection)
             if home is not None:
                 blocks.verify_at_home(home)
         except BaseException:
@@ -314,7 +334,8 @@ class _LoadSettings(Settings):
     """What `RemoteModel.from_pretrained` takes beside the settings of a swarm."""
 
     model: Place
-    adapter: Places
+    adapter: AdapterPlaces
+    adapter_task: Annotated[int, Field(ge=0)] | None
     dht_prefix: str | None
     revision: str | None
     token: str | None
@@ -361,8 +382,9 @@ def _device_text(device: object) -> object:
 
 def load_local(
     model: str | Path,
-    adapter: str | Path | Sequence[str | Path] | None = None,
+    adapter: str | Sequence[str | tuple[str, str]] = (),
     *,
+    adapter_task: int | None = None,
     revision: str | None = None,
     token: str | None = None,
     dtype: "torch.dtype | None" = None,
@@ -370,8 +392,14 @@ def load_local(
     cache_dir: str | Path | None = None,
     pool: Pool = "auto",
 ) -> "tuple[LocalModel, tuple[Adapter, ...]]":
-    """Load what stays at home, and the prompts tuned for it. Raises ModelError, AdapterError."""
+    """Load what stays at home, and the prompts tuned for it.
+
+    adapter: places of adapters, or pairs of a name and a place. adapter_task: as `RemoteModel.from_pretrained` has it.
+
+    Raises ModelError, AdapterError.
+    """
     from petals_eval.model import LocalModel, load_adapter
+    from petals_eval.model.prompts import named_adapters
 
     local = LocalModel.from_pretrained(
         model,
@@ -382,18 +410,27 @@ def load_local(
         cache_dir=cache_dir,
         pooling=None if pool == "auto" else pool,
     )
-    names = [adapter] if isinstance(adapter, str | Path) else list(adapter or ())
-    return local, tuple(
-        load_adapter(
-            name,
-            family=local.family,
-            config=local.config,
-            checkpoint=local.checkpoint,
-            token=token,
-            cache_dir=cache_dir,
+    adapters = tuple(
+        replace(
+            load_adapter(
+                place,
+                family=local.family,
+                config=local.config,
+                checkpoint=local.checkpoint,
+                task=adapter_task,
+                token=token,
+                cache_dir=cache_dir,
+            ),
+            name=name,
         )
-        for name in names
+        for name, place in named_adapters([adapter] if isinstance(adapter, str) else adapter)
     )
+    if adapter_task is not None and all(each.task is None for each in adapters):
+        raise ConfigError(
+            f"--adapter-task {adapter_task}: expected an adapter that has prompts for several tasks (PEFT's "
+            "MULTITASK_PROMPT_TUNING), found none. Leave it out."
+        )
+    return local, adapters
 
 
 def check_home_blocks(blocks: tuple[int, int], side: LocalSide) -> None:
@@ -410,13 +447,15 @@ def check_home_blocks(blocks: tuple[int, int], side: LocalSide) -> None:
 
 
 def default_dht_prefix(model: str | Path, family: "Family") -> str:
-    """Return the prefix that Petals servers announce for a hub repository.
+    """Return the prefix that servers announce for a hub repository by default.
 
     Raises ConfigError for a local folder: it has none on a foreign swarm.
     """
+    from petals_eval.model.dht_prefixes import default_prefix
+
     if Path(model).expanduser().is_dir():
         raise ConfigError(
             f"{model} is a local folder, so the name its servers announce is not known: give it with --dht-prefix "
             "(dht_prefix=... in Python). For a hub model it would follow from the hub name."
         )
-    return family.dht_prefix(str(model))
+    return default_prefix(family.model_type, str(model))

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TREES = ("petals_eval", "tests", "scripts")
 
 RETIRED = {
+    "MODELS_KEY": "MODEL_INDEX_KEYS",
     # what is known of a server
     "PeerHistory": "Peer",
     "histories": "peers",

@@ -12,6 +12,7 @@ from petals_eval.bench.settings import BenchSettings, InferenceSettings, Wire
 from petals_eval.config import PUBLIC_SWARM, SwarmSettings
 from petals_eval.errors import ConfigError
 from petals_eval.model import Checkpoint
+from petals_eval.model.dht_prefixes import other_prefixes
 from petals_eval.model.rotary import RotaryScaling, rotary_scaling
 from petals_eval.remote_model import default_dht_prefix
 
@@ -47,7 +48,7 @@ class BenchTarget:
 def open_target(settings: BenchSettings) -> Iterator[BenchTarget]:
     """Connect to the swarm of the settings; an embedded one runs until the end.
 
-    Raises ModelError, ConfigError, SwarmUnreachableError.
+    Raises ModelError, ConfigError, SwarmUnreachableError, MissingBlocksError where nobody announces the model.
     """
     from petals_eval.swarm import SwarmConnection
 
@@ -85,7 +86,8 @@ def open_target(settings: BenchSettings) -> Iterator[BenchTarget]:
             processes = {server.peer_id: server.pid for server in swarm.servers}
         children = _children()
         connection = stack.enter_context(SwarmConnection.connect(SwarmSettings.of(settings, initial_peers=peers)))
-        blocks = connection.remote_sequential(prefix, checkpoint.family.num_blocks(checkpoint.config))
+        others = other_prefixes(checkpoint.family.model_type, checkpoint.name, prefix)
+        blocks = connection.remote_sequential(prefix, checkpoint.family.num_blocks(checkpoint.config), others)
         blocks.limit_steps(rotary.original_length)
         yield BenchTarget(
             model=checkpoint.name,

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from petals_eval.config import checked_peers
+
 __all__ = ["LOOPBACK", "Announce", "Identity", "Listen", "PeersFile", "checked_peers", "kept_in_file", "own_address"]
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -64,10 +66,3 @@ def kept_in_file(path: Path | None, maddrs: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
-
-
-def checked_peers(texts: Sequence[str]) -> Sequence[str]:
-    """Addresses of peers, also several in one text, apart by blanks. Raises ConfigError."""
-    from petals_eval.config import SwarmSettings
-
-    return SwarmSettings(initial_peers=tuple(texts)).initial_peers if texts else ()

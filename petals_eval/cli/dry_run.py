@@ -147,7 +147,7 @@ def _route(settings: RunSettings, prepared: "Prepared") -> list[str]:
     wanted = SwarmSettings.of(settings, initial_peers=peers_of(settings), startup_timeout=LOOK_SECONDS)
     try:
         with SwarmConnection.connect(wanted) as connection:
-            return route_lines(connection.remote_sequential(prepared.side.dht_prefix, num_blocks).snapshot)
+            return route_lines(prepared.side.blocks_on(connection).snapshot)
     except SwarmError as error:
         return ["the swarm could not be asked:", *str(error).splitlines()]
 

@@ -141,7 +141,8 @@ def _prompts_text(adapters: "Sequence[Adapter]") -> str:
 
 def _shape(adapter: "Adapter") -> str:
     blocks = "" if adapter.deep_prompts is None else f" x {adapter.deep_prompts.shape[0]} blocks"
-    return f"{adapter.kind}, {adapter.prefix_length} tokens{blocks}"
+    task = "" if adapter.task is None else f", task {adapter.task}"
+    return f"{adapter.kind}{task}, {adapter.prefix_length} tokens{blocks}"
 
 
 def _say(message: str) -> None:

@@ -100,8 +100,8 @@ def evaluate(
 ) -> RunResult | GroupResult:
     """Evaluate a model, with each of its adapters, on a task.
 
-    model: a RemoteModel, or a Petals model with a head as it lives in a training loop: its embeddings, prompts and head
-        as they are now, over our own connection to its swarm (`petals_eval.live_model`).
+    model: a RemoteModel, or a Petals model with a head (or one of DRIFT's) as it lives in a training loop: its
+        embeddings, prompts and head as they are now, over our own connection to its swarm (`petals_eval.live_model`).
     task: a shipped task's name, a YAML file, a mapping of what such a file holds, or a Task object. A group of tasks (a
         TaskGroup, its YAML file or a mapping) gives a GroupResult, and `out` is then a folder with one for each task.
     data: a file, a hub name or a DataSource; rows: a list of mappings or any other iterable of them, a pandas DataFrame

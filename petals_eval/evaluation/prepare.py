@@ -205,6 +205,9 @@ def prepare(
         answering["end_tokens"] = sorted(side.local.end_tokens())
     if code is not None and code.sha256 is not None:
         answering["prepare_code"] = code.sha256
+    adapter_task = next((each.task for each in side.adapters if each.task is not None), None)
+    if adapter_task is not None:
+        answering["adapter_task"] = adapter_task
     if save_texts:  # a run that keeps texts keeps those of all rows: it does not go on with one that did not
         answering["save_texts"] = True
     manifest = _manifest(
@@ -272,12 +275,12 @@ def side_of_run(settings: RunSettings) -> "tuple[Callable[[], LocalSide], list[L
 
     Raises ConfigError, ModelError for what is wrong with the settings themselves.
     """
-    from petals_eval.model.prompts import adapter_name
+    from petals_eval.model.prompts import named_adapters
     from petals_eval.model.sources import open_source
 
     options = _local_options(settings)
     open_source(settings.model, error=ModelError)
-    check_names([adapter_name(adapter) for adapter in settings.adapter])
+    check_names([name for name, _ in named_adapters(settings.adapter)])
     swarms: list[LocalSwarm] = []
 
     def open_side() -> LocalSide:
@@ -305,6 +308,7 @@ def _local_options(settings: RunSettings) -> dict[str, Any]:
         "token": settings.hub_token,
         "dtype": dtype_of(settings.dtype),
         "device": settings.device,
+        "adapter_task": settings.adapter_task,
         "pool": settings.pool,
     }
 

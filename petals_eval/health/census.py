@@ -1,17 +1,15 @@
 """Level `record`: what the DHT says of models and of their servers. A record is a claim."""
 
-import asyncio
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from hivemind.dht.node import DHTNode
 
-from petals_eval.swarm.directory.dht import LOOK_TIMEOUT, read_announcements
+from petals_eval.swarm.directory.announced import AnnouncedModel, IndexPolicy, announced_models
+from petals_eval.swarm.directory.dht import read_announcements
 from petals_eval.swarm.wire import messages as wire
 from petals_eval.swarm.wire.records import (
-    MODELS_KEY,
     Announcement,
     ServerRecord,
     ServerState,
@@ -19,7 +17,6 @@ from petals_eval.swarm.wire.records import (
     newest_readable,
 )
 from petals_eval.swarm.wire.span import Span, joined
-from petals_eval.text import printable
 
 __all__ = [
     "AnnouncedModel",
@@ -28,34 +25,13 @@ __all__ = [
     "announced_models",
     "claims_in",
     "count_blocks",
-    "read_models",
     "record_age",
     "take_census",
 ]
 
 
-@dataclass(frozen=True)
-class CensusPolicy:
-    """What is believed of announcements at most: a stranger may announce anything.
-
-    max_blocks: of a model; each is a key to ask the DHT for. max_models: of a swarm.
-    max_name_length: characters of a model's name, and of the address of its repository.
-    blocks_at_once: that are looked up together where nobody says how many there are.
-    """
-
-    max_blocks: int = 1000
-    max_models: int = 100
-    max_name_length: int = 200
-    blocks_at_once: int = 64
-
-
-@dataclass(frozen=True, slots=True)
-class AnnouncedModel:
-    """A DHT prefix with what its servers say of the model."""
-
-    prefix: str
-    num_blocks: int
-    repository: str | None
+_BLOCKS_AT_ONCE = 64
+"""Blocks that are looked up together where nobody says how many there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,43 +60,6 @@ class Census:
     malformed: int = 0
 
 
-async def announced_models(dht: DHTNode) -> tuple[list[AnnouncedModel], int]:
-    """Return every model that servers announce, by name, and how many entries cannot be read.
-
-    Models whose prefix begins with an underscore are private: servers do not announce them.
-    """
-    try:
-        async with asyncio.timeout(LOOK_TIMEOUT):
-            entry = await dht.get(MODELS_KEY, latest=True)
-    except TimeoutError:
-        return [], 0
-    if entry is None or not isinstance(entry.value, dict):
-        return [], int(entry is not None)
-    return read_models({prefix: getattr(value, "value", None) for prefix, value in entry.value.items()})
-
-
-def read_models(entries: Mapping[Any, Any]) -> tuple[list[AnnouncedModel], int]:
-    """Read entries `{prefix: {"num_blocks": int, "repository": url or None}}`; return how many are none, too."""
-    models: list[AnnouncedModel] = []
-    malformed = 0
-    for prefix, value in entries.items():
-        num_blocks = value.get("num_blocks") if isinstance(value, dict) else None
-        if (
-            not isinstance(prefix, str)
-            or not 0 < len(prefix) <= CensusPolicy.max_name_length
-            or not isinstance(num_blocks, int)
-            or isinstance(num_blocks, bool)
-            or not 0 < num_blocks <= CensusPolicy.max_blocks
-            or len(models) >= CensusPolicy.max_models
-        ):
-            malformed += 1
-            continue
-        url = value.get("repository")
-        repository = printable(url, longest=CensusPolicy.max_name_length) if isinstance(url, str) else None
-        models.append(AnnouncedModel(prefix, num_blocks, repository))
-    return sorted(models, key=lambda model: model.prefix), malformed
-
-
 async def take_census(dht: DHTNode, model: AnnouncedModel, now: float) -> Census:
     """Read the records of every block. now: on the DHT's clock (`get_dht_time`)."""
     uids = {wire.block_uid(model.prefix, block): block for block in range(model.num_blocks)}
@@ -131,13 +70,13 @@ async def take_census(dht: DHTNode, model: AnnouncedModel, now: float) -> Census
 
 async def count_blocks(dht: DHTNode, prefix: str) -> int:
     """Return how many blocks a model has whose name nobody announces: as far as there are records."""
-    step = CensusPolicy.blocks_at_once
-    for start in range(0, CensusPolicy.max_blocks, step):
+    step = _BLOCKS_AT_ONCE
+    for start in range(0, IndexPolicy.max_blocks, step):
         uids = {wire.block_uid(prefix, block): block for block in range(start, start + step)}
         found, _ = await read_announcements(dht, uids)
         if len({each.block for each in found}) < step:
             return max((each.block + 1 for each in found), default=start)
-    return CensusPolicy.max_blocks
+    return IndexPolicy.max_blocks
 
 
 def claims_in(announcements: Iterable[Announcement], now: float) -> tuple[tuple[ServerClaim, ...], int]:

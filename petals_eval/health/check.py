@@ -17,14 +17,16 @@ from petals_eval.health.findings import finding, from_trust
 from petals_eval.health.live import LiveSwarm, RouteTimes, try_route
 from petals_eval.health.locked import LockedServers
 from petals_eval.health.probing import Network, Prober, ServerProbe
-from petals_eval.health.reference_blocks import ReferenceBlocks, load_reference_blocks
+from petals_eval.health.reference_blocks import ReferenceBlocks, blocks_of, load_reference_blocks
 from petals_eval.health.results import BootstrapPeer, Finding, HealthReport, ModelHealth, Traffic, Verdict
 from petals_eval.health.settings import HealthSettings, Level
 from petals_eval.swarm.activations import Activations
+from petals_eval.swarm.directory.announced import not_announced
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.trust.recorded_call import RecordedCall
 from petals_eval.swarm.wire.span import Span, joined, spans_text
+from petals_eval.text import plural
 
 __all__ = ["ModelProbe", "ProbeRun", "Swarm", "check", "check_health", "probe_swarm"]
 
@@ -72,6 +74,8 @@ def check(settings: HealthSettings, locked: LockedServers | None = None) -> Heal
     from petals_eval.swarm import SwarmConnection
 
     reference = load_reference_blocks(settings)
+    if settings.model is not None and settings.num_blocks is None:
+        settings = settings.model_copy(update={"num_blocks": blocks_of(settings.model)})
     started, began = time.monotonic(), time.time()
     deadline = started + settings.time_limit
     with SwarmConnection.connect(settings.for_swarm()) as connection:
@@ -149,7 +153,7 @@ async def probe_swarm(
     for model in chosen:
         judge = reference if reference is not None and reference.prefix == model.prefix else None
         prober = Prober(swarm.network(model.prefix), model.num_blocks, settings, locked, runtime)
-        models.append(ModelProbe(await swarm.census(model), prober, settings, budget, judge, runtime))
+        models.append(ModelProbe(await swarm.census(model), announced, prober, settings, budget, judge, runtime))
     await asyncio.gather(*(model.run() for model in models))
     return ProbeRun(settings, models, notes)
 
@@ -159,7 +163,7 @@ async def _named(
 ) -> AnnouncedModel:
     if settings.num_blocks is not None:
         return AnnouncedModel(prefix, settings.num_blocks, announced.repository if announced else None)
-    return announced or AnnouncedModel(prefix, await swarm.count_blocks(prefix), None)
+    return announced or AnnouncedModel(prefix, await swarm.count_blocks(prefix), None, is_counted=True)
 
 
 class _Budget:
@@ -184,12 +188,13 @@ class _Budget:
 class ModelProbe:
     """The probes of one model's servers.
 
-    hidden_size: of the canary, once it is known.
+    announced: the models that the swarm announces. hidden_size: of the canary, once it is known.
     """
 
     def __init__(
         self,
         census: Census,
+        announced: Sequence[AnnouncedModel],
         prober: Prober,
         settings: HealthSettings,
         budget: _Budget,
@@ -197,6 +202,7 @@ class ModelProbe:
         runtime: Runtime,
     ):
         self.census = census
+        self._announced = announced
         self.prober = prober
         self.hidden_size = settings.hidden_size or (reference.hidden_size if reference is not None else None)
         self._reference = reference
@@ -341,10 +347,14 @@ class ModelProbe:
         self, replicas: Sequence[int], missing: Sequence[Span], route: "RouteTimes | Finding | None"
     ) -> list[Finding]:
         found: list[Finding] = []
+        model = self.census.model
         if not self.census.claims:
-            found.append(finding("not-announced", f"nobody announces {self.census.model.prefix!r}"))
+            found.append(finding("not-announced", not_announced(model.prefix, self._announced)))
         elif missing:
             found.append(finding("missing-blocks", f"no usable server holds blocks {spans_text(missing)}"))
+        if self.census.claims and model.is_counted:
+            seen = f"servers announce {plural(model.num_blocks, 'block')}, and no index says whether the model has more"
+            found.append(finding("blocks-unknown", f"{seen}: give --num-blocks, or --model"))
         least = self._settings.min_replicas
         thin = joined(block for block, count in enumerate(replicas) if 0 < count < least)
         if thin:

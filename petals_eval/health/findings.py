@@ -38,6 +38,7 @@ _RECORD, _INFO, _FORWARD, _ROUTE = Level
 FINDINGS: dict[str, Meaning] = {
     # of a model
     "not-announced": Meaning("nobody announces this model", _BROKEN, _RECORD),
+    "blocks-unknown": Meaning("no index says how many blocks the model has", _UNKNOWN, _RECORD),
     "missing-blocks": Meaning("no usable server holds some of the blocks", _BROKEN, _RECORD),
     "thin-blocks": Meaning("some blocks have fewer servers than --min-replicas", _DEGRADED, _RECORD),
     "malformed-records": Meaning("records under the model's keys that cannot be read", _DEGRADED, _RECORD),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from hivemind.utils.timed_storage import get_dht_time
 
-from petals_eval.errors import PetalsEvalError
+from petals_eval.errors import MissingBlocksError, PetalsEvalError
 from petals_eval.health.canary import canary_for
 from petals_eval.health.census import AnnouncedModel, Census, announced_models, count_blocks, take_census
 from petals_eval.health.findings import finding
@@ -36,7 +36,7 @@ class LiveSwarm:
         self._connection = connection
 
     async def models(self) -> tuple[list[AnnouncedModel], int]:
-        return await announced_models(self._connection.dht)
+        return await announced_models(self._connection.dht, self._connection.settings.index_keys)
 
     async def count_blocks(self, prefix: str) -> int:
         return await count_blocks(self._connection.dht, prefix)
@@ -82,7 +82,10 @@ def try_route(
     """
     hidden = canary_for(Span(0, model.num_blocks), hidden_size, positions)
     outcome: Future[float] = Future()
-    blocks = connection.remote_sequential(model.prefix, model.num_blocks)
+    try:
+        blocks = connection.remote_sequential(model.prefix, model.num_blocks)
+    except MissingBlocksError as error:  # the last record has expired since the census
+        return finding("route-fails", str(error))
     # In a thread: a call that hangs ends with the connection, and must not outlast the time limit.
     threading.Thread(target=_time_route, args=(blocks, hidden, outcome), daemon=True, name="health route").start()
     try:

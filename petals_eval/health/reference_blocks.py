@@ -9,13 +9,14 @@ from petals_eval.errors import ConfigError
 from petals_eval.health.compare import Ballot, compare
 from petals_eval.health.settings import HealthSettings
 from petals_eval.model.blocks import BlockSpan
+from petals_eval.model.checkpoint import Checkpoint
 from petals_eval.swarm.peers.finding import TrustFinding
 from petals_eval.swarm.runtime import InThread
 from petals_eval.swarm.trust.arbiter import BlocksAtHome
 from petals_eval.swarm.trust.tolerance import Kind
 from petals_eval.swarm.wire.span import Span
 
-__all__ = ["ReferenceBlocks", "load_reference_blocks"]
+__all__ = ["ReferenceBlocks", "blocks_of", "load_reference_blocks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +57,25 @@ def load_reference_blocks(settings: HealthSettings) -> ReferenceBlocks | None:
 
     Raises ConfigError, and ModelError when there is no such model or it has no such blocks.
     """
-    if settings.verify_local is None and settings.model is None:
+    if settings.model is None:
+        if settings.verify_local is not None:
+            raise ConfigError("expected both --model and --verify-local FIRST:LAST: one says where from")
         return None
-    if settings.verify_local is None or settings.model is None:
-        raise ConfigError("expected both --model and --verify-local FIRST:LAST, or neither: one says where from")
     if len(settings.models) != 1:
-        raise ConfigError("--verify-local holds the servers of one model against its blocks: name it with --dht-prefix")
+        raise ConfigError("--model is one model, whose servers are held against it: name it with --dht-prefix")
+    if settings.verify_local is None:
+        return None
     if settings.active_adapter is not None:
         raise ConfigError("blocks at home have no LoRA adapter: leave --active-adapter or --verify-local out")
     blocks = _load(settings.model, *settings.verify_local)
     return ReferenceBlocks(settings.models[0], blocks, blocks.hidden_size)
+
+
+@functools.lru_cache(maxsize=1)
+def blocks_of(model: str) -> int:
+    """Return how many blocks a folder or hub name has. Its config is read once in a process. Raises ModelError."""
+    checkpoint = Checkpoint.open(model)
+    return checkpoint.family.num_blocks(checkpoint.config)
 
 
 @functools.lru_cache(maxsize=1)

@@ -148,6 +148,11 @@ class ModelHealth:
     findings: tuple[Finding, ...] = ()
 
     @property
+    def may_have_more_blocks(self) -> bool:
+        """Whether nobody says how many blocks it has: `num_blocks` are those that servers announce."""
+        return any(finding.name == "blocks-unknown" for finding in self.findings)
+
+    @property
     def covered(self) -> int:
         """Blocks that at least one usable server holds."""
         return sum(count > 0 for count in self.replicas)

@@ -73,7 +73,9 @@ class ProbeSettings(Settings, heading=PROBES):
         Level.ROUTE, "How far servers are asked: record, info, forward or route.", "LEVEL"
     )
     active_adapter: str | None = option(None, "LoRA adapter that every server should have.", "NAME")
-    model: str | None = option(None, "Hub name or folder of the weights for --verify-local.", "NAME")
+    model: str | None = option(
+        None, "Hub name or folder: it says how many blocks there are, and has the weights for --verify-local.", "NAME"
+    )
     verify_local: Blocks | None = same_as(RunSettings, "verify_local", heading=PROBES)
     min_replicas: Positive = option(1, "Servers each block should have; fewer is a finding.")
     announce_period: Seconds = option(120.0, "Time between a server's announcements; the default is Petals'.")
@@ -100,6 +102,7 @@ class HealthSettings(ProbeSettings, BudgetSettings, heading=SWARM):
     models: Names = option(
         (), "A model to look at; several times for several.", "NAME...", unset="all announced", flag="--dht-prefix"
     )
+    index_keys: Names = same_as(SwarmSettings, "index_keys", heading=SWARM)
     num_blocks: Annotated[int, Field(gt=0, le=1000)] | None = option(
         None, "Blocks of these models.", unset="as announced"
     )
@@ -109,6 +112,7 @@ class HealthSettings(ProbeSettings, BudgetSettings, heading=SWARM):
         return SwarmSettings(
             initial_peers=self.initial_peers,
             active_adapter=self.active_adapter,
+            index_keys=self.index_keys,
             startup_timeout=self.startup_timeout,
             connect_timeout=self.connect_timeout,
             request_timeout=self.call_timeout,

@@ -81,7 +81,7 @@ def _head(model: ModelHealth) -> Text:
 
 def coverage_text(model: ModelHealth) -> str:
     """Return how many blocks have a server, and which has the fewest."""
-    text = f"{model.covered}/{model.num_blocks} blocks"
+    text = f"{model.covered}/{model.num_blocks}{' or more' if model.may_have_more_blocks else ''} blocks"
     thinnest = model.thinnest
     if thinnest is not None:
         text += f", thinnest: block {thinnest[0]} ({plural(thinnest[1], 'server')})"

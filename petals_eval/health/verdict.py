@@ -9,7 +9,8 @@ A server is
 
 A model is, by the first rule that holds,
 - broken when servers that are not broken do not hold all blocks between them, or a canary does not get through;
-- unknown when those known to compute do not hold all blocks: it may work, and nobody knows;
+- unknown when those known to compute do not hold all blocks, or nobody says how many there are: it may work, and nobody
+  knows;
 - degraded when there is any finding, about it or about any of its servers;
 - unknown when there is a server that was not asked, or the route was to be tried and was not;
 - healthy otherwise.
@@ -63,6 +64,9 @@ def of_model(
     proven = missing_spans(replicas(num_blocks, servers, {Verdict.HEALTHY, Verdict.DEGRADED}))
     if proven:
         return Verdict.UNKNOWN, _why_unknown(servers, level, proven)
+    doubt = next((each for each in findings if each.implies is Verdict.UNKNOWN), None)
+    if doubt is not None:
+        return Verdict.UNKNOWN, doubt.detail
     wrong = [server for server in servers if server.findings]
     if wrong or findings:
         names = sorted({each.name for server in wrong for each in server.findings} | {each.name for each in findings})

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from pydantic import ValidationError
 
+from petals_eval.config import checked_peers
 from petals_eval.errors import ConfigError, ModelError
 from petals_eval.local_swarm.fork_server import ForkServer
 from petals_eval.local_swarm.handles import LocalServer, ProcessServer, ThreadServer
 from petals_eval.local_swarm.server.settings import ServerSettings
+from petals_eval.model.dht_prefixes import default_prefix
 from petals_eval.model.families import Family, family_of
 from petals_eval.model.sources import Folder, Source, open_source
 from petals_eval.swarm.wire.span import Span
@@ -47,7 +49,7 @@ class LocalSwarm:
         servers: int = 3,
         spans: Sequence[Span | tuple[int, int]] | None = None,
         dht_prefix: str | None = None,
-        initial_peers: Sequence[str] = (),
+        initial_peers: str | Sequence[str] = (),
         mode: Literal["process", "thread"] = "process",
         network: "EmulatedNetwork | None" = None,
         links: "LinkProfile | Sequence[LinkProfile] | None" = None,
@@ -62,7 +64,8 @@ class LocalSwarm:
         servers: how many, the blocks split evenly among them; or else
         spans: the blocks (start, stop) of each server. They may overlap, and the same span may come twice.
         dht_prefix: what the blocks are announced under; by default the folder's name, or Petals' rule for a repository.
-        initial_peers: addresses of the swarm that the servers join; empty: they are a swarm of their own.
+        initial_peers: addresses of the swarm that the servers join, as `checked_peers` takes them; empty: they are a
+            swarm of their own.
         mode: "process": killable, and each with a processor of its own; "thread": quicker to start.
         network: put a relay of this network, which must be running, before each server and before the bootstrap peer.
         links: the link of each server, or one profile for all of them; None: free ones. The bootstrap peer's has the
@@ -87,7 +90,7 @@ class LocalSwarm:
         self._network = network
         self._links = _links(links, len(self._planned), network)
         self.servers: list[LocalServer] = []
-        self.initial_peers: list[str] = list(initial_peers)
+        self.initial_peers = list(checked_peers(initial_peers))
         self._portal: BlockingPortal | None = None
         self._fork_server: ForkServer | None = None
         self._ending = ExitStack()  # what ends what has been started, the last thing first
@@ -231,7 +234,7 @@ def _default_prefix(source: Source, family: Family) -> str:
     """Return the prefix by Petals' rule for a repository; a folder has only its own name."""
     if isinstance(source, Folder):
         return source.name.replace(".", "-").replace(" ", "-")
-    return family.dht_prefix(source.name)
+    return default_prefix(family.model_type, source.name)
 
 
 def _read_config(source: Source) -> tuple[Family, int]:

@@ -1,4 +1,4 @@
-"""The model families in one table: what of each stays at home, under which names, and how its blocks are found."""
+"""The model families in one table: what of each stays at home, and under which names."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,8 +20,6 @@ class Family:
     norm: "rms" (a weight) or "layer" (a weight and a bias).
     eps_field, blocks_field, hidden_field, positions_field: the config's names for the norm's epsilon, the number of
         blocks, the hidden size and the context in tokens (None: the family has no such limit).
-    prefix_from: whether the DHT prefix comes from the whole hub name `owner/name` or from `name` alone.
-    prefix_suffix: what the DHT prefix ends with; dots become dashes (`swarm/wire/PROTOCOL.md`, section 2).
     """
 
     model_type: str
@@ -36,8 +34,6 @@ class Family:
     embedding_norm: str | None = None
     blocks_field: str = "num_hidden_layers"
     hidden_field: str = "hidden_size"
-    prefix_from: Literal["repository", "name"] = "name"
-    prefix_suffix: str = ""
 
     def keys(self, module: str, parameter: str = "weight") -> tuple[str, str]:
         """Return the names that a parameter of the base model may have in a checkpoint, the usual one first."""
@@ -69,12 +65,6 @@ class Family:
         if stretched and rope.get("original_max_position_embeddings", limit) == limit:
             return int(limit * float(rope.get("factor") or 1))
         return int(limit)
-
-    def dht_prefix(self, repository: str) -> str:
-        """Return the prefix under which Petals servers announce a hub repository `owner/name` by default."""
-        prefix = repository if self.prefix_from == "repository" else repository.rsplit("/", 1)[-1]
-        prefix = prefix.replace(".", "-")
-        return prefix if prefix.endswith(self.prefix_suffix) else prefix + self.prefix_suffix
 
 
 def _llama_like(model_type: str, title: str, **more: Any) -> Family:
@@ -109,9 +99,9 @@ def _bloom_like(model_type: str, title: str, **more: Any) -> Family:
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        _llama_like("llama", "Llama", prefix_suffix="-hf"),
+        _llama_like("llama", "Llama"),
         _llama_like("mistral", "Mistral"),
-        _llama_like("mixtral", "Mixtral", prefix_from="repository"),
+        _llama_like("mixtral", "Mixtral"),
         _llama_like("qwen2", "Qwen2"),
         _llama_like("qwen3", "Qwen3"),
         _bloom_like(
@@ -119,8 +109,6 @@ FAMILIES: dict[str, Family] = {
             "BLOOM",
             embedding_norm="word_embeddings_layernorm",
             positions_field=None,
-            prefix_from="repository",
-            prefix_suffix="-petals",
         ),
         _bloom_like("falcon", "Falcon", positions_field="max_position_embeddings"),
     )

@@ -65,8 +65,7 @@ def _advice(reader: AdapterReader) -> str:
 
 
 def _find(reader: AdapterReader, key: str) -> str | None:
-    # Without the base where the bare model was saved, with `module.` where it was wrapped for data-parallel training.
-    return reader.first(f"{reader.family.base}.{key}", key, f"module.{reader.family.base}.{key}", f"module.{key}")
+    return reader.first(f"{reader.family.base}.{key}", key)  # without the base where the bare model was saved
 
 
 def _deep(reader: AdapterReader, key: str, prefix: int) -> torch.Tensor:
@@ -75,8 +74,8 @@ def _deep(reader: AdapterReader, key: str, prefix: int) -> torch.Tensor:
     flat = reader.matrix(key, f"({prefix}, {reader.blocks} * {reader.hidden} = {width})", width)
     if flat.shape[0] != prefix:
         raise AdapterError(
-            f"{reader.path}: {key} is for {flat.shape[0]} prefix tokens, but the prompts before the first block are "
-            f"{prefix}; expected as many. Were the two saved by different runs?"
+            f"{reader.path}: {reader.shown(key)} is for {flat.shape[0]} prefix tokens, but the prompts before the "
+            f"first block are {prefix}; expected as many. Were the two saved by different runs?"
         )
     deep = flat.float().view(prefix, reader.blocks, reader.hidden).permute(1, 0, 2)
     return deep.unsqueeze(1).contiguous()

@@ -1,8 +1,9 @@
 """Named tensors from safetensors and pickled files. Nothing in a file is ever run.
 
 A safetensors file is opened lazily; a pickled one is memory-mapped where its format allows. Pickles are read by torch's
-restricted unpickler with two classes more than plain weights: `nn.Embedding` and `nn.Linear`, because an old recipe
-saves tuned prompts as whole modules. Both are inert; their weights are taken out and the modules dropped.
+restricted unpickler with two classes more than plain weights: `nn.Embedding` and `nn.Linear`, because Petals' own
+recipe saves tuned prompts as whole modules (https://github.com/bigscience-workshop/petals/issues/268). Both are inert;
+their weights are taken out and the modules dropped.
 """
 
 import io
@@ -31,8 +32,10 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 # What trainers keep beside the weights in one file. Tensors in any other dictionary may be needed.
 _BESIDE_WEIGHTS = ("optimizer", "scheduler", "lr_scheduler", "scaler", "rng", "callbacks", "loops", "hyper_parameters")
 _MAX_DEPTH = 4  # dictionaries within each other that are looked into
-# The old recipe writes one module after the other into one file, in this order.
+# What has no name is one of these, in this order: Petals' recipe saves a tuple of modules, others write them into one
+# file one after the other, or as tensors; caikit and TGIS keep the first alone, a tensor in decoder.pt.
 _BARE_MODULES = ("prompt_embeddings", "intermediate_prompt_embeddings", "score")
+_OF_A_MODULE = ({"weight"}, {"weight", "bias"})  # keys of the state dict of one such module
 # What a truncated, damaged or hostile file makes the readers raise.
 _PICKLE_PROBLEMS = (
     pickle.UnpicklingError,
@@ -217,12 +220,20 @@ def _is_one_archive(file: Path | io.BytesIO) -> bool:
 def _flatten(objects: list[Any], path: Path, error: type[CallerError]) -> dict[str, torch.Tensor]:
     """Return the tensors of unpickled objects: those of modules as `name.weight`, of dictionaries as `name.key`."""
     tensors: dict[str, torch.Tensor] = {}
-    for index, value in enumerate(objects):
-        if isinstance(value, nn.Module) and index < len(_BARE_MODULES):
+    parts = [part for each in objects for part in (each if isinstance(each, list | tuple) else [each])]
+    for index, value in enumerate(parts):
+        if isinstance(value, torch.Tensor):
+            value = {"weight": value}
+        if isinstance(value, nn.Module) or (isinstance(value, dict) and value.keys() in _OF_A_MODULE):
+            if index >= len(_BARE_MODULES):
+                raise error(
+                    f"{path} holds {len(parts)} modules without names; expected {' and '.join(_BARE_MODULES)} at most. "
+                    "Save a state dict (names and tensors)."
+                )
             value = {_BARE_MODULES[index]: value}
         if not isinstance(value, dict):
             raise error(f"{path} holds a {type(value).__name__}; expected a state dict (names and tensors).")
-        tensors |= _named(value, _MAX_DEPTH, path, error)
+        _join(tensors, _named(value, _MAX_DEPTH, path, error), path, error)
     return tensors
 
 
@@ -241,11 +252,25 @@ def _named(values: dict[Any, Any], depth: int, path: Path, error: type[CallerErr
                     f"{path}: {shown_name(name)} is a tensor on {item.device} in layout {item.layout}; expected a "
                     "dense one on the CPU. Save it as one: tensor.to_dense().cpu()."
                 )
-            found[name] = item
+            _join(found, {name: item}, path, error)
         elif isinstance(item, dict) and depth and not name.startswith(_BESIDE_WEIGHTS):
             within = _named(item, depth - 1, path, error)
-            found |= within if name in _WRAPPERS else {f"{name}.{inner}": tensor for inner, tensor in within.items()}
+            is_wrapper = name in _WRAPPERS
+            _join(found, within if is_wrapper else {f"{name}.{key}": each for key, each in within.items()}, path, error)
     return found
+
+
+def _join(
+    found: dict[str, torch.Tensor], more: Mapping[str, torch.Tensor], path: Path, error: type[CallerError]
+) -> None:
+    """Add `more` to `found`. Raises `error` for a name that both have: one of the two would be left out."""
+    for name, tensor in more.items():
+        if name in found:
+            raise error(
+                f"{path} holds {shown_name(name)} twice, in different places. Expected one model; save its state dict "
+                "alone."
+            )
+        found[name] = tensor
 
 
 def _unreadable(path: Path, problem: Exception, error: type[CallerError]) -> CallerError:

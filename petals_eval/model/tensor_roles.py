@@ -34,6 +34,8 @@ _WRAPPERS = ("module.", "base_model.model.", "base_model.")
 # PEFT keeps a module that was trained beside the prompts under `modules_to_save`, below the adapter's name, and the
 # module as it was before under `original_module`.
 _PEFT_PLACES = re.compile(r"\.(?:modules_to_save(?:\.[^.]+)?|original_module)(?=\.(?:weight|bias)$)")
+# A whole PEFT model's state dict holds the embeddings once more, under this name whatever the family.
+_PEFT_EMBEDDINGS = "word_embeddings.weight"
 # An adapter may have any name. Below it a number is the position in a stack of modules, and of what stands beside it
 # there (an activation, for one) a file of weights says nothing.
 _HEAD = re.compile(
@@ -89,6 +91,8 @@ def looks_like_head(name: str) -> bool:
 def local_key(name: str, family: Family) -> tuple[str, str] | None:
     """Return the module (by the family's table, or `lm_head`) and parameter that a tensor of Role.LOCAL is, or None."""
     module, _, parameter = _PEFT_PLACES.sub("", _bare(name, family)).rpartition(".")
+    if name == _PEFT_EMBEDDINGS:
+        module = family.embeddings
     parameters: dict[str, tuple[str, ...]] = {family.embeddings: ("weight",), "lm_head": ("weight",)}
     for norm in (family.embedding_norm, family.final_norm):
         if norm is not None:

@@ -312,7 +312,7 @@ def check_names(names: Sequence[str]) -> None:
         if shared.count(name) > 1:
             raise ConfigError(
                 f"Expected adapters of different names; found {name!r} {shared.count(name)} times. "
-                "Names are the last part of the path: rename one of the folders."
+                "Give one a name of its own: --adapter NAME=PATH."
             )
 
 

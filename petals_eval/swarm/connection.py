@@ -1,6 +1,9 @@
 """The connection to a swarm: the libp2p daemon and the DHT node, and the modules that are opened over them."""
 
+import asyncio
 import atexit
+import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from anyio import fail_after
@@ -10,7 +13,8 @@ from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
 from petals_eval.config import SwarmSettings
-from petals_eval.errors import SwarmError, SwarmUnreachableError
+from petals_eval.errors import MissingBlocksError, SwarmError, SwarmUnreachableError
+from petals_eval.swarm.directory.announced import announced_elsewhere, not_announced
 from petals_eval.swarm.directory.dht import DhtSource
 from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.event_loop import EventLoop
@@ -26,6 +30,7 @@ __all__ = ["SwarmConnection"]
 
 _SHUTDOWN_TIMEOUT = 5.0  # seconds the daemon gets to end by itself
 _CLOSED = "the connection to the swarm is closed: connect again"
+_GIVE_NAME = ". Give the name that you mean with --dht-prefix (dht_prefix in Python)."
 _DAEMON_ENDED = (
     "the local libp2p daemon (p2pd), through which this process talks to the swarm, has ended: was it killed, or is "
     "this machine out of memory? Connect again to go on."
@@ -109,14 +114,39 @@ class SwarmConnection:
             raise SwarmError(_CLOSED)
         return self._dht
 
-    def remote_sequential(self, dht_prefix: str, num_blocks: int) -> RemoteSequential:
-        """Return the model's blocks as one module; its directory is read once, so that its state is known."""
+    def remote_sequential(
+        self, dht_prefix: str, num_blocks: int, other_prefixes: Sequence[str] = ()
+    ) -> RemoteSequential:
+        """Return the model's blocks as one module; its directory is read once, so that its state is known.
+
+        other_prefixes: names that servers may have given the model, shown and never used where `dht_prefix` is not
+        announced. Blocks that are missing are waited for; a name that nobody announces raises MissingBlocksError.
+        """
         peers = PeerBook(self.settings)
         directory = Directory(DhtSource(self.dht), dht_prefix, num_blocks, peers)
         pipeline = Pipeline(Libp2pTransport(self.p2p, dht_prefix, peers), directory, peers)
         self.loop.run(directory.refresh)
+        if not directory.is_announced:
+            self.loop.run(self._explain_name, directory, other_prefixes)
         self.loop.start_background(directory.keep_fresh)
         return RemoteSequential(self.loop, pipeline, directory, Span(0, num_blocks))
+
+    async def _explain_name(self, directory: Directory, other_prefixes: Sequence[str]) -> None:
+        """Raise MissingBlocksError, which says what is announced here, unless another look finds the name.
+
+        Where nothing at all is found the DHT may only be slow, so it is asked for as long as a server has to answer.
+        """
+        num_blocks = directory.snapshot.num_blocks
+        until = time.monotonic() + self.settings.connect_timeout
+        while True:
+            found = await announced_elsewhere(self.dht, other_prefixes, num_blocks, self.settings.index_keys)
+            await directory.refresh()
+            if directory.is_announced:
+                return
+            if found or time.monotonic() > until:
+                said = not_announced(directory.dht_prefix, found)
+                raise MissingBlocksError(f"{said}{_GIVE_NAME if found else ''}", ((0, num_blocks),))
+            await asyncio.sleep(self.settings.missing_update_period)
 
     def close(self) -> None:
         """End every task, the DHT node and the daemon. Safe to call twice."""

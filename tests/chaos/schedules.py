@@ -23,8 +23,8 @@ ADAPTER = "trec-deep_ptune"
 SPANS = ((0, 3), (3, 5))
 REPLICAS = 3
 EXAMPLES = 160
-KINDS = tuple(kind for kind in f.FAULTS if kind not in f.SESSION_FAULTS)
-"""A run with deep prompts opens no session."""
+KINDS = tuple(kind for kind in f.FAULTS if kind not in f.SESSION_FAULTS + f.LOSSY_WIRE_FAULTS)
+"""A run with deep prompts opens no session, and these runs are lossless."""
 LYING = (f.FlippedBit, f.Noise, f.OtherWeights, f.Swapped, f.TrainingMode)
 """Answers that look right. A third replica is needed to say who is wrong, so that they hit one of three at most."""
 _SILENT = r"does not answer|no server holds|no server of blocks 3:5 has answered"

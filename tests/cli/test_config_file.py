@@ -56,7 +56,7 @@ def test_numbers_truth_values_and_blocks_are_made_of_text(tmp_path):
         ("json: maybe", "json: expected true or false (found 'maybe')"),
         ("verify-local: 3:1", "verify_local: expected blocks FIRST:LAST with 0 <= FIRST < LAST (found '3:1')"),
         ("adapter: null", "adapter: expected a list"),
-        ("adapter:\n-\n", "adapter.0: expected text"),
+        ("adapter:\n-\n", "adapter.0: expected a path, a hub name, or NAME=PATH"),
         ("model:", "is given twice"),
         (
             "max-length: 8\nmax_length: 9",

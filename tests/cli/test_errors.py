@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def adapter_of(tensors: Mapping[str, torch.Tensor], peft: dict | None = None) ->
         pytest.param(
             {"lora_A": torch.zeros(8, 64)},
             {"peft_type": "LORA"},
-            ["is a LORA adapter; expected PROMPT_TUNING or P_TUNING", "name it with --active-adapter"],
+            ["is a LORA adapter; expected PROMPT_TUNING, P_TUNING", "name it with --active-adapter"],
             id="LoRA of PEFT",
         ),
         pytest.param(
@@ -200,14 +201,14 @@ def test_a_swarm_that_does_not_answer(stage: Stage) -> None:
 
 def test_a_name_that_no_server_announces(stage: Stage) -> None:
     command = [*stage.on_task("trec", stage.trec), "--adapter", stage.adapter(), "--initial-peers", stage.peer]
-    outcome = invoke(*command, "--dht-prefix", "llama", "--deadline", 1, "--out", "r")
+    started = time.monotonic()
+    outcome = invoke(*command, "--dht-prefix", "llama", "--out", "r")
     refused(
         outcome,
-        "waiting for the swarm: no server holds blocks 0:5",
-        "stopped at the deadline (1 s): no server holds blocks 0:5",
-        "nobody announces 'llama': is that the name the servers use?",
+        "nobody announces 'llama' on this swarm; announced here: stories260K-hf (5 blocks). Give the name",
         code=3,
     )
+    assert "waiting" not in outcome.err and time.monotonic() - started < 60  # the deadline is ten minutes
     assert not Path("r").exists()
 
 

@@ -31,6 +31,7 @@ import petals_eval
 import petals_eval.local_swarm
 from petals_eval.demo import demo_paths
 from petals_eval.local_swarm import LocalSwarm
+from petals_eval.model.dht_prefixes import default_prefix
 from petals_eval.model.families import FAMILIES
 from petals_eval.tasks import load_task
 from tests.cli.invoking import Outcome, invoke
@@ -95,7 +96,7 @@ def public_swarm(hub: Path) -> Iterator[tuple[str, ...]]:
     with contextlib.ExitStack() as stack:
         for name, family in HUB.items():
             folder = hub / f"models--{name.replace('/', '--')}" / "snapshots" / COMMIT
-            prefix = FAMILIES[family].dht_prefix(name)
+            prefix = default_prefix(family, name)
             swarm = stack.enter_context(LocalSwarm(folder, servers=2, dht_prefix=prefix, mode="thread"))
             peers += swarm.initial_peers
         yield tuple(peers)

@@ -50,6 +50,24 @@ def test_three_adapters_side_by_side_with_the_reference_scores(stage: Stage) -> 
     }
 
 
+def test_adapters_are_told_apart_by_name_and_by_task(stage: Stage) -> None:
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    whole = AutoModelForSequenceClassification.from_pretrained(stage.model, num_labels=6)
+    settings = peft.MultitaskPromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4, num_tasks=2)
+    for folder in ("a", "b"):
+        peft.get_peft_model(whole, settings).save_pretrained(f"{folder}/prompts")
+    command = stage.run("--limit", 5, "--out", "r", "--adapter-task", 1, adapter=None)
+    outcome = invoke(*command, "--adapter", "a/prompts", "b/prompts", f"mine={stage.adapter()}")
+    assert outcome.code == 0
+    assert set(read_json(Path("r/metrics.json"))["adapters"]) == {"a", "b", "mine"}
+    assert "prompts: a (peft-multitask_prompt_tuning, task 1, 4 tokens); b (" in outcome.err
+    assert read_json(Path("r/manifest.json"))["answer_settings"]["adapter_task"] == 1
+    outcome = invoke(*stage.run("--adapter-task", 1))
+    assert outcome.code == 2 and "--adapter-task 1: expected an adapter that has prompts for several" in outcome.err
+
+
 def test_one_adapter_on_sst2_and_the_files_of_its_folder(stage: Stage) -> None:
     data = stage.realdata / "sst2"
     data = next(path for path in sorted(data.iterdir()) if "dev" in path.name)

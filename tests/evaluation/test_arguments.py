@@ -70,7 +70,7 @@ def test_of_evaluate_the_model(model):
         ({"model": 7}, "model: expected text (found 7)"),
         ({"model": None}, "model: expected text (found None)"),
         ({"adapter": 7}, "adapter: expected a list (found 7)"),
-        ({"adapter": [7]}, "adapter.0: expected text (found 7)"),
+        ({"adapter": [7]}, "adapter.0: expected a path, a hub name, or NAME=PATH (found 7)"),
         ({"initial_peers": 7}, "initial_peers: "),
         ({"initial_peers": ["here"]}, "expected a multiaddress"),
         ({"dht_prefix": 7}, "dht_prefix: expected text (found 7)"),

@@ -6,6 +6,7 @@ import torch
 from petals_eval.health import Verdict
 from petals_eval.health.findings import finding
 from petals_eval.health.live import RouteTimes
+from petals_eval.health.terminal import coverage_text
 from petals_eval.swarm.wire.records import Announcement
 from tests.support.fake_health import (
     REFUSED,
@@ -96,6 +97,17 @@ def test_nobody_and_nothing() -> None:
     swarm.announced = []
     empty = report_on(swarm)
     assert empty.verdict is Verdict.BROKEN and empty.exit_code == 3 and empty.notes
+
+
+def test_a_model_is_not_healthy_while_nobody_says_how_many_blocks_it_has() -> None:
+    swarm = FakeSwarm(4, **good())
+    swarm.announced = []
+    report = report_on(swarm, models="tiny")
+    assert (report.verdict, report.exit_code, findings(report)) == (Verdict.UNKNOWN, 3, {"blocks-unknown"})
+    assert "--num-blocks" in report.models[0].why and coverage_text(report.models[0]).startswith("4/4 or more blocks")
+    told = report_on(swarm, models="tiny", num_blocks=4)
+    assert told.verdict is Verdict.HEALTHY and "or more" not in coverage_text(told.models[0])
+    assert report_on(swarm, models="tiny", num_blocks=5).verdict is Verdict.BROKEN
 
 
 def test_records_that_cannot_be_read_are_counted() -> None:

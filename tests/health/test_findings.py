@@ -88,7 +88,7 @@ def test_a_fault_has_its_own_name_and_is_never_green(name: str) -> None:
 
 def test_what_cannot_be_found_has_no_name() -> None:
     """Names are stable: each is given by a test here or in the tests of models below."""
-    of_models = {"not-announced", "missing-blocks", "thin-blocks", "malformed-records", "route-fails"}
+    of_models = {"not-announced", "blocks-unknown", "missing-blocks", "thin-blocks", "malformed-records", "route-fails"}
     elsewhere = {"disagrees-with-home", "adapter-not-announced", "adapter-fails", "disputed", "probe-error"}
     assert set(FINDINGS) == set(FAULTS) | of_models | elsewhere
 

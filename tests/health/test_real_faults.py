@@ -71,21 +71,25 @@ def test_several_models_are_found_and_one_can_be_named(clean_swarm: LocalSwarm, 
     with HostileSwarm(stories_model, "_private", clean_swarm.initial_peers) as private:
         private.add(0, 5)
         other = HostileSwarm(stories_model, "another", clean_swarm.initial_peers)
-        with other:
+        of_drift = {"dht_prefix": "of-drift", "index_key": "_drift.models", "initial_peers": clean_swarm.initial_peers}
+        with other, LocalSwarm(stories_model, servers=1, mode="thread", **of_drift):
             other.add(0, 4)
             report = check_health(clean_swarm.initial_peers, level="info")
-            assert {model.name for model in report.models} == {STORIES, "another"}
+            assert {model.name for model in report.models} == {STORIES, "another", "of-drift"}
             broken = next(model for model in report.models if model.name == "another")
             assert (broken.verdict, broken.missing) == (Verdict.BROKEN, ((4, 5),))
 
             named = check_health(clean_swarm.initial_peers, models="_private")
             assert [(model.name, model.num_blocks) for model in named.models] == [("_private", 5)]
-            assert named.verdict is Verdict.HEALTHY
+            assert named.verdict is Verdict.UNKNOWN and findings(named) == {"blocks-unknown"}
+            with_the_model = check_health(clean_swarm.initial_peers, models="_private", model=str(stories_model))
+            assert with_the_model.verdict is Verdict.HEALTHY
 
 
 def test_a_model_nobody_serves(clean_swarm: LocalSwarm) -> None:
     report = check_health(clean_swarm.initial_peers, models=["nobody"])
     assert report.verdict is Verdict.BROKEN and findings(report) == {"not-announced"}
+    assert "announced here: " in report.models[0].why and "stories260K-hf (5 blocks)" in report.models[0].why
 
 
 @pytest.mark.parametrize("fault", [hostile.nan, hostile.failing])

@@ -9,6 +9,7 @@ what changes, and find the model and the swarm warm:
     dtype           what the client computes in (default "float32")
     adapter         a Petals state dict with prompts and head, or null
     tuning_mode     "ptune" or "deep_ptune", with an adapter
+    save            lines of Python that save the `model` with an adapter, before it answers
     tokens          classify these lists of token ids, one at a time, with this `pad_token_id` -> {"logits": [[...]]}
     texts           or these ...            -> {"logits": [[...]], "predictions": [...], "seconds": ...}
     max_length      ... cut to this many tokens (default 96), `batch_size` (default 32) of them at a time
@@ -145,6 +146,8 @@ def answers(lines: Iterable[str]) -> Iterator[dict]:
         kind = next((kind for kind in ("generate", "requests", "tokens") if kind in settings), "classify")
         if kind not in models:
             models[kind] = loaders[kind](settings)
+        for saving in settings.get("save", ()):
+            exec(saving, {"torch": torch, "model": models[kind]})
         yield tasks[kind](models[kind], settings)
     for model in models.values():
         model.transformer.h.sequence_manager.shutdown()

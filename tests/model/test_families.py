@@ -4,6 +4,7 @@ import pytest
 
 from petals_eval.errors import ModelError
 from petals_eval.model import FAMILIES, family_of
+from petals_eval.model.dht_prefixes import default_prefix
 from tests.support import tiny_models
 
 
@@ -30,7 +31,7 @@ def test_an_unknown_family_is_refused_by_name():
     ),
 )
 def test_the_default_dht_prefix_is_petals_own(family, repository, prefix):
-    assert FAMILIES[family].dht_prefix(repository) == prefix
+    assert default_prefix(family, repository) == prefix
 
 
 @pytest.mark.parametrize(

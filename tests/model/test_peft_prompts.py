@@ -68,11 +68,12 @@ def test_two_heads_are_refused(tmp_path):
     (
         ("PREFIX_TUNING", "past keys and values.*a Petals server cannot take"),
         ("LORA", "LoRA runs on the servers; name it with --active-adapter"),
-        ("IA3", "Only tuned prompts"),
+        ("IA3", "changes what the blocks compute"),
+        ("A_KIND_OF_TOMORROW", "changes what the blocks compute"),
     ),
 )
 def test_other_kinds_are_refused_with_the_reason(kind, reason, tmp_path):
-    with pytest.raises(AdapterError, match=rf"(?s)a {kind} adapter; expected PROMPT_TUNING or P_TUNING.*{reason}"):
+    with pytest.raises(AdapterError, match=rf"(?s)a {kind} adapter; expected PROMPT_TUNING, P_TUNING, .*{reason}"):
         _load(_folder(tmp_path, peft_type=kind))
 
 

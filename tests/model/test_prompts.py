@@ -305,7 +305,7 @@ def test_a_cut_file_is_refused(tmp_path):
 
 def test_a_list_is_no_state_dict(tmp_path):
     with pytest.raises(AdapterError, match="holds a list; expected a state dict"):
-        _load(_saved([torch.ones(2)], tmp_path / "a.pt"))
+        _load(_saved([["prompts"]], tmp_path / "a.pt"))
 
 
 def test_folders_without_or_with_several_checkpoints(tmp_path):

@@ -184,9 +184,6 @@ def test_missing_blocks_end_at_the_deadline(swarm):
         with pytest.raises(MissingBlocksError, match="no server holds blocks 5:7") as caught:
             blocks(hidden_states(1, 2))
         assert caught.value.missing == ((5, 7),)
-        nobody = connection.remote_sequential("unknown-model", BLOCKS)
-        with pytest.raises(MissingBlocksError, match="nobody announces 'unknown-model'"):
-            nobody(hidden_states(1, 2))
 
 
 def test_an_unknown_lora_adapter_has_no_servers(swarm):

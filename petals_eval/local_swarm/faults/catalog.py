@@ -6,8 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 __all__ = [
     "FAULTS",
+    "LOSSY_WIRE_FAULTS",
     "SESSION_FAULTS",
     "AnyFault",
+    "BrokenDecoder",
     "ClaimsDtype",
     "ClaimsSpan",
     "ClockSkew",
@@ -118,6 +120,15 @@ class LockedCache(Fault):
     """
 
     name: Literal["locked_cache"] = "locked_cache"
+
+
+class BrokenDecoder(Fault):
+    """The server cannot read the 8-bit codes, as hivemind's decoders before 1.2 cannot under NumPy 2.4.
+
+    A call, to this fault, is one whose hidden states come in such a code.
+    """
+
+    name: Literal["broken_decoder"] = "broken_decoder"
 
 
 # -- The message is malformed.
@@ -258,15 +269,18 @@ class JoiningForEver(Fault):
 
 
 AnyFault = Annotated[
-    Crash | Hang | Slow | Reset | InfoOnly | Refuse | LockedCache | Truncated | Oversized | WrongShape | WrongDtype
-    | NotFinite | FlippedBit | Noise | OtherWeights | Swapped | TrainingMode | StaleRecord | RecordWithoutServer
-    | ClaimsSpan | ClaimsDtype | VersionLie | OtherLayout | ClockSkew | JoiningForEver,
+    Crash | Hang | Slow | Reset | InfoOnly | Refuse | LockedCache | BrokenDecoder | Truncated | Oversized | WrongShape
+    | WrongDtype | NotFinite | FlippedBit | Noise | OtherWeights | Swapped | TrainingMode | StaleRecord
+    | RecordWithoutServer | ClaimsSpan | ClaimsDtype | VersionLie | OtherLayout | ClockSkew | JoiningForEver,
     Field(discriminator="name"),
 ]  # fmt: skip
 
 FAULTS: tuple[type[Fault], ...] = get_args(get_args(AnyFault)[0])
 SESSION_FAULTS: tuple[type[Fault], ...] = (LockedCache, OtherLayout)
 """The faults that only clients meet who open sessions."""
+
+LOSSY_WIRE_FAULTS: tuple[type[Fault], ...] = (BrokenDecoder,)
+"""The faults that only clients meet whose wire is lossy."""
 
 FaultList: TypeAdapter[tuple[AnyFault, ...]] = TypeAdapter(tuple[AnyFault, ...])
 """Reads and writes faults as JSON, for servers in processes of their own."""

@@ -5,7 +5,7 @@ import copy
 import random
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
@@ -13,6 +13,7 @@ import torch
 from hivemind.proto import runtime_pb2
 
 from petals_eval.local_swarm.faults.catalog import (
+    BrokenDecoder,
     Crash,
     Fault,
     FaultCount,
@@ -48,6 +49,12 @@ _ERRORS = {
     "cache": "Could not allocate 1073741824 bytes, max cache size = 1024 bytes, 1024 already allocated",
 }
 """The errors of Petals servers, word for word as far as clients read them."""
+
+_EIGHT_BIT = (
+    runtime_pb2.CompressionType.UNIFORM_8BIT,
+    runtime_pb2.CompressionType.QUANTILE_8BIT,
+    runtime_pb2.CompressionType.BLOCKWISE_8BIT,
+)
 
 _MAX_REMEMBERED_SHAPES = 64
 """Answers that `Swapped` keeps at most, one of each shape."""
@@ -210,6 +217,11 @@ class FaultInjector:
         return answer
 
     # -- Around the messages.
+
+    def check_codes(self, messages: Iterable[runtime_pb2.Tensor]) -> None:
+        """Raise TypeError where a request comes in a code that the server cannot read."""
+        if any(message.compression in _EIGHT_BIT for message in messages) and self.hits_call(BrokenDecoder):
+            raise TypeError("only 0-dimensional arrays can be converted to Python scalars")  # NumPy's words
 
     async def tampered(self, message: runtime_pb2.Tensor, remote: str) -> runtime_pb2.Tensor:
         """Return the answer that is sent to a client (peer id, base58) in the place of `message`; or never return."""

@@ -20,7 +20,7 @@ from petals_eval.local_swarm.faults.catalog import (
 from petals_eval.local_swarm.faults.injector import FaultInjector
 from petals_eval.local_swarm.server.settings import ServerSettings
 from petals_eval.swarm.wire.messages import block_uid
-from petals_eval.swarm.wire.records import MODELS_KEY, ServerRecord, ServerState
+from petals_eval.swarm.wire.records import ServerRecord, ServerState
 from petals_eval.swarm.wire.span import Span
 
 __all__ = ["absent_peer_id", "announce"]
@@ -39,7 +39,7 @@ async def announce(
     cache_tokens_left: int | None = None,
     faults: FaultInjector | None = None,
 ) -> None:
-    """Store one record under each block's key, and the model under `MODELS_KEY`.
+    """Store one record under each block's key, and the model under the index key of the settings.
 
     num_blocks: of the whole model; None while it is not known yet: the model is not named then.
     torch_dtype: what the server computes in, such as "bfloat16".
@@ -90,7 +90,7 @@ async def announce(
     if num_blocks is not None and state is not ServerState.OFFLINE and not settings.dht_prefix.startswith("_"):
         repository = None if Path(settings.model).is_dir() else f"https://huggingface.co/{settings.model}"
         model = {"num_blocks": num_blocks, "repository": repository}
-        stores.append(node.store(MODELS_KEY, model, expiration, subkey=settings.dht_prefix))
+        stores.append(node.store(settings.index_key, model, expiration, subkey=settings.dht_prefix))
     await asyncio.gather(*stores)
 
 

@@ -16,7 +16,7 @@ from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 from petals_eval.local_swarm.faults.catalog import OtherLayout, VersionLie
 from petals_eval.local_swarm.faults.injector import wait_forever
-from petals_eval.local_swarm.server.messages import decoded, given, read_metadata, unpacked
+from petals_eval.local_swarm.server.messages import given, read_metadata, unpacked
 from petals_eval.local_swarm.server.served_span import ServedSpan
 from petals_eval.local_swarm.server.sessions import Sessions
 from petals_eval.local_swarm.work import Work
@@ -110,7 +110,7 @@ class BlockHandler(ServicerBase):
     ) -> runtime_pb2.Tensor:
         """Return the answer to a request whose tensors came in `messages`."""
         served, remote = self._served, str(context.remote_id)
-        tensors = [decoded(message, served.settings) for message in messages]
+        tensors = served.read(messages)
         metadata = read_metadata(request)
         span = served.requested(request.uid)
         active_adapter = served.active_adapter(metadata)

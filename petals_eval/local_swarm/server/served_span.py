@@ -1,5 +1,6 @@
 """The span of one server with all that its calls and sessions have in common."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ from hivemind.proto import runtime_pb2
 
 from petals_eval.local_swarm.faults.injector import FaultInjector
 from petals_eval.local_swarm.server.cache_budget import CacheBudget
-from petals_eval.local_swarm.server.messages import encoded
+from petals_eval.local_swarm.server.messages import decoded, encoded
 from petals_eval.local_swarm.server.settings import ServerSettings
 from petals_eval.local_swarm.work import Compute
 from petals_eval.model.blocks import BlockSpan
@@ -60,6 +61,11 @@ class ServedSpan:
         if name and name not in self.settings.adapters:
             raise KeyError(f"adapter {name} not found")
         return name
+
+    def read(self, messages: Sequence[runtime_pb2.Tensor]) -> list[torch.Tensor]:
+        """Return the tensors of a request. Raises what hivemind raises for codes that it cannot read."""
+        self.faults.check_codes(messages)
+        return [decoded(message, self.settings) for message in messages]
 
     async def answer(self, output: torch.Tensor, metadata: dict[str, Any], remote: str) -> runtime_pb2.Tensor:
         """Return hidden states as they are sent to a client (peer id, base58), with the faults that hit the message."""

@@ -17,7 +17,7 @@ from hivemind.utils.serializer import MSGPackSerializer
 
 from petals_eval.local_swarm.faults.catalog import LockedCache, OtherLayout
 from petals_eval.local_swarm.faults.injector import wait_forever
-from petals_eval.local_swarm.server.messages import decoded, given, read_metadata, unpacked
+from petals_eval.local_swarm.server.messages import given, read_metadata, unpacked
 from petals_eval.local_swarm.server.served_span import ServedSpan
 from petals_eval.local_swarm.work import Work
 from petals_eval.swarm.wire.messages import chain_uid
@@ -185,7 +185,7 @@ class _Session:
 
     def work(self, request: runtime_pb2.ExpertRequest, step: dict[str, Any]) -> Work:
         """Bring the cache to where the step starts, and return what is to be computed there."""
-        tensors = [decoded(tensor, self._served.settings) for tensor in request.tensors]
+        tensors = self._served.read(request.tensors)
         hidden, prompts, hypo_ids = unpacked(tensors, self._structure | step, SESSION_TENSORS)
         size = self._served.blocks.hidden_size
         if hidden.ndim != 3 or hidden.shape[0] != self._batch or hidden.shape[2] != size:

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from petals_eval.local_swarm.faults.catalog import AnyFault, TrainingMode
+from petals_eval.swarm.wire.records import MODEL_INDEX_KEYS
 from petals_eval.swarm.wire.span import Span
 
 __all__ = ["ServerSettings"]
@@ -20,6 +21,7 @@ class ServerSettings(BaseModel):
     token: str | None = Field(default=None, repr=False)
     cache_dir: str | None = None
     dht_prefix: str
+    index_key: str = MODEL_INDEX_KEYS[0]  # of the DHT, under which it announces the model
     start: int = Field(ge=0)  # the first of its blocks
     stop: int  # the block after its last one
     initial_peers: tuple[str, ...] = ()

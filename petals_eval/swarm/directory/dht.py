@@ -11,10 +11,9 @@ from hivemind.utils.timed_storage import get_dht_time
 
 from petals_eval.swarm.wire.records import Announcement
 
-__all__ = ["LOOK_TIMEOUT", "DhtSource", "read_announcements"]
+__all__ = ["DhtSource", "look", "read_announcements"]
 
-LOOK_TIMEOUT = 30.0
-"""Seconds that one look at the DHT may take; its own calls wait 3 s each."""
+_LOOK_TIMEOUT = 30.0  # seconds that one look at the DHT may take; its own calls wait 3 s each
 
 
 class DhtSource:
@@ -36,7 +35,7 @@ async def read_announcements(dht: DHTNode, blocks: Mapping[str, int]) -> tuple[l
     """Return what the DHT holds under these keys, and how many entries are none of a server's. blocks: by key."""
     found: list[Announcement] = []
     malformed = 0
-    for uid, entry in (await _look(dht, blocks)).items():
+    for uid, entry in (await look(dht, blocks)).items():
         if entry is None:
             continue
         if not isinstance(entry.value, dict):
@@ -51,13 +50,13 @@ async def read_announcements(dht: DHTNode, blocks: Mapping[str, int]) -> tuple[l
     return found, malformed
 
 
-async def _look(dht: DHTNode, uids: Iterable[str]) -> Mapping[str, Any]:
+async def look(dht: DHTNode, keys: Iterable[str]) -> Mapping[str, Any]:
     """Return what the DHT holds under each key; nothing when it does not answer."""
-    keys = list(uids)
+    wanted = list(keys)
     try:
-        async with asyncio.timeout(LOOK_TIMEOUT):
+        async with asyncio.timeout(_LOOK_TIMEOUT):
             # An expiration of infinity asks for the newest record there is, not the first one found.
-            return await dht.get_many(keys, math.inf, num_workers=min(32, len(keys)))
+            return await dht.get_many(wanted, math.inf, num_workers=min(32, len(wanted)))
     except TimeoutError:
         return {}
 

@@ -54,6 +54,11 @@ class Directory:
         self.dht_prefix = dht_prefix
         self.snapshot = Snapshot(num_blocks, {})
 
+    @property
+    def is_announced(self) -> bool:
+        """Whether anybody announced a block of the model, in whatever state, when this was last read."""
+        return bool(self._announcements) or self.snapshot.dropped > 0
+
     async def refresh(self, *, older_than: float = 0.0) -> Snapshot:
         """Read the records, unless the last look is less than `older_than` seconds old; callers share one look."""
         if self._runtime.monotonic() - self._refreshed_at >= older_than:

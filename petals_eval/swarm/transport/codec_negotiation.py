@@ -13,11 +13,18 @@ from petals_eval.errors import PeerAnswerError, PeerRefusedError
 from petals_eval.swarm.peers.peer import Peer
 from petals_eval.swarm.transport.rpc import Answer
 from petals_eval.swarm.wire.codecs import LossyCode
+from petals_eval.swarm.wire.records import peer_text
 from petals_eval.swarm.wire.server_info import ServerInfo, dtype_name
 
-__all__ = ["TryOut", "negotiate"]
+__all__ = ["CAUSES", "TryOut", "negotiate"]
 
 _log = logging.getLogger(__name__)
+
+CAUSES = {
+    "only 0-dimensional arrays can be converted": "its hivemind (before 1.2) reads no 8-bit code under NumPy 2.4",
+    "requires bitsandbytes": "it has no bitsandbytes, which hivemind needs for this code",
+}
+"""What is behind the words of a server that fails on a code."""
 
 TryOut = Callable[[LossyCode | None], Awaitable[Answer]]
 """Sends one position under a code, or as it is for None."""
@@ -46,5 +53,7 @@ async def _reason_against(code: LossyCode, info: ServerInfo, try_out: TryOut) ->
         await try_out(code)
     except (PeerRefusedError, PeerAnswerError) as error:
         await try_out(None)  # raises where it is not the code's fault
-        return str(error) or type(error).__name__
+        words = str(error) or type(error).__name__
+        cause = next((cause for part, cause in CAUSES.items() if part in words), None)
+        return words if cause is None else f"{cause}: {peer_text(words)}"
     return None

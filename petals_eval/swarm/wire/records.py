@@ -28,7 +28,7 @@ from petals_eval.swarm.wire.span import Span, joined
 from petals_eval.text import printable
 
 __all__ = [
-    "MODELS_KEY",
+    "MODEL_INDEX_KEYS",
     "Announcement",
     "ServerFilter",
     "ServerRecord",
@@ -40,8 +40,11 @@ __all__ = [
     "read_snapshot",
 ]
 
-MODELS_KEY = "_petals.models"
-"""Key of the DHT under which servers announce their models, each under its DHT prefix as the subkey."""
+MODEL_INDEX_KEYS = ("_petals.models", "_drift.models")
+"""Keys of the DHT under which servers announce their models, each under its DHT prefix as the subkey.
+
+The first is that of Petals and BloomBee, the second that of DRIFT.
+"""
 
 
 class ServerState(IntEnum):

@@ -2,15 +2,19 @@
 
 import asyncio
 
+import numpy as np
 import pytest
 import torch
+from hivemind.compression.serialization import deserialize_torch_tensor
+from hivemind.proto import runtime_pb2
 
 from petals_eval.errors import PeerAnswerError, PeerRefusedError, PeerUnreachableError
 from petals_eval.local_swarm import LocalSwarm
+from petals_eval.local_swarm.faults.catalog import BrokenDecoder, FaultCount
 from petals_eval.swarm.peers.peer import Peer, PeerBook
-from petals_eval.swarm.transport.codec_negotiation import negotiate
+from petals_eval.swarm.transport.codec_negotiation import CAUSES, negotiate
 from petals_eval.swarm.transport.rpc import Answer
-from petals_eval.swarm.wire.codecs import LOSSY_CODES
+from petals_eval.swarm.wire.codecs import LOSSY_CODES, encode
 from petals_eval.swarm.wire.server_info import ServerInfo
 from tests.support.fake_swarm import FakeDirectory, FakeTransport, pipeline, run, server, settings
 from tests.support.real_swarm import connect
@@ -154,6 +158,35 @@ def test_each_code_through_servers(swarm, wire, most, prompted):
     moved = (answer - exact).abs()
     assert answer.dtype is exact.dtype
     assert 0 < float(moved.mean()) < most * float(exact.std())
+
+
+@pytest.mark.parametrize(("wire", "fails"), [("float16", False), ("uniform8", True), ("blockwise8", True)])
+def test_a_server_whose_numpy_is_too_new_for_its_hivemind_is_spoken_to_lossless_and_named(swarm, wire, fails):
+    """Its answers are those of a lossless wire; whoever can read the code is sent it all the same."""
+    old, new = swarm.servers
+    before = new.fault_counts().get("broken_decoder", FaultCount()).times
+    new.switch(BrokenDecoder())
+    cause = "its hivemind (before 1.2) reads no 8-bit code under NumPy 2.4: "
+    try:
+        _, peers = through(swarm, wire)
+        if not fails:
+            assert takers(peers) == {old.peer_id, new.peer_id}
+            return
+        assert takers(peers) == {old.peer_id}
+        [said] = refusals(peers).values()
+        assert said.startswith(cause) and "only 0-dimensional arrays" in said
+        assert peers[new.peer_id].failures == 0, "it is no failure of the server, which goes on"
+        assert new.fault_counts()["broken_decoder"].times == before + 1, "it is asked once"
+    finally:
+        new.switch()
+
+
+@pytest.mark.skipif(tuple(map(int, np.__version__.split(".")[:2])) < (2, 4), reason="hivemind reads its codes here")
+def test_hiveminds_own_decoder_fails_in_the_words_that_are_known():
+    message = encode(HIDDEN, runtime_pb2.CompressionType.UNIFORM_8BIT)
+    with pytest.raises(TypeError) as caught:
+        deserialize_torch_tensor(message)
+    assert any(words in str(caught.value) for words in CAUSES)
 
 
 @pytest.mark.parametrize("wire", ["float16", "uniform8"])
