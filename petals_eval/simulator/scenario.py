@@ -6,11 +6,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from petals_eval.config import SwarmSettings
+from petals_eval.errors import ConfigError
 from petals_eval.local_swarm.network import LinkProfile
 from petals_eval.swarm.wire.span import Span
 
 __all__ = ["Client", "Scenario", "Server"]
 
+_PEER = "/ip4/127.0.0.1/tcp/1/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY"  # nobody asks it anything
 _ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -45,6 +48,15 @@ class Server(_Described):
     cache_tokens: Count = 1 << 20
     version: str = "2.3.0.dev2"
     claimed_pace: Positive | None = None
+
+    @model_validator(mode="after")
+    def _link_can_be(self) -> Self:
+        link = self.link
+        if min(link.delay, link.jitter) < 0 or any(
+            rate is not None and rate <= 0 for rate in (link.up_mbps, link.down_mbps)
+        ):
+            raise ValueError(f"link: expected a delay and a jitter of at least 0 and rates above 0, found {link}")
+        return self
 
 
 class Client(_Described):
@@ -90,7 +102,16 @@ class Scenario(_Described):
         held = {block for server in self.servers for block in range(server.blocks.start, server.blocks.stop)}
         if missing := sorted(set(range(self.blocks)) - held):
             raise ValueError(f"servers: expected every block of 0:{self.blocks} to be held, found none of {missing}")
+        try:
+            _ = self.swarm_settings
+        except ConfigError as error:
+            raise ValueError(f"settings: {error}") from None
         return self
+
+    @property
+    def swarm_settings(self) -> SwarmSettings:
+        """The settings of the client."""
+        return SwarmSettings.model_validate({"initial_peers": (_PEER,), **self.settings})
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -11,7 +11,6 @@ from functools import partial
 import numpy as np
 import torch
 
-from petals_eval.config import SwarmSettings
 from petals_eval.data.batching import MicroBatch, micro_batches
 from petals_eval.simulator.floor import RunFloor, run_floor
 from petals_eval.simulator.scenario import Scenario
@@ -30,7 +29,6 @@ from petals_eval.swarm.wire.span import Span
 __all__ = ["Evaluated", "Simulated", "simulate"]
 
 _PREFIX = "simulated"
-_PEER = "/ip4/127.0.0.1/tcp/1/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY"  # nobody asks it anything
 _EXPIRES_AFTER = 600.0  # seconds, as records of Petals' servers that announce themselves every 60 s do
 
 
@@ -139,8 +137,7 @@ class _SimulatedSwarm:
             f"server{index}": SimulatedServer(each, scenario, *self._client_links)
             for index, each in enumerate(scenario.servers)
         }
-        settings = SwarmSettings.model_validate({"initial_peers": (_PEER,), **scenario.settings})
-        self._peers = PeerBook(settings, runtime)
+        self._peers = PeerBook(scenario.swarm_settings, runtime)
         source = _Records(scenario, self._servers, runtime)
         self._directory = Directory(source, _PREFIX, scenario.blocks, self._peers)
         self.transport = SimulatedTransport(self._servers, self._peers, client)

@@ -65,6 +65,10 @@ def test_drawn_swarms_are_what_they_should_be(seed):
         ("blocks: [", "not valid YAML"),
         (SWARM.replace("2:4", "2:5"), "expected blocks of 0:4"),
         (SWARM.replace("rows: 40", "rows: many"), "rows"),
+        (SWARM.replace("push: never", "push: perhaps"), "push"),
+        (SWARM.replace("push: never", "gpus: 8"), "gpus"),
+        (SWARM.replace("up_mbps: 20", "up_mbps: 0"), "rates above 0"),
+        (SWARM.replace("delay: 0.02", "delay: -1"), "a delay"),
     ],
 )
 def test_a_file_that_describes_none_is_refused(tmp_path, text, message):
