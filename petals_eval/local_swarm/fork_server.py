@@ -107,7 +107,8 @@ def last_words(log: IO[bytes], limit: int = 2000) -> str:
 def main(line: socket.socket, model_type: str) -> None:
     """Fork servers as asked for on `line`, until it is closed. Does not return."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the launcher, which ends the servers in order
-    for name in (*_IMPORTS, f"transformers.models.{model_type}.modeling_{model_type}"):
+    family = model_type.removesuffix("_text")  # the language model of a multimodal one lies beside it
+    for name in (*_IMPORTS, f"transformers.models.{family}.modeling_{family}"):
         with suppress(ModuleNotFoundError):  # an unknown family: the server says so in better words
             importlib.import_module(name)
     # The kernel reaps what ends here: servers, and the daemons of servers that were killed.

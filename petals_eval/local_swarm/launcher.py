@@ -18,7 +18,7 @@ from petals_eval.local_swarm.fork_server import ForkServer
 from petals_eval.local_swarm.handles import LocalServer, ProcessServer, ThreadServer
 from petals_eval.local_swarm.server.settings import ServerSettings
 from petals_eval.model.dht_prefixes import default_prefix
-from petals_eval.model.families import Family, family_of
+from petals_eval.model.families import Family, family_of, text_config
 from petals_eval.model.sources import Folder, Source, open_source
 from petals_eval.swarm.wire.span import Span
 from petals_eval.validation import SETTINGS, explain
@@ -246,7 +246,7 @@ def _read_config(source: Source) -> tuple[Family, int]:
         config = SimpleNamespace(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is not a model's config: {error}") from error
-    family = family_of(config)
+    family, config = family_of(config), text_config(config)
     num_blocks = getattr(config, family.blocks_field, None) or getattr(config, "n_layer", None)  # BLOOM's own name
     if not isinstance(num_blocks, int):
         raise ModelError(f"{path}: expected {family.blocks_field}, a number of blocks, found {num_blocks!r}")

@@ -9,13 +9,11 @@ from petals_eval.model.checkpoint import Checkpoint
 
 __all__ = ["load_block"]
 
-# transformers 5 calls Mixtral's experts `mlp` and holds them fused; checkpoints have one matrix each.
-_MIXTRAL_BLOCK, _MIXTRAL_IN_MEMORY = "block_sparse_moe.", "mlp."
-_FUSED_EXPERTS = {"mlp.experts.gate_up_proj": ("w1", "w3"), "mlp.experts.down_proj": ("w2",)}
+_IN_MEMORY = "mlp."  # what transformers 5 calls the module that holds router and experts
 
 
 def load_block(checkpoint: Checkpoint, block: int, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Return the tensors of block number `block` under `names`, the parameters' names inside the block.
+    """Return the tensors of block number `block` under `names`, those of its parameters and buffers inside the block.
 
     In the checkpoint's own dtype. Only the shards that hold them are opened (or fetched from the hub). Raises
     ModelError when one is missing.
@@ -25,27 +23,29 @@ def load_block(checkpoint: Checkpoint, block: int, names: Iterable[str]) -> dict
 
 def _load(checkpoint: Checkpoint, block: int, name: str) -> torch.Tensor:
     tensor = _find(checkpoint, block, name)
-    if tensor is None and checkpoint.family.model_type == "mixtral":
-        if name in _FUSED_EXPERTS:
-            tensor = _fused(checkpoint, block, _FUSED_EXPERTS[name])
+    experts = checkpoint.family.experts
+    if tensor is None and experts is not None:
+        fused = {f"{_IN_MEMORY}experts.gate_up_proj": experts.gate_up, f"{_IN_MEMORY}experts.down_proj": experts.down}
+        if name in fused:
+            tensor = _fused(checkpoint, block, f"{experts.module}.experts", fused[name])
         else:
-            tensor = _find(checkpoint, block, name.replace(_MIXTRAL_IN_MEMORY, _MIXTRAL_BLOCK, 1))
+            tensor = _find(checkpoint, block, name.replace(_IN_MEMORY, f"{experts.module}.", 1))
     if tensor is None:
         expected = checkpoint.family.keys(f"{checkpoint.family.blocks}.{block}", name)[0]
         raise ModelError(f"the weights of {checkpoint.name} lack {expected}: is the checkpoint complete?")
     return tensor
 
 
-def _fused(checkpoint: Checkpoint, block: int, matrices: tuple[str, ...]) -> torch.Tensor | None:
+def _fused(checkpoint: Checkpoint, block: int, experts: str, matrices: tuple[str, ...]) -> torch.Tensor | None:
     """Return the experts' `matrices` on top of each other, stacked by expert."""
-    experts = []
+    stacked = []
     for expert in range(checkpoint.config.num_local_experts):
-        parts = [_find(checkpoint, block, f"{_MIXTRAL_BLOCK}experts.{expert}.{matrix}.weight") for matrix in matrices]
+        parts = [_find(checkpoint, block, f"{experts}.{expert}.{matrix}.weight") for matrix in matrices]
         found = [part for part in parts if part is not None]
         if len(found) < len(matrices):
             return None
-        experts.append(torch.cat(found))
-    return torch.stack(experts)
+        stacked.append(torch.cat(found))
+    return torch.stack(stacked)
 
 
 def _find(checkpoint: Checkpoint, block: int, name: str) -> torch.Tensor | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["DTYPES", "BlockSpan", "check_blocks"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED = {*DTYPES.values(), torch.float64}
 
 # transformers imports its parts when they are first used, and does not survive two threads doing so at once.
 _LOADING = threading.Lock()
@@ -77,22 +78,15 @@ class BlockSpan:
         return self.config.num_attention_heads
 
     @property
-    def key_value_heads(self) -> int:
-        """How many heads' keys and values a cache holds: fewer than the attention heads under grouped queries."""
-        if self.config.model_type == "falcon":
-            if self.config.multi_query and not self.config.new_decoder_architecture:
-                return 1
-            return self.config.num_kv_heads
-        return getattr(self.config, "num_key_value_heads", None) or self.attention_heads
-
-    @property
-    def head_size(self) -> int:
-        return getattr(self.config, "head_dim", None) or self.hidden_size // self.attention_heads
-
-    @property
     def cache_bytes_per_token(self) -> int:
-        """The size of the keys and values of one token in one block."""
-        return 2 * self.key_value_heads * self.head_size * self.dtype.itemsize
+        """The size of the keys and values of one token in one block, where blocks differ in the largest."""
+        if latent := getattr(self.config, "kv_lora_rank", None):  # DeepSeek caches what it makes keys and values of
+            return (latent + self.config.qk_rope_head_dim) * self.dtype.itemsize
+        each_block = getattr(self.config, "per_layer_config", [self.config])  # no such list in older transformers
+        return max(2 * _key_value_heads(each) * self._head_size(each) for each in each_block) * self.dtype.itemsize
+
+    def _head_size(self, config: "PretrainedConfig") -> int:
+        return getattr(config, "head_dim", None) or self.hidden_size // self.attention_heads
 
     def drop_out(self, p: float) -> None:
         """Run the blocks in training mode, with dropout `p` on all the family can drop; 0: in evaluation mode again."""
@@ -187,18 +181,29 @@ def _base_model(checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtyp
     """Load Hugging Face's base model with blocks start:stop and nothing around them."""
     from transformers import AutoModel
 
-    family, config = checkpoint.family, _sliced(checkpoint.config, start, stop)
+    family = checkpoint.family
     # No memory and no time for weights that are about to be replaced. float32 whatever comes: any other would be the
-    # default dtype of every thread while this line runs.
+    # default dtype of every thread while this line runs. All blocks: what one is goes by its number in some families.
     with torch.device("meta"):
-        model = AutoModel.from_config(config, dtype=torch.float32)
+        model = AutoModel.from_config(checkpoint.config, dtype=torch.float32)
     for module in (family.embeddings, family.embedding_norm, family.final_norm):
         if module is not None:  # it stays on the client
             setattr(model, module, nn.Identity())
     if hasattr(model, "rotary_emb"):  # its frequencies are a buffer no checkpoint holds
-        model.rotary_emb = type(model.rotary_emb)(config=config)
+        model.rotary_emb = type(model.rotary_emb)(config=model.config)
+    setattr(model, family.blocks, _blocks_of(model, family)[start:stop])
+    model.config = _sliced(model.config, start, stop)
     _fill(model, checkpoint, start, dtype)
     return model.eval().requires_grad_(False)
+
+
+def _key_value_heads(config: "PretrainedConfig") -> int:
+    """Return how many heads' keys and values a cache holds: fewer than the attention heads under grouped queries."""
+    if config.model_type == "falcon":
+        if config.multi_query and not config.new_decoder_architecture:
+            return 1
+        return config.num_kv_heads
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def _adds(prompt: torch.Tensor) -> Any:
@@ -217,7 +222,7 @@ def _blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
 
 
 def _sliced(config: "PretrainedConfig", start: int, stop: int) -> "PretrainedConfig":
-    """Return the config of a model that has blocks start:stop only; some families choose a window block by block."""
+    """Return the config that blocks start:stop are called with; some families choose a window block by block."""
     config = copy.deepcopy(config)
     layer_types = getattr(config, "layer_types", None)
     config.num_hidden_layers = stop - start
@@ -230,15 +235,21 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, start: int, dtype: torch.dty
     """Give the blocks of `model`, which counts them from 0, their weights from block `start` on."""
     state: dict[str, torch.Tensor] = {}
     blocks = _blocks_of(model, checkpoint.family)
+    always_float32 = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for index, block in enumerate(blocks):
-        parameters = dict(block.named_parameters())
-        for name, tensor in load_block(checkpoint, start + index, parameters).items():
-            if tensor.shape != parameters[name].shape:
+        expected = block.state_dict()
+        for name, tensor in load_block(checkpoint, start + index, expected).items():
+            if tensor.shape != expected[name].shape:
                 raise ModelError(
                     f"{checkpoint.name}: expected {name} of block {start + index} to be "
-                    f"{tuple(parameters[name].shape)} by the config, found {tuple(tensor.shape)} in the weights"
+                    f"{tuple(expected[name].shape)} by the config, found {tuple(tensor.shape)} in the weights"
                 )
-            state[f"{index}.{name}"] = tensor.to(dtype)
+            if tensor.dtype not in _STORED:
+                raise ModelError(
+                    f"{checkpoint.name}: expected {name} of block {start + index} in {', '.join(DTYPES)}, found "
+                    f"{tensor.dtype}. The local swarm serves no quantised weights: give a checkpoint that has none."
+                )
+            state[f"{index}.{name}"] = tensor.to(torch.float32 if name.endswith(always_float32) else dtype)
     blocks.load_state_dict(state, assign=True)
     left = [key for key, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:

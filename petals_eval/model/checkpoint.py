@@ -1,6 +1,7 @@
 """A model's config and the few of its tensors that stay at home, from a local folder or from the hub."""
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from petals_eval.errors import ModelError
-from petals_eval.model.families import Family, family_of
+from petals_eval.model.families import Family, family_of, text_config
 from petals_eval.model.sources import Folder, Source, first_found, open_source
 from petals_eval.model.tensor_files import Tensors, describe, open_index, open_tensors
 
@@ -22,9 +23,20 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 
+# The tensors of a multimodal model that is read as text, by their names: transformers before 4.52, those after it, and
+# the base model saved alone.
+_LANGUAGE_MODEL = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(?P<name>.+)")
+_OTHER_MODALITIES = re.compile(
+    r"(?:model\.)?(?:vision_tower|audio_tower|embed_vision|embed_audio|vision_embedder|multi_modal_projector)\..+"
+)
+# What the config of such a model says of the whole, its language model included.
+_OF_THE_WHOLE = ("architectures", "dtype", "eos_token_id", "id2label", "problem_type", "tie_word_embeddings")
+
 
 class Checkpoint:
     """A model as it lies on disk or on the hub.
+
+    Of a multimodal model it is the language model alone, its tensors under the names that they have without the rest.
 
     config: its Hugging Face config. family: its Family.
     name: the folder's own name or the hub name, never a path. revision: the hub's commit, None for a folder.
@@ -33,7 +45,8 @@ class Checkpoint:
     def __init__(self, source: Source):
         self._source = source
         self._weights: Tensors | None = None
-        self.config = _read_config(source)
+        self._stored_names: dict[str, str] = {}
+        self.config, self._is_multimodal = _read_config(source)
         self.family: Family = family_of(self.config)
         self.name = source.name
 
@@ -63,16 +76,14 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """Return the names of all its tensors, those of the blocks too. Of shards only the index is read."""
-        return self._tensors().names()
+        self._tensors()
+        return list(self._stored_names)
 
     def find(self, *names: str) -> torch.Tensor | None:
         """Return the tensor under the first of these names that there is, or None. Only its shard is opened."""
         weights = self._tensors()
-        held = set(weights.names())
-        for name in names:
-            if name in held:
-                return weights.take(name)
-        return None
+        stored = next((self._stored_names[name] for name in names if name in self._stored_names), None)
+        return None if stored is None else weights.take(stored)
 
     def read(self, *names: str) -> torch.Tensor:
         """Return what `find` does. Raises ModelError, which names the keys expected and found, if there is none."""
@@ -113,7 +124,20 @@ class Checkpoint:
                 raise ModelError(f"{self._source} holds no weights; expected one of {', '.join(_WEIGHTS)}.")
             is_index = path.name.endswith(".index.json")
             self._weights = open_index(self._source, path, ModelError) if is_index else open_tensors(path, ModelError)
+            self._stored_names = {self._name_in_text(name): name for name in self._weights.names()}
+            self._stored_names.pop("", None)
         return self._weights
+
+    def _name_in_text(self, stored: str) -> str:
+        """Return the name of a tensor in the language model alone; empty for one that text does not pass."""
+        if not self._is_multimodal:
+            return stored
+        if _OTHER_MODALITIES.fullmatch(stored):
+            return ""
+        inside = _LANGUAGE_MODEL.fullmatch(stored)
+        if inside is None or inside["name"].startswith("lm_head."):
+            return stored if inside is None else inside["name"]
+        return f"{self.family.base}.{inside['name']}"
 
 
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, ImportError)
@@ -142,7 +166,8 @@ def load_tokenizer(source: Source) -> Any:
         ) from error
 
 
-def _read_config(source: Source) -> Any:
+def _read_config(source: Source) -> tuple[Any, bool]:
+    """Return the config of the model, or of the language model in a multimodal one, and whether it is in one."""
     path = source.find("config.json")
     if path is None:
         raise ModelError(f"{source} has no config.json; expected a model in Hugging Face's format.")
@@ -161,10 +186,15 @@ def _read_config(source: Source) -> Any:
     # Newer hubs check a config's fields by an error class of their own, which is no ValueError.
     invalid = getattr(getattr(huggingface_hub, "errors", None), "StrictDataclassError", ValueError)
     try:
-        return transformers.AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False)
     except (*_UNREADABLE, ArithmeticError, AttributeError, LookupError, RuntimeError, invalid) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"transformers {transformers.__version__} cannot read {path} ({family.title}): {reason}\n"
             "  Correct the config, or use a transformers that knows this family."
         ) from error
+    inner = text_config(config)
+    for field in _OF_THE_WHOLE if inner is not config else ():
+        if getattr(config, field, None) is not None:
+            setattr(inner, field, getattr(config, field))
+    return inner, inner is not config

@@ -15,7 +15,7 @@ from petals_eval.errors import AdapterError, ConfigError, ModelError, RequestToo
 from petals_eval.model.adapter import Adapter, hash_tensors
 from petals_eval.model.arithmetic import isolated_arithmetic
 from petals_eval.model.checkpoint import Checkpoint
-from petals_eval.model.families import Family
+from petals_eval.model.families import Family, Norm
 from petals_eval.model.pooling import POOLINGS, Pooling, pooled_token
 from petals_eval.model.rotary import rotary_scaling
 from petals_eval.model.tensor_files import shown_name
@@ -47,20 +47,33 @@ R = TypeVar("R", bound=Answerable)
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) * weight over the last dimension (Zhang and Sennrich, 2019).
 
-    The mean and the division are done in float32 and cast back before the weight is applied, as in Hugging Face's
-    models: in bfloat16 the order shows.
+    The mean and the division are done in float32. Where the result is cast back, before or after the weight is applied,
+    goes by the kind of norm, as in Hugging Face's models: in bfloat16 the order shows.
     """
 
-    def __init__(self, weight: torch.Tensor, eps: float):
+    def __init__(self, weight: torch.Tensor, eps: float, kind: Norm = "rms"):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.eps = eps
+        self.kind = kind
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return (..., hidden) normed, in the dtype that it comes in."""
         wide = hidden.float()
         scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * scaled.to(hidden.dtype)
+        if self.kind == "rms":
+            return self.weight * scaled.to(hidden.dtype)
+        weight = self.weight.float()
+        return (scaled * (1 + weight if self.kind == "rms-plus-one" else weight)).to(hidden.dtype)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding matrix whose rows are multiplied by the square root of their width, rounded to their dtype."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return (..., hidden) of int64 (...)."""
+        scale = torch.tensor(self.embedding_dim**0.5, dtype=torch.float32, device=self.weight.device)
+        return super().forward(input_ids) * scale.to(self.weight.dtype)
 
 
 class LocalPart(nn.Module, ABC):
@@ -92,6 +105,7 @@ class LocalPart(nn.Module, ABC):
         self.hidden_size = family.hidden_size(config)
         self.context = family.context_limit(config)
         self.rotary = rotary_scaling(config)
+        self._logit_cap = family.logit_cap(config)
         self.embedding_norm = nn.Identity()
 
     @property
@@ -118,7 +132,7 @@ class LocalPart(nn.Module, ABC):
 
     @abstractmethod
     def _lm_logits(self, normed: torch.Tensor) -> torch.Tensor:
-        """Return logits (rows, vocabulary) of normed (rows, hidden). Raises ModelError if there is no LM head."""
+        """Return logits (rows, vocabulary) of normed (rows, hidden), not capped. Raises ModelError: no LM head."""
 
     @abstractmethod
     def _lm_vocabulary(self) -> int:
@@ -252,7 +266,7 @@ class LocalPart(nn.Module, ABC):
 
         input_ids: int64 (batch, seq). Returns (batch, prefix + seq, hidden) in the model's dtype.
         BLOOM's prompts come before its embedding layernorm, which then norms them too (`swarm/wire/PROTOCOL.md`,
-        section 6).
+        section 6). Gemma's stand beside its scaled embeddings as they are, as in PEFT over transformers 5.
 
         Raises ModelError if a token is outside the vocabulary, AdapterError if the prompts are another model's.
         """
@@ -306,7 +320,12 @@ class LocalPart(nn.Module, ABC):
         Raises ModelError if there is no LM head.
         """
         self._lm_vocabulary()
-        return self._lm_logits(self.norm(hidden[None].to(self.device, self.dtype)))[0].float().cpu()
+        return self._token_logits(hidden[None].to(self.device, self.dtype))[0].float().cpu()
+
+    def _token_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the LM head's logits (rows, vocabulary), capped where the model caps them, of (rows, hidden)."""
+        logits = self._lm_logits(self.norm(hidden))
+        return logits if self._logit_cap is None else (logits / self._logit_cap).tanh() * self._logit_cap
 
     def _log_likelihoods(
         self, hidden: torch.Tensor, batch: MicroBatch[R], rows: list[int], prefix: int
@@ -341,7 +360,7 @@ class LocalPart(nn.Module, ABC):
         for start in range(0, hidden.shape[0], step):
             inside = (wanted[:, 0] >= start) & (wanted[:, 0] < start + step)
             place, token = (wanted[inside] - wanted.new_tensor([start, 0])).to(self.device).unbind(1)
-            logits = self._lm_logits(self.norm(hidden[start : start + step])).float()
+            logits = self._token_logits(hidden[start : start + step]).float()
             wanted_logits = logits[place, token]
             if asks_greedy:
                 values[inside, 1] = (logits.argmax(-1)[place] == token).float().cpu()
@@ -397,11 +416,12 @@ class LocalModel(LocalPart):
         # Copies: a tensor of a safetensors file is mapped from it, and files may change under a long run.
         held = {name: tensor.to(device, dtype, copy=True) for name, tensor in stored.items()}
         eps = float(getattr(self.config, self.family.eps_field))
-        embeddings = nn.Embedding.from_pretrained(held["embeddings"], freeze=True)
+        kind: type[nn.Embedding] = ScaledEmbedding if self.family.scales_embeddings else nn.Embedding
+        embeddings = kind.from_pretrained(held["embeddings"], freeze=True)
         self.embeddings = embeddings
         if self.family.embedding_norm:
-            self.embedding_norm = _norm(held, "embedding_norm", eps)
-        self.norm = _norm(held, "norm", eps)
+            self.embedding_norm = _norm(held, "embedding_norm", eps, self.family.norm)
+        self.norm = _norm(held, "norm", eps, self.family.norm)
         # The embedding matrix's own parameter where tied: held once, also after the module moves to another device.
         self.lm_head: nn.Parameter | None = None
         if head is not None:
@@ -572,10 +592,10 @@ def _sort_the_rest(checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, 
     return tuple(unused), tuple(heads)
 
 
-def _norm(held: dict[str, torch.Tensor], name: str, eps: float) -> nn.Module:
+def _norm(held: dict[str, torch.Tensor], name: str, eps: float, kind: Norm) -> nn.Module:
     weight, bias = held[f"{name}.weight"], held.get(f"{name}.bias")
     if bias is None:
-        return RMSNorm(weight, eps)
+        return RMSNorm(weight, eps, kind)
     norm = nn.LayerNorm(weight.shape[0], eps=eps, device=weight.device, dtype=weight.dtype)
     norm.weight = nn.Parameter(weight, requires_grad=False)
     norm.bias = nn.Parameter(bias, requires_grad=False)

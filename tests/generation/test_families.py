@@ -25,6 +25,7 @@ def expected(whole, local, adapter, text):
     return tuple(tokens[len(text) :])
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_of_every_family(family, tmp_path):
     folder = make_tiny(family, tmp_path, blocks=BLOCKS)

@@ -81,7 +81,7 @@ def full_logits(model: nn.Module, local: LocalModel, adapter: Adapter | None, to
 @torch.no_grad()
 def run_blocks(model: nn.Module, local: LocalModel, hidden: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
     """What a swarm does: (batch, seq, hidden) through the blocks and nothing else."""
-    base = model.base_model
+    base = _text_model(model)
     kept = {}
     for name in filter(None, (local.family.embedding_norm, local.family.final_norm)):
         kept[name] = getattr(base, name)
@@ -104,4 +104,9 @@ def local_answers(
 
 
 def _blocks(model: nn.Module, local: LocalModel) -> nn.ModuleList:
-    return getattr(model.base_model, local.family.blocks)
+    return getattr(_text_model(model), local.family.blocks)
+
+
+def _text_model(model: nn.Module) -> nn.Module:
+    """The base model, or the language model in a multimodal one."""
+    return getattr(model.base_model, "language_model", model.base_model)

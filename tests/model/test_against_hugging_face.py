@@ -7,7 +7,7 @@ from petals_eval.model import LocalModel, load_adapter
 from petals_eval.tasks.requests import Request
 from tests.model.reference import TOKENS, causal_lm, classifier, full_logits, local_answers, make_adapter
 from tests.support.tensors import close
-from tests.support.tiny_models import FAMILIES, make_tiny
+from tests.support.tiny_models import CLASSIFIED, FAMILIES, make_tiny
 
 KINDS = ("none", "ptune", "deep_ptune")
 LABELS = 3
@@ -20,7 +20,7 @@ def _requests(targets=()) -> list[Request]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFIED)
 def test_class_logits_are_those_of_the_whole_model(family, kind, tmp_path):
     folder = make_tiny(family, tmp_path, labels=LABELS)
     local, model = LocalModel.from_pretrained(str(folder)), classifier(folder)
@@ -86,7 +86,7 @@ def test_the_comparison_notices_dropped_prompts_and_shifted_pooling(tmp_path):
 
 
 @pytest.mark.parametrize("tuning", ("PROMPT_TUNING", "P_TUNING"))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFIED)
 def test_peft_prompt_tuning_is_as_peft_computes_it(family, tuning, tmp_path):
     import peft
 

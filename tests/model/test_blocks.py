@@ -1,5 +1,6 @@
 """Spans of blocks against Hugging Face's own full forward, for every family."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -85,6 +86,16 @@ def test_bfloat16(folder, hidden):
     assert distance(through(spans, hidden), expected) < 2e-2
 
 
+def test_what_hugging_face_keeps_in_float32_stays_so(folder):
+    """What chooses DeepSeek's experts: rounded, it would choose others."""
+    block = BlockSpan.load(str(folder), 2, 3, torch.bfloat16)._model.state_dict()
+    whole = Reference(folder, torch.bfloat16).model.state_dict()
+    expected = {name: tensor for name, tensor in whole.items() if re.match(r"(layers|h)\.2\.", name)}
+    assert block.keys() == {name.replace(".2.", ".0.", 1) for name in expected}
+    for name, tensor in expected.items():
+        assert block[name.replace(".2.", ".0.", 1)].dtype is tensor.dtype, name
+
+
 def test_swapped_blocks_would_show(folder, hidden):
     last, first = (BlockSpan.load(str(folder), *span) for span in ((2, 4), (0, 2)))
     assert distance(through([last, first], hidden), Reference(folder).forward(hidden)) > 1e-2
@@ -94,6 +105,13 @@ def test_swapped_blocks_would_show(folder, hidden):
 @pytest.mark.parametrize("family", ["bloom", "mixtral"])
 def test_checkpoints_of_other_shapes(family, shape, hidden, tmp_path):
     make_tiny(family, tmp_path, blocks=BLOCKS, **shape)
+    spans = [BlockSpan.load(str(tmp_path), first, last) for first, last in SPLIT]
+    assert distance(through(spans, hidden), Reference(tmp_path).forward(hidden)) < 1e-5
+
+
+def test_gemma_4_with_experts(hidden, tmp_path):
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+    make_tiny("gemma4_text", tmp_path, blocks=BLOCKS, **experts)
     spans = [BlockSpan.load(str(tmp_path), first, last) for first, last in SPLIT]
     assert distance(through(spans, hidden), Reference(tmp_path).forward(hidden)) < 1e-5
 
@@ -191,3 +209,17 @@ def test_misshapen_weights_are_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
     with pytest.raises(ModelError, match=r"of block 1 to be \(\d+, \d+\) by the config, found"):
         BlockSpan.load(str(tmp_path), 1, 2)
+
+
+def test_quantised_weights_are_refused_by_name(tmp_path):
+    """DeepSeek's are published so: without the scales beside them the numbers mean nothing."""
+    from safetensors.torch import load_file, save_file
+
+    make_tiny("deepseek_v3", tmp_path, blocks=2)
+    state = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    state[name] = state[name].to(torch.float8_e4m3fn)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"o_proj\.weight of block 1 in float32.*float8.*no quantised weights"):
+        BlockSpan.load(str(tmp_path), 0, 2)
+    BlockSpan.load(str(tmp_path), 0, 1)

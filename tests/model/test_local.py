@@ -10,7 +10,7 @@ from petals_eval.model import Adapter, LocalModel, evaluating, load_adapter
 from petals_eval.model import local as local_module
 from petals_eval.tasks.requests import Request
 from tests.model.reference import TOKENS, causal_lm, make_adapter, run_blocks
-from tests.support.tiny_models import make_tiny
+from tests.support.tiny_models import FAMILIES, make_tiny
 
 
 @pytest.fixture
@@ -63,6 +63,19 @@ def test_the_last_hidden_state_is_cast_before_norm_and_head(tmp_path):
     hidden = torch.randn(1, len(TOKENS), 32).bfloat16()
     from_float32 = local.head(hidden.float(), _batch())
     assert torch.equal(local.head(hidden, _batch())[0], from_float32[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_home_rounds_as_hugging_face_does(family, tmp_path):
+    """To the bit, in bfloat16: where a norm casts back, and what a scale of embeddings is rounded to, shows there."""
+    folder = make_tiny(family, tmp_path, dtype=torch.bfloat16)
+    local, base = LocalModel.from_pretrained(str(folder)), causal_lm(folder).base_model
+    hidden, ids = 3 * torch.randn(2, 9, 32).bfloat16(), torch.tensor([TOKENS])
+    assert torch.equal(local.norm(hidden), getattr(base, local.family.final_norm)(hidden))
+    embedded = getattr(base, local.family.embeddings)(ids)
+    if local.family.embedding_norm:
+        embedded = getattr(base, local.family.embedding_norm)(embedded)
+    assert torch.equal(local.embed(ids), embedded)
 
 
 def test_prompts_take_the_embeddings_dtype(tmp_path):

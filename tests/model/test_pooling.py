@@ -13,7 +13,7 @@ from petals_eval.tasks import ClassificationTask, show_example
 from petals_eval.tasks.requests import Request
 from tests.model.reference import classifier, local_answers, make_adapter
 from tests.support.tensors import close
-from tests.support.tiny_models import FAMILIES, make_tiny
+from tests.support.tiny_models import CLASSIFIED, make_tiny
 
 LABELS, PAD = 3, 2
 TEXTS = ((1, 75, 86, 2), (1, 2, 86, 75), (2, 75, 86, 14), (1, 75, 2, 86, 2, 2), (2, 2), (1, 75, 86), (2,))
@@ -37,7 +37,7 @@ def test_the_rules_are_those_of_the_libraries():
 
 
 @pytest.mark.parametrize("pad", (None, 0, PAD))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFIED)
 def test_the_models_own_head_reads_what_transformers_reads(family, pad, tmp_path):
     folder = make_tiny(family, tmp_path, labels=LABELS, pad_token_id=pad)
     local, whole = LocalModel.from_pretrained(str(folder)), classifier(folder)

@@ -16,7 +16,7 @@ from petals_eval.swarm import SwarmConnection
 from petals_eval.tasks.requests import Request
 from tests.model.reference import TOKENS, causal_lm, classifier, full_logits, make_adapter
 from tests.support.tensors import close
-from tests.support.tiny_models import FAMILIES, make_tiny
+from tests.support.tiny_models import CLASSIFIED, FAMILIES, make_tiny
 
 BLOCKS, LABELS = 4, 3
 SPANS = [(0, 1), (1, 3), (3, 4)]
@@ -43,7 +43,8 @@ def classify(texts=TEXTS) -> list[Request]:
     return [Request(str(index), 0, text) for index, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.sample(6)
+@pytest.mark.parametrize("family", CLASSIFIED)
 def test_class_logits_of_every_family_and_kind_of_prompts(family, tmp_path):
     folder = make_tiny(family, tmp_path, blocks=BLOCKS, labels=LABELS)
     whole = classifier(folder)
@@ -56,6 +57,7 @@ def test_class_logits_of_every_family_and_kind_of_prompts(family, tmp_path):
                     assert close(answer, full_logits(whole, model.local, adapter, text))
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_label_words_score_as_local_log_likelihoods(family, tmp_path):
     folder = make_tiny(family, tmp_path, blocks=BLOCKS)
@@ -70,7 +72,8 @@ def test_label_words_score_as_local_log_likelihoods(family, tmp_path):
                 assert close(answer, torch.stack([expected[position, token] for position, token in targets]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.sample(6)
+@pytest.mark.parametrize("family", CLASSIFIED)
 def test_bfloat16_servers_and_home_agree_within_their_precision(family, tmp_path):
     """Each text alone: torch's bfloat16 attention is not the same for another padded length, whoever runs it."""
     folder = make_tiny(family, tmp_path, blocks=BLOCKS, labels=LABELS, dtype=torch.bfloat16)

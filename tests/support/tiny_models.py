@@ -11,13 +11,37 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "bloom", "falcon")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "gemma4_text",
+    "gemma4_unified_text",
+    "phi3",
+    "olmo2",
+    "deepseek_v3",
+    "bloom",
+    "falcon",
+)
+# transformers has no classifier of Gemma 4.
+CLASSIFIED = tuple(family for family in FAMILIES if not family.startswith("gemma4"))
 
 # Words that are one token each when a space stands before them; every other text is one token a byte.
 WORDS = ("good", "bad", "yes", "no", "great", "the", "is", "it")
 
 _SPECIAL = ("<unk>", "<s>", "</s>")
-_VOCABULARY = 320
+VOCABULARY = 320
+_LATENT_ATTENTION = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
 
 
 def make_tiny(
@@ -38,7 +62,7 @@ def make_tiny(
     """Write a tiny model of `family` (one of FAMILIES) to `folder` and return the folder.
 
     tied: whether the LM head is the embedding matrix; None: as the family's public checkpoints mostly are
-        (BLOOM and Falcon tied, the others not).
+        (BLOOM, Falcon and Gemma tied, the others not).
     shard_size: such as "20KB": the weights are split into shards of about that size, with an index.
     labels: write a sequence-classification checkpoint with this many labels (`score.weight`) instead of a causal LM.
     weights: "safetensors" or "bin" (pickled state dicts, as older checkpoints are).
@@ -118,9 +142,9 @@ def _config(family: str, blocks: int, hidden: int, tied: bool | None, extra: dic
     from transformers import AutoConfig
 
     if tied is None:
-        tied = family in ("bloom", "falcon")
+        tied = family in ("bloom", "falcon") or family.startswith("gemma")
     fields = {
-        "vocab_size": _VOCABULARY,
+        "vocab_size": VOCABULARY,
         "hidden_size": hidden,
         "num_hidden_layers": blocks,
         "num_attention_heads": 4,
@@ -131,8 +155,22 @@ def _config(family: str, blocks: int, hidden: int, tied: bool | None, extra: dic
     }
     if family not in ("bloom", "falcon"):
         fields |= {"intermediate_size": 2 * hidden, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    if family == "qwen3":
+    if family == "qwen3" or family.startswith("gemma"):
         fields["head_dim"] = hidden // 4
+    if family.startswith("gemma"):  # a window shorter than texts are; scores scaled as nothing else says
+        fields |= {"sliding_window": 6, "query_pre_attn_scalar": hidden // 2}
+    if family.startswith(("gemma3", "gemma4")):
+        last = "full_attention"  # of a Gemma 4 whatever is said
+        fields["layer_types"] = [("sliding_attention", last)[block % 2] for block in range(blocks - 1)] + [last]
+    if family.startswith("gemma4"):  # of the larger ones, which have nothing that a call does not carry
+        fields |= {"global_head_dim": hidden // 2, "num_global_key_value_heads": 1}
+        fields |= {"attention_k_eq_v": True, "final_logit_softcapping": 30.0}
+    if family == "gemma4_text":
+        fields["hidden_size_per_layer_input"] = 0
+    if family == "deepseek_v3":
+        fields |= _LATENT_ATTENTION
+        fields |= {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+        fields |= {"moe_intermediate_size": hidden, "first_k_dense_replace": 1, "num_key_value_heads": 4}
     if family == "mixtral":
         fields |= {"num_local_experts": 4, "num_experts_per_tok": 2}
     if family == "falcon":
@@ -148,18 +186,28 @@ def _build(config, dtype: torch.dtype, seed: int, labels: int | None):
     else:
         config.num_labels = labels
         model = AutoModelForSequenceClassification.from_config(config)
+    draw_weights(model, seed)
+    return model.to(dtype).eval()
+
+
+def draw_weights(model: nn.Module, seed: int) -> None:
+    """Draw all parameters of a Hugging Face model."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = model.get_input_embeddings()
     seen = set()  # a tied head is the embedding matrix: drawn once
     with torch.no_grad():
         for module in model.modules():
             is_norm = "norm" in type(module).__name__.lower()
-            for name, parameter in module.named_parameters(recurse=False):
+            held = dict(module.named_parameters(recurse=False))
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:  # checkpoints hold it
+                    held[name] = buffer
+            for name, parameter in held.items():
                 if parameter in seen:
                     continue
                 seen.add(parameter)
                 noise = torch.randn(parameter.shape, generator=generator)
-                if is_norm and name == "weight":
+                if (is_norm and name == "weight") or parameter.numel() == 1:
                     value = 1 + 0.2 * noise
                 elif parameter.ndim == 1:
                     value = 0.1 * noise
@@ -168,7 +216,6 @@ def _build(config, dtype: torch.dtype, seed: int, labels: int | None):
                 else:
                     value = 0.2 * noise
                 parameter.copy_(value)
-    return model.to(dtype).eval()
 
 
 def _as_bin(folder: Path) -> None:

@@ -11,7 +11,7 @@ __all__ = ["SessionCache"]
 class SessionCache(Cache):
     """Room for `max_length` positions in each of `num_blocks` blocks, in the form that Hugging Face's models take.
 
-    offset: the index of the first of these blocks within the model that the server's span is.
+    offset: the number of the first of these blocks in the whole model.
     The room is taken when the first keys come, for as many rows as they have.
     """
 

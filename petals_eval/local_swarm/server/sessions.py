@@ -176,7 +176,7 @@ class _Session:
         self._active_adapter = served.active_adapter(metadata)
         self._batch = opening.tensors[0].size[0] if opening.tensors else 1
         self._structure = {"args_structure": metadata.get("args_structure")}
-        self._cache = SessionCache(len(self._span), self._max_length, self._span.start - served.settings.start)
+        self._cache = SessionCache(len(self._span), self._max_length, self._span.start)
 
     @property
     def cache_bytes(self) -> int:

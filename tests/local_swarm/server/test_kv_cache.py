@@ -27,7 +27,7 @@ def hidden():
 def stepwise(span, hidden, steps=STEPS, *, start=None, stop=None, cache=None):
     start = span.start if start is None else start
     stop = span.stop if stop is None else stop
-    cache = cache or SessionCache(stop - start, POSITIONS, start - span.start)
+    cache = cache or SessionCache(stop - start, POSITIONS, start)
     outputs = []
     for part in hidden.split(steps, dim=1):
         outputs.append(span.forward(part, start=start, stop=stop, cache=cache))
