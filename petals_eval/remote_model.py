@@ -287,8 +287,7 @@ class RemoteModel:
             max_tokens, boundary = tokens_per_micro_batch or self._positions_at_once, self.local.rotary.original_length
             for batch in micro_batches(requests, max_tokens=max_tokens, prefix=prefix, boundary=boundary):
                 self.local.check_length(batch.input_ids.shape[1], prefix)
-                made_for = None if tokens_per_micro_batch else self.blocks.micro_batch_bytes
-                yield Work(batch, self._embed(batch, adapter), deep_prompts, made_for)
+                yield Work(batch, self._embed(batch, adapter), deep_prompts)
 
         def split_into_rows(batch: MicroBatch[R], error: ExampleError) -> Iterator[Work[MicroBatch[R]]]:
             """Send the rows of a micro-batch that nobody can compute one by one: the shorter ones may fit."""

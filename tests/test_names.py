@@ -42,7 +42,7 @@ RETIRED = {
     "AHEAD": "StreamPolicy.max_queued_first",
     "MOST_WAITING": "StreamPolicy.max_queued_total",
     "MOST_MICRO_BATCHES": "StreamPolicy.max_micro_batches",
-    "size_came_back": "Tuning.record_size",
+    "size_came_back": "MicroBatchSize.on_delivered",
     "session_too_large": "session_refusal",
     "Choice": "ServerFilter",
     # calls

@@ -1,9 +1,10 @@
-"""`petals-eval bench forward` and `petals-eval bench inference`: how fast a swarm is, seen from here."""
+"""`petals-eval bench forward`, `inference` and `simulate`: how fast a swarm is, or would be, seen from here."""
 
 import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -15,6 +16,7 @@ from petals_eval.cli.command import GroupedCommand
 from petals_eval.cli.flags import flags_of
 from petals_eval.cli.verbose import with_verbose
 from petals_eval.config import OUTPUT
+from petals_eval.errors import ConfigError
 
 __all__ = ["SHORT", "app"]
 
@@ -39,6 +41,18 @@ Of the model only its config is read. Every combination of the values given is m
     --initial-peers /ip4/... --lengths 32,512 --windows 1,4 --new-tokens 32
 """
 BEGINS = "reading the model's config, and connecting"
+SIMULATE = """Simulate evaluations: what this client would make of a swarm, and where the time would go.
+
+The client's own code runs over simulated servers and links in virtual time, the same for a seed: nothing is sent. Times
+stand beside the floor, which no client could undercut: the best flow of all positions over servers and links, and one
+pass along the nearest route.
+
+\b
+A swarm that a file describes (the keys stand in petals_eval/simulator/README.md):
+  petals-eval bench simulate swarm.yaml --evaluations 2
+Thirty swarms that are drawn, by the seeds from 300 on:
+  petals-eval bench simulate --random 30 --seed 300
+"""
 STRANGERS = "note: on the public swarm this is work for strangers' machines: keep it short."
 
 
@@ -77,6 +91,30 @@ def inference(out: Out = None, json_output: AsJson = False, **flags: Any) -> int
     from petals_eval.bench.sweep import bench_inference
 
     return _bench(lambda say: bench_inference(settings, say), settings.public_swarm, out, json_output)
+
+
+@app.command(
+    name="simulate", help=SIMULATE, short_help="Evaluations of a described swarm, in virtual time.", cls=GroupedCommand
+)
+@with_verbose
+def simulate(
+    scenario: Annotated[Path | None, typer.Argument(metavar="[SCENARIO]", help="YAML file of a swarm.")] = None,
+    random: Annotated[int | None, typer.Option(metavar="N", min=1, help="Draw N swarms instead.")] = None,
+    seed: Annotated[int, typer.Option(metavar="S", help="Seed of the first of them.")] = 0,
+    evaluations: Annotated[int, typer.Option(metavar="N", min=1, help="Evaluations over one connection.")] = 1,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
+) -> int:
+    typer.echo("simulating, in virtual time", err=True)
+
+    from petals_eval.bench.simulate import bench_simulate, drawn, read_scenario
+
+    if (scenario is None) == (random is None):
+        raise ConfigError("expected either a file that describes a swarm or --random N, found both or neither")
+    scenarios = drawn(random, seed) if random else [(scenario.name, read_scenario(scenario))] if scenario else []
+    found = bench_simulate(scenarios, evaluations, partial(typer.echo, err=json_output))
+    if json_output:
+        typer.echo(json.dumps(found.to_json(), indent=2))
+    return 0
 
 
 class Folding:

@@ -30,6 +30,8 @@ def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, and files of predictions.")],
     **flags: Any,
 ) -> int:
+    typer.echo(f"comparing {', '.join(runs)}", err=True)
+
     from petals_eval.comparison.compare import compare as compare_runs
     from petals_eval.report import console_for, print_comparison
 

@@ -32,6 +32,7 @@ def show(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     **flags: Any,
 ) -> int:
+    typer.echo(f"reading {', '.join(str(folder) for folder in folders)}", err=True)
     chosen = [name for name, given in (("latex", latex), ("csv", csv), ("markdown", markdown)) if given]
     if len(chosen) > 1 or (chosen and flags):
         raise ConfigError(f"expected --{chosen[0]} alone: it prints the table and nothing else")
@@ -48,8 +49,6 @@ def show(
 
 
 def _show_run(folder: Path, flags: dict[str, Any]) -> int:
-    typer.echo(f"reading {folder}", err=True)
-
     from petals_eval.cli.evaluation import show_result
     from petals_eval.runs import RunFolder
     from petals_eval.runs.thresholds import check_parts, parse_thresholds

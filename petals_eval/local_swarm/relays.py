@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from petals_eval.local_swarm.network import SERVERS_HOST, LinkProfile
 
-__all__ = ["Link"]
+__all__ = ["MAX_QUEUE_SECONDS", "Link"]
 
 MAX_QUEUE_SECONDS = 0.05
 CHUNK_SECONDS = 0.004  # of a link's time in one chunk: small enough that streams share a link fairly

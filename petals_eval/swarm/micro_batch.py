@@ -17,13 +17,11 @@ class Work(Generic[T]):
     """A micro-batch to be computed.
 
     hidden: (rows, positions, hidden size). prompts: (blocks, rows or 1, prefix, hidden size), or None.
-    made_for: the micro-batch size in force when it was made (`swarm.scheduling.tuning`); None: of another size.
     """
 
     tag: T
     hidden: torch.Tensor
     prompts: torch.Tensor | None
-    made_for: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import torch
+
 from petals_eval.errors import (
     PeerCacheFullError,
     PeerDistrustedError,
@@ -19,6 +21,7 @@ from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.finding import TrustFinding
+from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.scheduling.admission import Admission, AdmissionQueues
 from petals_eval.swarm.scheduling.push_scheduler import PushScheduler
@@ -34,6 +37,8 @@ from petals_eval.swarm.trust.audit import ReplicaAudit
 from petals_eval.swarm.trust.determinism_guard import DeterminismGuard
 from petals_eval.swarm.trust.non_finite import raise_if_input_overflows
 from petals_eval.swarm.trust.quarantine import Quarantine
+from petals_eval.swarm.wire.codecs import LOSSY_CODES
+from petals_eval.swarm.wire.messages import itemsize_of
 from petals_eval.swarm.wire.span import Span
 
 __all__ = ["Pipeline", "ServedHop", "SwarmStatus"]
@@ -84,7 +89,7 @@ class Pipeline:
         when a single row is longer than the servers take, even in steps, NotFiniteError when it overflows their dtype.
         """
         hops: list[ServedHop] = []
-        block, tokens = span.start, activations.tokens
+        block = span.start
         delivery = self.tuning.choose(activations)
         deadline, non_finite = HopDeadline(), list[Hop]()
         self._under_way += 1
@@ -108,9 +113,26 @@ class Pipeline:
         finally:
             self._under_way -= 1
             self.tuning.release(delivery)
-        farthest = max((self.peers.of(hop.peer_id).window.min_rtt for hop in hops), default=0.0)
-        self.tuning.record(delivery, [hop.version for hop in hops], tokens, farthest)
+        self._record(delivery, hops, activations)
         return activations, tuple(hops)
+
+    def _record(self, delivery: Delivery, hops: list[ServedHop], answer: Activations) -> None:
+        """Take in what a micro-batch that is back tells of the servers of its route."""
+        windows = [(self.peers.of(hop.peer_id).window, hop.span.stop - hop.span.start) for hop in hops]
+        stretch = min((window.stretch for window, _ in windows), default=1.0)
+        self.tuning.record(delivery, [hop.version for hop in hops], answer.tokens, stretch)
+        slowest = min((window.rate / blocks for window, blocks in windows if window.rate), default=0.0)
+        if slowest and answer.tokens:
+            farthest = max(window.min_rtt for window, _ in windows)
+            self.tuning.size.on_delivered(slowest * answer.nbytes / answer.tokens, farthest)
+
+    def positions_at_once(self, hidden_size: int, dtype: torch.dtype) -> int:
+        """Return how many positions (rows x longest) of hidden states of this size and dtype to send at once."""
+        limit = self._settings.max_tokens_per_call or USUAL_MAX_TOKENS
+        itemsize = max((itemsize_of(name, dtype) for name in self._directory.snapshot.dtypes), default=dtype.itemsize)
+        if self._settings.wire is not None:
+            itemsize = min(itemsize, LOSSY_CODES[self._settings.wire].bytes_per_value)
+        return max(1, min(limit, self.tuning.size.bytes // (hidden_size * itemsize)))
 
     async def _hedged(
         self, hop: Hop, activations: Activations, give_up: float, non_finite: list[Hop]
@@ -229,7 +251,7 @@ class Pipeline:
             yield
         finally:
             self._directory.users -= 1
-            self.tuning.pause()
+            self.tuning.push.pause()
 
     def status(self) -> SwarmStatus:
         """Return what a progress display shows."""

@@ -14,7 +14,6 @@ from petals_eval.swarm.activations import Activations, refuse_gradients
 from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.event_loop import EventLoop
 from petals_eval.swarm.micro_batch import Computed, Failed, Work
-from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.pipeline import Pipeline, SwarmStatus
 from petals_eval.swarm.sessions.inference_session import InferenceSession
@@ -22,8 +21,6 @@ from petals_eval.swarm.sessions.room import leaves_others
 from petals_eval.swarm.stream import BlockingStream
 from petals_eval.swarm.trust.arbiter import BlocksAtHome
 from petals_eval.swarm.trust.audit import AuditProgress
-from petals_eval.swarm.wire.codecs import LOSSY_CODES
-from petals_eval.swarm.wire.messages import itemsize_of
 from petals_eval.swarm.wire.records import Snapshot
 from petals_eval.swarm.wire.span import Span
 
@@ -120,6 +117,7 @@ class RemoteSequential(nn.Module):
                     item = again.pop() if again else next(source, None)
                     if item is None:
                         exhausted = True
+                        stream.end()
                         continue
                     refuse_gradients(item.hidden, item.prompts)
                     stream.send(item)
@@ -206,18 +204,9 @@ class RemoteSequential(nn.Module):
         """The name under which the servers announce these blocks."""
         return self._directory.dht_prefix
 
-    @property
-    def micro_batch_bytes(self) -> int:
-        """Bytes of hidden states that are best sent at once, as far as is known (`swarm.scheduling.tuning`)."""
-        return self._pipeline.tuning.size.bytes
-
     def positions_at_once(self, hidden_size: int, dtype: torch.dtype) -> int:
         """Return how many positions (rows x longest) of hidden states of this size and dtype to send at once."""
-        limit = self.settings.max_tokens_per_call or USUAL_MAX_TOKENS
-        itemsize = max((itemsize_of(name, dtype) for name in self.snapshot.dtypes), default=dtype.itemsize)
-        if self.settings.wire is not None:
-            itemsize = min(itemsize, LOSSY_CODES[self.settings.wire].bytes_per_value)
-        return max(1, min(limit, self.micro_batch_bytes // (hidden_size * itemsize)))
+        return self._pipeline.positions_at_once(hidden_size, dtype)
 
     def _check_shapes(self, hidden: torch.Tensor, prompts: torch.Tensor | None) -> None:
         if hidden.ndim != 3 or not hidden.is_floating_point():

@@ -57,14 +57,13 @@ class _Queued(Generic[T]):
     tag: T
     hidden_box: list[Activations]
     nbytes: int
-    tokens: int
-    made_for: int | None
 
 
 class MicroBatchStream(Generic[T]):
     """What is in flight through these blocks for one stream.
 
-    `has_room`, `send` and `take` belong to the producer; `run` to the event loop. in_flight: sent and not taken yet.
+    `has_room`, `send`, `end` and `take` belong to the producer; `run` to the event loop.
+    in_flight: sent and not taken yet.
     """
 
     def __init__(
@@ -94,6 +93,7 @@ class MicroBatchStream(Generic[T]):
         self.in_flight = 0
         self._loop: asyncio.AbstractEventLoop | None = None  # while `run` does
         self._tasks: set[asyncio.Task[None]] = set()
+        pipeline.queues.producing.add(self)
 
     def has_room(self) -> bool:
         """Return whether to make and send another micro-batch now."""
@@ -120,13 +120,17 @@ class MicroBatchStream(Generic[T]):
         otherwise keep them until it is there."""
         prompts = None if work.prompts is None else work.prompts.detach()
         activations = Activations(work.hidden.detach(), prompts, self._span.start)
-        nbytes, tokens = activations.nbytes, activations.tokens
-        self._outbox.append(_Queued(work.tag, [activations], nbytes, tokens, work.made_for))
+        nbytes = activations.nbytes
+        self._outbox.append(_Queued(work.tag, [activations], nbytes))
         self.in_flight += 1
         self._sent += 1
         self._nbytes += nbytes
         if (loop := self._loop) is not None:
             loop.call_soon_threadsafe(self._start_sent)
+
+    def end(self) -> None:
+        """Say that nothing more will be sent, unless an answer asks for it."""
+        self._pipeline.queues.producing.discard(self)
 
     def take(self, returned: Returned[T]) -> Computed[T] | Failed[T]:
         """Count a micro-batch as no longer in flight, and return what came of it."""
@@ -145,6 +149,7 @@ class MicroBatchStream(Generic[T]):
                 await self._loop.create_future()
             finally:
                 self._loop = None
+                self.end()
                 listeners.discard(self._resume_producer)
                 for task in self._tasks:
                     task.cancel()
@@ -161,8 +166,6 @@ class MicroBatchStream(Generic[T]):
         result: Computed[T] | Failed[T]
         try:
             answer, hops = await self._pipeline.forward(queued.hidden_box.pop(), self._span)
-            if queued.made_for is not None:
-                self._pipeline.tuning.record_size(queued.made_for, queued.tokens)
             result = Computed(queued.tag, answer.hidden, hops)
         except Exception as error:  # noqa: BLE001 - it is raised again where the answer is waited for
             result = Failed(queued.tag, error)
@@ -205,4 +208,5 @@ class BlockingStream(MicroBatchStream[T]):
 
     def close(self) -> None:
         """Cancel what is in flight."""
+        self.end()
         self._ended.cancel()

@@ -17,6 +17,7 @@ from petals_eval.health.locked import LockedServers
 from petals_eval.health.reference_blocks import ReferenceBlocks
 from petals_eval.health.results import HealthReport
 from petals_eval.health.settings import HealthSettings
+from petals_eval.simulator.virtual_time import run_in_virtual_time
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.peer import PeerBook
@@ -25,7 +26,6 @@ from petals_eval.swarm.transport.transport import AskedInfo
 from petals_eval.swarm.wire.records import Announcement
 from petals_eval.swarm.wire.server_info import SESSION_TENSORS, ServerInfo, dtype_name
 from tests.support.fake_swarm import PEER, FakeTransport
-from tests.support.virtual_time import run_in_virtual_time
 
 HIDDEN = 32
 EVIL = "<script>alert(1)</script>\"'&\x1b[31m\u202e\n# HELP x"

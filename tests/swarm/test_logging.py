@@ -17,7 +17,8 @@ from petals_eval.errors import (
     RequestTooLargeError,
     SwarmError,
 )
-from petals_eval.swarm.scheduling.tuning import MicroBatchSize, PushChoice, PushPolicy, SizePolicy
+from petals_eval.simulator.virtual_time import run_in_virtual_time
+from petals_eval.swarm.scheduling.tuning import PushChoice, PushPolicy
 from petals_eval.swarm.sessions.route_session import RouteSession
 from petals_eval.swarm.wire.span import Span
 from tests.support.audited_run import AuditedRun, float32
@@ -33,7 +34,6 @@ from tests.support.fake_swarm import (
     set_pace,
 )
 from tests.support.tensors import hidden_states
-from tests.support.virtual_time import run_in_virtual_time
 
 PACKAGE = Path(petals_eval.__file__).parent
 FULL = "Could not allocate 1024 bytes immediately: out of memory"
@@ -183,13 +183,9 @@ def test_a_push_that_was_given_up(events):
 
 
 def test_trials_and_what_they_brought(events):
-    size = MicroBatchSize(SizePolicy(epoch_micro_batches=1, epoch_seconds=0, first_rest=1))
     choice = PushChoice("auto", PushPolicy(epoch_micro_batches=1, epoch_seconds=0, first_rest=1))
     for second in range(6):
-        size.on_delivered(size.bytes, 100, float(second))
         choice.on_delivered(choice.is_on, 100, float(second))
-    assert "micro-batches of 360 KiB are tried, in place of 240 KiB" in events()
-    assert "micro-batches of 360 KiB bring no more than before" in events()
     assert "pushing is tried" in events()
     assert "micro-batches are sent hop by hop from now on" in events()
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from petals_eval.errors import DeadlineError, MissingBlocksError, PeerRefusedError, PeerUnreachableError
+from petals_eval.simulator.virtual_time import run_in_virtual_time
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.pipeline import Pipeline, ServedHop
 from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.wire.records import Snapshot
 from petals_eval.swarm.wire.span import Span
 from tests.support.fake_swarm import FakeDirectory, FakeTransport, forward, pipeline, run, server
-from tests.support.virtual_time import run_in_virtual_time
 
 T = TypeVar("T")
 HIDDEN = torch.zeros(2, 3, 4)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from petals_eval.errors import SwarmError
+from petals_eval.simulator.virtual_time import run_in_virtual_time
 from petals_eval.swarm.event_loop import EventLoop
 from petals_eval.swarm.micro_batch import Computed, Failed, Work
 from petals_eval.swarm.peers.window import WindowPolicy
 from petals_eval.swarm.stream import BlockingStream, MicroBatchStream, StreamPolicy
 from petals_eval.swarm.wire.span import Span
 from tests.support.fake_swarm import FakeDirectory, FakeTransport, pipeline, server
-from tests.support.virtual_time import run_in_virtual_time
 
 MIN_CALLS, POLICY = WindowPolicy.min_calls, StreamPolicy()
 SERVERS = server("first", 0, 1), server("second", 1, 2)
@@ -114,18 +114,6 @@ def test_what_fails_is_told_with_its_tag_and_the_rest_comes_back(loop):
     assert [type(each) for each in failed] == [Failed] and failed[0].tag == 1
     assert isinstance(failed[0].error, ValueError)
     assert sorted(each.tag for each in found) == [0, 2]
-    stream.close()
-
-
-def test_what_a_size_brings_is_measured_where_a_micro_batch_was_made_for_it(loop):
-    pipe = pipeline(FakeDirectory(2, *SERVERS), FakeTransport(), deadline=60.0)
-    stream, seen = BlockingStream(loop, pipe, Span(0, 2), None), []
-    pipe.tuning.record_size = lambda made_for, tokens: seen.append((made_for, tokens))
-    for made_for in (None, 240 << 10):
-        stream.send(Work("tag", torch.zeros(2, 3, 4), None, made_for))
-        while not stream.next(5.0, _raise):
-            pass
-    assert seen == [(240 << 10, 6)]
     stream.close()
 
 

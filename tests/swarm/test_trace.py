@@ -59,7 +59,7 @@ def trace_micro_batch(blocks: RemoteSequential, tracer: Tracer) -> set[str]:
                     time.sleep(0.01)
                 time.sleep(0.2)
                 tracer.start()
-            yield Work(number, hidden_states(2, 16, 64, seed=number), None, made_for=blocks.micro_batch_bytes)
+            yield Work(number, hidden_states(2, 16, 64, seed=number), None)
 
     (files,) = (tracer.stop() for computed in blocks.stream(work()) if computed.tag == WARM_UP)
     return files

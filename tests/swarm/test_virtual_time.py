@@ -6,11 +6,11 @@ import time
 import torch
 
 from petals_eval.errors import PeerUnreachableError
+from petals_eval.simulator.virtual_time import run_in_virtual_time
 from petals_eval.swarm.micro_batch import Computed, Work
 from petals_eval.swarm.stream import MicroBatchStream, Returned
 from petals_eval.swarm.wire.span import Span
 from tests.support.fake_swarm import FakeDirectory, FakeTransport, ResidualBlocks, pipeline, server
-from tests.support.virtual_time import run_in_virtual_time
 
 SECONDS = 0.25  # that a call takes
 MICRO_BATCHES = 200

@@ -11,9 +11,15 @@ The round-trip time cannot be taken from these calls: each has others before it 
 window made from what they take asks for a longer one. It is taken from a small question that is asked before anything
 else is on its way.
 
+Nor are calls sent together that a window has room for: they would share the link, arrive together, be computed together
+and leave for the next server together, while the links before and behind them stand idle. Each leaves when the one
+before it is through at the rate at which the server delivers, its link included (BBR's pacing). Half as much again was
+measured over a chain of links.
+
 Work is counted in tokens times blocks, for a server may be asked for a part of its span.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -31,6 +37,8 @@ class WindowPolicy:
     near_rtt: seconds; below it, round trips tell more of how busy servers were when they were asked than of how far
         away they are.
     rate_filter_seconds: for which the highest rate is believed.
+    pacing_gain: times that rate calls leave at: a rate that was measured while little was sent can grow.
+    stretch_smoothing: of the difference to what one call tells is made up for at once.
     """
 
     max_tokens: int = 16_384
@@ -38,6 +46,8 @@ class WindowPolicy:
     bdp_gain: float = 2.0
     near_rtt: float = 0.05
     rate_filter_seconds: float = 10.0
+    pacing_gain: float = 1.25
+    stretch_smoothing: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +64,14 @@ class CongestionWindow:
     """One server's window. Times are seconds on one clock.
 
     min_rtt: the shortest round trip of a small question with nothing before it; 0 while none was asked.
+    stretch: times as long as the quickest of their size calls take of late: the rest they wait, somewhere on the way.
     """
 
     def __init__(self) -> None:
         self.in_flight = 0.0
         self.min_rtt = 0.0
+        self.stretch = 1.0
+        self._quickest = math.inf  # seconds per work, beyond the shortest round trip
         self._calls = 0  # in flight
         self._delivered = 0.0
         self._delivered_at = 0.0
@@ -66,6 +79,7 @@ class CongestionWindow:
         self._rates: deque[tuple[float, float]] = deque()  # (when, work per second), falling
         self._largest_call = 0.0  # its work, fading
         self._delivered_since_idle = 0  # calls
+        self._next_send_at = 0.0
 
     @property
     def rate(self) -> float | None:
@@ -93,6 +107,10 @@ class CongestionWindow:
         """Return whether to send this work now. hops: servers that it passes before an answer comes."""
         return self._calls < WindowPolicy.min_calls * hops or self.in_flight + work <= self.limit(blocks)
 
+    def pause(self, now: float) -> float:
+        """Return the seconds until what was sent last is through, and the next call may leave."""
+        return max(0.0, self._next_send_at - now)
+
     def seconds_for(self, work: float, unmeasured: float) -> float:
         """Return when the answer to this work would come, after what is in flight, for comparing servers.
 
@@ -109,6 +127,8 @@ class CongestionWindow:
             self._delivered_since_idle = 0
         self.in_flight += work
         self._calls += 1
+        if self.rate is not None:
+            self._next_send_at = max(now, self._next_send_at) + work / (WindowPolicy.pacing_gain * self.rate)
         return SentCall(work, now, self._delivered, self._delivered_at)
 
     def settle(self, sent: SentCall, now: float, *, is_delivered: bool) -> None:
@@ -142,6 +162,10 @@ class CongestionWindow:
         # It may have been busy, or starting, when it was asked; it is no farther away than any answer took.
         self.min_rtt = min(self.min_rtt, now - sent.at)
         self._largest_call = max(sent.work, 0.95 * self._largest_call)
+        seconds, work = now - max(sent.at, self._started_at), max(sent.work, 1e-9)
+        self._quickest = min(self._quickest, (seconds - self.min_rtt) / work)
+        quickest = max(self.min_rtt + self._quickest * work, 1e-9)
+        self.stretch += WindowPolicy.stretch_smoothing * (seconds / quickest - self.stretch)
 
     def _keep_rate(self, now: float, rate: float) -> None:
         """Add to a sliding maximum: the first entry is the highest rate of the filter's time."""

@@ -33,6 +33,7 @@ class AdmissionQueues:
 
     waiting: micro-batches in all of them. May be read from any thread.
     listeners: called whenever one has left a queue.
+    producing: those who will send more. May be changed from any thread.
     """
 
     def __init__(self) -> None:
@@ -40,6 +41,7 @@ class AdmissionQueues:
         self._capacity = asyncio.Event()
         self.waiting = 0
         self.listeners: set[Callable[[], None]] = set()
+        self.producing: set[object] = set()
 
     def length(self, block: int) -> int:
         """Return how many micro-batches wait before a block. May be called from any thread."""

@@ -1,7 +1,7 @@
 """Routes planned ahead, for swarms that are too large to look at every route for every micro-batch."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from petals_eval.swarm.directory.routing import Cost, Hop, RouteIndex
@@ -52,3 +52,8 @@ class PlannedRoutes:
             ended = self._runtime.monotonic()
             self._until = ended + (ended - now) / PlanPolicy.max_share
         return self._index.next_hop(rest.start, cost, is_usable=fits)
+
+    def holders(self, snapshot: Snapshot, block: int) -> Iterable[SpanServer]:
+        """Return the servers that may hold a block: of many those that do, once there is a plan of the snapshot."""
+        planned = self._snapshot is snapshot and block < self._index.stop
+        return self._index.holders(block) if planned else snapshot.servers.values()

@@ -1,6 +1,7 @@
 """The router: which server a micro-batch goes to next, among those in good standing, and the wait for one."""
 
 import asyncio
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ class PacePolicy:
     patience, min_patience: times what a call was expected to take, and seconds at least, before another server is asked
         as well.
     first_patience: for the first call, of which nothing is known.
+    shortest_pause: between two calls to a server that is worth a timer.
     """
 
     hop_overhead: float = 0.02
@@ -40,6 +42,7 @@ class PacePolicy:
     patience: float = 3.0
     min_patience: float = 1.0
     first_patience: float = 30.0
+    shortest_pause: float = 0.0005
 
 
 @dataclass(slots=True)
@@ -74,9 +77,12 @@ class Router:
             return PacePolicy.first_patience
         return max(PacePolicy.min_patience, PacePolicy.patience * self.seconds(hop.server, hop.blocks, tokens))
 
-    def has_room(self, hop: Hop, tokens: int) -> bool:
-        """Return whether the server's window has room for another call."""
-        return self._peers.of(hop.peer_id).window.has_room(float(tokens * hop.blocks), hop.blocks)
+    def pause(self, hop: Hop, tokens: int) -> float:
+        """Return the seconds until another call may leave for the server; infinity until one of its calls has ended."""
+        window = self._peers.of(hop.peer_id).window
+        if not window.has_room(float(tokens * hop.blocks), hop.blocks):
+            return math.inf
+        return window.pause(self._runtime.monotonic())
 
     def _claimed(self, record: ServerRecord) -> float:
         """Return seconds per token and block. Petals servers measure `forward_rps` as they start: tokens a second for a
@@ -102,17 +108,37 @@ class Router:
             async with self._queues.turn(rest.start):
                 # The deadline begins here: waiting in the queue is nobody's failure.
                 give_up = deadline.give_up = deadline.give_up or self._runtime.monotonic() + self._settings.deadline
-                found = await self._with_room(activations.tokens, rest, give_up, admission)
+                found = await self._with_room(activations, rest, give_up, admission)
             if not isinstance(found, Wait):
                 return found
             await self._wait_for_cache(found, give_up)  # out of the queue: those behind it may need no room in a cache
 
-    async def _with_room(self, tokens: int, rest: Span, give_up: float, admission: Admission) -> Hop | Wait:
+    async def _with_room(
+        self, activations: Activations, rest: Span, give_up: float, admission: Admission
+    ) -> Hop | Wait:
+        tokens = activations.tokens
         while True:
             hop = await self._find_or_wait(rest, tokens, give_up, admission)
-            if isinstance(hop, Wait) or self._settings.window or self.has_room(hop, tokens):
+            if isinstance(hop, Wait) or self._settings.window:
                 return hop
-            await self._queues.wait_for_capacity(give_up - self._runtime.monotonic())
+            pause = self.pause(hop, tokens)
+            if pause < PacePolicy.shortest_pause:
+                return hop
+            replica = self.free_replica(hop, activations)
+            if replica is not None and self._serves_all(replica, hop, tokens):
+                return replica
+            await self._queues.wait_for_capacity(min(pause, give_up - self._runtime.monotonic()))
+
+    def _serves_all(self, replica: Hop, hop: Hop, tokens: int) -> bool:
+        """Return whether to send to a replica that would be done later than the hop's server, which is busy now.
+
+        This micro-batch would be back sooner if it waited, but those behind it wait as well: with more to come the
+        replica is better used than not, and at the end of a run as long as the others would not be through before it.
+        """
+        if self._queues.producing:
+            return True
+        all_waiting = tokens * self._queues.length(hop.span.start)
+        return self.seconds(replica.server, hop.blocks, tokens) <= self.seconds(hop.server, hop.blocks, all_waiting)
 
     async def find(self, rest: Span, tokens: int, give_up: float, admission: Admission) -> Hop:
         """Return the next hop of the cheapest route among servers in good standing; wait for one until `give_up`.
@@ -191,13 +217,13 @@ class Router:
         admission, tokens = Admission(self._peers, activations.rows, activations.positions), activations.tokens
         free = [
             other
-            for server in self._quarantine.trusted()
+            for server in self._planned.holders(self._directory.snapshot, hop.span.start)
             if server.peer_id != hop.peer_id
             and hop.span.within(server.span)
             and self._may_be_called(server)
             and admission.refusal(server, hop.span) is None
             and admission.is_ready(server, hop.span)
-            and self.has_room(other := Hop(server, hop.span), tokens)
+            and self.pause(other := Hop(server, hop.span), tokens) < PacePolicy.shortest_pause
         ]
         cost = self._cost(tokens)
         return min(free, key=lambda other: cost(other.server, other.blocks), default=None)

@@ -1,16 +1,19 @@
-"""What is found out on the way by trials: how large a micro-batch should be, and whether servers should push. No I/O.
+"""How large a micro-batch should be, which is reckoned, and whether servers should push, which is tried out. No I/O.
 
 Size. Each call costs something whatever it carries, on the server (4 ms of a processor were measured on a real one) and
-at home, so larger is better. But a message above libp2p's stream window waits for the other side's leave to send the
-rest: one more round trip, behind all that is on its way back. Measured with a bare echo over 100 Mbit/s and 20 ms each
-way: messages of 128 to 240 KiB fill 96% of the link, those of 256 KiB 46%, however many are in flight. So micro-batches
-start just below the window, or at twice that where all servers are near and a round trip costs nothing (an eighth less
-time without an emulated network); another size is kept only where it brings more.
+at home, so larger is better. But each server, and each link, has the whole of a micro-batch before the next one gets
+any of it: the larger they are, the longer it takes until every server has work, and until the last ones are through.
+So they are as large as the slowest server of a route delivers in some hundredths of a second, its link included. And a
+message above libp2p's stream window waits for the other side's leave to send the rest: one more round trip, behind all
+that is on its way back. Measured with a bare echo over 100 Mbit/s and 20 ms each way: messages of 128 to 240 KiB fill
+96% of the link, those of 256 KiB 46%, however many are in flight. So the window is the most, or twice that where all
+servers are near and a round trip costs nothing (an eighth less time without an emulated network).
 
 Pushing saves the client's uplink: every hidden state leaves home once and not once a hop. It costs sessions, one a hop
 and micro-batch, and room in the servers' caches. So it pays where the uplink is what everything waits for, which no
-single server's answers show. Hence trials here, too: the other way is tried for an epoch now and then, and kept where
-it brings clearly more.
+single server's answers show. Hence trials: the other way is tried for an epoch now and then, and kept where it brings
+clearly more. A trial costs much where pushing cannot pay, so the uplink must be under suspicion first: calls to every
+server of the route are held up. A busy link or server of its own delays its own calls only.
 """
 
 import logging
@@ -33,108 +36,44 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SizePolicy:
-    """How sizes are tried. Sizes are bytes, rests are epochs.
+    """What decides the size of micro-batches. Sizes are bytes.
 
-    start: libp2p's window of 256 KiB, less what a message has beside its tensor (a few deep prompts among it).
-    near_rtt, near_start: seconds that a small question takes to the farthest server, and where sizes start when it is
+    start: before anything was measured.
+    service_seconds: of the slowest server of a route for one of them.
+    smallest, largest: below, calls cost more than what they carry; above is libp2p's window of 256 KiB, less what a
+        message has beside its tensor (a few deep prompts among it).
+    near_rtt, near_largest: seconds that a small question takes to the farthest server, and the largest size where it is
         no more.
-    smallest, largest: below, calls cost more than what they carry; above, Petals' servers want the streaming call.
-    step: times the size in use, or one over it, that is tried.
-    better: times as fast another size must be: the pace of shared machines and links is no steadier than that.
-    epoch_seconds, epoch_micro_batches: that one size is measured over.
-    first_rest, longest_rest: before a trial: what short runs never come to, for a size above libp2p's window may cost a
-        third of the pace while it is tried. As many again after a trial that brought nothing, then twice as many each
-        time.
+    smoothing: of the difference to what one micro-batch tells is made up for at once.
     """
 
-    start: int = 240 << 10
+    start: int = 96 << 10
+    service_seconds: float = 0.06
+    smallest: int = 16 << 10
+    largest: int = 240 << 10
     near_rtt: float = 0.05
-    near_start: int = 480 << 10
-    smallest: int = 64 << 10
-    largest: int = 1 << 20
-    step: float = 1.5
-    better: float = 1.15
-    epoch_seconds: float = 3.0
-    epoch_micro_batches: int = 32
-    first_rest: int = 4
-    longest_rest: int = 64
-
-
-@dataclass(slots=True)
-class _Epoch:
-    """What has come back at one size."""
-
-    since: float | None = None
-    tokens: int = 0
-    micro_batches: int = 0
+    near_largest: int = 480 << 10
+    smoothing: float = 0.25
 
 
 class MicroBatchSize:
-    """Climbs to the size in bytes that brings most tokens per second.
+    """Follows what the servers deliver.
 
-    is_on_trial: whether another size than the one in use is being tried.
+    bytes: of hidden states that are best sent at once.
     """
 
-    def __init__(self, policy: SizePolicy = SizePolicy()) -> None:
-        self._policy = policy
-        self.bytes = policy.start
-        self.is_on_trial = False
-        self._has_begun = False
-        self._best_rate: float | None = None  # at the size in use, unless a trial is on
-        self._return_to = policy.start  # the size to return to after a trial
-        self._direction = policy.step
-        self._rest, self._next_rest = policy.first_rest, policy.first_rest
-        self._epoch = _Epoch()
+    def __init__(self) -> None:
+        self.bytes = SizePolicy.start
 
-    def begin(self, rtt: float) -> None:
-        """Choose where to start, once the first answer is there. rtt: seconds to the farthest of its servers."""
-        if not self._has_begun:
-            self._has_begun = True
-            self.bytes = self._policy.near_start if 0 < rtt <= self._policy.near_rtt else self._policy.start
+    def on_delivered(self, bytes_per_second: float, rtt: float) -> None:
+        """Take in a micro-batch that is back.
 
-    def on_delivered(self, size: int, tokens: int, now: float) -> None:
-        """Count a micro-batch that is back, and was made when this was the size."""
-        if size != self.bytes:
-            return  # made before the size changed
-        epoch = self._epoch
-        if epoch.since is None:
-            epoch.since = now  # what came before it was another size's
-            return
-        epoch.tokens += tokens
-        epoch.micro_batches += 1
-        policy = self._policy
-        if epoch.micro_batches >= policy.epoch_micro_batches and now - epoch.since >= policy.epoch_seconds:
-            self._judge(epoch.tokens / (now - epoch.since))
-
-    def pause(self) -> None:
-        """Begin to measure anew: nothing is in flight any more, and what comes next is another stream's."""
-        self._epoch = _Epoch()
-
-    def _judge(self, rate: float) -> None:
-        self._epoch, policy = _Epoch(), self._policy
-        if not self.is_on_trial:
-            self._best_rate = rate
-            self._rest -= 1
-            if self._rest <= 0:
-                self._try(self._direction)
-        elif self._best_rate is not None and rate > policy.better * self._best_rate:
-            _log.debug(
-                "micro-batches of %d KiB bring %.2f times as much: kept", self.bytes >> 10, rate / self._best_rate
-            )
-            self._best_rate, self.is_on_trial, self._rest, self._next_rest = rate, False, 0, policy.first_rest
-        else:
-            _log.debug("micro-batches of %d KiB bring no more than before", self.bytes >> 10)
-            self.bytes, self.is_on_trial = self._return_to, False
-            self._direction = 1 / self._direction
-            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, policy.longest_rest)
-
-    def _try(self, factor: float) -> None:
-        other = min(self._policy.largest, max(self._policy.smallest, round(self.bytes * factor)))
-        if other == self.bytes:
-            self._direction = 1 / self._direction
-        else:
-            self._return_to, self.bytes, self.is_on_trial = self.bytes, other, True
-            _log.debug("micro-batches of %d KiB are tried, in place of %d KiB", other >> 10, self._return_to >> 10)
+        bytes_per_second: that the slowest server of its route delivers. rtt: seconds to the farthest of them.
+        """
+        policy = SizePolicy
+        largest = policy.near_largest if 0 < rtt <= policy.near_rtt else policy.largest
+        wanted = min(largest, max(policy.smallest, policy.service_seconds * bytes_per_second))
+        self.bytes += round(policy.smoothing * (wanted - self.bytes))
 
 
 @dataclass(frozen=True)
@@ -146,10 +85,13 @@ class PushPolicy:
         that were on their way when it began: these still take the uplink from it.
     first_rest, longest_rest: before a trial: what short runs never come to. Twice as many after each trial that brought
         nothing.
+    min_stretch: `CongestionWindow.stretch` of every server of the route before pushing is tried. Where all hops share
+        an uplink that they fill the least of them has 2.6 to 10 (simulated), where each has its own link at most 2.2.
     """
 
     better: float = 1.15
     epoch_seconds: float = 3.0
+    min_stretch: float = 2.5
     epoch_micro_batches: int = 10
     longest_epoch: float = 10.0
     first_rest: int = 3
@@ -157,7 +99,10 @@ class PushPolicy:
 
 
 class PushChoice:
-    """Whether to push now (`is_on`), and whether that is only being tried (`is_on_trial`)."""
+    """Whether to push now (`is_on`), and whether that is only being tried (`is_on_trial`).
+
+    may_pay: whether pushing is worth a trial.
+    """
 
     def __init__(
         self,
@@ -166,6 +111,7 @@ class PushChoice:
     ):
         self.is_on = setting == "always"
         self.is_on_trial = False
+        self.may_pay = True
         self._policy = policy
         self._is_fixed = setting != "auto"
         self._rate = 0.0  # tokens per second of the way in use
@@ -221,7 +167,7 @@ class PushChoice:
             self._rate = rate
             self._rest -= 1
             self.pause()
-            if self._rest <= 0:
+            if self._rest <= 0 and (self.is_on or self.may_pay):
                 self.is_on, self.is_on_trial = not self.is_on, True
                 _log.debug("%s is tried", "pushing" if self.is_on else "sending hop by hop")
         elif rate > policy.better * self._rate:
@@ -247,7 +193,7 @@ class Delivery(Enum):
 
 
 class Tuning:
-    """Both trials, one at a time: what one brings is measured while the other stays as it is."""
+    """What micro-batches tell of size and way when they are back."""
 
     def __init__(self, settings: SwarmSettings, runtime: Runtime):
         self.size = MicroBatchSize()
@@ -271,26 +217,11 @@ class Tuning:
         if delivery is not Delivery.HOP_BY_HOP_ONLY:
             self.push.on_ended(delivery is Delivery.PUSHED)
 
-    def record(self, delivery: Delivery, versions: Sequence[str | None], tokens: int, rtt: float) -> None:
+    def record(self, delivery: Delivery, versions: Sequence[str | None], tokens: int, stretch: float) -> None:
         """Count a micro-batch that is back; only routes on which every server can push are comparable.
 
-        versions: of the servers of its route, as they say. rtt: seconds to the farthest of them.
+        versions: of the servers of its route, as they say. stretch: the least of them (`CongestionWindow.stretch`).
         """
-        self.size.begin(rtt)
-        is_comparable = delivery is not Delivery.HOP_BY_HOP_ONLY and len(versions) > 1
-        if not is_comparable or self.size.is_on_trial or not all(map(may_push, versions)):
-            return
-        was_on = self.push.is_on
-        self.push.on_delivered(delivery is Delivery.PUSHED, tokens, self._runtime.monotonic())
-        if self.push.is_on != was_on:
-            self.size.pause()
-
-    def record_size(self, made_for: int, tokens: int) -> None:
-        """Count a micro-batch that was made for this size and is back."""
-        if not self.push.is_on_trial:
-            self.size.on_delivered(made_for, tokens, self._runtime.monotonic())
-
-    def pause(self) -> None:
-        """Begin to measure anew: nothing is in flight any more, and what comes next is another stream's."""
-        self.size.pause()
-        self.push.pause()
+        if delivery is not Delivery.HOP_BY_HOP_ONLY and len(versions) > 1 and all(map(may_push, versions)):
+            self.push.may_pay = stretch >= PushPolicy.min_stretch
+            self.push.on_delivered(delivery is Delivery.PUSHED, tokens, self._runtime.monotonic())

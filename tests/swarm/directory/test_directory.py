@@ -4,13 +4,13 @@ import asyncio
 
 import pytest
 
+from petals_eval.simulator.virtual_time import run_in_virtual_time
 from petals_eval.swarm.directory import dht as module
 from petals_eval.swarm.directory.dht import DhtSource
 from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.peers.peer import PeerBook
 from tests.support.fake_dht import FakeDHT
 from tests.support.fake_swarm import settings
-from tests.support.virtual_time import run_in_virtual_time
 
 PEERS = ("QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY", "QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5")
 ONLINE, OFFLINE = 2, 0

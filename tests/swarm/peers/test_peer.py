@@ -13,6 +13,7 @@ from petals_eval.errors import (
     PeerTimeoutError,
     PeerUnreachableError,
 )
+from petals_eval.simulator.virtual_time import run_in_virtual_time
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.peer import Peer, PeerBook, ProbeState
 from petals_eval.swarm.peers.peer_text import error_text, short_peer
@@ -20,7 +21,6 @@ from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.transport.transport import kept_info
 from petals_eval.swarm.wire.span import Span
 from tests.support.fake_swarm import FakeDirectory, FakeTransport, forward, pipeline, server, settings
-from tests.support.virtual_time import run_in_virtual_time
 
 HIDDEN = torch.zeros(2, 3, 4)
 GONE = PeerUnreachableError("gone")

@@ -109,6 +109,32 @@ def test_only_the_first_call_waits():
     assert window.rate == pytest.approx(500)
 
 
+def test_calls_leave_one_after_the_other_at_the_measured_rate():
+    window = CongestionWindow()
+    window.send(500, 0.0)
+    assert window.pause(0.0) == 0.0, "nothing is known yet"
+    window.on_delivered(window.send(500, 0.0), 0.5)  # 1,000 a second
+    gap = 500 / (WindowPolicy.pacing_gain * window.rate)
+    window.send(500, 1.0)
+    window.send(500, 1.0)  # one that could not wait counts as well
+    assert window.pause(1.0) == pytest.approx(2 * gap)
+    assert window.pause(1.0 + gap) == pytest.approx(gap)
+    assert window.pause(9.0) == 0.0
+
+
+def test_calls_that_wait_somewhere_are_stretched():
+    window, now = CongestionWindow(), 0.0
+    window.observe_rtt(0.1)
+    for took in (0.2, *[0.6] * 60):
+        window.on_delivered(window.send(500, now), now + took)
+        now += 1
+    assert window.stretch == pytest.approx(3.0, rel=0.02)
+    for _ in range(60):
+        window.on_delivered(window.send(1000, now), now + 0.3)
+        now += 1
+    assert window.stretch == pytest.approx(1.0, rel=0.02), "twice the work, at the same pace"
+
+
 def test_what_is_lost_is_no_longer_in_flight_and_measures_nothing():
     window = CongestionWindow()
     window.on_lost(window.send(500, 0.0))

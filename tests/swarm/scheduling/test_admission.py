@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from petals_eval.errors import MissingBlocksError, PeerRefusedError, RequestTooLargeError
+from petals_eval.simulator.virtual_time import run_in_virtual_time
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.scheduling.admission import Admission, AdmissionQueues
 from petals_eval.swarm.wire.span import Span
 from tests.support.fake_swarm import FakeDirectory, FakeTransport, pipeline, run, server, settings
-from tests.support.virtual_time import run_in_virtual_time
 
 A = server("a", 0, 4)
 FULL = "Could not allocate 7000 bytes immediately: out of memory"

@@ -13,6 +13,7 @@ from petals_eval.errors import MissingBlocksError, PeerAnswerError, PeerRefusedE
 from petals_eval.local_swarm.faults import catalog as faults
 from petals_eval.local_swarm.launcher import LocalSwarm
 from petals_eval.local_swarm.server.sessions import Sessions
+from petals_eval.simulator.virtual_time import run_in_virtual_time
 from petals_eval.swarm import SwarmConnection, Work
 from petals_eval.swarm.scheduling.push_scheduler import PushSchedulerPolicy
 from petals_eval.swarm.scheduling.router import PacePolicy
@@ -20,7 +21,6 @@ from petals_eval.swarm.trust.determinism import difference
 from petals_eval.swarm.wire.span import Span
 from tests.support.fake_swarm import FakeDirectory, FakeTransport, forward, info, pipeline, server
 from tests.support.tensors import close
-from tests.support.virtual_time import run_in_virtual_time
 
 BLOCKS, HIDDEN = 5, 64
 SPANS = [(0, 2), (2, 3), (3, 4), (4, 5)]

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from petals_eval.errors import DeadlineError, MissingBlocksError, PeerUnreachableError, RequestTooLargeError
+from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.peers.session_cache import Wait
 from petals_eval.swarm.scheduling.planned_routes import PlannedRoutes
-from petals_eval.swarm.scheduling.router import PlanPolicy
+from petals_eval.swarm.scheduling.router import HopDeadline, PlanPolicy
 from petals_eval.swarm.wire.records import Snapshot
 from petals_eval.swarm.wire.span import Span
 from tests.support.fake_swarm import FakeDirectory, FakeTransport, pipeline, run, server, set_pace
@@ -161,3 +162,37 @@ def test_what_was_measured_counts_more_than_any_claim():
     set_pace(pipe.peers, "plain", 1e-3)
     run(pipe, HIDDEN)
     assert transport.calls[0].peer_id == "plain"
+
+
+@pytest.mark.parametrize(
+    ("waiting", "has_more", "chosen"), [(1, True, "slow"), (1, False, "quick"), (8, False, "slow")]
+)
+def test_a_slow_replica_that_is_free_is_used_unless_the_run_ends_before_it_would_be_done(waiting, has_more, chosen):
+    """The quick one is busy for now. A single micro-batch would be back sooner if it waited for it."""
+    pipe = pipeline(FakeDirectory(BLOCKS, server("quick", 0, BLOCKS), server("slow", 0, BLOCKS)), FakeTransport())
+    set_pace(pipe.peers, "quick", 1e-3)
+    set_pace(pipe.peers, "slow", 4e-3)
+    activations = Activations(HIDDEN)
+    pipe.peers.of("quick").send(activations.tokens, BLOCKS)  # so that the next may leave somewhat later
+    if has_more:
+        pipe.queues.producing.add("somebody")
+
+    async def admit():
+        async def one():
+            return (await pipe._router.admit(activations, Span(0, BLOCKS), HopDeadline())).peer_id
+
+        async with pipe.queues.turn(0):
+            calls = [asyncio.create_task(one()) for _ in range(waiting)]
+            await asyncio.sleep(0)  # all of them are in the queue
+        return await asyncio.gather(*calls)
+
+    assert asyncio.run(admit())[0] == chosen
+
+
+def test_a_free_replica_is_found_among_many_by_the_servers_of_its_block_alone():
+    pipe = pipeline(FakeDirectory(BLOCKS, *MANY), FakeTransport())
+    hop = find(pipe)
+    replica = pipe._router.free_replica(hop, Activations(HIDDEN))
+    assert replica.span == hop.span and replica.peer_id != hop.peer_id
+    assert len(pipe._router._planned.holders(pipe._directory.snapshot, 0)) == FEW
+    assert len(pipe._router._planned.holders(Snapshot(BLOCKS, {}), 0)) == 0, "a plan of another snapshot"

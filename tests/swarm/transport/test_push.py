@@ -12,6 +12,7 @@ from petals_eval.errors import (
     PeerTimeoutError,
     PeerUnreachableError,
 )
+from petals_eval.simulator.virtual_time import run_in_virtual_time
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.peer import PeerBook
@@ -19,7 +20,6 @@ from petals_eval.swarm.transport.client import HopClient
 from petals_eval.swarm.transport.push import Pushed, push
 from petals_eval.swarm.wire.span import Span
 from tests.support.fake_swarm import FakeTransport, info, server, settings
-from tests.support.virtual_time import run_in_virtual_time
 
 HOPS = tuple(Hop(server(name, block, block + 1), Span(block, block + 1)) for block, name in enumerate("abc"))
 HIDDEN = torch.zeros(2, 3, 4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from petals_eval.errors import MissingBlocksError, PeerNondeterministicError
+from petals_eval.simulator.virtual_time import run_in_virtual_time
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.trust.acceptance import Acceptance
@@ -23,7 +24,6 @@ from tests.support.fake_swarm import (
     server,
 )
 from tests.support.tensors import hidden_states
-from tests.support.virtual_time import run_in_virtual_time
 
 SIZE = 64
 

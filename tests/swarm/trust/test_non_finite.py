@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from petals_eval.errors import DeadlineError, NotFiniteError, PeerNotFiniteError, PetalsEvalError
+from petals_eval.simulator.virtual_time import run_in_virtual_time
 from tests.support.fake_swarm import FakeDirectory, FakeTransport, forward, pipeline, server
-from tests.support.virtual_time import run_in_virtual_time
 
 LARGE = torch.full((2, 3, 4), 60_000.0)
 USUAL = torch.zeros(2, 3, 4)

@@ -1,0 +1,105 @@
+"""Simulated evaluations: what the client would make of swarms that are described or drawn, and where its time goes."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from petals_eval.bench.statistics import percentile
+from petals_eval.data.yaml_text import read_yaml, resolve_nulls
+from petals_eval.errors import ConfigError
+from petals_eval.simulator.draws import draw_scenario
+from petals_eval.simulator.scenario import Scenario
+from petals_eval.simulator.simulation import Evaluated, Simulated, simulate
+from petals_eval.text import plural
+from petals_eval.validation import explain
+
+__all__ = ["SimulateOutcome", "bench_simulate", "drawn", "read_scenario"]
+
+SCHEMA = 1
+
+
+@dataclass(slots=True)
+class SimulateOutcome:
+    """All that was simulated, by the names of the scenarios."""
+
+    found: dict[str, Simulated] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values. Shares are of the floor; those over all scenarios are of first evaluations."""
+        first = [each.shares[0] for each in self.found.values()]
+        every = [evaluation for each in self.found.values() for evaluation in each.evaluations]
+        return {
+            "schema_version": SCHEMA,
+            "benchmark": "simulate",
+            "scenarios": [
+                {
+                    "name": name,
+                    "floor_seconds": each.floor.seconds,
+                    "shares": list(each.shares),
+                    "evaluations": [asdict(evaluation) for evaluation in each.evaluations],
+                }
+                for name, each in self.found.items()
+            ],
+            "median_share": percentile(first, 50),
+            "tenth_percentile_share": percentile(first, 10),
+            **{name: sum(getattr(each, name) for each in every) for name in ("lost", "doubled", "different")},
+        }
+
+
+def read_scenario(path: Path) -> Scenario:
+    """Return the scenario of a YAML file. Raises ConfigError where it is none."""
+    try:
+        values = read_yaml(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("expected keys and values")
+        return Scenario.model_validate(resolve_nulls(values, Scenario))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, Scenario)}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def drawn(count: int, seed: int) -> Iterator[tuple[str, Scenario]]:
+    """Yield scenarios that are drawn by the seeds from `seed` on, by their names."""
+    return ((f"seed {each}", draw_scenario(each)) for each in range(seed, seed + count))
+
+
+def bench_simulate(
+    scenarios: Iterable[tuple[str, Scenario]], evaluations: int, say: Callable[[str], object]
+) -> SimulateOutcome:
+    """Simulate each scenario, and tell of it as it comes. There must be at least one."""
+    outcome = SimulateOutcome()
+    for name, scenario in scenarios:
+        outcome.found[name] = found = simulate(scenario, evaluations)
+        servers = plural(len(scenario.servers), "server")
+        say(f"{name}: {scenario.blocks} blocks on {servers}, {plural(scenario.rows, 'row')}")
+        floor = found.floor
+        say(f"  floor {floor.seconds:.1f} s: best flow {floor.flow:.1f} s, one pass {floor.one_pass:.1f} s")
+        for number, (each, share) in enumerate(zip(found.evaluations, found.shares, strict=True), start=1):
+            retries = f"{each.retries} retries{_faults(each)}"
+            say(f"  evaluation {number}: {each.seconds:.1f} s, {share:.0%} of the floor, {retries}")
+    if len(outcome.found) == 1:
+        for line in _parts(scenario, found.evaluations[-1]):
+            say(line)
+    else:
+        told = outcome.to_json()
+        median, tenth = told["median_share"], told["tenth_percentile_share"]
+        say(f"share of the floor, first evaluations: median {median:.0%}, tenth percentile {tenth:.0%}")
+    return outcome
+
+
+def _faults(each: Evaluated) -> str:
+    counts = {"lost": each.lost, "doubled": each.doubled, "different": each.different}
+    return "".join(f", {count} rows {name}" for name, count in counts.items() if count)
+
+
+def _parts(scenario: Scenario, last: Evaluated) -> Iterator[str]:
+    """Yield the share of the last evaluation's time for which each part was busy, one line a server."""
+    yield f"  {'server':>6} {'blocks':>9} {'computing':>10} {'link up':>8} {'link down':>10}"
+    for index, (server, *busy) in enumerate(zip(scenario.servers, last.busy, last.up, last.down, strict=True)):
+        computing, up, down = (f"{each:.0%}" for each in busy)
+        yield f"  {index:>6} {server.blocks!s:>9} {computing:>10} {up:>8} {down:>10}"
+    yield f"  the client's processor: {last.processor:.0%}"

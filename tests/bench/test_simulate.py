@@ -1,0 +1,82 @@
+"""`petals-eval bench simulate`: what is told of a swarm that is described or drawn."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from petals_eval.bench.simulate import bench_simulate, drawn, read_scenario
+from petals_eval.errors import ConfigError
+from petals_eval.simulator.draws import draw_scenario
+from petals_eval.simulator.floor import run_floor
+from tests.cli.invoking import invoke
+
+SWARM = """
+blocks: 4
+hidden_size: 64
+rows: 40
+tokens: [20, 60]
+settings: {push: never}
+servers:
+  - {blocks: 0:2, link: {delay: 0.02, up_mbps: 20, down_mbps: 20}, tokens_per_second: 2000}
+  - {blocks: 2:4, tokens_per_second: 1000}
+"""
+
+
+def file_of(folder: Path, text: str) -> Path:
+    path = folder / "swarm.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_swarm_in_a_file_is_told_of_with_all_its_parts(tmp_path):
+    outcome = invoke("bench", "simulate", str(file_of(tmp_path, SWARM)), "--evaluations", "2")
+    assert outcome.code == 0, outcome
+    for words in ("4 blocks on 2 servers, 40 rows", "floor 1.", "evaluation 2:", "computing", "the client's processor"):
+        assert words in outcome.out
+
+
+def test_what_is_drawn_is_told_of_as_json(tmp_path):
+    outcome = invoke("bench", "simulate", str(file_of(tmp_path, SWARM)), "--json")
+    told = json.loads(outcome.out)
+    assert (told["lost"], told["doubled"], told["different"]) == (0, 0, 0)
+    assert 0.3 < told["median_share"] == told["tenth_percentile_share"] == told["scenarios"][0]["shares"][0] < 1
+
+
+def test_several_are_summed_up(tmp_path):
+    lines = []
+    scenario = read_scenario(file_of(tmp_path, SWARM))
+    found = bench_simulate([("one", scenario), ("other", scenario)], 1, lines.append)
+    assert "median" in lines[-1] and len(found.to_json()["scenarios"]) == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_drawn_swarms_are_what_they_should_be(seed):
+    ((_, found),) = drawn(1, seed)
+    assert found == draw_scenario(seed)
+    assert 8 <= found.blocks <= 80 and 5 <= len(found.servers) <= 40
+    assert 19 < run_floor(found).flow < 130
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1\n- 2", "expected keys and values"),
+        ("blocks: [", "not valid YAML"),
+        (SWARM.replace("2:4", "2:5"), "expected blocks of 0:4"),
+        (SWARM.replace("rows: 40", "rows: many"), "rows"),
+        (SWARM.replace("push: never", "push: perhaps"), "push"),
+        (SWARM.replace("push: never", "gpus: 8"), "gpus"),
+        (SWARM.replace("up_mbps: 20", "up_mbps: 0"), "rates above 0"),
+        (SWARM.replace("delay: 0.02", "delay: -1"), "a delay"),
+    ],
+)
+def test_a_file_that_describes_none_is_refused(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        read_scenario(file_of(tmp_path, text))
+
+
+@pytest.mark.parametrize("arguments", [(), ("swarm.yaml", "--random", "2")])
+def test_a_file_or_a_number_is_needed(arguments):
+    outcome = invoke("bench", "simulate", *arguments)
+    assert outcome.code == 2 and "--random N" in outcome.err
