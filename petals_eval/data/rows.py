@@ -47,6 +47,7 @@ class Rows:
     columns: the names of the columns.
     class_names: for each column of class numbers whose source says what the numbers mean, these names in order.
     truth_words: how the source writes false and true.
+    notes: what a person should know of how they were read.
     passed: checks that all of the rows have passed, so that nobody reads them for the same one again.
     """
 
@@ -65,6 +66,7 @@ class Rows:
         self.columns: tuple[str, ...] = table.columns
         self.class_names: Mapping[str, tuple[str, ...]] = table.class_names
         self.truth_words = table.truth_words
+        self.notes = table.notes
         self._table = table
         self._table_fingerprint = fingerprint
         self._positions = positions
