@@ -16,8 +16,9 @@ from petals_eval.data.arrow_files import ArrowTable, load_arrow, load_parquet
 from petals_eval.data.first_bytes import ARROW, PARQUET, DamagedError, open_unpacked, what_it_is
 from petals_eval.data.json_text import read_objects
 from petals_eval.data.scratch import mapped, scratch_parent
-from petals_eval.data.source import DataSource, FileFormat, format_of, local_path
+from petals_eval.data.source import DataSource, FileFormat, format_of
 from petals_eval.data.tables import LINE, JsonTable, Readable, TextTable, numbers_array, texts_array
+from petals_eval.environment import local_path
 from petals_eval.errors import DataError, MachineError
 from petals_eval.text import plural
 from petals_eval.validation import shorten

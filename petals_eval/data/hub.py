@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from petals_eval.data.files import load_json
 from petals_eval.data.scratch import scratch_folder
-from petals_eval.data.source import DataSource, format_of, local_path
+from petals_eval.data.source import DataSource, format_of
 from petals_eval.data.tables import Readable, Table
+from petals_eval.environment import local_path
 from petals_eval.errors import DataError, MachineError
 
 if TYPE_CHECKING:

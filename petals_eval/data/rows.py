@@ -8,8 +8,9 @@ from functools import cached_property
 from numbers import Integral, Rational, Real
 from typing import TYPE_CHECKING, Any
 
-from petals_eval.data.source import DataSource, is_local, local_path
+from petals_eval.data.source import DataSource, is_local
 from petals_eval.data.tables import Readable, Table, class_names_of
+from petals_eval.environment import local_path
 from petals_eval.errors import DataError
 from petals_eval.text import listed
 from petals_eval.validation import closest, shorten

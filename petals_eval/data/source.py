@@ -18,10 +18,11 @@ from pydantic import (
 )
 
 from petals_eval.data.first_bytes import PACKED_SUFFIXES
+from petals_eval.environment import local_path
 from petals_eval.errors import DataError
 from petals_eval.validation import explain
 
-__all__ = ["DataSource", "FileFormat", "FileReading", "format_of", "is_local", "local_path"]
+__all__ = ["DataSource", "FileFormat", "FileReading", "format_of", "is_local"]
 
 FileFormat = Literal["csv", "tsv", "jsonl", "parquet", "arrow", "lines"]
 
@@ -129,14 +130,6 @@ def format_of(path: str) -> FileFormat:
 def _suffix(path: str) -> str:
     first, last = ("", "", *(each.lower() for each in Path(path).suffixes))[-2:]
     return first if last in PACKED_SUFFIXES else last
-
-
-def local_path(path: str | Path) -> Path:
-    """Return where a path is on this machine: `~` is the home folder, `~nobody` without such a user just a name."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
 
 
 def is_local(source: DataSource) -> bool:
