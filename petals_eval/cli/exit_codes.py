@@ -16,7 +16,6 @@ from petals_eval.cli.signals import ending_signals, how_it_ended, interrupted_co
 from petals_eval.environment import environment_defaults
 from petals_eval.errors import CallerError, InterruptedRunError, MachineError, PetalsEvalError
 from petals_eval.text import printable
-from petals_eval.validation import shorten
 
 __all__ = ["run_command"]
 
@@ -56,7 +55,8 @@ def run_command(command: Callable[[], int]) -> int:
                 _say(how_it_ended(received))
                 return interrupted_code(received)
             if isinstance(error, OSError) and error.errno in _PATHS and isinstance(error.filename, str):
-                _say(f"error: {shorten(error.filename)} cannot be used: {error.strerror}. Check the path.")
+                path = printable(error.filename, longest=80)
+                _say(f"error: the path {path!r} cannot be used: {error.strerror}. Check it.")
                 return CallerError.exit_code
             if _is_the_machines(error):
                 _say(f"error: this machine cannot: {type(error).__name__}: {error}")
