@@ -41,7 +41,7 @@ def running(*arguments: object, peers_file: Path) -> Iterator[str]:
         process.send_signal(signal.SIGTERM)
         out, err = finish(process)
         assert process.returncode == 0
-        assert re.fullmatch(r"starting .*\n(still starting .*\n)*", err)
+        assert re.fullmatch(r"starting .*\n( *still starting .*\n)*", err)
         assert out.endswith("stopping\n")
         assert not peers_file.exists()
     finally:
