@@ -114,10 +114,11 @@ def points(found: Sequence[Point], label: str, *, title: str, line: float | None
 
 def curve(x: ArrayLike, y: ArrayLike, x_label: str, y_label: str, *, title: str) -> Markup:
     """Return a line through points whose x are whole numbers."""
+    from matplotlib.ticker import MaxNLocator
 
     def draw(axes: "Axes") -> None:
         axes.plot(np.asarray(x), np.asarray(y), color=ACCENT, marker="o", markersize=3, linewidth=1.2)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
         axes.set_axisbelow(True)
         axes.set_xlabel(x_label)

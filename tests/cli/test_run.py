@@ -37,7 +37,7 @@ def test_three_adapters_side_by_side_with_the_reference_scores(stage: Stage) -> 
     assert head.split() == names
     assert re.findall(r"0\.\d{4}", accuracy) == ["0.7360", "0.7180", "0.7180"]
     assert "majority baseline: always answering 'description'" in outcome.out
-    assert outcome.out.endswith("run folder: runs/three\n")
+    assert outcome.out.endswith("run folder: runs/three\nreport: runs/three/report.html\n")
     assert max(map(len, outcome.out.splitlines())) <= 100
     assert "prompts: trec-deep_ptune (deep_ptune, 8 tokens x 5 blocks); trec-ptune (ptune, 16 tokens);" in outcome.err
     assert "1,500/1,500" in outcome.err
@@ -45,6 +45,7 @@ def test_three_adapters_side_by_side_with_the_reference_scores(stage: Stage) -> 
         "manifest.json",
         "journal.sqlite",
         "metrics.json",
+        "report.html",
         "report.md",
         *(f"predictions.{name}.jsonl" for name in names),
     }
