@@ -39,7 +39,7 @@ def test_three_adapters_side_by_side_with_the_reference_scores(stage: Stage) -> 
     assert re.findall(r"\b0\.\d{4}", accuracy)[:3] == ["0.7360", "0.7180", "0.7180"]
     assert "+0.0180" in outcome.out  # the differences of the first from each other one
     assert "majority baseline: always answering 'description'" in outcome.out
-    assert outcome.out.endswith("run folder: runs/three\n")
+    assert outcome.out.endswith("run folder: runs/three\nreport: runs/three/report.html\n")
     assert max(map(len, outcome.out.splitlines())) <= PLAIN_WIDTH
     assert "prompts: trec-deep_ptune (deep_ptune, 8 tokens x 5 blocks); trec-ptune (ptune, 16 tokens);" in outcome.err
     assert "1,500/1,500" in outcome.err
@@ -47,6 +47,7 @@ def test_three_adapters_side_by_side_with_the_reference_scores(stage: Stage) -> 
         "manifest.json",
         "journal.sqlite",
         "metrics.json",
+        "report.html",
         "report.md",
         *(f"predictions.{name}.jsonl" for name in names),
     }
