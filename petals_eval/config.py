@@ -434,7 +434,11 @@ class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, Resu
         None, "Positions sent together, prompts included.", unset="found out", heading=SERVERS
     )
     out: Place | None = option(
-        None, "Run folder; an unfinished run goes on.", "FOLDER", unset="runs/<task>-<time>", heading=OUTPUT
+        None,
+        "Run folder; an unfinished run goes on, a finished one is shown.",
+        "FOLDER",
+        unset="runs/<task>-<time>",
+        heading=OUTPUT,
     )
     save_texts: bool = option(False, "Keep generated texts, in texts.jsonl of the run folder.", heading=OUTPUT)
     dry_run: bool = option(False, "Show what would be sent, with --json as JSON; send nothing.", heading=OUTPUT)

@@ -59,7 +59,7 @@ _FIRST_EXAMPLES = 50
 
 _PREPARED = (
     *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "unlabelled", "shard"),
-    *("without_prompts", "fail_under", "fail_over", "tokens_per_micro_batch", "out", "save_texts"),
+    *("without_prompts", "fail_under", "fail_over", "max_failed", "tokens_per_micro_batch", "out", "save_texts"),
 )
 """The settings of a run that `prepare` takes under their own names."""
 
@@ -149,6 +149,7 @@ def prepare(
     prompt: PromptSettings = _AS_THE_TASK_SAYS,
     fail_under: Sequence[str] = (),
     fail_over: Sequence[str] = (),
+    max_failed: int = 0,
     tokens_per_micro_batch: int | None = None,
     out: str | Path | None = None,
     is_kept: bool = True,
@@ -227,7 +228,13 @@ def prepare(
         _records(variants, len(tasks)),
         _fingerprint(asked, found),
         answering,
-        {"tokens_per_micro_batch": tokens_per_micro_batch, "rows_left_out": found.left_out},
+        {
+            "tokens_per_micro_batch": tokens_per_micro_batch,
+            "rows_left_out": found.left_out,
+            "fail_under": list(fail_under),
+            "fail_over": list(fail_over),
+            "max_failed": max_failed,
+        },
     )
     if out is not None and is_finished:
         holds_finished(out, manifest)
@@ -270,7 +277,7 @@ def _rows_or_source(task: Task, data: Data | None, settings: dict[str, Any]) -> 
 def prepare_run(settings: RunSettings) -> Prepared:
     """Prepare the run that the command was told of. Raises as `prepare` does."""
     open_side, swarms = side_of_run(settings)
-    prepared = prepare(open_side, **options_of_run(settings))
+    prepared = prepare(open_side, may_be_finished=True, **options_of_run(settings))
     return replace(prepared, local_swarm=swarms[0] if swarms else None)
 
 
