@@ -18,6 +18,7 @@ from petals_eval.config import PromptSettings, RunSettings
 from petals_eval.data import DataSource, Rows, is_local, load_rows, rows_of
 from petals_eval.errors import ConfigError, ModelError
 from petals_eval.evaluation.shots import RowsAndShots, row_code_of, rows_and_shots, with_prompt
+from petals_eval.metrics.scored_rows import CLUSTER
 from petals_eval.remote_model import LocalSide, check_device, dtype_of
 from petals_eval.runs.code_hash import answering_code, task_code
 from petals_eval.runs.disk import check_room
@@ -28,6 +29,7 @@ from petals_eval.runs.results import WITHOUT_PROMPTS
 from petals_eval.runs.shard import Shard
 from petals_eval.runs.thresholds import Threshold, check_parts, parse_thresholds
 from petals_eval.tasks import Task, check_head_labels, load_task, resolve_source
+from petals_eval.tasks.clusters import check_clusters, cluster_column
 from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.prompted import Prompting
 from petals_eval.tasks.requests import Example
@@ -192,6 +194,7 @@ def prepare(
     else:
         side, found = open_side(), read()
     rows = found.rows
+    check_clusters(asked, rows)
     part = rows if piece is None else piece.of(rows)
     variants = _variants(side.adapters, without_prompts)
     if place is not None:
@@ -467,6 +470,8 @@ def _fingerprint(task: Task, found: RowsAndShots) -> dict[str, Any]:
     whole: dict[str, Any] = task.fingerprint()
     if isinstance(task, Prompting) and found.draws:
         whole["shots"] = {**whole["shots"], "sha256": [draw.sha256 for draw in found.draws]}
+    if (column := cluster_column(task)) is not None:
+        whole["cluster_column"] = column
     return whole
 
 
@@ -486,7 +491,7 @@ def _manifest(
         data=data,
         task={"name": task.name, **fingerprint},
         kind=task.kind,
-        answer_columns=task.columns,
+        answer_columns=(*task.columns, *([] if cluster_column(task) is None else [CLUSTER])),
         answer_settings={
             "code": answering_code(),
             "task_code": task_code(task),

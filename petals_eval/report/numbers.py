@@ -28,6 +28,7 @@ __all__ = [
 
 
 ROUGH = "~ marks an interval that may cover less than 95%: it rests on few rows, or on few errors"
+ROUGH_OF_CLUSTERS = "~ marks an interval that may cover less than 95%: it rests on few rows, errors or clusters"
 
 
 def value_text(metric: Metric | None) -> str:
@@ -116,8 +117,11 @@ def notes(results: Sequence[AdapterResult]) -> list[str]:
         for note, adapters in by_note.items():
             whose = "" if len(adapters) == len(results) else f" ({', '.join(adapters)})"
             found.append(printable(f"{metric_title(name)}{whose}: {note}"))
+    clusters = max((result.n_clusters or 0 for result in results), default=0)
+    if clusters:
+        found.append(f"intervals are cluster-robust: rows depend on each other within {plural(clusters, 'cluster')}")
     if any(metric.is_rough for result in results for metric in result.metrics.values()):
-        found.append(ROUGH)
+        found.append(ROUGH_OF_CLUSTERS if clusters else ROUGH)
     return found
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from petals_eval.metrics import Metric, Spread, confusion_matrix, measure, title_of
 from petals_eval.metrics.differences import Difference, Side, differences, pairs_of
-from petals_eval.metrics.scored_rows import ScoredRows
+from petals_eval.metrics.scored_rows import CLUSTER, ScoredRows
 from petals_eval.runs.journal import Failure, Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, ServerUsed, WireRecord
 from petals_eval.runs.matching import match_rows
@@ -43,6 +43,7 @@ class AdapterResult:
 
     n_examples: scored and failed together; metrics are over the scored ones only.
     n_unlabelled: scored examples of which nobody says what is right; they are in no metric.
+    n_clusters: of scored examples that may depend on each other; None where the task names none.
     n_truncated: scored examples whose text was cut. n_tokens: text tokens of the scored examples.
     seconds: what the evaluation itself took, over all sessions of a run that was interrupted.
     label_names, confusion: of labels that all rows share, otherwise empty; counts, row = label, column = prediction.
@@ -64,6 +65,7 @@ class AdapterResult:
     label_names: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
     n_unlabelled: int = 0
+    n_clusters: int | None = None
     draws: "tuple[AdapterResult, ...]" = ()
     predictions: tuple[Prediction, ...] = field(default=(), repr=False)
     failures: tuple[Failure, ...] = field(default=(), repr=False)
@@ -92,6 +94,7 @@ class AdapterResult:
             "n_scored": self.n_scored,
             "n_failed": self.n_failed,
             **({"n_unlabelled": self.n_unlabelled} if self.n_unlabelled else {}),
+            **({} if self.n_clusters is None else {"n_clusters": self.n_clusters}),
             "n_truncated": self.n_truncated,
             "n_tokens": self.n_tokens,
             "seconds": _rounded(self.seconds),
@@ -334,6 +337,7 @@ def over_draws(adapter: str, draws: Sequence[AdapterResult]) -> AdapterResult:
         metrics=metrics,
         label_names=first.label_names,
         confusion=confusion,
+        n_clusters=first.n_clusters,
         draws=tuple(draws),
         predictions=tuple(itertools.chain.from_iterable(draw.predictions for draw in draws)),
         failures=tuple(itertools.chain.from_iterable(draw.failures for draw in draws)),
@@ -373,6 +377,7 @@ def summarise(
         label_names=tuple(label_names),
         confusion=tuple(map(tuple, confusion)),
         n_unlabelled=_unlabelled(kind, rows),
+        n_clusters=None if rows.clusters is None else int(rows.clusters.max(initial=-1)) + 1,
     )
 
 
@@ -392,7 +397,7 @@ def _unlabelled(kind: str, rows: ScoredRows) -> int:
     """Count the rows of which nobody says what is right, in kinds where somebody might."""
     if kind in LABELLED_KINDS:
         return int((~rows.is_labelled).sum())
-    compared = [name for name in rows.columns if name not in OF_TEXTS_ALONE]
+    compared = [name for name in rows.columns if name not in (*OF_TEXTS_ALONE, CLUSTER)]
     if kind != "generation" or not compared:
         return 0
     return int(np.isnan([rows.column(name) for name in compared]).all(axis=0).sum())

@@ -93,6 +93,8 @@ class HeadedTask(Prompting):
     formats: how to read a local file of each format (csv, tsv, jsonl, parquet, lines).
     unlabelled: "predict": rows without a label (missing, empty, or -1 where that is no label) are predicted, and are in
         no metric; their column may be missing altogether. "error": they end a run before it begins.
+    cluster_column: the column that says which rows may depend on each other, such as the text that several questions are
+        about. Rows of the same value there are a cluster, and intervals and comparisons are cluster-robust.
     """
 
     name: str = Field(min_length=1)
@@ -105,6 +107,7 @@ class HeadedTask(Prompting):
     data: DataSource | None = None
     formats: dict[FileFormat, FileReading] = Field(default_factory=dict)
     unlabelled: Unlabelled = "error"
+    cluster_column: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="before")
     @classmethod

@@ -90,6 +90,8 @@ class PerplexityTask(PromptedTask):
         return number
 
     def _disagreement(self) -> str | None:
+        if self.cluster_column is not None and self.rows_per_document != 1:
+            return "cluster_column: documents of several rows have none. Leave it out, or write one row for a document"
         if self.max_length is not None and self.context > self.max_length:
             return f"context: should be at most max_length ({self.max_length}), found {self.context}"
         return None

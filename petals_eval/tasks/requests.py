@@ -108,6 +108,7 @@ class Example:
     row_hash: of what the row says (`petals_eval.data.rows.row_hash`): the same row in another run has the same.
     reference: what `predict` needs of the row besides the answers, such as the right texts or the choices' lengths.
     error: why nothing can be asked for this row: it has no requests then, and a run notes it as a failure.
+    cluster: a number for the cluster that the row is of; None where rows depend on no others.
     """
 
     key: str
@@ -119,6 +120,7 @@ class Example:
     row_hash: str = ""
     reference: object = None
     error: ExampleError | None = None
+    cluster: float | None = None
 
     def predicted(
         self, prediction: float | None, values: Sequence[Sequence[float]], generated: Generated | None = None
