@@ -3,9 +3,9 @@
     scripts/interval_coverage.py [--sets 10000] [--seed 1] > tables.md
 
 Each line is so many data sets that are drawn from one known population (a tenth of them for ROC AUC, numbers,
-documents and clusters). It says how many of their 95% intervals hold the number that the metric has there, and in brackets in which
-share of the sets an interval is printed, where that is not always so. "~" stands where most are marked as rough. It
-takes about half an hour of one processor. The seed is that of all draws.
+documents and clusters). It says how many of their 95% intervals hold the number that the metric has there, and in
+brackets in which share of the sets an interval is printed, where that is not always so. "~" stands where most are
+marked as rough. It takes about half an hour of one processor. The seed is that of all draws.
 """
 
 import argparse

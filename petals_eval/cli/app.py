@@ -15,7 +15,7 @@ __all__ = ["app", "run_app"]
 # What typer raises for a wrong flag. Its name is in click or, since typer keeps a copy of click, in typer itself.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
-COMMANDS = ("run", "demo", "swarm", "bootstrap", "merge", "show", "compare", "health", "tasks", "bench")
+COMMANDS = ("run", "demo", "swarm", "bootstrap", "merge", "show", "compare", "errors", "health", "tasks", "bench")
 
 
 class Commands(TyperGroup):

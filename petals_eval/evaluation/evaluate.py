@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
@@ -15,6 +16,7 @@ from petals_eval.remote_model import LocalSide
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.group_result import GroupResult
 from petals_eval.runs.results import RunResult, run_result
+from petals_eval.runs.row_texts import RowSource
 from petals_eval.tasks import Task, TaskGroup, load_group
 
 if TYPE_CHECKING:
@@ -324,7 +326,7 @@ def finished_result(prepared: Prepared, path: Path, *, keep_predictions: bool = 
 
 def _result(prepared: Prepared, folder: RunFolder, *, retries: int, keep_predictions: bool = False) -> RunResult:
     task = prepared.task
-    return run_result(
+    result = run_result(
         folder.manifest,
         folder.journal,
         task=task.name,
@@ -334,6 +336,7 @@ def _result(prepared: Prepared, folder: RunFolder, *, retries: int, keep_predict
         keep_predictions=keep_predictions,
         with_texts=folder.with_texts,
     )
+    return replace(result, source=RowSource(task, prepared.part)) if keep_predictions else result
 
 
 def finish(folder: RunFolder, result: RunResult) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from petals_eval.metrics import Metric, title_of
 from petals_eval.metrics.differences import Difference
 from petals_eval.runs import AdapterResult, ComputedIn, RunResult, WireRecord
-from petals_eval.text import number_text, plural, printable
+from petals_eval.text import number_text, p_value_text, plural, printable
 
 __all__ = [
     "counts_line",
@@ -16,7 +16,6 @@ __all__ = [
     "metric_title",
     "noise_line",
     "notes",
-    "p_value_text",
     "rate_text",
     "signed_interval_text",
     "signed_text",
@@ -77,16 +76,6 @@ def tested_text(difference: Difference) -> str:
 def _signed(value: float, decimals: int, beside: float) -> str:
     text = number_text(value, decimals, beside=beside)
     return text if text.startswith("-") else f"+{text}"
-
-
-def p_value_text(p_value: float | None) -> str:
-    """
-    >>> [p_value_text(p) for p in (0.39119, 0.0412, 1.0, 0.00002, None)]
-    ['0.391', '0.041', '1.000', '<0.001', '-']
-    """
-    if p_value is None:
-        return "-"
-    return "<0.001" if p_value < 0.0005 else f"{p_value:.3f}"
 
 
 def metric_title(name: str) -> str:

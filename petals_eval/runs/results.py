@@ -6,13 +6,17 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
+from petals_eval.errors import ConfigError
 from petals_eval.metrics import Metric, Spread, confusion_matrix, measure, title_of
 from petals_eval.metrics.differences import Difference, Side, differences, pairs_of
 from petals_eval.metrics.scored_rows import CLUSTER, ScoredRows
+from petals_eval.runs.analyse import analyse, chosen_name
+from petals_eval.runs.error_analysis import ErrorAnalysis
 from petals_eval.runs.journal import Failure, Journal
 from petals_eval.runs.manifest import Manifest, NoisyServer, ServerUsed, WireRecord
 from petals_eval.runs.matching import match_rows
-from petals_eval.runs.rows import KeyedRows
+from petals_eval.runs.row_texts import RowSource
+from petals_eval.runs.rows import ComputedRows, KeyedRows
 from petals_eval.runs.tables import ResultRow, as_csv, as_latex, as_markdown
 from petals_eval.tasks.requests import Prediction
 from petals_eval.text import number_text
@@ -53,6 +57,7 @@ class AdapterResult:
         each. Those of several draws stand one draw after the other. Empty for the command and for `merge`: the run
         folder has them.
     failures: the examples that could not be computed, with the reason of each; kept as predictions are.
+    computed: how the predictions were computed, in their order; kept as they are, of one draw alone.
     """
 
     adapter: str
@@ -69,6 +74,7 @@ class AdapterResult:
     draws: "tuple[AdapterResult, ...]" = ()
     predictions: tuple[Prediction, ...] = field(default=(), repr=False)
     failures: tuple[Failure, ...] = field(default=(), repr=False)
+    computed: ComputedRows | None = field(default=None, repr=False)
 
     @property
     def in_journal(self) -> "tuple[AdapterResult, ...]":
@@ -140,6 +146,7 @@ class RunResult:
     noisy_servers: whose answers were unequal, to one question or to those of others, by how much, and whether they
         were used all the same.
     wire: how far a lossy wire moved answers, and who did not take it; None for a lossless one.
+    source: where the rows can be read again, where `petals_eval.evaluate` returned this.
     """
 
     task: str
@@ -153,6 +160,7 @@ class RunResult:
     kind: str = "classification"
     columns: tuple[str, ...] = ("score",)
     differences: tuple[Difference, ...] = ()
+    source: RowSource | None = field(default=None, repr=False)
 
     @property
     def first(self) -> AdapterResult:
@@ -168,6 +176,35 @@ class RunResult:
     def predictions(self) -> tuple[Prediction, ...]:
         """The predictions of the first adapter."""
         return self.first.predictions
+
+    def errors(self, adapter: str | None = None, *, limit: int = 5) -> ErrorAnalysis:
+        """Analyse the errors of an adapter, or of the draw of shots of this name; None: of the first one.
+
+        limit: rows in each list. Raises ConfigError for an unknown name and for a result without predictions, and
+        DataError where the data are not those of the run any more.
+        """
+        every = [*self.adapters.values(), *([self.without_prompts] if self.without_prompts else [])]
+        named = {each.adapter: each for result in every for each in result.in_journal}
+        name, notes = chosen_name(adapter, list(named), {each.adapter: each.in_journal[0].adapter for each in every})
+        found = named[name]
+        if not found.predictions:
+            raise ConfigError(
+                "expected a result with its predictions, as petals_eval.evaluate returns it. Give the path of its run "
+                "folder to petals_eval.errors_of instead."
+            )
+        return analyse(
+            self.kind,
+            KeyedRows.of(found.predictions, self.columns),
+            found.computed,
+            task=self.task,
+            adapter=name,
+            label_names=found.label_names,
+            failed=found.n_failed,
+            limit=limit,
+            texts=None if self.source is None else self.source.texts,
+            written={each.key: each.text for each in found.predictions},
+            notes=notes,
+        )
 
     def rows(self, run: str = "") -> list[ResultRow]:
         """Return a table's row for each adapter, and for the run without prompts. run: what to call this one."""
@@ -262,7 +299,12 @@ def run_result(
         )
         if keep_predictions:
             predictions = with_texts(adapter.name, _predictions(journal, adapter.name, manifest))
-            found = replace(found, predictions=predictions, failures=tuple(journal.failures(adapter.name)))
+            found = replace(
+                found,
+                predictions=predictions,
+                failures=tuple(journal.failures(adapter.name)),
+                computed=journal.computed_rows(adapter.name),
+            )
         if adapter.adapter is None:
             results[adapter.name] = found
         else:

@@ -1,4 +1,4 @@
-"""Rows that depend on each other: named by a column of the data, kept with each prediction, reckoned with in intervals."""
+"""Rows that depend on each other: named by a column of the data, kept with predictions, reckoned with in intervals."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,8 @@ def test_every_kind_takes_a_cluster_column_which_changes_neither_answer_nor_hash
 @pytest.mark.parametrize("missing", [None, "", " ", float("nan"), [1]])
 def test_a_row_that_does_not_say_its_cluster_is_named(missing: object) -> None:
     task = load_task({**TASK, "cluster_column": "of"})
-    rows = rows_of([{"text": "a", "label": "bad", "of": [2] if isinstance(missing, list) else "1"}, {"text": "a", "label": "bad", "of": missing}])  # fmt: skip
+    first = [2] if isinstance(missing, list) else "1"
+    rows = rows_of([{"text": "a", "label": "bad", "of": each} for each in (first, missing)])
     with pytest.raises(DataError, match=r"row [01]: column of should say of which cluster the row is"):
         check_clusters(task, rows)
     with pytest.raises(DataError, match="has no column off, which task"):
@@ -91,7 +92,8 @@ def test_comparisons_go_by_clusters_and_say_how_many(tmp_path: Path) -> None:
     rows, clustered = reviews(30, 10), {**TASK, "cluster_column": "of"}
     evaluate(FakeModel(), rows, tmp_path / "one", task=clustered)
     evaluate(FakeModel(), rows, tmp_path / "plain", task=TASK)
-    (tmp_path / "other.csv").write_text("key,prediction\n" + "".join(f"{n},{('bad', 'good')[n % 5 == 0]}\n" for n in range(30)))  # fmt: skip
+    predictions = [f"{n},{('bad', 'good')[n % 5 == 0]}" for n in range(30)]
+    (tmp_path / "other.csv").write_text("\n".join(["key,prediction", *predictions, ""]))
     found = petals_eval.compare(tmp_path / "plain", tmp_path / "one")
     assert found.to_json()["clusters"] == 10  # one of them knows
     found = petals_eval.compare(tmp_path / "one", tmp_path / "other.csv")
@@ -101,7 +103,7 @@ def test_comparisons_go_by_clusters_and_say_how_many(tmp_path: Path) -> None:
     assert accuracy.note == "10 clusters are few, or of very unequal sizes: it may cover less than 95%"
     elsewhere = [{**row, "of": index} for index, row in enumerate(rows)]
     evaluate(FakeModel(), elsewhere, tmp_path / "two", task=clustered)
-    with pytest.raises(DataError, match="have the same rows in other clusters. Evaluate both with the same cluster_column"):  # fmt: skip
+    with pytest.raises(DataError, match=r"the same rows in other clusters. Evaluate both with the same cluster_column"):
         petals_eval.compare(tmp_path / "one", tmp_path / "two")
 
 
