@@ -8,7 +8,7 @@ import typer
 
 from petals_eval.cli.flags import flags_of
 from petals_eval.cli.streams import json_text
-from petals_eval.runs.settings import ErrorSettings
+from petals_eval.config import ErrorSettings
 
 __all__ = ["HELP", "SHORT", "errors"]
 

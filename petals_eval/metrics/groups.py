@@ -37,7 +37,7 @@ def p_values_of_groups(members: Mapping[str, NDArray[np.bool_]], values: Floats)
             found[name] = float(fisher_exact(table).pvalue)
         else:
             found[name] = float(mannwhitneyu(one, other).pvalue)
-    first, *others = members.values()
-    if len(others) == 1 and (first != others[0]).all():
+    groups = list(members.values())
+    if len(groups) == 2 and (groups[0] != groups[1]).all():
         return found  # one question, asked from both sides
     return dict(zip(found, holm(list(found.values())), strict=True))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
@@ -42,8 +43,8 @@ def print_errors(found: ErrorAnalysis, console: Console) -> None:
 
 def _blocks(found: ErrorAnalysis, console: Console) -> Iterator[list[Text]]:
     yield [
-        Text(_headline(found), style="bold"),
-        *(line for said in found.findings for line in _wrapped(f"- {said}", console, 2, lines=None)),
+        *_sentence(_headline(found), console, 0, style="bold"),
+        *(line for said in found.findings for line in _sentence(f"- {said}", console, 2)),
     ]
     if found.confusions:
         most = max(len(rows) for rows in found.lists.values()) if found.lists else len(found.confusions)
@@ -61,9 +62,9 @@ def _blocks(found: ErrorAnalysis, console: Console) -> Iterator[list[Text]]:
     for name, listed in found.lists.items():
         yield [Text(_title(found, name), style="bold"), *(line for row in listed for line in _row(found, row, console))]
     if any(group.differs for groups in found.groups.values() for group in groups):
-        yield [*_wrapped(f"* {_TESTED[found.wrong is None]}", console, 0, lines=None)]
+        yield [*_sentence(f"* {_TESTED[found.wrong is None]}", console, 0)]
     if found.notes:
-        yield [line for note in found.notes for line in _wrapped(f"note: {note}", console, 0, lines=None)]
+        yield [line for note in found.notes for line in _sentence(f"note: {note}", console, 0)]
 
 
 _TESTED = {
@@ -129,7 +130,7 @@ def _row(found: ErrorAnalysis, row: ErrorRow, console: Console) -> Iterator[Text
     parts = [f"row {printable(row.key)}", *_predicted(found, row)]
     if row.n_tokens is not None:
         parts.append(f"{plural(row.n_tokens, 'token')}{', cut' if row.is_truncated else ''}")
-    yield from _wrapped(" · ".join(parts), console, 2, lines=None)
+    yield from _sentence(" · ".join(parts), console, 2)
     text = row.text
     if text is not None:
         yield from _wrapped(text.text, console, _INDENT)
@@ -209,12 +210,22 @@ def _signed(value: float) -> str:
     return text if text.startswith("-") else f"+{text}"
 
 
-def _wrapped(text: str, console: Console, indent: int, *, lines: int | None = TEXT_LINES) -> list[Text]:
-    """Return a text in lines of the console's width, of which a longer one loses its end."""
+def _wrapped(text: str, console: Console, indent: int) -> list[Text]:
+    """Return the first lines of a text that was read, in the console's width; a longer one says that it goes on."""
+    lines = _lines(text, console, indent)
+    if len(lines) > TEXT_LINES:
+        last = lines[TEXT_LINES - 1]
+        room = min(cell_len(last), max(20, console.width - indent) - 1)
+        lines = [*lines[: TEXT_LINES - 1], f"{set_cell_size(last, room)}…"]
+    return [Text(" " * indent + line) for line in lines]
+
+
+def _sentence(text: str, console: Console, indent: int, *, style: str = "") -> list[Text]:
+    """Return a sentence in the console's width; its next lines stand two further in."""
+    lines = _lines(text, console, indent + 2)
+    return [Text(" " * (indent + 2 * bool(number)) + line, style=style) for number, line in enumerate(lines)]
+
+
+def _lines(text: str, console: Console, indent: int) -> list[str]:
     safe = printable(text, longest=MOST_CHARACTERS, keep_lines=True)
-    wrapped = list(Text(safe).wrap(console, max(20, console.width - indent)))
-    if lines is not None and len(wrapped) > lines:
-        wrapped = [*wrapped[: lines - 1], Text(f"{wrapped[lines - 1].plain.rstrip()[: console.width - indent - 1]}…")]
-    # Of a sentence the next lines stand further in.
-    hanging = indent if lines is not None else indent + 2
-    return [Text(" " * (hanging if number else indent) + each.plain.rstrip()) for number, each in enumerate(wrapped)]
+    return [line.plain.rstrip() for line in Text(safe).wrap(console, max(20, console.width - indent))]

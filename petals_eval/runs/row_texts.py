@@ -8,7 +8,7 @@ from typing import Any
 from petals_eval.data import DataSource, Rows, load_rows, name_of, rows_of
 from petals_eval.errors import ConfigError, DataError, MachineError, TaskError
 from petals_eval.runs.manifest import Manifest
-from petals_eval.tasks import Task, load_task, resolve_source, task_of_fingerprint
+from petals_eval.tasks import Task, list_tasks, load_task, resolve_source, task_of_fingerprint
 from petals_eval.tasks.requests import RowText
 from petals_eval.tasks.row_code import load_row_code
 from petals_eval.text import listed, plural, printable
@@ -16,6 +16,8 @@ from petals_eval.text import listed, plural, printable
 __all__ = ["RowSource", "source_of_run"]
 
 _SHOWN = 3  # rows that say something else
+_OF_THE_RUN = ("max_length", "bos", "shots", "separator", "chat", "system", "columns", "asks_without_context")
+"""What a run may ask for instead of its task, or what follows from that; no text of a row depends on it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,7 @@ class RowSource:
             raise DataError(
                 f"{self.rows.name} does not hold the rows of this run: of {plural(len(wanted), 'row')} looked up "
                 f"{len(shown)} differ: {printable(listed(shown, most=_SHOWN))}. Give the data that it "
-                "read, with --data."
+                "read, with --data, and with --task how it is read."
             )
         return found
 
@@ -95,12 +97,14 @@ def source_of_run(
 
 
 def _task_of(manifest: Manifest) -> Task:
-    name = str(manifest.task.get("name", ""))
-    try:
-        shipped = load_task(name) if name and not Path(name).suffix else None
-    except TaskError:
-        shipped = None
-    return task_of_fingerprint(manifest.task) if shipped is None else shipped
+    """Return the task that comes with the package, with its data and how files of it are read, where it is that one;
+    otherwise what the manifest says of the task. Raises TaskError."""
+    shipped = next((each for each in list_tasks() if each.name == manifest.task.get("name")), None)
+    if shipped is not None:
+        said = shipped.fingerprint()
+        if all(manifest.task.get(key) == value for key, value in said.items() if key not in _OF_THE_RUN):
+            return shipped
+    return task_of_fingerprint(manifest.task)
 
 
 def _prepared(task: Task, rows: Rows, is_allowed: bool) -> Rows:
