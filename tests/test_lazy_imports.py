@@ -17,7 +17,7 @@ SCRIPT = """if True:
     local.tokenizer("a meal")
     rows = load_rows(DataSource(path=data))
     assert [row.index for row in rows.at(__import__("numpy").array([3, 5]))] == [3, 5]
-    compute_metrics(DEFAULT_METRICS, [0, 1], [0, 1], [[0.9, 0.1], [0.2, 0.8]], label_names=("a", "b"), seed=0)
+    compute_metrics(DEFAULT_METRICS, [0, 1], [0, 1], [[0.9, 0.1], [0.2, 0.8]], label_names=("a", "b"))
     heavy = ("datasets", "pandas", "scipy.linalg", "sklearn", "sympy", "torch._dynamo", "torch.distributed.tensor")
     print([name for name in heavy if name in sys.modules])
 
