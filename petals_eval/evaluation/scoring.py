@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +13,7 @@ from petals_eval.evaluation.wire_error import note_lossless_servers
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import NoisyServer, ServerUsed, Verdict
 from petals_eval.tasks import Task
+from petals_eval.tasks.clusters import clustered_examples
 from petals_eval.tasks.requests import Example, Generated, Request
 
 if TYPE_CHECKING:
@@ -218,6 +219,9 @@ class Scoring:
                     self._record_failure(name, example, error, servers)
                     fail_fast.record_failure(error)
                     continue
+                if example.cluster is not None:
+                    values = tuple((*item, example.cluster) for item in prediction.values)
+                    prediction = replace(prediction, values=values)
                 self.folder.save_text(name, prediction)
                 journal.add(name, prediction, kind=task.kind, truncated=example.truncated, servers=servers)
                 self.done += 1
@@ -247,7 +251,7 @@ class Scoring:
     def _left(self, done_before: Collection[str], adapter: "Adapter | None", task: Task) -> Iterator[Example]:
         """Yield the examples that are left, and say once for an adapter that libraries pool their texts otherwise."""
         name = "" if adapter is None else adapter.name
-        for example in task.examples(self.prepared.part, self.model.local.tokenizer):
+        for example in clustered_examples(task, self.prepared.part, self.model.local.tokenizer):
             if example.key in done_before:
                 continue
             if task.head == "class" and name not in self._pooling_said:
