@@ -437,4 +437,7 @@ class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, Resu
         None, "Run folder; an unfinished run goes on.", "FOLDER", unset="runs/<task>-<time>", heading=OUTPUT
     )
     save_texts: bool = option(False, "Keep generated texts, in texts.jsonl of the run folder.", heading=OUTPUT)
+    no_noise: bool = option(
+        False, "Do not compute rows again at the end to see which predictions rounding may change.", heading=OUTPUT
+    )
     dry_run: bool = option(False, "Show what would be sent, with --json as JSON; send nothing.", heading=OUTPUT)

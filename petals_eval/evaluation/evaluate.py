@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 from petals_eval.config import Place, Positive, PromptSettings, Settings
 from petals_eval.errors import CallerError, ConfigError, InterruptedRunError, MachineError, PetalsEvalError
 from petals_eval.evaluation.groups import PreparedGroup, prepare_group
+from petals_eval.evaluation.noise import note_noise
 from petals_eval.evaluation.prepare import Data, Prepared, prepare
 from petals_eval.evaluation.scoring import Progress, Scoring
 from petals_eval.evaluation.wire_error import note_sample
@@ -52,6 +53,7 @@ class _Options(TypedDict, total=False):
     bos: Literal["auto", "always", "never"] | None
     allow_task_code: bool
     save_texts: bool
+    no_noise: bool
     out: str | Path | None
     tokens_per_micro_batch: int | None
     tokenizer: Any
@@ -95,6 +97,7 @@ def evaluate(
     out: str | Path | None = None,
     tokens_per_micro_batch: int | None = None,
     save_texts: bool = False,
+    no_noise: bool = False,
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> RunResult | GroupResult:
@@ -119,6 +122,7 @@ def evaluate(
     allow_task_code: let the task's own function prepare rows where it did not come with this package.
     out: the run folder; an unfinished run of the same settings in it goes on. None: nothing is kept.
     save_texts: keep generated texts, in texts.jsonl of the run folder and in the result's predictions.
+    no_noise: do not compute rows again at the end to see which predictions rounding may change (`AdapterResult.noise`).
     tokenizer: for a Petals model; None: the one that lies with the model its config names.
 
     The model is in the mode it was in before when this returns or raises; nothing here computes a gradient.
@@ -139,6 +143,7 @@ def evaluate(
         "out": out,
         "tokens_per_micro_batch": tokens_per_micro_batch,
         "save_texts": save_texts,
+        "no_noise": no_noise,
     }
     _Values(**values)
     check_progress(progress)
@@ -185,6 +190,7 @@ def evaluate(
             "is_kept": out is not None,
             "tokens_per_micro_batch": tokens_per_micro_batch,
             "save_texts": save_texts,
+            "no_noise": no_noise,
         }
         group = load_group(task)
         if group is not None:
@@ -206,6 +212,7 @@ class _Values(Settings):
     out: Place | None
     tokens_per_micro_batch: Positive | None
     save_texts: bool
+    no_noise: bool
 
 
 def is_remote_model(model: object) -> bool:
@@ -289,7 +296,12 @@ def evaluate_prepared(
         if folder.resumed:
             scoring.say_what_is_left()
         note_sample(prepared, folder, model, on_tick=scoring.tick)
-        scoring.score_all()
+        while True:
+            scoring.score_all()
+            if not prepared.no_noise:
+                note_noise(prepared, folder, model, on_tick=scoring.tick)
+            if not scoring.withdrawn:  # otherwise a server was caught by then, and what it had computed is not counted
+                break
         retries = model.blocks.status().retries - retries_before
         result = _result(prepared, folder, retries=retries, keep_predictions=keep_predictions)
         finish(folder, result)
