@@ -148,7 +148,7 @@ def _servers(servers: Sequence[tuple[ServerUsed, int]]) -> str:
 
 def _noise(results: Sequence[AdapterResult]) -> str:
     """Return a section on what rounding may do to the numbers, or nothing where nobody looked for it."""
-    lines = noise_lines(results, with_ranges=False)
+    lines = noise_lines(results, is_report=True)
     if not lines:
         return ""
     names = [name for name in metric_names(results) if any(noise_range_text(each, name) for each in results)]

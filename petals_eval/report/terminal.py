@@ -83,7 +83,7 @@ def _below(result: RunResult, adapters: Sequence[AdapterResult]) -> list[str]:
         lines.append(counts_line(adapters[0]))
     lines.append(swarm_line(result))
     lines += wire_lines(result.wire)
-    lines += noise_lines(adapters, with_ranges=len(adapters) > 1)
+    lines += noise_lines(adapters)
     noise = noise_line(result)
     if noise is not None:
         lines.append(noise)
