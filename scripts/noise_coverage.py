@@ -5,7 +5,7 @@ of them, drawn by seeds, are evaluated as ever, and what each says of its numeri
 its predictions differ between the two ways. 19 of 20 runs should call at least as many unsure as change, and at most
 five times their mean over all runs, or three.
 
-    scripts/noise_coverage.py [--seeds 20] [--rows 1000] [--cases bfloat16 tf32 float16-wire] [--realdata FOLDER]
+    scripts/noise_coverage.py [--seeds 20] [--rows 3000] [--cases bfloat16 tf32 float16-wire] [--realdata FOLDER]
 
 Ends with 1 where one of the cases does not hold.
 """
@@ -117,7 +117,7 @@ def held(realdata: Path, name: str, seeds: int, rows: int) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     default = os.environ.get("PETALS_EVAL_REALDATA", Path(__file__).resolve().parents[2] / "shared" / "realdata")
     parser.add_argument("--realdata", type=Path, default=Path(default))

@@ -2,9 +2,10 @@
 
 A margin is how much the best answer of a row is ahead of the runner-up. Where it moves by d, without preference for a
 side, and f is the density of margins at 0, a share f E|d| / 2 of all predictions goes to the runner-up. A row is called
-unsure where its margin is below the noise, `FACTOR` times the mean of |d|: that is a share f `FACTOR` E|d|, three times
-as many as are to be expected to change, so that chance seldom brings more, and never five times as many on average. The
-largest |d| of a sample, which grows with its size, gives 6 to 20 times as many (`scripts/noise_coverage.py` counts).
+unsure where its margin is below the noise, `FACTOR` times the mean of |d|: that is a share f `FACTOR` E|d|, two and a
+half times as many as are to be expected to change, so that chance brings more in 1 of 20 runs at most, and hardly ever
+fewer than a fifth of them. The largest |d| of a sample, which grows with its size, gives 6 to 20 times as many
+(`scripts/noise_coverage.py` counts).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from petals_eval.metrics.scored_rows import Floats, ScoredRows
 
 __all__ = ["FACTOR", "MARGIN", "changes", "margins", "noise_ranges", "numbers_of"]
 
-FACTOR = 1.5
+FACTOR = 1.25
 MARGIN = "margin"
 """The number by which a prediction is chosen; other numbers are called by the metric that chooses by them."""
 

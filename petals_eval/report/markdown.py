@@ -157,7 +157,7 @@ def _noise(results: Sequence[AdapterResult]) -> str:
     about = (
         "Rows were computed again otherwise, to see how far rounding moves the margin between the two best answers. "
         f"Predictions are counted whose margin is below {FACTOR:g} times the mean change, in the way that moves most: "
-        "about three times as many as are to be expected to change. The ranges are those of the metrics if these went "
+        "two to three times as many as are to be expected to change. The ranges are those of the metrics if these went "
         "to their runner-up."
     )
     said = "\n".join(f"- {_safe(line)}" for line in lines)

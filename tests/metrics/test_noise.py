@@ -86,7 +86,7 @@ def test_a_metric_of_choices_goes_by_its_own_margins():
     assert ranges == {"acc": (1.0, 1.0), "acc_norm": (0.5, 1.0)}
 
 
-@pytest.mark.parametrize("tails", ["normal", "heavy", "a few large", "one way"])
+@pytest.mark.parametrize("tails", ["normal", "heavy", "a few large", "of one size"])
 def test_as_many_are_unsure_as_change_and_not_five_times_as_many(tails):
     """As `scripts/noise_coverage.py` does on a real model, for changes of many forms."""
     random = np.random.default_rng(7)
@@ -98,7 +98,7 @@ def test_as_many_are_unsure_as_change_and_not_five_times_as_many(tails):
             return random.standard_t(3, size=count)
         if tails == "a few large":
             return random.normal(size=count) * np.where(random.random(count) < 0.1, 5.0, 1.0)
-        return np.abs(random.normal(size=count)) * random.choice([-1.0, 1.0])
+        return random.choice([-1.0, 1.0], size=count)
 
     told, came = [], []
     for _ in range(400):
@@ -109,4 +109,4 @@ def test_as_many_are_unsure_as_change_and_not_five_times_as_many(tails):
     pairs = np.array([told, came])
     assert (pairs[0] >= pairs[1]).mean() >= 0.95
     assert (pairs[0] <= max(5 * pairs[1].mean(), 3)).mean() >= 0.9
-    assert 2.0 < pairs[0].mean() / pairs[1].mean() < 4.5
+    assert 2.0 < pairs[0].mean() / pairs[1].mean() < 4
