@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from petals_eval.health import HealthReport, check_health
     from petals_eval.local_swarm import LocalSwarm
     from petals_eval.remote_model import RemoteModel
+    from petals_eval.report.model_card import model_card_data
     from petals_eval.runs.group_result import GroupResult
     from petals_eval.runs.overview import load_runs
     from petals_eval.runs.results import AdapterResult, RunResult
@@ -69,6 +70,7 @@ __all__ = [
     "evaluate_batches",
     "load_runs",
     "merge",
+    "model_card_data",
 ]
 
 _HOMES = {
@@ -83,6 +85,7 @@ _HOMES = {
     "GroupResult": "petals_eval.runs.group_result",
     "RunResult": "petals_eval.runs.results",
     "load_runs": "petals_eval.runs.overview",
+    "model_card_data": "petals_eval.report.model_card",
     "evaluate": "petals_eval.evaluation.evaluate",
     "evaluate_batches": "petals_eval.evaluation.batches",
     "merge": "petals_eval.evaluation.merge",

@@ -8,12 +8,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 set_up "[test]"
 scripts/petals_peer.sh
+scripts/trackers_environment.sh
 export CI=true OMP_NUM_THREADS=1
 seed="${SOAK_SEED:-0}"
 failed=()
 
 .venv/bin/python -m pytest --soak --timeout 3600 --client-kills 30 --client-seed "$seed" --session-kills 200 \
   --session-seed "$seed" --server-absence 60 || failed+=(pytest)
+.venv/bin/python scripts/noise_coverage.py || failed+=(scripts/noise_coverage.py)
 .venv/bin/python scripts/chaos.py --schedules 200 --seed "$seed" --jobs 2 || failed+=(scripts/chaos.py)
 
 if [ ${#failed[@]} -gt 0 ]; then

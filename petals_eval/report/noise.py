@@ -31,8 +31,8 @@ def noise_lines(results: Sequence[AdapterResult], *, is_report: bool = False) ->
     for result in results:
         if result.noise is not None:
             with_range = not is_report and len(results) > 1
-            texts = _in_full(result, result.noise) if is_report else _in_short(result, result.noise, with_range)
-            by_text.setdefault(tuple(texts), []).append(result.adapter)
+            said = _in_full(result, result.noise) if is_report else _in_short(result, result.noise, with_range)
+            by_text.setdefault(tuple(said), []).append(result.adapter)
     found = []
     for texts, adapters in by_text.items():
         whose = "" if len(adapters) == len(results) else f" ({', '.join(adapters)})"
