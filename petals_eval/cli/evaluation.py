@@ -11,6 +11,7 @@ from petals_eval.cli.open_swarm import open_model
 from petals_eval.cli.steps import step
 from petals_eval.cli.streams import json_text
 from petals_eval.config import ResultSettings, RunSettings
+from petals_eval.errors import MachineError
 
 if TYPE_CHECKING:
     from petals_eval.evaluation.groups import PreparedGroup
@@ -56,6 +57,7 @@ def execute(read_settings: Callable[[], RunSettings]) -> int:
         with ProgressDisplay(prepared.total) as progress:
             result = evaluate_prepared(prepared, folder, model, progress=progress)
     code = show_result(result, folder.path, prepared.thresholds, settings)
+    _write_page(settings, folder.path, of_group=False)
     log_results(trackers, [(result, folder.manifest)], say=_say)
     return code
 
@@ -81,9 +83,26 @@ def _execute_group(settings: RunSettings, prepared: "PreparedGroup", trackers: "
             result = evaluate_group(begun, model, progress=progress)
     thresholds = {member.task.name: member.thresholds for member in begun.members}
     code = show_group(result, begun.out, thresholds, settings)
+    if begun.out is not None:
+        _write_page(settings, begun.out, of_group=True)
     several = zip(result.tasks.values(), (member.manifest for member in begun.members), strict=True)
     log_results(trackers, list(several), say=_say)
     return code
+
+
+def _write_page(settings: RunSettings, folder: Path, *, of_group: bool) -> None:
+    """Draw what was shown already, and say where; a disk that takes no more changes no exit code."""
+    from petals_eval.report.write import PAGE, write_page, write_pages
+
+    try:
+        if of_group:
+            write_pages(folder)
+        else:
+            write_page(folder)
+    except MachineError as error:
+        _say(f"note: there is no page of this run: {error}")
+    else:
+        typer.echo(f"report: {folder / '*' / PAGE if of_group else folder / PAGE}", err=settings.json_output)
 
 
 def _say_estimate(settings: RunSettings, model: "RemoteModel", left: "Sequence[Prepared]") -> None:
