@@ -11,6 +11,7 @@ from petals_eval.errors import DeadlineError
 from petals_eval.evaluation import noise
 from petals_eval.evaluation.noise import NoisePolicy, rows_each_way
 from petals_eval.report import markdown_report
+from petals_eval.report.page import page
 from petals_eval.runs import NoiseRecord, NumericalNoise, Recomputed, RunFolder
 from petals_eval.runs.noise import joined_noise, noise_over_draws
 from petals_eval.tasks import GenerationTask
@@ -88,7 +89,9 @@ def test_what_moved_is_in_every_place_and_is_repeated_from_the_folder(tmp_path):
     with RunFolder.open(tmp_path / "run") as folder:
         again = folder.result()
         report = markdown_report(again, folder.manifest)
+        shown = page(folder)
     assert again.first.noise == found
+    assert f"within noise {low:.4f} - {high:.4f}" in shown and "5 rows again on other servers" in shown
     assert "## Numerical noise" in report and "5 rows again on other servers" in report
     told = json.loads((tmp_path / "run" / "metrics.json").read_text())["noise"]
     assert (told["unsure"], told["ranges"]["accuracy"]) == (5, [low, high])
