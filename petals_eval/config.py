@@ -443,6 +443,15 @@ class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, Resu
         heading=OUTPUT,
     )
     save_texts: bool = option(False, "Keep generated texts, in texts.jsonl of the run folder.", heading=OUTPUT)
+    log_to: Names = option(
+        (),
+        "Log the result to wandb, trackio, mlflow or tensorboard, too; PLACE is its project, experiment or folder.",
+        "TRACKER[=PLACE]...",
+        heading=OUTPUT,
+    )
+    no_noise: bool = option(
+        False, "Do not compute rows again at the end to see which predictions rounding may change.", heading=OUTPUT
+    )
     dry_run: bool = option(False, "Show what would be sent, with --json as JSON; send nothing.", heading=OUTPUT)
 
 

@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 set_up "[test]"
 scripts/petals_peer.sh
+scripts/trackers_environment.sh
 export CI=true OMP_NUM_THREADS=1
 seed="${SOAK_SEED:-0}"
 failed=()
@@ -22,6 +23,7 @@ try_packages() {
     (cd "$folder" && environment/bin/petals-eval demo) && rm -rf "$folder"
 }
 (try_packages) || failed+=("the wheel in an environment of its own")
+.venv/bin/python scripts/noise_coverage.py || failed+=(scripts/noise_coverage.py)
 .venv/bin/python scripts/chaos.py --schedules 200 --seed "$seed" --jobs 2 || failed+=(scripts/chaos.py)
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -62,6 +62,7 @@ _FIRST_EXAMPLES = 50
 _PREPARED = (
     *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "unlabelled", "shard"),
     *("without_prompts", "fail_under", "fail_over", "max_failed", "tokens_per_micro_batch", "out", "save_texts"),
+    "no_noise",
 )
 """The settings of a run that `prepare` takes under their own names."""
 
@@ -98,6 +99,7 @@ class Prepared:
     manifest: of the run folder `out`; None: a new one below runs/. is_kept: otherwise the folder is temporary.
     local_swarm: not started; the one that the model's blocks will be on. notes: what a person should know of the rows.
     is_finished: the folder holds this very run, and nothing is left to be done.
+    no_noise: no rows are computed again at the end.
     """
 
     task: Task
@@ -114,6 +116,7 @@ class Prepared:
     local_swarm: "LocalSwarm | None" = None
     notes: tuple[str, ...] = ()
     is_finished: bool = False
+    no_noise: bool = False
 
     @property
     def total(self) -> int:
@@ -156,6 +159,7 @@ def prepare(
     out: str | Path | None = None,
     is_kept: bool = True,
     save_texts: bool = False,
+    no_noise: bool = False,
     more_metrics: Sequence[str] = (),
     may_be_finished: bool = False,
     **source_settings: Any,
@@ -270,6 +274,7 @@ def prepare(
             *_two_openings(first_examples, side.local.tokenizer),
         ),
         is_finished=is_finished,
+        no_noise=no_noise,
     )
 
 

@@ -144,7 +144,11 @@ class PendingExamples:
 
 
 class Scoring:
-    """One evaluation under way."""
+    """One evaluation under way.
+
+    withdrawn: whether rows were taken back since `score_all` began or ended, for a server was caught that had a part in
+    them.
+    """
 
     def __init__(self, prepared: Prepared, folder: RunFolder, model: "RemoteModel", progress: Progress | None):
         self.prepared = prepared
@@ -154,7 +158,7 @@ class Scoring:
         self.done = 0
         self._distrusted: set[str] = set()
         self._disputed: set[str] = set()
-        self._withdrawn = False
+        self.withdrawn = False
         self._said: set[str] = set()
         self._pooling_said: set[str] = set()
 
@@ -175,11 +179,11 @@ class Scoring:
             )
         try:
             while True:
-                self.done, self._withdrawn = 0, False
+                self.done, self.withdrawn = 0, False
                 for variant in self.prepared.variants:
                     self.score(variant)
                 self.model.blocks.settle(on_tick=self.tick)
-                if not self._withdrawn:
+                if not self.withdrawn:
                     return
         except (SwarmError, CallerError, KeyboardInterrupt):
             self.tick()  # what a server scored that was caught in the last moment must not stay
@@ -209,7 +213,7 @@ class Scoring:
                     continue
                 example, servers = complete.example, tuple(complete.servers)
                 if not self._distrusted.isdisjoint(server.peer_id for server in servers):
-                    self._withdrawn = True  # on its way when its server was caught: computed again like the rest
+                    self.withdrawn = True  # on its way when its server was caught: computed again like the rest
                     continue
                 try:
                     prediction = task.predict(
@@ -330,7 +334,7 @@ class Scoring:
         if caught - self._distrusted:
             withdrawn = self.folder.journal.withdraw(caught - self._distrusted)
             self.done = max(0, self.done - withdrawn)
-            self._withdrawn = self._withdrawn or withdrawn > 0
+            self.withdrawn = self.withdrawn or withdrawn > 0
         self._distrusted = caught
         self.folder.note_noisy(
             (
