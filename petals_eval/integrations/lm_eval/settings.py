@@ -8,7 +8,6 @@ from petals_eval.config import (
     AdapterPlaces,
     Blocks,
     CallSettings,
-    Dtype,
     ModelOnSwarm,
     Place,
     Positive,
@@ -53,13 +52,14 @@ class HarnessSettings(Settings):
 class BackendSettings(ModelOnSwarm, CallSettings, HarnessSettings):
     """All of it: the model, its prompts, the swarm, how it is used, and what the harness wants of a backend.
 
-    Several peers, servers or keys are a list, or one text with `+` between them.
+    Several peers, servers or keys are a list, or one text with `+` between them. `peft`, which `hf` takes, means
+    `adapter`.
     """
 
     model: Place = option(..., "Hub name or local folder.", "NAME", alias="pretrained")
     adapter: AdapterPlaces = same_as(RunSettings, "adapter")
     adapter_task: Annotated[int, Field(ge=0)] | None = same_as(RunSettings, "adapter_task")
-    dtype: Dtype | None = same_as(RunSettings, "dtype")
+    dtype: str | None = same_as(RunSettings, "dtype")  # `hf` takes torch's other names for one, too
     device: str = same_as(RunSettings, "device")
     verify_local: Blocks | None = same_as(RunSettings, "verify_local")
 
@@ -67,7 +67,8 @@ class BackendSettings(ModelOnSwarm, CallSettings, HarnessSettings):
     @classmethod
     def _separated(cls, values: Any) -> Any:
         split = {name: values[name].split(_SEPARATOR) for name in _SEVERAL if isinstance(values.get(name), str)}
-        return values | split
+        renamed = {"adapter" if name == "peft" and "adapter" not in values else name: values[name] for name in values}
+        return renamed | split
 
     @model_validator(mode="after")
     def _one_adapter(self) -> "BackendSettings":
