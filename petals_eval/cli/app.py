@@ -15,11 +15,37 @@ __all__ = ["app", "run_app"]
 # What typer raises for a wrong flag. Its name is in click or, since typer keeps a copy of click, in typer itself.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
-COMMANDS = ("run", "demo", "swarm", "bootstrap", "merge", "show", "compare", "health", "tasks", "bench", "lm-eval")
+COMMANDS = (
+    "run",
+    "demo",
+    "swarm",
+    "bootstrap",
+    "merge",
+    "show",
+    "compare",
+    "report",
+    "health",
+    "tasks",
+    "bench",
+    "lm-eval",
+)
+
+
+class _Interrupted(Exception):  # it is none, to whom it comes
+    """An interrupt on its way past typer, which would make a bare exit code of it and lose what is kept of the run."""
+
+    def __init__(self, interrupt: KeyboardInterrupt):
+        self.interrupt = interrupt
 
 
 class Commands(TyperGroup):
     """The commands. Each is imported when it is asked for: none waits for the settings of the others."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise _Interrupted(interrupt) from None
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -73,6 +99,8 @@ def run_app(arguments: Sequence[str] | None) -> int:
     """
     try:
         code = int(app(args=arguments, prog_name="petals-eval", standalone_mode=False) or 0)
+    except _Interrupted as passed:
+        raise passed.interrupt from None
     except UsageError as error:
         error.show()  # type: ignore[attr-defined]
         return 2

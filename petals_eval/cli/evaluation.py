@@ -11,6 +11,7 @@ from petals_eval.cli.open_swarm import open_model
 from petals_eval.cli.steps import step
 from petals_eval.cli.streams import json_text
 from petals_eval.config import ResultSettings, RunSettings
+from petals_eval.errors import MachineError
 
 if TYPE_CHECKING:
     from petals_eval.evaluation.groups import PreparedGroup
@@ -52,7 +53,9 @@ def execute(read_settings: Callable[[], RunSettings]) -> int:
         _say_estimate(settings, model, [prepared])
         with ProgressDisplay(prepared.total) as progress:
             result = evaluate_prepared(prepared, folder, model, progress=progress)
-    return show_result(result, folder.path, prepared.thresholds, settings)
+    code = show_result(result, folder.path, prepared.thresholds, settings)
+    _write_page(settings, folder.path, of_group=False)
+    return code
 
 
 def _execute_group(settings: RunSettings, prepared: "PreparedGroup") -> int:
@@ -74,7 +77,25 @@ def _execute_group(settings: RunSettings, prepared: "PreparedGroup") -> int:
         with ProgressDisplay(begun.total) as progress:
             result = evaluate_group(begun, model, progress=progress)
     thresholds = {member.task.name: member.thresholds for member in begun.members}
-    return show_group(result, begun.out, thresholds, settings)
+    code = show_group(result, begun.out, thresholds, settings)
+    if begun.out is not None:
+        _write_page(settings, begun.out, of_group=True)
+    return code
+
+
+def _write_page(settings: RunSettings, folder: Path, *, of_group: bool) -> None:
+    """Draw what was shown already, and say where; a disk that takes no more changes no exit code."""
+    from petals_eval.report.write import PAGE, write_page, write_pages
+
+    try:
+        if of_group:
+            write_pages(folder)
+        else:
+            write_page(folder)
+    except MachineError as error:
+        _say(f"note: there is no page of this run: {error}")
+    else:
+        typer.echo(f"report: {folder / '*' / PAGE if of_group else folder / PAGE}", err=settings.json_output)
 
 
 def _say_estimate(settings: RunSettings, model: "RemoteModel", left: "Sequence[Prepared]") -> None:

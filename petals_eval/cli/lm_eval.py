@@ -21,6 +21,8 @@ Several peers have a + between them. petals_eval/guides/lm_eval.md has the keys 
 def lm_eval(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="-- ARGUMENT...", help="Of the harness.")] = None,
 ) -> int:
+    typer.echo("starting lm-evaluation-harness", err=True)
+
     from petals_eval.integrations.lm_eval.command import run_harness
 
     return run_harness(arguments or [])

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from petals_eval.errors import MachineError
 from petals_eval.interrupts import deferred
 from petals_eval.metrics.scored_rows import ScoredRows
@@ -305,6 +307,11 @@ class Journal:
         """
         sql = f"SELECT label, prediction, answer {_VALID} AND status = 'ok' {_IN_ORDER}"
         return ScoredRows.of(self._select(sql, (adapter,)), columns)
+
+    def lengths(self, adapter: str) -> np.ndarray:
+        """Return the text tokens of the scored rows, int64 (n,), in source order."""
+        sql = f"SELECT n_tokens {_VALID} AND status = 'ok' {_IN_ORDER}"
+        return np.fromiter((count for (count,) in self._select(sql, (adapter,))), dtype=np.int64)
 
     def keyed_rows(self, adapter: str, columns: Sequence[str] = ("score",)) -> KeyedRows:
         """Return the scored rows with keys and hashes, in source order. Raises DataError as `scored_rows` does."""
