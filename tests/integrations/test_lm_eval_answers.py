@@ -49,7 +49,7 @@ def ask(answers, swarm, texts, kind="loglikelihood"):
     """Each text is two requests to the swarm; its answer is their sum."""
     asked = [Asked((text,), ((text, 0), (text, 1)), sum) for text in texts]
     handles = [handle for each in asked for handle in each.needs]
-    return answers.to(kind, asked, swarm.stream, handles, float, is_quiet=True)
+    return answers.answer(kind, asked, swarm.stream, handles, float, is_quiet=True)
 
 
 def cached(answers):
@@ -67,7 +67,7 @@ def test_every_answer_is_in_the_cache_and_counted():
 
 
 def test_a_request_without_any_for_the_swarm_has_its_answer():
-    assert Answers(Swarm()).to("x", [Asked(("",), (), sum)], Swarm().stream, [], float, is_quiet=True) == [0]
+    assert Answers(Swarm()).answer("x", [Asked(("",), (), sum)], Swarm().stream, [], float, is_quiet=True) == [0]
 
 
 def test_what_a_caught_server_computed_in_a_call_is_computed_again():
@@ -99,6 +99,7 @@ def test_a_call_that_ends_early_leaves_whole_answers_of_trusted_servers_alone():
         ask(answers, swarm, ["a", "b", "c"])
     assert kept("a", "b", "c") == [2.0, 2.0, None]
     assert "2 of 3 requests of the harness are kept in its cache" in raised.value.__notes__[0]
+    assert answers.requests == {"loglikelihood": 2}
 
     swarm = Swarm(until=5)
     answers = Answers(swarm)
@@ -107,6 +108,7 @@ def test_a_call_that_ends_early_leaves_whole_answers_of_trusted_servers_alone():
     with pytest.raises(DeadlineError):
         ask(answers, swarm, ["a", "b", "c"])
     assert kept("a", "b", "c") == [None, None, None]
+    assert (answers.requests, answers.servers) == ({}, {})
 
 
 def test_without_a_cache_it_is_said_that_answers_are_lost():

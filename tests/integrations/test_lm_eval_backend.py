@@ -13,9 +13,10 @@ from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
 import petals_eval
-from petals_eval.errors import ConfigError, DeadlineError, RequestTooLargeError, SwarmError
+from petals_eval.errors import ConfigError, DeadlineError, ExampleError, RequestTooLargeError, SwarmError
 from petals_eval.integrations.lm_eval import LM
 from petals_eval.local_swarm.faults.catalog import Noise
+from tests.integrations.harness import evaluated, same_answers
 from tests.support.real_swarm import stories_swarm
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness's libraries
@@ -116,7 +117,17 @@ def test_nothing_asked_is_nothing_answered(lm):
     ) == [0.0]
 
 
+def test_requests_that_the_harness_has_cached_are_those_that_it_makes(lm, task_files, tmp_path, monkeypatch):
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path))
+    options = {"limit": 3, "cache_requests": True, "apply_chat_template": True, "fewshot_as_multiturn": True}
+    first, again = [evaluated(lm, task_files, ["trec_words"], shots=1, **options) for _ in range(2)]
+    assert list(tmp_path.iterdir()) and same_answers(again, first) == 18
+    assert "[user]" in first["samples"]["trec_words"][0]["arguments"][0][0]
+
+
 def test_a_continuation_that_cannot_be_scored(lm):
+    with pytest.raises(ExampleError, match="with neither"):
+        lm.loglikelihood(likelihoods(("", "")))
     for continuation, message in (("", "makes 0 tokens"), (" dog" * 600, "512 at most")):
         with pytest.raises(RequestTooLargeError, match=message):
             lm.loglikelihood(likelihoods(("A", continuation)), disable_tqdm=True)
@@ -215,9 +226,10 @@ def test_a_swarm_that_goes_away_raises_and_what_was_answered_is_kept(realdata, t
             monkeypatch.setattr(CacheHook, "add_partial", add)
             swarm.add_server((3, 5))
             assert len(cached.loglikelihood(likelihoods(*PAIRS))) == len(PAIRS)
-            assert lm.manifest["requests"] == {"loglikelihood": len(PAIRS) - kept}
+            assert lm.manifest["requests"] == {"loglikelihood": len(PAIRS)}  # none was asked again
 
 
+@pytest.mark.soak  # over real servers; in test_lm_eval_answers.py without any
 def test_a_server_that_lies_is_named_and_nothing_of_its_is_counted(realdata, lm):
     quiet = lm.loglikelihood(likelihoods(*PAIRS), disable_tqdm=True)
     with stories_swarm(realdata, [(0, 3), (3, 5), (0, 3), (3, 5)]) as swarm:

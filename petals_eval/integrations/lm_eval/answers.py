@@ -40,6 +40,10 @@ class Asked:
     result: Callable[[list[Any]], Any]
 
 
+Given: TypeAlias = tuple[str, Asked, frozenset[ServerUsed]]
+"""The name of a call, a request of it, and who took part in its answer."""
+
+
 class Answers:
     """What the harness was answered over one model's swarm, and by whom.
 
@@ -56,13 +60,13 @@ class Answers:
         self.requests: Counter[str] = Counter()
         self.servers: Counter[ServerUsed] = Counter()
         self.model = model
-        self._given: list[tuple[str, Asked, frozenset[ServerUsed]]] = []
+        self._given: list[Given] = []
         self._caught: frozenset[str] = frozenset()
         self._recalled: set[str] = set()
         self._said: set[str] = set()
         self._progress: tqdm | None = None
 
-    def to(
+    def answer(
         self,
         kind: str,
         asked: Sequence[Asked],
@@ -90,9 +94,9 @@ class Answers:
         results: list[Any] = [each.result([]) if not each.needs else None for each in asked]
         left: Iterable[Handle] = handles
 
-        def take(answer: "RequestAnswer") -> None:
-            handle = answer.request.key, answer.request.part
-            values[handle], served[handle] = value_of(answer.answer), frozenset(map(server_used, answer.hops))
+        def take(found: "RequestAnswer") -> None:
+            handle = found.request.key, found.request.part
+            values[handle], served[handle] = value_of(found.answer), frozenset(map(server_used, found.hops))
             for index in waiting[handle]:
                 missing[index] -= 1
                 if not missing[index]:
@@ -104,7 +108,7 @@ class Answers:
         def servers_of(index: int) -> frozenset[ServerUsed]:
             return frozenset().union(*(served[need] for need in asked[index].needs))
 
-        def done() -> Iterator[tuple[str, Asked, frozenset[ServerUsed]]]:
+        def done() -> Iterator[Given]:
             return ((kind, asked[index], servers_of(index)) for index, count in enumerate(missing) if not count)
 
         with self._shown(kind, len(asked), is_quiet), self._told_what_is_kept(done, len(asked)):
@@ -122,10 +126,7 @@ class Answers:
                     for index in waiting[handle]:
                         self._progress_by(-1 if not missing[index] else 0)
                         missing[index] += 1
-        self.requests[kind] += len(asked)
-        for given in done():
-            self._given.append(given)
-            self.servers.update(given[2])
+        self._note(done())
         if self._recalled:
             raise SwarmError(
                 f"{len(self._recalled):,} answers that the harness was given before are by servers that were caught "
@@ -155,10 +156,17 @@ class Answers:
         with tqdm.external_write_mode():
             _log.warning(line)
 
+    def _note(self, given: Iterable[Given]) -> None:
+        for each in given:
+            kind, _, servers = each
+            self._given.append(each)
+            self.requests[kind] += 1
+            self.servers.update(servers)
+
     def _is_caught(self, servers: Collection[ServerUsed]) -> bool:
         return any(server.peer_id in self._caught for server in servers)
 
-    def _forget(self, given: Iterable[tuple[str, Asked, frozenset[ServerUsed]]]) -> set[str]:
+    def _forget(self, given: Iterable[Given]) -> set[str]:
         """Take out of the harness's cache what servers computed that were caught; returns its keys of that."""
         keys = {hash_args(kind, asked.arguments) for kind, asked, servers in given if self._is_caught(servers)}
         cache = self.hook.dbdict
@@ -173,8 +181,9 @@ class Answers:
             yield
         except (PetalsEvalError, KeyboardInterrupt) as error:
             self.tick()
-            kept = list(done())
-            self._forget(kept)
+            self._forget(done())
+            kept = [given for given in done() if not self._is_caught(given[2])]
+            self._note(kept)
             if isinstance(error, SwarmError):
                 is_kept = (
                     "are kept in its cache: run it again to go on"

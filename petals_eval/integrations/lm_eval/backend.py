@@ -248,6 +248,8 @@ class LM(TemplateLM):
         greedy one. Raises SwarmError, ExampleError."""
         if self.settings.enable_thinking:
             raise ConfigError("enable_thinking: expected tasks of generated texts, found one that asks for likelihoods")
+        if any(not context and not continuation for context, continuation in _arguments(requests)):
+            raise ExampleError("expected a context or a continuation, found a request with neither.")
         pairs = [(context, context.rstrip(), continuation) for context, continuation in _arguments(requests) if context]
         texts = [text for whole, kept, after in pairs for text in (kept, whole + after)]
         with self._encoded(texts):
@@ -404,7 +406,7 @@ class LM(TemplateLM):
             return self.model.compute(requests, self._adapter, on_tick=tick)
 
         try:
-            return self._answers.to(kind, asked, stream, handles, value_of, is_quiet=is_quiet)
+            return self._answers.answer(kind, asked, stream, handles, value_of, is_quiet=is_quiet)
         finally:
             if self.settings.manifest is not None:
                 self._manifest.now(self._answers).write(Path(self.settings.manifest))
