@@ -81,6 +81,13 @@ def test_arguments_that_are_refused(told, message):
         get_model("petals-eval").create_from_arg_string(told, {"batch_size": 1, "device": "cpu"})
 
 
+def test_the_word_none_is_a_quantisation(where):
+    peers = "+".join(where["initial_peers"])
+    told = f"pretrained={where['pretrained']},initial_peers={peers},dht_prefix={where['dht_prefix']},require_quant=none"
+    with get_model("petals-eval").create_from_arg_string(told) as lm:
+        assert lm.manifest["answer_settings"]["require_quant"] == "none"
+
+
 def test_what_a_model_that_is_given_cannot_be(where, lm):
     with pytest.raises(ConfigError, match="unknown setting 'deadline'"):
         LM(lm.model, deadline=3)

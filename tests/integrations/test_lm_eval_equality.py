@@ -43,7 +43,7 @@ def held(pair: tuple[Any, Any], folder: Path, names: tuple[str, ...], **options:
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("shots", [0, 4])
-@pytest.mark.parametrize("bos", [None, True, False])
+@pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("chat", [False, True])
 def test_choices_and_generated_texts(shots, bos, chat, where, task_files, limit):
     pair = both(where, add_bos_token=bos)

@@ -10,7 +10,7 @@ import pytest
 
 import petals_eval
 from petals_eval.demo import demo_paths
-from petals_eval.integrations.lm_eval import backend
+from petals_eval.integrations.lm_eval.decoding import KEYS
 from petals_eval.integrations.lm_eval.settings import BackendSettings
 from petals_eval.local_swarm import LocalSwarm
 from tests.cli.invoking import invoke
@@ -38,7 +38,7 @@ def test_every_key_is_named():
     [table] = re.findall(r"^\| keys .*?\n\n", GUIDE, re.DOTALL | re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in table.strip().splitlines()))) - {"peft"}
     assert named == {field.alias or name for name, field in BackendSettings.model_fields.items()}
-    for name in backend._DECODING:
+    for name in KEYS:
         assert f"`{name}`" in GUIDE
 
 

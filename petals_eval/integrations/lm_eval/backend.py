@@ -8,8 +8,9 @@ uses for stop sequences, generation settings and what is left of a text are used
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,27 +22,22 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    has_bos_prefix,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-    resolve_max_length,
-)
+from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from lm_eval.utils import simple_parse_args_string
 
-from petals_eval.config import PUBLIC_SWARM, STRANGERS, SwarmSettings
 from petals_eval.errors import ConfigError, ExampleError, NotFiniteError, RequestTooLargeError
 from petals_eval.evaluation.evaluate import is_remote_model
 from petals_eval.integrations.lm_eval.answers import Answers, Asked, Handle
+from petals_eval.integrations.lm_eval.decoding import answer_text, decoding_of
 from petals_eval.integrations.lm_eval.manifest import BackendManifest, check_cache
+from petals_eval.integrations.lm_eval.open_model import opened_model
 from petals_eval.integrations.lm_eval.settings import BackendSettings, HarnessSettings
 from petals_eval.remote_model import RemoteModel
 from petals_eval.tasks.likelihood import requests_together
 from petals_eval.tasks.requests import Decoding, Generated, Request, as_float64
 from petals_eval.tasks.tokens import CHUNK_ROWS, start_token
 from petals_eval.tasks.windows import Windows
-from petals_eval.validation import closest, shorten
+from petals_eval.validation import shorten
 
 if TYPE_CHECKING:
     from petals_eval.remote_model import RequestAnswer
@@ -54,10 +50,6 @@ _HARNESS_DEVICE = "cuda:0"
 """What the harness's command says where its user says nothing."""
 _OF_THE_HARNESS = ("batch_size", "max_batch_size", "trust_remote_code")
 """What the harness may add and means nothing here: batches are made of all requests, and no model's code is run."""
-_TOP_K = 50
-"""Where a request that is to be sampled does not say: the default of transformers, and so of `hf`."""
-_DECODING = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
-_CHANGES_NOTHING: Mapping[str, object] = {"num_beams": 1, "repetition_penalty": 1, "use_cache": True}
 
 
 @register_model("petals-eval")
@@ -89,7 +81,7 @@ class LM(TemplateLM):
         else:
             given = settings if pretrained is None else {"pretrained": pretrained, **settings}
             self.settings = chosen = BackendSettings(**given)
-            self.model = _opened(chosen, opened)
+            self.model, opened = opened_model(chosen)
         self._close = finalize(self, opened.close)
         local, adapters = self.model.local, self.model.adapters
         if len(adapters) > 1:
@@ -127,6 +119,10 @@ class LM(TemplateLM):
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> "LM":
         """Make one of the harness's `--model_args`, and of what other flags of it say of a model."""
         given = {key: value for key, value in arg_dict.items() if key not in _OF_THE_HARNESS}
+        if (
+            "require_quant" in given
+        ):  # the harness makes nothing of the word none, which here leaves quantised servers out
+            given["require_quant"] = given["require_quant"] or "none"
         device = (additional_config or {}).get("device")
         is_its_default = device == _HARNESS_DEVICE and not torch.cuda.is_available()
         if device is not None and "device" not in given and not is_its_default:
@@ -309,11 +305,12 @@ class LM(TemplateLM):
         """
         arguments = _arguments(requests)
         tokens = self._encode([context for context, _ in arguments], self.tokenizer.bos_token)
+        eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
         before: Counter[str] = Counter()
         by_handle: dict[Handle, Request] = {}
         asked = []
         for (context, settings), ids in zip(arguments, tokens, strict=True):
-            decoding, until = self._decoding(settings)
+            decoding = decoding_of(settings, eos, self.max_gen_toks)
             room = self.max_length - decoding.max_new_tokens
             if room < 1:
                 raise ConfigError(
@@ -327,52 +324,11 @@ class LM(TemplateLM):
             handle = key, before[key]
             before[key] += 1
             by_handle[handle] = Request(*handle, tuple(ids[-room:]), decoding=decoding)
-            asked.append(Asked((context, settings), (handle,), self._text_until(until)))
+            asked.append(Asked((context, settings), (handle,), partial(self._written, decoding)))
         return self._ask("generate_until", asked, by_handle, lambda generated: generated, disable_tqdm)
 
-    def _decoding(self, settings: Mapping[str, Any]) -> tuple[Decoding, list[str]]:
-        """Return how to go on from a context, and where its text ends. Raises ConfigError."""
-        given = {key: value for key, value in settings.items() if value is not None}
-        given = dict(normalize_gen_kwargs(given, self.max_gen_toks))
-        for key, value in given.items():
-            if key in _DECODING or (key in _CHANGES_NOTHING and value == _CHANGES_NOTHING[key]):
-                continue
-            raise ConfigError(
-                f"generation_kwargs: {key}={shorten(value)} is not known here.{closest(key, _DECODING)} There are: "
-                f"{', '.join(_DECODING)}"
-            )
-        eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
-        until = [stop for stop in handle_stop_sequences(given["until"], eos) if stop]
-        temperature = float(given.get("temperature", 0.0))
-        if given["do_sample"] and temperature <= 0:
-            raise ConfigError(f"generation_kwargs: do_sample=true expects a temperature above 0, found {temperature:g}")
-        if given["max_gen_toks"] < 1:
-            raise ConfigError(f"generation_kwargs: max_gen_toks: expected 1 or more, found {given['max_gen_toks']}")
-        drawn: dict[str, Any] = {}
-        if given["do_sample"]:
-            drawn = {
-                "temperature": temperature,
-                "top_k": int(given.get("top_k", _TOP_K)),
-                "top_p": float(given.get("top_p", 1.0)),
-                "seed": torch.initial_seed(),  # the harness's --seed
-            }
-        return Decoding(given["max_gen_toks"], tuple(until), **drawn), until
-
-    def _text_until(self, until: list[str]) -> Callable[[list[Generated]], str]:
-        """Return what makes the answer of a generated text: its end cut off, and what was thought before it."""
-        end = self.settings.think_end_token
-        end_id = int(end) if isinstance(end, int) or (isinstance(end, str) and end.isdigit()) else None
-
-        def text_of(generated: list[Generated]) -> str:
-            tokens = list(generated[0].token_ids)
-            if end_id is not None and end_id in tokens:
-                tokens = tokens[len(tokens) - tokens[::-1].index(end_id) :]
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            if end_id is not None:
-                text = text.lstrip()
-            return postprocess_generated_text(text, until, None if end_id is not None else end)
-
-        return text_of
+    def _written(self, decoding: Decoding, generated: Sequence[Generated]) -> str:
+        return answer_text(generated[0], self.tokenizer, decoding.stop, self.settings.think_end_token)
 
     # -- the swarm
 
@@ -457,37 +413,3 @@ def _likelihood_of(start: int, stop: int) -> Callable[[list[np.ndarray]], tuple[
         return math.fsum(scores), bool(greedy.all())
 
     return likelihood
-
-
-def _opened(settings: BackendSettings, opened: ExitStack) -> RemoteModel:
-    """Return the model that the settings name, connected; what has to be closed is put on `opened`."""
-    peers, prefix = settings.initial_peers, settings.dht_prefix
-    if settings.local_swarm is not None:
-        from petals_eval.local_swarm import LocalSwarm
-
-        swarm = LocalSwarm(
-            settings.model,
-            servers=settings.local_swarm,
-            dht_prefix=prefix,
-            revision=settings.revision,
-            token=settings.hub_token,
-        )
-        opened.enter_context(swarm)
-        peers, prefix = tuple(swarm.initial_peers), swarm.dht_prefix
-    elif settings.public_swarm:
-        _log.warning(STRANGERS)
-        peers = PUBLIC_SWARM
-    return opened.enter_context(
-        RemoteModel.from_pretrained(
-            settings.model,
-            adapter=settings.adapter,  # type: ignore[arg-type]  # names stand in pairs with their places there
-            adapter_task=settings.adapter_task,
-            dht_prefix=prefix,
-            revision=settings.revision,
-            token=settings.hub_token,
-            dtype=settings.dtype,
-            device=settings.device,
-            verify_local=settings.verify_local,
-            **dict(SwarmSettings.of(settings, initial_peers=peers)),
-        )
-    )
