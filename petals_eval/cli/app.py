@@ -24,6 +24,7 @@ COMMANDS = (
     "show",
     "compare",
     "report",
+    "modes",
     "health",
     "tasks",
     "bench",
