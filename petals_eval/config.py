@@ -25,6 +25,7 @@ from petals_eval.validation import SETTINGS, explain
 
 __all__ = [
     "PUBLIC_SWARM",
+    "STRANGERS",
     "CallSettings",
     "ErrorSettings",
     "ModelOnSwarm",
@@ -46,6 +47,9 @@ PUBLIC_SWARM: tuple[str, ...] = (
     "/ip4/159.89.214.152/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
     "/ip4/159.203.156.48/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
 )
+
+STRANGERS = "note: on the public swarm, strangers' machines see the activations of these examples."
+"""What whoever uses it is told first."""
 
 
 class Settings(BaseModel):

@@ -21,9 +21,18 @@ if TYPE_CHECKING:
 
     from petals_eval.model import Adapter
     from petals_eval.remote_model import RemoteModel, RequestAnswer
-    from petals_eval.swarm import SwarmStatus
+    from petals_eval.swarm import ServedHop, SwarmStatus
+    from petals_eval.swarm.peers.finding import TrustFinding
 
-__all__ = ["MAX_FAILURES_BEFORE_FIRST_SUCCESS", "FailFast", "PendingExamples", "Progress", "Scoring"]
+__all__ = [
+    "MAX_FAILURES_BEFORE_FIRST_SUCCESS",
+    "FailFast",
+    "PendingExamples",
+    "Progress",
+    "Scoring",
+    "noisy_server",
+    "server_used",
+]
 
 _log = logging.getLogger("petals_eval")
 
@@ -69,6 +78,25 @@ class FailFast:
         raise type(self.first or ExampleError())(
             f"none of the first {self.failures:,} examples can be computed. The first of them: {self.first}"
         ) from self.first
+
+
+def server_used(hop: "ServedHop") -> ServerUsed:
+    """Return who computed a hop, as a manifest has it."""
+    return ServerUsed(hop.peer_id, hop.span.start, hop.span.stop, hop.version, hop.dtype, hop.quant)
+
+
+def noisy_server(finding: "TrustFinding") -> NoisyServer:
+    """Return what was found of a server, as a manifest has it."""
+    server = finding.server
+    return NoisyServer(
+        server.peer_id,
+        server.span.start,
+        server.span.stop,
+        server.record.version,
+        finding.difference,
+        finding.is_used,
+        _VERDICTS[finding.status],
+    )
 
 
 @dataclass(slots=True)
@@ -134,10 +162,7 @@ class PendingExamples:
         if pending is None:
             return None  # another request of this example has failed
         pending.answers[answer.request.part] = answer.answer
-        pending.servers.update(
-            ServerUsed(hop.peer_id, hop.span.start, hop.span.stop, hop.version, hop.dtype, hop.quant)
-            for hop in answer.hops
-        )
+        pending.servers.update(map(server_used, answer.hops))
         if len(pending.answers) < len(pending.example.requests):
             return None
         return self._pending.pop(answer.request.key)
@@ -337,17 +362,6 @@ class Scoring:
             self.withdrawn = self.withdrawn or withdrawn > 0
         self._distrusted = caught
         self.folder.note_noisy(
-            (
-                NoisyServer(
-                    each.server.peer_id,
-                    each.server.span.start,
-                    each.server.span.stop,
-                    each.server.record.version,
-                    each.difference,
-                    each.is_used,
-                    _VERDICTS[each.status],
-                )
-                for each in status.findings
-            ),
+            map(noisy_server, status.findings),
             cleared=cleared,
         )
