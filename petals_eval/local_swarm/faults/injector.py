@@ -30,7 +30,7 @@ from petals_eval.local_swarm.faults.switch import FaultSwitch
 from petals_eval.local_swarm.work import Compute, Middleware, Work
 from petals_eval.model.blocks import BlockSpan
 
-__all__ = ["FaultInjector", "wait_forever"]
+__all__ = ["FaultInjector", "wait_forever", "with_flipped_bit"]
 
 _EIGHT_BIT = (
     runtime_pb2.CompressionType.UNIFORM_8BIT,
@@ -66,7 +66,7 @@ class FaultInjector(FaultSwitch):
         return inject
 
     async def _compute(self, blocks: BlockSpan, work: Work, compute: Compute) -> torch.Tensor:
-        if not self._active:
+        if not self.has_any:
             return await compute(work)
         asked = work.hidden.contiguous().view(torch.uint8).numpy().tobytes()
         if self.hits_call(Crash, asked):
@@ -104,7 +104,7 @@ class FaultInjector(FaultSwitch):
             usual = answer.float().square().mean(dim=-1, keepdim=True).sqrt()
             answer = (answer + noise[0].size * usual * torch.randn(answer.shape, generator=draws)).to(answer.dtype)
         if flipped := self.hits_call(FlippedBit, asked):
-            answer = _with_flipped_bit(answer, flipped[1].randrange(answer.numel()), flipped[0].bit)
+            answer = with_flipped_bit(answer, flipped[1].randrange(answer.numel()), flipped[0].bit)
         if bad := self.hits_call(NotFinite, asked):
             answer = answer.clone()
             answer.view(-1)[bad[1].randrange(answer.numel())] = float("nan")
@@ -125,7 +125,7 @@ class FaultInjector(FaultSwitch):
 
     async def tampered(self, message: runtime_pb2.Tensor, remote: str) -> runtime_pb2.Tensor:
         """Return the answer that is sent to a client (peer id, base58) in the place of `message`; or never return."""
-        if not self._active:
+        if not self.has_any:
             return message
         if self.hits_call(Reset):
             await self._reset(remote)
@@ -153,7 +153,7 @@ async def wait_forever() -> None:
     await asyncio.Event().wait()
 
 
-def _with_flipped_bit(values: torch.Tensor, index: int, bit: int) -> torch.Tensor:
+def with_flipped_bit(values: torch.Tensor, index: int, bit: int) -> torch.Tensor:
     """Return `values` with a bit of the one at `index` flipped; bit 0 is the sign."""
     integers = {2: torch.int16, 4: torch.int32}[values.dtype.itemsize]
     flipped = values.clone().contiguous()

@@ -53,6 +53,11 @@ class FaultSwitch:
         """Have these faults and no others from now on."""
         self._active = [_ActiveFault(fault, self._clock) for fault in faults]
 
+    @property
+    def has_any(self) -> bool:
+        """Whether there is any to look for."""
+        return bool(self._active)
+
     def active(self, kind: type[F]) -> F | None:
         """Return the fault of this kind that is on now, or None; it is not counted."""
         found = self._find(kind)
