@@ -137,7 +137,7 @@ def in_one_micro_batch(swarm, wire, hidden):
     """The same, in messages as long as there are."""
     with connect(swarm, deadline=10.0, wire=wire, max_tokens_per_call=50_000) as connection:
         blocks = connection.remote_sequential(swarm.dht_prefix, 5)
-        [computed] = blocks.stream([Work(0, hidden)])
+        [computed] = blocks.stream([Work(0, hidden, None)])
         return computed.hidden, dict(blocks.peers)
 
 
