@@ -25,7 +25,9 @@ from petals_eval.validation import SETTINGS, explain
 
 __all__ = [
     "PUBLIC_SWARM",
+    "STRANGERS",
     "CallSettings",
+    "ErrorSettings",
     "ModelOnSwarm",
     "PromptSettings",
     "ResultSettings",
@@ -45,6 +47,9 @@ PUBLIC_SWARM: tuple[str, ...] = (
     "/ip4/159.89.214.152/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
     "/ip4/159.203.156.48/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
 )
+
+STRANGERS = "note: on the public swarm, strangers' machines see the activations of these examples."
+"""What whoever uses it is told first."""
 
 
 class Settings(BaseModel):
@@ -440,7 +445,42 @@ class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, Resu
         None, "Positions sent together, prompts included.", unset="found out", heading=SERVERS
     )
     out: OwnPlace | None = option(
-        None, "Run folder; an unfinished run goes on.", "FOLDER", unset="runs/<task>-<time>", heading=OUTPUT
+        None,
+        "Run folder; an unfinished run goes on, a finished one is shown.",
+        "FOLDER",
+        unset="runs/<task>-<time>",
+        heading=OUTPUT,
     )
     save_texts: bool = option(False, "Keep generated texts, in texts.jsonl of the run folder.", heading=OUTPUT)
+    log_to: Names = option(
+        (),
+        "Log the result to wandb, trackio, mlflow or tensorboard, too; PLACE is its project, experiment or folder.",
+        "TRACKER[=PLACE]...",
+        heading=OUTPUT,
+    )
+    no_noise: bool = option(
+        False, "Do not compute rows again at the end to see which predictions rounding may change.", heading=OUTPUT
+    )
     dry_run: bool = option(False, "Show what would be sent, with --json as JSON; send nothing.", heading=OUTPUT)
+
+
+class ErrorSettings(Settings, heading=OUTPUT):
+    """What an analysis of errors shows, and where the texts of the rows are."""
+
+    adapter: str | None = option(None, "Adapter, or draw of its shots, that is shown.", "NAME", unset="the first")
+    limit: Annotated[int, Field(ge=0)] = option(5, "Rows in each list, and labels that were confused.")
+    task: Place | None = option(
+        None, "Task that says how the rows are read: a shipped one or its YAML file.", "TASK", unset="that of the run"
+    )
+    data: Place | None = option(
+        None,
+        "The data that the run read: a file or hub name.",
+        "DATA",
+        unset="the task's, where it is what the run read",
+    )
+    subset: str | None = same_as(TaskSettings, "subset", heading=OUTPUT)
+    split: str | None = same_as(TaskSettings, "split", heading=OUTPUT)
+    data_revision: str | None = same_as(TaskSettings, "data_revision", heading=OUTPUT)
+    token: SecretStr | None = same_as(ModelSettings, "token", heading=OUTPUT)
+    allow_task_code: bool = same_as(PromptSettings, "allow_task_code", heading=OUTPUT)
+    json_output: bool = option(False, "Print the analysis as JSON alone on stdout.", flag="--json", alias="json")

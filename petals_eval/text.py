@@ -8,7 +8,7 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["PLAIN_WIDTH", "console_for", "listed", "number_text", "plural", "printable"]
+__all__ = ["PLAIN_WIDTH", "console_for", "listed", "number_text", "p_value_text", "plural", "printable"]
 
 PLAIN_WIDTH = 200  # columns; where there is no terminal a line is not wrapped to a width nobody asked for
 
@@ -60,6 +60,17 @@ def number_text(value: float, decimals: int = 4, *, beside: float | None = None)
         return f"{value:.{max(1, decimals - 1)}g}"
     beyond = max(0, math.floor(math.log10(size)) - 1) if size else 0
     return f"{value:,.{max(0, decimals - beyond)}f}"
+
+
+def p_value_text(p_value: float | None) -> str:
+    """Return a p-value with three decimals; "-" where there is none.
+
+    >>> [p_value_text(p) for p in (0.39119, 0.0412, 1.0, 0.00002, None)]
+    ['0.391', '0.041', '1.000', '<0.001', '-']
+    """
+    if p_value is None:
+        return "-"
+    return "<0.001" if p_value < 0.0005 else f"{p_value:.3f}"
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:

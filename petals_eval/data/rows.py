@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from pandas import DataFrame
 
-__all__ = ["DataSource", "Row", "Rows", "is_missing", "load_rows", "row_hash", "rows_of"]
+__all__ = ["DataSource", "Row", "Rows", "is_missing", "load_rows", "name_of", "row_hash", "rows_of"]
 
 _CHUNK_ROWS = 500
 
@@ -149,15 +149,15 @@ def load_rows(source: DataSource) -> Rows:
     if not is_local(source):
         from petals_eval.data.hub import load_hub
 
-        return _not_empty(Rows(load_hub(source), name=_name(source)), source)
+        return _not_empty(Rows(load_hub(source), name=name_of(source)), source)
     path = local_path(source.path)
     if path.is_dir():
         from petals_eval.data.hub import load_folder
 
-        return _not_empty(Rows(load_folder(source), name=_name(source, path.resolve().name)), source)
+        return _not_empty(Rows(load_folder(source), name=name_of(source)), source)
     from petals_eval.data.files import file_fingerprint, load_file
 
-    return _not_empty(Rows(load_file(source), name=path.name, fingerprint=file_fingerprint(source)), source)
+    return _not_empty(Rows(load_file(source), name=name_of(source), fingerprint=file_fingerprint(source)), source)
 
 
 def rows_of(data: "Dataset | DataFrame | Iterable[Mapping[str, object]]", *, name: str = "data") -> Rows:
@@ -310,5 +310,10 @@ def _not_empty(rows: Rows, source: DataSource) -> Rows:
     return rows
 
 
-def _name(source: DataSource, base: str | None = None) -> str:
-    return " ".join(part for part in (base or source.path, source.subset, source.split) if part)
+def name_of(source: DataSource) -> str:
+    """Return what the rows of a source are called: the hub's name, or the last part of a local path."""
+    path = local_path(source.path)
+    if is_local(source) and not path.is_dir():
+        return path.name
+    base = path.resolve().name if is_local(source) else source.path
+    return " ".join(part for part in (base, source.subset, source.split) if part)

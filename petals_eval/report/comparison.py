@@ -9,11 +9,11 @@ from rich.text import Text
 
 from petals_eval.comparison.compare import Comparison
 from petals_eval.metrics.differences import EXACT, Difference
-from petals_eval.report.numbers import metric_title, p_value_text, signed_interval_text, signed_text
+from petals_eval.report.numbers import metric_title, signed_interval_text, signed_text
 from petals_eval.report.tables import NAME_WIDTH, text_table
-from petals_eval.text import number_text, plural, printable
+from petals_eval.text import number_text, p_value_text, plural, printable
 
-__all__ = ["print_comparison"]
+__all__ = ["methods_of", "print_comparison", "said_of"]
 
 
 def print_comparison(comparison: Comparison, console: Console, *, changed_rows: int = 10) -> None:
@@ -73,23 +73,36 @@ def _below(comparison: Comparison) -> list[str]:
     lines += [f"not compared: {plural(n, 'row')} of {name} alone" for name, n in comparison.left_out.items()]
     for pair in comparison.pairs:
         whose = f"{pair[0]} - {pair[1]}: " if len(comparison.pairs) > 1 else ""
-        changed = comparison.changed[pair]
-        found = [] if changed is None else [f"{plural(changed, 'prediction')} changed"]
-        for each in comparison.of(*pair).values():
-            if each.only_first is not None and "[" not in each.metric:
-                found.append(
-                    f"{metric_title(each.metric)}: right in {each.only_first:,} rows only {pair[0]}, in "
-                    f"{each.only_second:,} only {pair[1]}"
-                )
+        found = said_of(comparison, pair)
         if found and len(comparison.pairs) <= 3:
             lines.append(whose + " · ".join(found))
-    methods = _methods(comparison.differences)
-    for method, metrics in methods.items():
-        whose = "the others: " if method == list(methods)[-1] else f"{', '.join(map(metric_title, metrics))}: "
-        lines.append(method if len(methods) == 1 else f"{whose}{method}")
+    lines += methods_of(comparison.differences)
     lines.append("detectable: the smallest difference that so many rows show in four of five such data sets, at 5%")
     notes = {f"{metric_title(each.metric)}: {each.note}": None for each in comparison.differences if each.note}
     return [printable(line) for line in [*lines, *notes]]
+
+
+def said_of(comparison: Comparison, pair: tuple[str, str]) -> list[str]:
+    """Return how many predictions of a pair differ, and in how many rows one side alone is right."""
+    changed = comparison.changed[pair]
+    found = [] if changed is None else [f"{plural(changed, 'prediction')} changed"]
+    for each in comparison.of(*pair).values():
+        if each.only_first is not None and "[" not in each.metric:
+            found.append(
+                f"{metric_title(each.metric)}: right in {each.only_first:,} rows only {pair[0]}, in "
+                f"{each.only_second:,} only {pair[1]}"
+            )
+    return found
+
+
+def methods_of(found: Sequence[Difference]) -> list[str]:
+    """Return by which method the intervals and tests of which metrics are."""
+    methods = _methods(found)
+    lines = []
+    for method, metrics in methods.items():
+        whose = "the others: " if method == list(methods)[-1] else f"{', '.join(map(metric_title, metrics))}: "
+        lines.append(method if len(methods) == 1 else f"{whose}{method}")
+    return lines
 
 
 def _methods(found: Sequence[Difference]) -> dict[str, list[str]]:
