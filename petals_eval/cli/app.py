@@ -15,7 +15,22 @@ __all__ = ["app", "run_app"]
 # What typer raises for a wrong flag. Its name is in click or, since typer keeps a copy of click, in typer itself.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
-COMMANDS = ("run", "demo", "swarm", "bootstrap", "merge", "show", "compare", "report", "health", "tasks", "bench")
+COMMANDS = (
+    "run",
+    "demo",
+    "swarm",
+    "bootstrap",
+    "merge",
+    "show",
+    "compare",
+    "errors",
+    "report",
+    "modes",
+    "health",
+    "tasks",
+    "bench",
+    "lm-eval",
+)
 
 
 class _Interrupted(Exception):  # it is none, to whom it comes
@@ -46,12 +61,13 @@ class Commands(TyperGroup):
 
 
 def _command(name: str) -> Any:
-    module = import_module(f"petals_eval.cli.{name}")
+    function = name.replace("-", "_")
+    module = import_module(f"petals_eval.cli.{function}")
     if name == "bench":  # it has commands of its own
         return typer.main.get_command(module.app)
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     register = alone.command(name=name, help=module.HELP, short_help=module.SHORT, cls=GroupedCommand)
-    register(with_verbose(getattr(module, name)))
+    register(with_verbose(getattr(module, function)))
     return typer.main.get_command(alone)
 
 

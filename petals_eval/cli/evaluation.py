@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["execute", "show_group", "show_result"]
 
+_FINISHED = "this run is finished in {folder}: nothing is sent, its result is shown"
+
 
 def execute(read_settings: Callable[[], RunSettings]) -> int:
     """Do what the settings say and print the result on stdout; everything on the way goes to stderr.
@@ -33,7 +35,7 @@ def execute(read_settings: Callable[[], RunSettings]) -> int:
     with step("reading the task, the data, the prompts and the model's part at home"):
         settings = read_settings()
 
-        from petals_eval.evaluation.evaluate import evaluate_prepared
+        from petals_eval.evaluation.evaluate import evaluate_prepared, finished_result
         from petals_eval.evaluation.groups import PreparedGroup, prepare_group_run
         from petals_eval.evaluation.prepare import prepare_run
         from petals_eval.report import ProgressDisplay
@@ -49,6 +51,10 @@ def execute(read_settings: Callable[[], RunSettings]) -> int:
         from petals_eval.cli.dry_run import show_dry_run
 
         return show_dry_run(settings, prepared)
+    if prepared.is_finished and prepared.out is not None:
+        _say(_FINISHED.format(folder=prepared.out))
+        result = finished_result(prepared, prepared.out)
+        return show_result(result, prepared.out, prepared.thresholds, settings)
     # The folder last: an end at once, which leaves no time to tidy up, leaves none before there is something in it.
     with open_model(settings, prepared) as model, prepared.open_folder() as folder:
         task, examples = prepared.task.name, len(prepared.part)
@@ -64,7 +70,7 @@ def execute(read_settings: Callable[[], RunSettings]) -> int:
 
 def _execute_group(settings: RunSettings, prepared: "PreparedGroup", trackers: "Sequence[Tracker]") -> int:
     """Do what the settings say for each task of a group."""
-    from petals_eval.evaluation.evaluate import evaluate_group
+    from petals_eval.evaluation.evaluate import evaluate_group, finished_group
     from petals_eval.report import ProgressDisplay
     from petals_eval.tracking import log_results
 
@@ -72,6 +78,11 @@ def _execute_group(settings: RunSettings, prepared: "PreparedGroup", trackers: "
         from petals_eval.cli.dry_run import show_group_dry_run
 
         return show_group_dry_run(settings, prepared)
+    thresholds = {member.task.name: member.thresholds for member in prepared.members}
+    finished_before = finished_group(prepared)
+    if finished_before is not None:
+        _say(_FINISHED.format(folder=prepared.out))
+        return show_group(finished_before, prepared.out, thresholds, settings)
     with open_model(settings, prepared) as model:
         begun = prepared.in_folder()
         left = [member for member in begun.members if not member.is_finished]
@@ -81,7 +92,6 @@ def _execute_group(settings: RunSettings, prepared: "PreparedGroup", trackers: "
         _say_estimate(settings, model, left)
         with ProgressDisplay(begun.total) as progress:
             result = evaluate_group(begun, model, progress=progress)
-    thresholds = {member.task.name: member.thresholds for member in begun.members}
     code = show_group(result, begun.out, thresholds, settings)
     if begun.out is not None:
         _write_page(settings, begun.out, of_group=True)

@@ -14,8 +14,9 @@ __all__ = ["HELP", "SHORT", "show"]
 
 SHORT = "Show the result of a run folder."
 HELP = """Show the result of a run folder, computed anew from its journal: of a run that is finished, was
-interrupted or is under way, of a group of tasks, and of folders that earlier versions wrote. Several folders are shown
-as one table. Nothing is written.
+interrupted or is under way, of a group of tasks, and of folders that earlier versions wrote. The bars that the run was
+given are held against it again, unless others are given here. Several folders are shown as one table. Nothing is
+written.
 
 \b
   petals-eval show runs/sst2
@@ -64,10 +65,10 @@ def _show_run(folder: Path, flags: dict[str, Any]) -> int:
     from petals_eval.runs import RunFolder
     from petals_eval.runs.thresholds import check_parts, parse_thresholds
 
-    settings = ResultSettings(**flags)
     if (folder / "group.json").is_file():
-        return _show_group(folder, settings)
+        return _show_group(folder, flags)
     with RunFolder.open(folder) as opened:
+        settings = ResultSettings(**{**opened.manifest.bars, **flags})
         labels, kind = opened.names_of("label_names"), opened.manifest.kind
         thresholds = parse_thresholds(settings.fail_under, settings.fail_over, labels, kind=kind)
         check_parts(thresholds, opened.manifest.answer_columns)
@@ -79,18 +80,19 @@ def _show_run(folder: Path, flags: dict[str, Any]) -> int:
     return show_result(result, folder, thresholds, settings)
 
 
-def _show_group(folder: Path, settings: ResultSettings) -> int:
+def _show_group(folder: Path, flags: dict[str, Any]) -> int:
     from petals_eval.cli.evaluation import show_group
     from petals_eval.runs import GroupResult, RunFolder
     from petals_eval.runs.thresholds import check_parts, parse_thresholds
     from petals_eval.tasks.group import folder_name
 
     result = GroupResult.of_folder(folder)
-    thresholds = {
-        name: parse_thresholds(settings.fail_under, settings.fail_over, each.first.label_names, kind=each.kind)
-        for name, each in result.tasks.items()
-    }
-    for name, asked in thresholds.items():
+    thresholds, settings = {}, ResultSettings(**flags)
+    for name, each in result.tasks.items():
         with RunFolder.open(folder / folder_name(name)) as opened:
-            check_parts(asked, opened.manifest.answer_columns)
+            # All tasks of a group have the same bars.
+            settings = ResultSettings(**{**opened.manifest.bars, **flags})
+            found = parse_thresholds(settings.fail_under, settings.fail_over, each.first.label_names, kind=each.kind)
+            check_parts(found, opened.manifest.answer_columns)
+        thresholds[name] = found
     return show_group(result, folder, thresholds, settings)

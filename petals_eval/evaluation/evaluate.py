@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
@@ -17,6 +18,7 @@ from petals_eval.remote_model import LocalSide
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.group_result import GroupResult
 from petals_eval.runs.results import RunResult, run_result
+from petals_eval.runs.row_texts import RowSource
 from petals_eval.tasks import Task, TaskGroup, load_group
 from petals_eval.tracking import log_results, trackers_of
 
@@ -32,6 +34,8 @@ __all__ = [
     "evaluate_group",
     "evaluate_prepared",
     "finish",
+    "finished_group",
+    "finished_result",
     "is_remote_model",
 ]
 
@@ -265,8 +269,7 @@ def evaluate_group(
     done = 0
     for member in group.members:
         if member.is_finished and member.out is not None:
-            with RunFolder.open(member.out) as folder:
-                results[member.task.name] = _result(member, folder, retries=0, keep_predictions=keep_predictions)
+            results[member.task.name] = finished_result(member, member.out, keep_predictions=keep_predictions)
             continue
         behind = None if progress is None else _FurtherOn(progress, done)
         with member.open_folder() as folder:
@@ -276,6 +279,22 @@ def evaluate_group(
         done += member.total
     found = GroupResult(group.group.name, results, group.group.metric)
     if group.is_kept and group.out is not None:
+        found.write(group.out)
+    return found
+
+
+def finished_group(group: PreparedGroup) -> GroupResult | None:
+    """Return the result of a group all of whose tasks are finished in its folder; None where one is not.
+
+    Raises RunFolderError, MachineError.
+    """
+    if group.out is None or not all(member.is_finished for member in group.members):
+        return None
+    results = {
+        member.task.name: finished_result(member, member.out) for member in group.members if member.out is not None
+    }
+    found = GroupResult(group.group.name, results, group.group.metric)
+    if not (group.out / "group.json").is_file():  # a run that ended right before it
         found.write(group.out)
     return found
 
@@ -328,9 +347,18 @@ def evaluate_prepared(
     return result
 
 
+def finished_result(prepared: Prepared, path: Path, *, keep_predictions: bool = False) -> RunResult:
+    """Return the result of what is prepared from the folder that holds it, finished.
+
+    keep_predictions: as `evaluate_prepared` has it. Raises RunFolderError, MachineError.
+    """
+    with RunFolder.open(path) as folder:
+        return _result(prepared, folder, retries=folder.noted_retries(), keep_predictions=keep_predictions)
+
+
 def _result(prepared: Prepared, folder: RunFolder, *, retries: int, keep_predictions: bool = False) -> RunResult:
     task = prepared.task
-    return run_result(
+    result = run_result(
         folder.manifest,
         folder.journal,
         task=task.name,
@@ -340,6 +368,7 @@ def _result(prepared: Prepared, folder: RunFolder, *, retries: int, keep_predict
         keep_predictions=keep_predictions,
         with_texts=folder.with_texts,
     )
+    return replace(result, source=RowSource(task, prepared.part)) if keep_predictions else result
 
 
 def finish(folder: RunFolder, result: RunResult) -> None:

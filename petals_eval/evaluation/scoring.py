@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +13,7 @@ from petals_eval.evaluation.wire_error import note_lossless_servers
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import NoisyServer, ServerUsed, Verdict
 from petals_eval.tasks import Task
+from petals_eval.tasks.clusters import clustered_examples
 from petals_eval.tasks.requests import Example, Generated, Request
 
 if TYPE_CHECKING:
@@ -20,9 +21,18 @@ if TYPE_CHECKING:
 
     from petals_eval.model import Adapter
     from petals_eval.remote_model import RemoteModel, RequestAnswer
-    from petals_eval.swarm import SwarmStatus
+    from petals_eval.swarm import ServedHop, SwarmStatus
+    from petals_eval.swarm.peers.finding import TrustFinding
 
-__all__ = ["MAX_FAILURES_BEFORE_FIRST_SUCCESS", "FailFast", "PendingExamples", "Progress", "Scoring"]
+__all__ = [
+    "MAX_FAILURES_BEFORE_FIRST_SUCCESS",
+    "FailFast",
+    "PendingExamples",
+    "Progress",
+    "Scoring",
+    "noisy_server",
+    "server_used",
+]
 
 _log = logging.getLogger("petals_eval")
 
@@ -68,6 +78,25 @@ class FailFast:
         raise type(self.first or ExampleError())(
             f"none of the first {self.failures:,} examples can be computed. The first of them: {self.first}"
         ) from self.first
+
+
+def server_used(hop: "ServedHop") -> ServerUsed:
+    """Return who computed a hop, as a manifest has it."""
+    return ServerUsed(hop.peer_id, hop.span.start, hop.span.stop, hop.version, hop.dtype, hop.quant)
+
+
+def noisy_server(finding: "TrustFinding") -> NoisyServer:
+    """Return what was found of a server, as a manifest has it."""
+    server = finding.server
+    return NoisyServer(
+        server.peer_id,
+        server.span.start,
+        server.span.stop,
+        server.record.version,
+        finding.difference,
+        finding.is_used,
+        _VERDICTS[finding.status],
+    )
 
 
 @dataclass(slots=True)
@@ -133,10 +162,7 @@ class PendingExamples:
         if pending is None:
             return None  # another request of this example has failed
         pending.answers[answer.request.part] = answer.answer
-        pending.servers.update(
-            ServerUsed(hop.peer_id, hop.span.start, hop.span.stop, hop.version, hop.dtype, hop.quant)
-            for hop in answer.hops
-        )
+        pending.servers.update(map(server_used, answer.hops))
         if len(pending.answers) < len(pending.example.requests):
             return None
         return self._pending.pop(answer.request.key)
@@ -222,6 +248,9 @@ class Scoring:
                     self._record_failure(name, example, error, servers)
                     fail_fast.record_failure(error)
                     continue
+                if example.cluster is not None:
+                    values = tuple((*item, example.cluster) for item in prediction.values)
+                    prediction = replace(prediction, values=values)
                 self.folder.save_text(name, prediction)
                 journal.add(name, prediction, kind=task.kind, truncated=example.truncated, servers=servers)
                 self.done += 1
@@ -251,7 +280,7 @@ class Scoring:
     def _left(self, done_before: Collection[str], adapter: "Adapter | None", task: Task) -> Iterator[Example]:
         """Yield the examples that are left, and say once for an adapter that libraries pool their texts otherwise."""
         name = "" if adapter is None else adapter.name
-        for example in task.examples(self.prepared.part, self.model.local.tokenizer):
+        for example in clustered_examples(task, self.prepared.part, self.model.local.tokenizer):
             if example.key in done_before:
                 continue
             if task.head == "class" and name not in self._pooling_said:
@@ -333,17 +362,6 @@ class Scoring:
             self.withdrawn = self.withdrawn or withdrawn > 0
         self._distrusted = caught
         self.folder.note_noisy(
-            (
-                NoisyServer(
-                    each.server.peer_id,
-                    each.server.span.start,
-                    each.server.span.stop,
-                    each.server.record.version,
-                    each.difference,
-                    each.is_used,
-                    _VERDICTS[each.status],
-                )
-                for each in status.findings
-            ),
+            map(noisy_server, status.findings),
             cleared=cleared,
         )

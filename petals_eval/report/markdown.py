@@ -12,7 +12,6 @@ from petals_eval.report.numbers import (
     metric_names,
     metric_title,
     notes,
-    p_value_text,
     signed_interval_text,
     signed_text,
     swarm_line,
@@ -20,7 +19,7 @@ from petals_eval.report.numbers import (
     wire_lines,
 )
 from petals_eval.runs import AdapterResult, Manifest, NoisyServer, RunResult, ServerUsed, WireRecord
-from petals_eval.text import number_text, printable
+from petals_eval.text import number_text, p_value_text, printable
 
 __all__ = ["markdown_report"]
 

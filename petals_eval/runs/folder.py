@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from petals_eval.errors import MachineError, RunFolderError
+from petals_eval.metrics.scored_rows import CLUSTER
 from petals_eval.runs.disk import TEMPORARY_SUFFIX, blame_the_machine, write_atomically
 from petals_eval.runs.journal import Journal
 from petals_eval.runs.manifest import SCHEMA_VERSION, Manifest, NoiseRecord, NoisyServer, WireRecord, difference
@@ -301,10 +302,14 @@ def _named(prediction: Prediction, columns: Sequence[str], kind: str) -> dict[st
 
     What is not known, NaN, is left out. A classification has the probabilities instead.
     """
-    if kind == "classification":
-        return {"probabilities": prediction.probabilities}
     found: dict[str, object] = {}
+    if CLUSTER in columns:
+        found[CLUSTER] = int(prediction.values[0][columns.index(CLUSTER)])
+    if kind == "classification":
+        return {"probabilities": prediction.probabilities, **found}
     for name, column in zip(columns, zip(*prediction.values, strict=True), strict=True):
+        if name == CLUSTER:
+            continue
         known = [None if value != value else value for value in column]
         if any(value is not None for value in known):
             found[name] = known[0] if len(known) == 1 else known

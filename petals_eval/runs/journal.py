@@ -19,7 +19,7 @@ from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.runs.copy_rows import copy_rows
 from petals_eval.runs.lookup_tables import LookupTables
 from petals_eval.runs.manifest import ServerUsed
-from petals_eval.runs.rows import Counts, Failure, KeyedRows, Row, packed, unpacked
+from petals_eval.runs.rows import ComputedRows, Counts, Failure, KeyedRows, Row, packed, unpacked
 from petals_eval.runs.schema import blame_sqlite, connect
 from petals_eval.tasks.requests import Label, Prediction
 
@@ -338,6 +338,25 @@ class Journal:
 
         scored = ScoredRows.of(rows(), columns)
         return KeyedRows(tuple(keys), tuple(hashes), scored)
+
+    def computed_rows(self, adapter: str) -> ComputedRows:
+        """Return how the scored rows were computed, in source order."""
+        sql = f"SELECT n_tokens, truncated, server_set {_VALID} AND status = 'ok' {_IN_ORDER}"
+        rows = list(self._select(sql, (adapter,)))
+        sets = np.array([-1 if server_set is None else server_set for *_, server_set in rows], dtype=np.int64)
+        members: dict[ServerUsed, list[int]] = {}
+        sql = (
+            'SELECT server_set, s.peer_id, s.first, s."end", s.version, s.dtype, s.quant FROM server_set_members'
+            " JOIN servers AS s ON s.id = server ORDER BY s.first, s.id"
+        )
+        for server_set, *server in self._select(sql):
+            members.setdefault(ServerUsed(*server), []).append(server_set)
+        took_part = {server: np.isin(sets, of) for server, of in members.items()}
+        return ComputedRows(
+            np.array([n_tokens for n_tokens, *_ in rows], dtype=np.int64),
+            np.array([bool(truncated) for _, truncated, _ in rows], dtype=np.bool_),
+            {server: took for server, took in took_part.items() if took.any()},
+        )
 
     def servers(self) -> list[tuple[ServerUsed, int]]:
         """Return the servers that computed valid rows, each with how many, most first."""

@@ -61,6 +61,8 @@ PACKAGES = (
 # Another version of these can change an answer, so a run does not go on under it.
 ANSWERING_PACKAGES = ("petals_eval", "torch", "transformers", "tokenizers")
 
+_BARS = ("fail_under", "fail_over", "max_failed")
+
 _Name = Annotated[str, AfterValidator(shareable_name)]
 _Settings = Annotated[dict[str, JsonValue], AfterValidator(shareable_settings)]
 
@@ -305,6 +307,11 @@ class Manifest(_Record):
         before = [each for each in self.noisy_servers if each.verdict != "disputed" or each.peer_id not in cleared]
         noted = {(each.peer_id, each.first, each.end): each for each in (*before, *found)}
         return self.model_copy(update={"noisy_servers": tuple(noted.values())})
+
+    @property
+    def bars(self) -> dict[str, Any]:
+        """What the run must reach, under the keys of `ResultSettings`; nothing where nobody noted it."""
+        return {name: self.run_settings[name] for name in _BARS if name in self.run_settings}
 
     def write(self, path: Path) -> None:
         """Raises MachineError."""
