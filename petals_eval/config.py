@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from inspect import get_annotations
 from ipaddress import ip_address
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -20,6 +19,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from petals_eval.environment import local_path
 from petals_eval.errors import ConfigError
 from petals_eval.validation import SETTINGS, explain
 
@@ -27,6 +27,7 @@ __all__ = [
     "PUBLIC_SWARM",
     "STRANGERS",
     "CallSettings",
+    "ErrorSettings",
     "ModelOnSwarm",
     "PromptSettings",
     "ResultSettings",
@@ -150,7 +151,7 @@ def _adapter(value: object) -> object:
         if not isinstance(place, str):
             raise ValueError(_PLACE)
         name, sign, rest = place.partition("=")
-        if not sign or not rest or "/" in name or Path(place).expanduser().exists():
+        if not sign or not rest or "/" in name or local_path(place).exists():
             return _not_blank(place)
         place = rest
     if not isinstance(place, str):
@@ -200,6 +201,7 @@ Peers = Annotated[tuple[Multiaddress, ...], BeforeValidator(_split)]
 SomePeers = Annotated[Peers, AfterValidator(_at_least_one)]
 Blocks = Annotated[tuple[int, int], BeforeValidator(_blocks)]
 Place = Annotated[str, BeforeValidator(_as_text), AfterValidator(_not_blank)]  # a path, or a name on the hub
+OwnPlace = Annotated[Place, AfterValidator(lambda path: str(local_path(path)))]  # on this machine, in any case
 AdapterPlace = Annotated[str | tuple[str, str], BeforeValidator(_adapter)]  # a pair (name, place) where it has a name
 AdapterPlaces = Annotated[tuple[AdapterPlace, ...], BeforeValidator(_as_adapters)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
@@ -437,8 +439,43 @@ class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, Resu
     tokens_per_micro_batch: Positive | None = option(
         None, "Positions sent together, prompts included.", unset="found out", heading=SERVERS
     )
-    out: Place | None = option(
-        None, "Run folder; an unfinished run goes on.", "FOLDER", unset="runs/<task>-<time>", heading=OUTPUT
+    out: OwnPlace | None = option(
+        None,
+        "Run folder; an unfinished run goes on, a finished one is shown.",
+        "FOLDER",
+        unset="runs/<task>-<time>",
+        heading=OUTPUT,
     )
     save_texts: bool = option(False, "Keep generated texts, in texts.jsonl of the run folder.", heading=OUTPUT)
+    log_to: Names = option(
+        (),
+        "Log the result to wandb, trackio, mlflow or tensorboard, too; PLACE is its project, experiment or folder.",
+        "TRACKER[=PLACE]...",
+        heading=OUTPUT,
+    )
+    no_noise: bool = option(
+        False, "Do not compute rows again at the end to see which predictions rounding may change.", heading=OUTPUT
+    )
     dry_run: bool = option(False, "Show what would be sent, with --json as JSON; send nothing.", heading=OUTPUT)
+
+
+class ErrorSettings(Settings, heading=OUTPUT):
+    """What an analysis of errors shows, and where the texts of the rows are."""
+
+    adapter: str | None = option(None, "Adapter, or draw of its shots, that is shown.", "NAME", unset="the first")
+    limit: Annotated[int, Field(ge=0)] = option(5, "Rows in each list, and labels that were confused.")
+    task: Place | None = option(
+        None, "Task that says how the rows are read: a shipped one or its YAML file.", "TASK", unset="that of the run"
+    )
+    data: Place | None = option(
+        None,
+        "The data that the run read: a file or hub name.",
+        "DATA",
+        unset="the task's, where it is what the run read",
+    )
+    subset: str | None = same_as(TaskSettings, "subset", heading=OUTPUT)
+    split: str | None = same_as(TaskSettings, "split", heading=OUTPUT)
+    data_revision: str | None = same_as(TaskSettings, "data_revision", heading=OUTPUT)
+    token: SecretStr | None = same_as(ModelSettings, "token", heading=OUTPUT)
+    allow_task_code: bool = same_as(PromptSettings, "allow_task_code", heading=OUTPUT)
+    json_output: bool = option(False, "Print the analysis as JSON alone on stdout.", flag="--json", alias="json")

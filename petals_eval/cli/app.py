@@ -23,6 +23,7 @@ COMMANDS = (
     "merge",
     "show",
     "compare",
+    "errors",
     "report",
     "modes",
     "health",

@@ -18,6 +18,7 @@ from petals_eval.config import CallSettings, PromptSettings, RunSettings
 from petals_eval.data import DataSource, Rows, is_local, load_rows, rows_of
 from petals_eval.errors import ConfigError, ModelError
 from petals_eval.evaluation.shots import RowsAndShots, row_code_of, rows_and_shots, with_prompt
+from petals_eval.metrics.scored_rows import CLUSTER
 from petals_eval.remote_model import LocalSide, check_device, dtype_of
 from petals_eval.runs.code_hash import answering_code, task_code
 from petals_eval.runs.disk import check_room
@@ -28,6 +29,7 @@ from petals_eval.runs.results import WITHOUT_PROMPTS
 from petals_eval.runs.shard import Shard
 from petals_eval.runs.thresholds import Threshold, check_parts, parse_thresholds
 from petals_eval.tasks import Task, check_head_labels, load_task, resolve_source
+from petals_eval.tasks.clusters import check_clusters, cluster_column
 from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.prompted import Prompting
 from petals_eval.tasks.requests import Example
@@ -63,7 +65,8 @@ _FIRST_EXAMPLES = 50
 
 _PREPARED = (
     *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "unlabelled", "shard"),
-    *("without_prompts", "fail_under", "fail_over", "tokens_per_micro_batch", "out", "save_texts"),
+    *("without_prompts", "fail_under", "fail_over", "max_failed", "tokens_per_micro_batch", "out", "save_texts"),
+    "no_noise",
 )
 """The settings of a run that `prepare` takes under their own names."""
 
@@ -100,6 +103,7 @@ class Prepared:
     manifest: of the run folder `out`; None: a new one below runs/. is_kept: otherwise the folder is temporary.
     local_swarm: not started; the one that the model's blocks will be on. notes: what a person should know of the rows.
     is_finished: the folder holds this very run, and nothing is left to be done.
+    no_noise: no rows are computed again at the end.
     """
 
     task: Task
@@ -116,6 +120,7 @@ class Prepared:
     local_swarm: "LocalSwarm | None" = None
     notes: tuple[str, ...] = ()
     is_finished: bool = False
+    no_noise: bool = False
 
     @property
     def total(self) -> int:
@@ -153,10 +158,12 @@ def prepare(
     prompt: PromptSettings = _AS_THE_TASK_SAYS,
     fail_under: Sequence[str] = (),
     fail_over: Sequence[str] = (),
+    max_failed: int = 0,
     tokens_per_micro_batch: int | None = None,
     out: str | Path | None = None,
     is_kept: bool = True,
     save_texts: bool = False,
+    no_noise: bool = False,
     more_metrics: Sequence[str] = (),
     may_be_finished: bool = False,
     **source_settings: Any,
@@ -195,6 +202,7 @@ def prepare(
     else:
         side, found = open_side(), read()
     rows = found.rows
+    check_clusters(asked, rows)
     part = rows if piece is None else piece.of(rows)
     variants = _variants(side.adapters, without_prompts)
     if place is not None:
@@ -226,7 +234,13 @@ def prepare(
         _records(variants, len(tasks)),
         _fingerprint(asked, found),
         answering,
-        {"tokens_per_micro_batch": tokens_per_micro_batch, "rows_left_out": found.left_out},
+        {
+            "tokens_per_micro_batch": tokens_per_micro_batch,
+            "rows_left_out": found.left_out,
+            "fail_under": list(fail_under),
+            "fail_over": list(fail_over),
+            "max_failed": max_failed,
+        },
     )
     if out is not None and is_finished:
         holds_finished(out, manifest)
@@ -252,8 +266,14 @@ def prepare(
         tokens_per_micro_batch=tokens_per_micro_batch,
         out=None if out is None else Path(out),
         is_kept=is_kept,
-        notes=(*found.notes, *_no_answers(asked, rows), *_two_openings(first_examples, side.local.tokenizer)),
+        notes=(
+            *rows.notes,
+            *found.notes,
+            *_no_answers(asked, rows),
+            *_two_openings(first_examples, side.local.tokenizer),
+        ),
         is_finished=is_finished,
+        no_noise=no_noise,
     )
 
 
@@ -269,7 +289,7 @@ def _rows_or_source(task: Task, data: Data | None, settings: dict[str, Any]) -> 
 def prepare_run(settings: RunSettings) -> Prepared:
     """Prepare the run that the command was told of. Raises as `prepare` does."""
     open_side, swarms = side_of_run(settings)
-    prepared = prepare(open_side, **options_of_run(settings))
+    prepared = prepare(open_side, may_be_finished=True, **options_of_run(settings))
     return replace(prepared, local_swarm=swarms[0] if swarms else None)
 
 
@@ -458,6 +478,8 @@ def _fingerprint(task: Task, found: RowsAndShots) -> dict[str, Any]:
     whole: dict[str, Any] = task.fingerprint()
     if isinstance(task, Prompting) and found.draws:
         whole["shots"] = {**whole["shots"], "sha256": [draw.sha256 for draw in found.draws]}
+    if (column := cluster_column(task)) is not None:
+        whole["cluster_column"] = column
     return whole
 
 
@@ -515,7 +537,7 @@ def _manifest(
         data=data,
         task={"name": task.name, **fingerprint},
         kind=task.kind,
-        answer_columns=task.columns,
+        answer_columns=(*task.columns, *([] if cluster_column(task) is None else [CLUSTER])),
         answer_settings={
             "code": answering_code(),
             "task_code": task_code(task),

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +13,7 @@ from petals_eval.evaluation.wire_error import note_lossless_servers
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import NoisyServer, ServerUsed, Verdict
 from petals_eval.tasks import Task
+from petals_eval.tasks.clusters import clustered_examples
 from petals_eval.tasks.requests import Example, Generated, Request
 
 if TYPE_CHECKING:
@@ -168,7 +169,11 @@ class PendingExamples:
 
 
 class Scoring:
-    """One evaluation under way."""
+    """One evaluation under way.
+
+    withdrawn: whether rows were taken back since `score_all` began or ended, for a server was caught that had a part in
+    them.
+    """
 
     def __init__(self, prepared: Prepared, folder: RunFolder, model: "RemoteModel", progress: Progress | None):
         self.prepared = prepared
@@ -178,7 +183,7 @@ class Scoring:
         self.done = 0
         self._distrusted: set[str] = set()
         self._disputed: set[str] = set()
-        self._withdrawn = False
+        self.withdrawn = False
         self._said: set[str] = set()
         self._pooling_said: set[str] = set()
 
@@ -199,11 +204,11 @@ class Scoring:
             )
         try:
             while True:
-                self.done, self._withdrawn = 0, False
+                self.done, self.withdrawn = 0, False
                 for variant in self.prepared.variants:
                     self.score(variant)
                 self.model.blocks.settle(on_tick=self.tick)
-                if not self._withdrawn:
+                if not self.withdrawn:
                     return
         except (SwarmError, CallerError, KeyboardInterrupt):
             self.tick()  # what a server scored that was caught in the last moment must not stay
@@ -233,7 +238,7 @@ class Scoring:
                     continue
                 example, servers = complete.example, tuple(complete.servers)
                 if not self._distrusted.isdisjoint(server.peer_id for server in servers):
-                    self._withdrawn = True  # on its way when its server was caught: computed again like the rest
+                    self.withdrawn = True  # on its way when its server was caught: computed again like the rest
                     continue
                 try:
                     prediction = task.predict(
@@ -243,6 +248,9 @@ class Scoring:
                     self._record_failure(name, example, error, servers)
                     fail_fast.record_failure(error)
                     continue
+                if example.cluster is not None:
+                    values = tuple((*item, example.cluster) for item in prediction.values)
+                    prediction = replace(prediction, values=values)
                 self.folder.save_text(name, prediction)
                 journal.add(name, prediction, kind=task.kind, truncated=example.truncated, servers=servers)
                 self.done += 1
@@ -272,7 +280,7 @@ class Scoring:
     def _left(self, done_before: Collection[str], adapter: "Adapter | None", task: Task) -> Iterator[Example]:
         """Yield the examples that are left, and say once for an adapter that libraries pool their texts otherwise."""
         name = "" if adapter is None else adapter.name
-        for example in task.examples(self.prepared.part, self.model.local.tokenizer):
+        for example in clustered_examples(task, self.prepared.part, self.model.local.tokenizer):
             if example.key in done_before:
                 continue
             if task.head == "class" and name not in self._pooling_said:
@@ -351,7 +359,7 @@ class Scoring:
         if caught - self._distrusted:
             withdrawn = self.folder.journal.withdraw(caught - self._distrusted)
             self.done = max(0, self.done - withdrawn)
-            self._withdrawn = self._withdrawn or withdrawn > 0
+            self.withdrawn = self.withdrawn or withdrawn > 0
         self._distrusted = caught
         self.folder.note_noisy(
             map(noisy_server, status.findings),

@@ -9,9 +9,9 @@ from rich.text import Text
 
 from petals_eval.comparison.compare import Comparison
 from petals_eval.metrics.differences import EXACT, Difference
-from petals_eval.report.numbers import metric_title, p_value_text, signed_interval_text, signed_text
+from petals_eval.report.numbers import metric_title, signed_interval_text, signed_text
 from petals_eval.report.tables import NAME_WIDTH, text_table
-from petals_eval.text import number_text, plural, printable
+from petals_eval.text import number_text, p_value_text, plural, printable
 
 __all__ = ["methods_of", "print_comparison", "said_of"]
 

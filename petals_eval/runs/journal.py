@@ -19,7 +19,7 @@ from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.runs.copy_rows import copy_rows
 from petals_eval.runs.lookup_tables import LookupTables
 from petals_eval.runs.manifest import ServerUsed
-from petals_eval.runs.rows import Counts, Failure, KeyedRows, Row, packed, unpacked
+from petals_eval.runs.rows import ComputedRows, Counts, Failure, KeyedRows, Row, packed, unpacked
 from petals_eval.runs.schema import blame_sqlite, connect
 from petals_eval.tasks.requests import Label, Prediction
 
@@ -295,6 +295,19 @@ class Journal:
         for key, label, prediction, answer, *rest in self._select(sql, (adapter,)):
             yield Prediction(key, label, prediction, unpacked(answer, columns), *rest)
 
+    def predictions_of(self, adapter: str, keys: Sequence[str], columns: int = 1) -> dict[str, Prediction]:
+        """Return those of these examples that are scored, by key. columns: of their values."""
+        found: dict[str, Prediction] = {}
+        for start in range(0, len(keys), ROWS_TOGETHER):
+            some = keys[start : start + ROWS_TOGETHER]
+            sql = (
+                f"SELECT key, label, prediction, answer, n_tokens, n_requests, row_hash {_VALID} AND status = 'ok' "
+                f"AND key IN ({', '.join('?' * len(some))})"
+            )
+            for key, label, prediction, answer, *rest in self._select(sql, (adapter, *some)):
+                found[key] = Prediction(key, label, prediction, unpacked(answer, columns), *rest)
+        return found
+
     def failures(self, adapter: str) -> Iterator[Failure]:
         """Yield the examples that could not be computed, in source order."""
         sql = f"SELECT key, label, reason, row_hash {_VALID} AND status = 'failed' {_IN_ORDER}"
@@ -327,6 +340,25 @@ class Journal:
 
         scored = ScoredRows.of(rows(), columns)
         return KeyedRows(tuple(keys), tuple(hashes), scored)
+
+    def computed_rows(self, adapter: str) -> ComputedRows:
+        """Return how the scored rows were computed, in source order."""
+        sql = f"SELECT n_tokens, truncated, server_set {_VALID} AND status = 'ok' {_IN_ORDER}"
+        rows = list(self._select(sql, (adapter,)))
+        sets = np.array([-1 if server_set is None else server_set for *_, server_set in rows], dtype=np.int64)
+        members: dict[ServerUsed, list[int]] = {}
+        sql = (
+            'SELECT server_set, s.peer_id, s.first, s."end", s.version, s.dtype, s.quant FROM server_set_members'
+            " JOIN servers AS s ON s.id = server ORDER BY s.first, s.id"
+        )
+        for server_set, *server in self._select(sql):
+            members.setdefault(ServerUsed(*server), []).append(server_set)
+        took_part = {server: np.isin(sets, of) for server, of in members.items()}
+        return ComputedRows(
+            np.array([n_tokens for n_tokens, *_ in rows], dtype=np.int64),
+            np.array([bool(truncated) for _, truncated, _ in rows], dtype=np.bool_),
+            {server: took for server, took in took_part.items() if took.any()},
+        )
 
     def servers(self) -> list[tuple[ServerUsed, int]]:
         """Return the servers that computed valid rows, each with how many, most first."""

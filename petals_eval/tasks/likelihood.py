@@ -12,7 +12,7 @@ from pydantic import Field
 from petals_eval.data.rows import Row, Rows
 from petals_eval.errors import ExampleError, NotFiniteError, PetalsEvalError, RequestTooLargeError
 from petals_eval.tasks.prompted import PromptedTask
-from petals_eval.tasks.requests import Example, Generated, Request, as_float64
+from petals_eval.tasks.requests import Example, Generated, Request, RowText, as_float64
 from petals_eval.tasks.template import Template
 from petals_eval.tasks.tokens import CHUNK_ROWS, EncodedPair, encode_pairs
 
@@ -101,6 +101,13 @@ class LikelihoodTask(PromptedTask):
 
     def check_row(self, rows: Rows, row: Row) -> None:
         self.asked(rows, row)
+
+    def row_text(self, rows: Rows, row: Row) -> RowText:
+        """Return what a person reads of one of `rows`. Raises DataError."""
+        asked = self.asked(rows, row)
+        # Where the texts before the answer differ, they are what is chosen among.
+        text = asked.questions[0] if len(asked.questions) == 1 else asked.answers[0]
+        return RowText(text, asked.counted, self.row_hash(row))
 
     def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
         """Yield examples in the order of `rows`, tokenised a few hundred at a time as they are asked for.
