@@ -5,19 +5,20 @@ from numpy.typing import ArrayLike
 
 from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.estimates import counted, share_of
-from petals_eval.metrics.intervals import Floats, Tallies
+from petals_eval.metrics.intervals import Floats, Tallies, paired
 from petals_eval.metrics.resampling import Resampler
 
 __all__ = ["accuracy", "balanced_accuracy", "majority_baseline"]
 
 
 def accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
-    """Return the share of predictions that are right, in [0, 1].
+    """Return the share of predictions that are right, in [0, 1]. Raises DataError for arrays that do not fit.
 
     >>> accuracy([0, 1, 2, 2], [0, 1, 1, 2])
     0.75
     """
-    return float(np.mean(np.asarray(labels) == np.asarray(predictions)))
+    truth, predicted = paired(labels, predictions)
+    return float(np.mean(truth == predicted))
 
 
 def balanced_accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:

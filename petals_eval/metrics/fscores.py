@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import ArrayLike
 
+from petals_eval.errors import ConfigError
 from petals_eval.metrics.accuracy import right_answers
 from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.estimates import counted, ratio_of, share_of
@@ -25,13 +26,21 @@ def precision_recall_f1(labels: ArrayLike, predictions: ArrayLike, average: str)
     """Return (precision, recall, F1), averaged as scikit-learn does by default.
 
     average: "macro" (mean over labels), "micro" (over examples: each equals accuracy where every example has one label)
-        or "weighted" (mean over labels by their frequency).
+        or "weighted" (mean over labels by their frequency); "binary" is that of label 1 alone, of labels 0 and 1.
 
-    Averages run over the labels that occur or are predicted; among them 0/0 counts as 0.
+    Averages run over the labels that occur or are predicted; among them 0/0 counts as 0. Raises ConfigError for another
+    average.
 
     >>> [round(score, 4) for score in precision_recall_f1([0, 1, 2, 2], [0, 1, 1, 2], "macro")]
     [0.8333, 0.8333, 0.7778]
+    >>> precision_recall_f1([0, 1, 1], [0, 0, 1], "binary")[1]
+    0.5
     """
+    if average == "binary":
+        positive = (float(np.nan_to_num(scores[1])) for scores in per_class(labels, predictions, 2))
+        return next(positive), next(positive), next(positive)
+    if average not in AVERAGES:
+        raise ConfigError(f"average: expected one of {', '.join(AVERAGES)} or binary; found {average!r}.")
     tallies = Tallies.of(labels, predictions)
     precision, recall, f1 = (float(resampled_average(score, average, tallies)[0]) for score in SCORES)
     return precision, recall, f1

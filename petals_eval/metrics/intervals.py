@@ -11,7 +11,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["RESAMPLES", "Tallies", "affordable", "percentile_interval", "row_weights", "student_quantile", "wilson"]
+from petals_eval.errors import DataError
+
+__all__ = [
+    "RESAMPLES",
+    "Tallies",
+    "affordable",
+    "paired",
+    "percentile_interval",
+    "row_weights",
+    "student_quantile",
+    "wilson",
+]
 
 RESAMPLES = 1000
 MIN_RESAMPLES = 100
@@ -97,7 +108,7 @@ class Tallies:
     @classmethod
     def of(cls, labels: ArrayLike, predictions: ArrayLike, n_labels: int | None = None) -> "Tallies":
         """Return the tallies of the examples themselves: one row. n_labels: None for those up to the highest label."""
-        truth, predicted = np.asarray(labels, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
+        truth, predicted = paired(labels, predictions, n_labels)
         n_labels = n_labels or 1 + max(int(truth.max()), int(predicted.max()))
         cells, counts = _cells(truth, predicted, n_labels)
         return cls._of_draws(counts[None, :], cells, n_labels)
@@ -124,6 +135,26 @@ class Tallies:
             weights @ one_hot[label],
             weights @ one_hot[prediction],
         )
+
+
+def paired(
+    labels: ArrayLike, predictions: ArrayLike, n_labels: int | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return labels and predictions as int64 (n,). Raises DataError for none, for arrays that do not belong together, and
+    for indices below 0 or from n_labels on: numpy would count these somewhere else."""
+    truth, predicted = np.asarray(labels), np.asarray(predictions)
+    if truth.ndim != 1 or truth.shape != predicted.shape or not len(truth):
+        raise DataError(
+            f"Expected one prediction for each of one or more labels; found labels of shape {truth.shape} and "
+            f"predictions of shape {predicted.shape}."
+        )
+    both = np.concatenate([truth, predicted])
+    if not np.issubdtype(both.dtype, np.integer) and not np.issubdtype(both.dtype, np.bool_):
+        raise DataError(f"Expected labels and predictions as whole numbers; found {both.dtype}.")
+    if both.min() < 0 or (n_labels is not None and both.max() >= n_labels):
+        top = "" if n_labels is None else f" to {n_labels - 1}"
+        raise DataError(f"Expected labels and predictions from 0{top}; found {both.min()} to {both.max()}.")
+    return truth.astype(np.int64), predicted.astype(np.int64)
 
 
 def _cells(

@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,10 +13,14 @@ from petals_eval.errors import ConfigError, DataError
 from petals_eval.metrics import (
     DEFAULT_METRICS,
     METRICS,
+    accuracy,
     available_metrics,
+    balanced_accuracy,
     check_metric_names,
     compute_metrics,
     confusion_matrix,
+    mcc,
+    precision_recall_f1,
     wilson,
 )
 from petals_eval.metrics.accuracy import balanced_accuracies
@@ -239,3 +244,33 @@ def test_probabilities_of_float32_are_taken_as_they_are() -> None:
         label_names=case.label_names,
     )
     assert single["log_loss"].value == pytest.approx(reference("log_loss", case), rel=1e-6)
+
+
+def test_binary_scores_are_scikit_learns() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        labels, predictions = random.integers(0, 2, (2, random.integers(1, 9)))
+        found = precision_recall_f1(labels, predictions, "binary")
+        expected = sklearn.metrics.precision_recall_fscore_support(
+            labels, predictions, average="binary", zero_division=0
+        )
+        assert found == pytest.approx(expected[:3])
+    with pytest.raises(ConfigError, match="average: expected one of macro, micro, weighted or binary; found 'samples'"):
+        precision_recall_f1([0, 1], [0, 1], "samples")
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions", "message"),
+    [
+        ([0, 1], [0], r"labels of shape \(2,\) and predictions of shape \(1,\)"),
+        ([], [], r"labels of shape \(0,\)"),
+        ([0, -1], [0, 1], "found -1 to 1"),
+        ([0.5, 1.0], [0, 1], "as whole numbers; found float64"),
+    ],
+)
+def test_functions_of_plain_arrays_refuse_what_numpy_would_count_somewhere(labels, predictions, message) -> None:
+    for metric in (accuracy, balanced_accuracy, mcc, partial(precision_recall_f1, average="macro")):
+        with pytest.raises(DataError, match=message):
+            metric(labels, predictions)
+    with pytest.raises(DataError, match="from 0 to 1; found 0 to 2"):
+        confusion_matrix([0, 1], [0, 2], 2)
