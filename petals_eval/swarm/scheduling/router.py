@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.directory.routing import Cost, Hop, hold_all, next_hop, plan_route
+from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.peers.session_cache import CachePolicy, Wait
 from petals_eval.swarm.scheduling.admission import Admission, AdmissionQueues
@@ -231,6 +232,16 @@ class Router:
         ]
         cost = self._cost(tokens)
         return min(free, key=lambda other: cost(other.server, other.blocks), default=None)
+
+    def likely_servers(self) -> list[SpanServer]:
+        """Return the servers that work will go to first, some at most, and none that is known already."""
+        new = [
+            server
+            for server in self._quarantine.trusted()
+            if self._may_be_called(server) and self._peers.of(server.peer_id).info.is_open
+        ]
+        cost = self._cost(USUAL_MAX_TOKENS)
+        return sorted(new, key=lambda each: cost(each, len(each.span)) / len(each.span))[: PlanPolicy.few]
 
     def holders(self, block: int) -> list[str]:
         """Return the servers (peer ids) of a block that are not quarantined."""
