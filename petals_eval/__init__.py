@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from petals_eval.health import HealthReport, check_health
     from petals_eval.local_swarm import LocalSwarm
     from petals_eval.remote_model import RemoteModel
+    from petals_eval.report.model_card import model_card_data
+    from petals_eval.runs.analysed_runs import errors_of
+    from petals_eval.runs.error_analysis import ErrorAnalysis
     from petals_eval.runs.group_result import GroupResult
     from petals_eval.runs.overview import load_runs
     from petals_eval.runs.results import AdapterResult, RunResult
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
         RegressionTask,
         TaskGroup,
     )
+    from petals_eval.two_modes.compare import modes
 
 __version__ = "0.1.0"
 
@@ -49,6 +53,7 @@ __all__ = [
     "Comparison",
     "ContinuationTask",
     "DataSource",
+    "ErrorAnalysis",
     "GenerationTask",
     "GroupResult",
     "HealthReport",
@@ -65,10 +70,13 @@ __all__ = [
     "check_health",
     "compare",
     "errors",
+    "errors_of",
     "evaluate",
     "evaluate_batches",
     "load_runs",
     "merge",
+    "model_card_data",
+    "modes",
 ]
 
 _HOMES = {
@@ -80,12 +88,16 @@ _HOMES = {
     "LocalSwarm": "petals_eval.local_swarm",
     "RemoteModel": "petals_eval.remote_model",
     "AdapterResult": "petals_eval.runs.results",
+    "ErrorAnalysis": "petals_eval.runs.error_analysis",
+    "errors_of": "petals_eval.runs.analysed_runs",
     "GroupResult": "petals_eval.runs.group_result",
     "RunResult": "petals_eval.runs.results",
     "load_runs": "petals_eval.runs.overview",
+    "model_card_data": "petals_eval.report.model_card",
     "evaluate": "petals_eval.evaluation.evaluate",
     "evaluate_batches": "petals_eval.evaluation.batches",
     "merge": "petals_eval.evaluation.merge",
+    "modes": "petals_eval.two_modes.compare",
     "HealthReport": "petals_eval.health",
     "check_health": "petals_eval.health",
     "RemoteSequential": "petals_eval.swarm",

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from inspect import get_annotations
 from ipaddress import ip_address
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -20,12 +19,15 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from petals_eval.environment import local_path
 from petals_eval.errors import ConfigError
 from petals_eval.validation import SETTINGS, explain
 
 __all__ = [
     "PUBLIC_SWARM",
+    "STRANGERS",
     "CallSettings",
+    "ErrorSettings",
     "ModelOnSwarm",
     "PromptSettings",
     "ResultSettings",
@@ -45,6 +47,9 @@ PUBLIC_SWARM: tuple[str, ...] = (
     "/ip4/159.89.214.152/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
     "/ip4/159.203.156.48/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
 )
+
+STRANGERS = "note: on the public swarm, strangers' machines see the activations of these examples."
+"""What whoever uses it is told first."""
 
 
 class Settings(BaseModel):
@@ -105,6 +110,8 @@ def _multiaddress(value: object) -> object:
     except (ValueError, LookupError) as error:
         # An address is longer than what a message shows of a value, and what is wrong is mostly at its end.
         end = f"; it ends in {value[-20:]!r}" if len(value) > 60 else ""
+        if value.startswith("/") and "/p2p/" not in value:
+            end = "; it has no /p2p/ with the identity of the peer behind it"
         raise ValueError(f"{_ADDRESS}{end}") from error
     return value
 
@@ -146,7 +153,7 @@ def _adapter(value: object) -> object:
         if not isinstance(place, str):
             raise ValueError(_PLACE)
         name, sign, rest = place.partition("=")
-        if not sign or not rest or "/" in name or Path(place).expanduser().exists():
+        if not sign or not rest or "/" in name or local_path(place).exists():
             return _not_blank(place)
         place = rest
     if not isinstance(place, str):
@@ -163,7 +170,10 @@ def _split(value: object) -> object:
     texts = _as_list(value)
     if not isinstance(texts, list | tuple):
         return value
-    return [part for text in texts for part in (text.split() if isinstance(text, str) else [text])]
+    parts = [part for text in texts for part in (text.split() if isinstance(text, str) else [text])]
+    if texts and not parts:
+        raise ValueError(f"{_ADDRESS}: is a variable of the shell empty?")
+    return parts
 
 
 def _at_least_one(addresses: tuple[str, ...]) -> tuple[str, ...]:
@@ -196,6 +206,7 @@ Peers = Annotated[tuple[Multiaddress, ...], BeforeValidator(_split)]
 SomePeers = Annotated[Peers, AfterValidator(_at_least_one)]
 Blocks = Annotated[tuple[int, int], BeforeValidator(_blocks)]
 Place = Annotated[str, BeforeValidator(_as_text), AfterValidator(_not_blank)]  # a path, or a name on the hub
+OwnPlace = Annotated[Place, AfterValidator(lambda path: str(local_path(path)))]  # on this machine, in any case
 AdapterPlace = Annotated[str | tuple[str, str], BeforeValidator(_adapter)]  # a pair (name, place) where it has a name
 AdapterPlaces = Annotated[tuple[AdapterPlace, ...], BeforeValidator(_as_adapters)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
@@ -433,8 +444,43 @@ class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, Resu
     tokens_per_micro_batch: Positive | None = option(
         None, "Positions sent together, prompts included.", unset="found out", heading=SERVERS
     )
-    out: Place | None = option(
-        None, "Run folder; an unfinished run goes on.", "FOLDER", unset="runs/<task>-<time>", heading=OUTPUT
+    out: OwnPlace | None = option(
+        None,
+        "Run folder; an unfinished run goes on, a finished one is shown.",
+        "FOLDER",
+        unset="runs/<task>-<time>",
+        heading=OUTPUT,
     )
     save_texts: bool = option(False, "Keep generated texts, in texts.jsonl of the run folder.", heading=OUTPUT)
+    log_to: Names = option(
+        (),
+        "Log the result to wandb, trackio, mlflow or tensorboard, too; PLACE is its project, experiment or folder.",
+        "TRACKER[=PLACE]...",
+        heading=OUTPUT,
+    )
+    no_noise: bool = option(
+        False, "Do not compute rows again at the end to see which predictions rounding may change.", heading=OUTPUT
+    )
     dry_run: bool = option(False, "Show what would be sent, with --json as JSON; send nothing.", heading=OUTPUT)
+
+
+class ErrorSettings(Settings, heading=OUTPUT):
+    """What an analysis of errors shows, and where the texts of the rows are."""
+
+    adapter: str | None = option(None, "Adapter, or draw of its shots, that is shown.", "NAME", unset="the first")
+    limit: Annotated[int, Field(ge=0)] = option(5, "Rows in each list, and labels that were confused.")
+    task: Place | None = option(
+        None, "Task that says how the rows are read: a shipped one or its YAML file.", "TASK", unset="that of the run"
+    )
+    data: Place | None = option(
+        None,
+        "The data that the run read: a file or hub name.",
+        "DATA",
+        unset="the task's, where it is what the run read",
+    )
+    subset: str | None = same_as(TaskSettings, "subset", heading=OUTPUT)
+    split: str | None = same_as(TaskSettings, "split", heading=OUTPUT)
+    data_revision: str | None = same_as(TaskSettings, "data_revision", heading=OUTPUT)
+    token: SecretStr | None = same_as(ModelSettings, "token", heading=OUTPUT)
+    allow_task_code: bool = same_as(PromptSettings, "allow_task_code", heading=OUTPUT)
+    json_output: bool = option(False, "Print the analysis as JSON alone on stdout.", flag="--json", alias="json")

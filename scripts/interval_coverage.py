@@ -2,10 +2,10 @@
 
     scripts/interval_coverage.py [--sets 10000] [--seed 1] > tables.md
 
-Each line is so many data sets that are drawn from one known population (a tenth of them for ROC AUC, numbers and
-documents). It says how many of their 95% intervals hold the number that the metric has there, and in brackets in which
-share of the sets an interval is printed, where that is not always so. "~" stands where most are marked as rough. It
-takes about half an hour of one processor. The seed is that of all draws.
+Each line is so many data sets that are drawn from one known population (a tenth of them for ROC AUC, numbers,
+documents and clusters). It says how many of their 95% intervals hold the number that the metric has there, and in
+brackets in which share of the sets an interval is printed, where that is not always so. "~" stands where most are
+marked as rough. It takes about half an hour of one processor. The seed is that of all draws.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import numpy as np
 from petals_eval.metrics.accuracy import balanced_accuracies
 from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.correlation import resampled_mcc
-from petals_eval.metrics.estimates import FEW_OF_ALL, are_extreme
+from petals_eval.metrics.estimates import FEW_OF_ALL, are_extreme, share_of
 from petals_eval.metrics.fscores import FEW_OF_LABEL, FEWEST_ROWS, resampled_average
 from petals_eval.metrics.intervals import Floats, Tallies, wilson
 from petals_eval.metrics.probabilistic import FEW_ERRORS
@@ -30,6 +30,7 @@ from petals_eval.metrics.skewness import Bounds, cells_influences, fewest_rows, 
 SIZES = (50, 200, 1000)
 ACCURACIES = (0.5, 0.75, 0.9, 0.98)
 LABELS = (2, 6, 20)
+CLUSTERS = (10, 30, 50, 100)
 AT_ONCE = 4_000_000  # numbers drawn together
 POPULATION = 2_000_000  # rows that the true value of a metric of probabilities is taken from
 CONFIDENCE = 1.25  # how much too sure the model is
@@ -254,6 +255,25 @@ def documents(random: np.random.Generator, sets: int, n: int, spread: float) -> 
     return found
 
 
+def clustered(
+    random: np.random.Generator, sets: int, count: int, accuracy: float, correlation: float, *, unequal: bool
+) -> dict[str, Coverage]:
+    """Clusters of 10 rows, or of 1 to 19, that are right with a chance of their own: within a cluster rows correlate.
+
+    Beside the cluster-robust interval stands Wilson's, which takes the rows for independent.
+    """
+    found = {name: Coverage() for name in ("accuracy", "accuracy, clusters unknown")}
+    spread = (1 - correlation) / correlation
+    for _ in range(sets // SLOWER):
+        sizes = random.integers(1, 20, size=count) if unequal else np.full(count, 10)
+        chances = random.beta(accuracy * spread, (1 - accuracy) * spread, size=count)
+        clusters = np.repeat(np.arange(count), sizes)
+        right = (random.random(len(clusters)) < chances[clusters]).astype(np.float64)
+        for name, known in zip(found, (clusters, None), strict=True):
+            found[name].add_metric(share_of("accuracy", right, known), accuracy)
+    return found
+
+
 def _print_table(heads: Sequence[str], lines: Iterator[tuple[Sequence[object], dict[str, Coverage]]]) -> None:
     for index, (about, found) in enumerate(lines):
         if index == 0:
@@ -288,6 +308,15 @@ def main() -> None:
         ("documents", "spread of lengths"),
         (((n, spread), documents(random, given.sets, n, spread)) for n in given.sizes for spread in (0.5, 1.0)),
     )
+    _print_table(
+        ("clusters", "rows of each", "accuracy", "correlation"),
+        (
+            ((count, "1 to 19" if unequal else "10", accuracy, correlation),
+             clustered(random, given.sets, count, accuracy, correlation, unequal=unequal))
+            for count in CLUSTERS for unequal in (False, True) for accuracy in (0.5, 0.75, 0.9)
+            for correlation in (0.05, 0.3)
+        ),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

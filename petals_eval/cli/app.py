@@ -7,19 +7,44 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from petals_eval.cli.command import GroupedCommand
+from petals_eval.cli.command import GroupedCommand, UsageError
 from petals_eval.cli.verbose import with_verbose
 
 __all__ = ["app", "run_app"]
 
-# What typer raises for a wrong flag. Its name is in click or, since typer keeps a copy of click, in typer itself.
-UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+COMMANDS = (
+    "run",
+    "demo",
+    "swarm",
+    "bootstrap",
+    "merge",
+    "show",
+    "compare",
+    "errors",
+    "report",
+    "modes",
+    "health",
+    "tasks",
+    "bench",
+    "lm-eval",
+)
 
-COMMANDS = ("run", "demo", "swarm", "bootstrap", "merge", "show", "compare", "health", "tasks", "bench")
+
+class _Interrupted(Exception):  # it is none, to whom it comes
+    """An interrupt on its way past typer, which would make a bare exit code of it and lose what is kept of the run."""
+
+    def __init__(self, interrupt: KeyboardInterrupt):
+        self.interrupt = interrupt
 
 
 class Commands(TyperGroup):
     """The commands. Each is imported when it is asked for: none waits for the settings of the others."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise _Interrupted(interrupt) from None
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -33,12 +58,13 @@ class Commands(TyperGroup):
 
 
 def _command(name: str) -> Any:
-    module = import_module(f"petals_eval.cli.{name}")
+    function = name.replace("-", "_")
+    module = import_module(f"petals_eval.cli.{function}")
     if name == "bench":  # it has commands of its own
         return typer.main.get_command(module.app)
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     register = alone.command(name=name, help=module.HELP, short_help=module.SHORT, cls=GroupedCommand)
-    register(with_verbose(getattr(module, name)))
+    register(with_verbose(getattr(module, function)))
     return typer.main.get_command(alone)
 
 
@@ -72,6 +98,8 @@ def run_app(arguments: Sequence[str] | None) -> int:
     """
     try:
         code = int(app(args=arguments, prog_name="petals-eval", standalone_mode=False) or 0)
+    except _Interrupted as passed:
+        raise passed.interrupt from None
     except UsageError as error:
         error.show()  # type: ignore[attr-defined]
         return 2

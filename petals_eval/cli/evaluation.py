@@ -11,6 +11,7 @@ from petals_eval.cli.open_swarm import open_model
 from petals_eval.cli.steps import step
 from petals_eval.cli.streams import json_text
 from petals_eval.config import ResultSettings, RunSettings
+from petals_eval.errors import MachineError
 
 if TYPE_CHECKING:
     from petals_eval.evaluation.groups import PreparedGroup
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     from petals_eval.remote_model import RemoteModel
     from petals_eval.runs import GroupResult, RunResult
     from petals_eval.runs.thresholds import Threshold
+    from petals_eval.tracking import Tracker
 
 __all__ = ["execute", "show_group", "show_result"]
+
+_FINISHED = "this run is finished in {folder}: nothing is sent, its result is shown"
 
 
 def execute(read_settings: Callable[[], RunSettings]) -> int:
@@ -31,20 +35,26 @@ def execute(read_settings: Callable[[], RunSettings]) -> int:
     with step("reading the task, the data, the prompts and the model's part at home"):
         settings = read_settings()
 
-        from petals_eval.evaluation.evaluate import evaluate_prepared
+        from petals_eval.evaluation.evaluate import evaluate_prepared, finished_result
         from petals_eval.evaluation.groups import PreparedGroup, prepare_group_run
         from petals_eval.evaluation.prepare import prepare_run
         from petals_eval.report import ProgressDisplay
         from petals_eval.tasks import load_group
+        from petals_eval.tracking import log_results, trackers_of
 
+        trackers = trackers_of(settings.log_to)
         group = load_group(settings.task)
         prepared = prepare_run(settings) if group is None else prepare_group_run(settings, group)
     if isinstance(prepared, PreparedGroup):
-        return _execute_group(settings, prepared)
+        return _execute_group(settings, prepared, trackers)
     if settings.dry_run:
         from petals_eval.cli.dry_run import show_dry_run
 
         return show_dry_run(settings, prepared)
+    if prepared.is_finished and prepared.out is not None:
+        _say(_FINISHED.format(folder=prepared.out))
+        result = finished_result(prepared, prepared.out)
+        return show_result(result, prepared.out, prepared.thresholds, settings)
     # The folder last: an end at once, which leaves no time to tidy up, leaves none before there is something in it.
     with open_model(settings, prepared) as model, prepared.open_folder() as folder:
         task, examples = prepared.task.name, len(prepared.part)
@@ -52,18 +62,27 @@ def execute(read_settings: Callable[[], RunSettings]) -> int:
         _say_estimate(settings, model, [prepared])
         with ProgressDisplay(prepared.total) as progress:
             result = evaluate_prepared(prepared, folder, model, progress=progress)
-    return show_result(result, folder.path, prepared.thresholds, settings)
+    code = show_result(result, folder.path, prepared.thresholds, settings)
+    _write_page(settings, folder.path, of_group=False)
+    log_results(trackers, [(result, folder.manifest)], say=_say)
+    return code
 
 
-def _execute_group(settings: RunSettings, prepared: "PreparedGroup") -> int:
+def _execute_group(settings: RunSettings, prepared: "PreparedGroup", trackers: "Sequence[Tracker]") -> int:
     """Do what the settings say for each task of a group."""
-    from petals_eval.evaluation.evaluate import evaluate_group
+    from petals_eval.evaluation.evaluate import evaluate_group, finished_group
     from petals_eval.report import ProgressDisplay
+    from petals_eval.tracking import log_results
 
     if settings.dry_run:
         from petals_eval.cli.dry_run import show_group_dry_run
 
         return show_group_dry_run(settings, prepared)
+    thresholds = {member.task.name: member.thresholds for member in prepared.members}
+    finished_before = finished_group(prepared)
+    if finished_before is not None:
+        _say(_FINISHED.format(folder=prepared.out))
+        return show_group(finished_before, prepared.out, thresholds, settings)
     with open_model(settings, prepared) as model:
         begun = prepared.in_folder()
         left = [member for member in begun.members if not member.is_finished]
@@ -73,8 +92,27 @@ def _execute_group(settings: RunSettings, prepared: "PreparedGroup") -> int:
         _say_estimate(settings, model, left)
         with ProgressDisplay(begun.total) as progress:
             result = evaluate_group(begun, model, progress=progress)
-    thresholds = {member.task.name: member.thresholds for member in begun.members}
-    return show_group(result, begun.out, thresholds, settings)
+    code = show_group(result, begun.out, thresholds, settings)
+    if begun.out is not None:
+        _write_page(settings, begun.out, of_group=True)
+    several = zip(result.tasks.values(), (member.manifest for member in begun.members), strict=True)
+    log_results(trackers, list(several), say=_say)
+    return code
+
+
+def _write_page(settings: RunSettings, folder: Path, *, of_group: bool) -> None:
+    """Draw what was shown already, and say where; a disk that takes no more changes no exit code."""
+    from petals_eval.report.write import PAGE, write_page, write_pages
+
+    try:
+        if of_group:
+            write_pages(folder)
+        else:
+            write_page(folder)
+    except MachineError as error:
+        _say(f"note: there is no page of this run: {error}")
+    else:
+        typer.echo(f"report: {folder / '*' / PAGE if of_group else folder / PAGE}", err=settings.json_output)
 
 
 def _say_estimate(settings: RunSettings, model: "RemoteModel", left: "Sequence[Prepared]") -> None:

@@ -36,8 +36,8 @@ def merge(
     from petals_eval.runs import Manifest
     from petals_eval.runs.thresholds import check_parts, parse_thresholds
 
-    settings = ResultSettings(**flags)
     first = Manifest.read(parts[0] / "manifest.json")
+    settings = ResultSettings(**{**first.bars, **flags})
     names = first.run_settings.get("label_names")
     labels = [str(name) for name in names] if isinstance(names, list) else []
     thresholds = parse_thresholds(settings.fail_under, settings.fail_over, labels, kind=first.kind)

@@ -14,8 +14,9 @@ __all__ = ["HELP", "SHORT", "show"]
 
 SHORT = "Show the result of a run folder."
 HELP = """Show the result of a run folder, computed anew from its journal: of a run that is finished, was
-interrupted or is under way, of a group of tasks, and of folders that earlier versions wrote. Several folders are shown
-as one table. Nothing is written.
+interrupted or is under way, of a group of tasks, and of folders that earlier versions wrote. The bars that the run was
+given are held against it again, unless others are given here. Several folders are shown as one table. Nothing is
+written.
 
 \b
   petals-eval show runs/sst2
@@ -30,12 +31,23 @@ def show(
     latex: Annotated[bool, typer.Option("--latex", help="Print a LaTeX tabular (booktabs).")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print a csv.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    model_card: Annotated[
+        bool, typer.Option("--model-card", help="Print the metadata of a model card with the hub's model-index.")
+    ] = False,
     **flags: Any,
 ) -> int:
     typer.echo(f"reading {', '.join(str(folder) for folder in folders)}", err=True)
-    chosen = [name for name, given in (("latex", latex), ("csv", csv), ("markdown", markdown)) if given]
+    forms = (("latex", latex), ("csv", csv), ("markdown", markdown), ("model-card", model_card))
+    chosen = [name for name, given in forms if given]
     if len(chosen) > 1 or (chosen and flags):
-        raise ConfigError(f"expected --{chosen[0]} alone: it prints the table and nothing else")
+        raise ConfigError(f"expected --{chosen[0]} alone: it prints one thing and nothing else")
+    if model_card:
+        from petals_eval.report.model_card import model_card_data
+
+        if len(folders) > 1:
+            raise ConfigError("--model-card: expected one run folder, found several")
+        typer.echo(f"---\n{model_card_data(folders[0])}\n---")
+        return 0
     if not chosen and len(folders) > 1 and flags:
         raise ConfigError("expected one run folder beside these flags; several are shown as a table")
     if chosen or len(folders) > 1:
@@ -53,10 +65,10 @@ def _show_run(folder: Path, flags: dict[str, Any]) -> int:
     from petals_eval.runs import RunFolder
     from petals_eval.runs.thresholds import check_parts, parse_thresholds
 
-    settings = ResultSettings(**flags)
     if (folder / "group.json").is_file():
-        return _show_group(folder, settings)
+        return _show_group(folder, flags)
     with RunFolder.open(folder) as opened:
+        settings = ResultSettings(**{**opened.manifest.bars, **flags})
         labels, kind = opened.names_of("label_names"), opened.manifest.kind
         thresholds = parse_thresholds(settings.fail_under, settings.fail_over, labels, kind=kind)
         check_parts(thresholds, opened.manifest.answer_columns)
@@ -68,18 +80,19 @@ def _show_run(folder: Path, flags: dict[str, Any]) -> int:
     return show_result(result, folder, thresholds, settings)
 
 
-def _show_group(folder: Path, settings: ResultSettings) -> int:
+def _show_group(folder: Path, flags: dict[str, Any]) -> int:
     from petals_eval.cli.evaluation import show_group
     from petals_eval.runs import GroupResult, RunFolder
     from petals_eval.runs.thresholds import check_parts, parse_thresholds
     from petals_eval.tasks.group import folder_name
 
     result = GroupResult.of_folder(folder)
-    thresholds = {
-        name: parse_thresholds(settings.fail_under, settings.fail_over, each.first.label_names, kind=each.kind)
-        for name, each in result.tasks.items()
-    }
-    for name, asked in thresholds.items():
+    thresholds, settings = {}, ResultSettings(**flags)
+    for name, each in result.tasks.items():
         with RunFolder.open(folder / folder_name(name)) as opened:
-            check_parts(asked, opened.manifest.answer_columns)
+            # All tasks of a group have the same bars.
+            settings = ResultSettings(**{**opened.manifest.bars, **flags})
+            found = parse_thresholds(settings.fail_under, settings.fail_over, each.first.label_names, kind=each.kind)
+            check_parts(found, opened.manifest.answer_columns)
+        thresholds[name] = found
     return show_group(result, folder, thresholds, settings)

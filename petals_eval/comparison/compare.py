@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from petals_eval.comparison.sources import Compared, of_folder, of_predictions, of_result
 from petals_eval.errors import ConfigError, DataError
@@ -67,6 +68,11 @@ class Comparison:
     label_names: tuple[str, ...]
 
     @property
+    def clusters(self) -> NDArray[np.int64] | None:
+        """Which cluster each row is of, int64 (n,) from 0; None where the task names none."""
+        return self.matched.clusters
+
+    @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """The names of the sides of each pair, in order."""
         return tuple(self.changed)
@@ -101,6 +107,7 @@ class Comparison:
             "sides": [{"name": name, "source": source} for name, source in self.sides.items()],
             "rows": self.rows,
             "left_out": dict(self.left_out),
+            "clusters": None if self.clusters is None else int(self.clusters.max()) + 1,
             "differences": [
                 {**each.to_json(), "changed": self.changed[each.first, each.second]} for each in self.differences
             ],

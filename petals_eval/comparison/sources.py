@@ -16,7 +16,6 @@ from petals_eval.runs.rows import KeyedRows, packed
 from petals_eval.tasks import ClassificationTask, RegressionTask, Task, resolve_source
 from petals_eval.tasks.labels import Labels, spelled
 from petals_eval.tasks.regression import number_of
-from petals_eval.tasks.requests import Prediction
 from petals_eval.validation import shorten
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ def of_result(result: RunResult, number: int, *, bare_too: bool) -> list[Compare
                 kind=result.kind,
                 label_names=adapter.label_names,
                 metrics=tuple(dict.fromkeys(_listed(name) for name in adapter.metrics)),
-                draws=tuple(_keyed(part, result.columns) for part in parts),
+                draws=tuple(KeyedRows.of(part, result.columns) for part in parts),
             )
         )
     return found
@@ -214,12 +213,6 @@ def _labels_of_task(task: Task, data: Any) -> dict[str, float]:
     rows = load_rows(resolve_source(task, data))
     task.check(rows)
     return {key: np.nan if label is None else float(label) for key, label in task.row_labels(rows)}
-
-
-def _keyed(predictions: Sequence[Prediction], columns: Sequence[str]) -> KeyedRows:
-    rows = ((each.label, each.prediction, packed(each.values)) for each in predictions)
-    keys = tuple(each.key for each in predictions)
-    return KeyedRows(keys, tuple(each.row_hash for each in predictions), ScoredRows.of(rows, columns))
 
 
 def _listed(metric: str) -> str:

@@ -8,8 +8,9 @@ from functools import cached_property
 from numbers import Integral, Rational, Real
 from typing import TYPE_CHECKING, Any
 
-from petals_eval.data.source import DataSource, is_local, local_path
+from petals_eval.data.source import DataSource, is_local
 from petals_eval.data.tables import Readable, Table, class_names_of
+from petals_eval.environment import local_path
 from petals_eval.errors import DataError
 from petals_eval.text import listed
 from petals_eval.validation import closest, shorten
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from pandas import DataFrame
 
-__all__ = ["DataSource", "Row", "Rows", "is_missing", "load_rows", "row_hash", "rows_of"]
+__all__ = ["DataSource", "Row", "Rows", "is_missing", "load_rows", "name_of", "row_hash", "rows_of"]
 
 _CHUNK_ROWS = 500
 
@@ -47,6 +48,7 @@ class Rows:
     columns: the names of the columns.
     class_names: for each column of class numbers whose source says what the numbers mean, these names in order.
     truth_words: how the source writes false and true.
+    notes: what a person should know of how they were read.
     passed: checks that all of the rows have passed, so that nobody reads them for the same one again.
     """
 
@@ -65,6 +67,7 @@ class Rows:
         self.columns: tuple[str, ...] = table.columns
         self.class_names: Mapping[str, tuple[str, ...]] = table.class_names
         self.truth_words = table.truth_words
+        self.notes = table.notes
         self._table = table
         self._table_fingerprint = fingerprint
         self._positions = positions
@@ -146,15 +149,15 @@ def load_rows(source: DataSource) -> Rows:
     if not is_local(source):
         from petals_eval.data.hub import load_hub
 
-        return _not_empty(Rows(load_hub(source), name=_name(source)), source)
+        return _not_empty(Rows(load_hub(source), name=name_of(source)), source)
     path = local_path(source.path)
     if path.is_dir():
         from petals_eval.data.hub import load_folder
 
-        return _not_empty(Rows(load_folder(source), name=_name(source, path.resolve().name)), source)
+        return _not_empty(Rows(load_folder(source), name=name_of(source)), source)
     from petals_eval.data.files import file_fingerprint, load_file
 
-    return _not_empty(Rows(load_file(source), name=path.name, fingerprint=file_fingerprint(source)), source)
+    return _not_empty(Rows(load_file(source), name=name_of(source), fingerprint=file_fingerprint(source)), source)
 
 
 def rows_of(data: "Dataset | DataFrame | Iterable[Mapping[str, object]]", *, name: str = "data") -> Rows:
@@ -307,5 +310,10 @@ def _not_empty(rows: Rows, source: DataSource) -> Rows:
     return rows
 
 
-def _name(source: DataSource, base: str | None = None) -> str:
-    return " ".join(part for part in (base or source.path, source.subset, source.split) if part)
+def name_of(source: DataSource) -> str:
+    """Return what the rows of a source are called: the hub's name, or the last part of a local path."""
+    path = local_path(source.path)
+    if is_local(source) and not path.is_dir():
+        return path.name
+    base = path.resolve().name if is_local(source) else source.path
+    return " ".join(part for part in (base, source.subset, source.split) if part)

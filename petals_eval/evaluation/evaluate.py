@@ -1,13 +1,16 @@
 """The evaluation: from rows to a result, tied together."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from petals_eval.config import Place, Positive, PromptSettings, Settings
 from petals_eval.errors import CallerError, ConfigError, InterruptedRunError, MachineError, PetalsEvalError
 from petals_eval.evaluation.groups import PreparedGroup, prepare_group
+from petals_eval.evaluation.noise import note_noise
 from petals_eval.evaluation.prepare import Data, Prepared, prepare
 from petals_eval.evaluation.scoring import Progress, Scoring
 from petals_eval.evaluation.wire_error import note_sample
@@ -15,7 +18,9 @@ from petals_eval.remote_model import LocalSide
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.group_result import GroupResult
 from petals_eval.runs.results import RunResult, run_result
+from petals_eval.runs.row_texts import RowSource
 from petals_eval.tasks import Task, TaskGroup, load_group
+from petals_eval.tracking import log_results, trackers_of
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +34,13 @@ __all__ = [
     "evaluate_group",
     "evaluate_prepared",
     "finish",
+    "finished_group",
+    "finished_result",
     "is_remote_model",
 ]
+
+
+_log = logging.getLogger("petals_eval")
 
 
 class _Options(TypedDict, total=False):
@@ -52,6 +62,9 @@ class _Options(TypedDict, total=False):
     bos: Literal["auto", "always", "never"] | None
     allow_task_code: bool
     save_texts: bool
+    no_noise: bool
+    log_to: str | Sequence[str] | None
+    log_step: int | None
     out: str | Path | None
     tokens_per_micro_batch: int | None
     tokenizer: Any
@@ -95,6 +108,9 @@ def evaluate(
     out: str | Path | None = None,
     tokens_per_micro_batch: int | None = None,
     save_texts: bool = False,
+    no_noise: bool = False,
+    log_to: str | Sequence[str] | None = None,
+    log_step: int | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> RunResult | GroupResult:
@@ -119,6 +135,10 @@ def evaluate(
     allow_task_code: let the task's own function prepare rows where it did not come with this package.
     out: the run folder; an unfinished run of the same settings in it goes on. None: nothing is kept.
     save_texts: keep generated texts, in texts.jsonl of the run folder and in the result's predictions.
+    no_noise: do not compute rows again at the end to see which predictions rounding may change (`AdapterResult.noise`).
+    log_to, log_step: log the result to "wandb", "trackio", "mlflow" or "tensorboard" as well, with "=PLACE" to a
+        project, experiment or folder there, at this step of a training (`petals_eval.tracking`). One that fails is told
+        of in a line.
     tokenizer: for a Petals model; None: the one that lies with the model its config names.
 
     The model is in the mode it was in before when this returns or raises; nothing here computes a gradient.
@@ -139,9 +159,12 @@ def evaluate(
         "out": out,
         "tokens_per_micro_batch": tokens_per_micro_batch,
         "save_texts": save_texts,
+        "no_noise": no_noise,
+        "log_step": log_step,
     }
     _Values(**values)
     check_progress(progress)
+    trackers = trackers_of(log_to)
     if is_remote and tokenizer is not None:
         raise ConfigError("a RemoteModel has a tokenizer of its own: leave tokenizer= out")
     with contextlib.ExitStack() as stack:
@@ -185,14 +208,20 @@ def evaluate(
             "is_kept": out is not None,
             "tokens_per_micro_batch": tokens_per_micro_batch,
             "save_texts": save_texts,
+            "no_noise": no_noise,
         }
         group = load_group(task)
         if group is not None:
             members = prepare_group(open_side, group, **options).in_folder()
-            return evaluate_group(members, connected(members.side), progress=progress, keep_predictions=True)
+            found = evaluate_group(members, connected(members.side), progress=progress, keep_predictions=True)
+            several = zip(found.tasks.values(), (member.manifest for member in members.members), strict=True)
+            log_results(trackers, list(several), step=log_step, say=_log.warning)
+            return found
         prepared = prepare(open_side, task=task, **options)  # type: ignore[arg-type]
         folder = stack.enter_context(prepared.open_folder())
-        return evaluate_prepared(prepared, folder, connected(prepared.side), progress=progress, keep_predictions=True)
+        result = evaluate_prepared(prepared, folder, connected(prepared.side), progress=progress, keep_predictions=True)
+        log_results(trackers, [(result, folder.manifest)], step=log_step, say=_log.warning)
+        return result
 
 
 class _Values(Settings):
@@ -206,6 +235,8 @@ class _Values(Settings):
     out: Place | None
     tokens_per_micro_batch: Positive | None
     save_texts: bool
+    no_noise: bool
+    log_step: int | None
 
 
 def is_remote_model(model: object) -> bool:
@@ -238,8 +269,7 @@ def evaluate_group(
     done = 0
     for member in group.members:
         if member.is_finished and member.out is not None:
-            with RunFolder.open(member.out) as folder:
-                results[member.task.name] = _result(member, folder, retries=0, keep_predictions=keep_predictions)
+            results[member.task.name] = finished_result(member, member.out, keep_predictions=keep_predictions)
             continue
         behind = None if progress is None else _FurtherOn(progress, done)
         with member.open_folder() as folder:
@@ -249,6 +279,22 @@ def evaluate_group(
         done += member.total
     found = GroupResult(group.group.name, results, group.group.metric)
     if group.is_kept and group.out is not None:
+        found.write(group.out)
+    return found
+
+
+def finished_group(group: PreparedGroup) -> GroupResult | None:
+    """Return the result of a group all of whose tasks are finished in its folder; None where one is not.
+
+    Raises RunFolderError, MachineError.
+    """
+    if group.out is None or not all(member.is_finished for member in group.members):
+        return None
+    results = {
+        member.task.name: finished_result(member, member.out) for member in group.members if member.out is not None
+    }
+    found = GroupResult(group.group.name, results, group.group.metric)
+    if not (group.out / "group.json").is_file():  # a run that ended right before it
         found.write(group.out)
     return found
 
@@ -289,16 +335,30 @@ def evaluate_prepared(
         if folder.resumed:
             scoring.say_what_is_left()
         note_sample(prepared, folder, model, on_tick=scoring.tick)
-        scoring.score_all()
+        while True:
+            scoring.score_all()
+            if not prepared.no_noise:
+                note_noise(prepared, folder, model, on_tick=scoring.tick)
+            if not scoring.withdrawn:  # otherwise a server was caught by then, and what it had computed is not counted
+                break
         retries = model.blocks.status().retries - retries_before
         result = _result(prepared, folder, retries=retries, keep_predictions=keep_predictions)
         finish(folder, result)
     return result
 
 
+def finished_result(prepared: Prepared, path: Path, *, keep_predictions: bool = False) -> RunResult:
+    """Return the result of what is prepared from the folder that holds it, finished.
+
+    keep_predictions: as `evaluate_prepared` has it. Raises RunFolderError, MachineError.
+    """
+    with RunFolder.open(path) as folder:
+        return _result(prepared, folder, retries=folder.noted_retries(), keep_predictions=keep_predictions)
+
+
 def _result(prepared: Prepared, folder: RunFolder, *, retries: int, keep_predictions: bool = False) -> RunResult:
     task = prepared.task
-    return run_result(
+    result = run_result(
         folder.manifest,
         folder.journal,
         task=task.name,
@@ -308,6 +368,7 @@ def _result(prepared: Prepared, folder: RunFolder, *, retries: int, keep_predict
         keep_predictions=keep_predictions,
         with_texts=folder.with_texts,
     )
+    return replace(result, source=RowSource(task, prepared.part)) if keep_predictions else result
 
 
 def finish(folder: RunFolder, result: RunResult) -> None:

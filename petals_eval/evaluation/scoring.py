@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +13,7 @@ from petals_eval.evaluation.wire_error import note_lossless_servers
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import NoisyServer, ServerUsed, Verdict
 from petals_eval.tasks import Task
+from petals_eval.tasks.clusters import clustered_examples
 from petals_eval.tasks.requests import Example, Generated, Request
 
 if TYPE_CHECKING:
@@ -20,9 +21,18 @@ if TYPE_CHECKING:
 
     from petals_eval.model import Adapter
     from petals_eval.remote_model import RemoteModel, RequestAnswer
-    from petals_eval.swarm import SwarmStatus
+    from petals_eval.swarm import ServedHop, SwarmStatus
+    from petals_eval.swarm.peers.finding import TrustFinding
 
-__all__ = ["MAX_FAILURES_BEFORE_FIRST_SUCCESS", "FailFast", "PendingExamples", "Progress", "Scoring"]
+__all__ = [
+    "MAX_FAILURES_BEFORE_FIRST_SUCCESS",
+    "FailFast",
+    "PendingExamples",
+    "Progress",
+    "Scoring",
+    "noisy_server",
+    "server_used",
+]
 
 _log = logging.getLogger("petals_eval")
 
@@ -68,6 +78,25 @@ class FailFast:
         raise type(self.first or ExampleError())(
             f"none of the first {self.failures:,} examples can be computed. The first of them: {self.first}"
         ) from self.first
+
+
+def server_used(hop: "ServedHop") -> ServerUsed:
+    """Return who computed a hop, as a manifest has it."""
+    return ServerUsed(hop.peer_id, hop.span.start, hop.span.stop, hop.version, hop.dtype, hop.quant)
+
+
+def noisy_server(finding: "TrustFinding") -> NoisyServer:
+    """Return what was found of a server, as a manifest has it."""
+    server = finding.server
+    return NoisyServer(
+        server.peer_id,
+        server.span.start,
+        server.span.stop,
+        server.record.version,
+        finding.difference,
+        finding.is_used,
+        _VERDICTS[finding.status],
+    )
 
 
 @dataclass(slots=True)
@@ -133,17 +162,18 @@ class PendingExamples:
         if pending is None:
             return None  # another request of this example has failed
         pending.answers[answer.request.part] = answer.answer
-        pending.servers.update(
-            ServerUsed(hop.peer_id, hop.span.start, hop.span.stop, hop.version, hop.dtype, hop.quant)
-            for hop in answer.hops
-        )
+        pending.servers.update(map(server_used, answer.hops))
         if len(pending.answers) < len(pending.example.requests):
             return None
         return self._pending.pop(answer.request.key)
 
 
 class Scoring:
-    """One evaluation under way."""
+    """One evaluation under way.
+
+    withdrawn: whether rows were taken back since `score_all` began or ended, for a server was caught that had a part in
+    them.
+    """
 
     def __init__(self, prepared: Prepared, folder: RunFolder, model: "RemoteModel", progress: Progress | None):
         self.prepared = prepared
@@ -153,7 +183,7 @@ class Scoring:
         self.done = 0
         self._distrusted: set[str] = set()
         self._disputed: set[str] = set()
-        self._withdrawn = False
+        self.withdrawn = False
         self._said: set[str] = set()
         self._pooling_said: set[str] = set()
 
@@ -174,11 +204,11 @@ class Scoring:
             )
         try:
             while True:
-                self.done, self._withdrawn = 0, False
+                self.done, self.withdrawn = 0, False
                 for variant in self.prepared.variants:
                     self.score(variant)
                 self.model.blocks.settle(on_tick=self.tick)
-                if not self._withdrawn:
+                if not self.withdrawn:
                     return
         except (SwarmError, CallerError, KeyboardInterrupt):
             self.tick()  # what a server scored that was caught in the last moment must not stay
@@ -208,7 +238,7 @@ class Scoring:
                     continue
                 example, servers = complete.example, tuple(complete.servers)
                 if not self._distrusted.isdisjoint(server.peer_id for server in servers):
-                    self._withdrawn = True  # on its way when its server was caught: computed again like the rest
+                    self.withdrawn = True  # on its way when its server was caught: computed again like the rest
                     continue
                 try:
                     prediction = task.predict(
@@ -218,6 +248,9 @@ class Scoring:
                     self._record_failure(name, example, error, servers)
                     fail_fast.record_failure(error)
                     continue
+                if example.cluster is not None:
+                    values = tuple((*item, example.cluster) for item in prediction.values)
+                    prediction = replace(prediction, values=values)
                 self.folder.save_text(name, prediction)
                 journal.add(name, prediction, kind=task.kind, truncated=example.truncated, servers=servers)
                 self.done += 1
@@ -247,7 +280,7 @@ class Scoring:
     def _left(self, done_before: Collection[str], adapter: "Adapter | None", task: Task) -> Iterator[Example]:
         """Yield the examples that are left, and say once for an adapter that libraries pool their texts otherwise."""
         name = "" if adapter is None else adapter.name
-        for example in task.examples(self.prepared.part, self.model.local.tokenizer):
+        for example in clustered_examples(task, self.prepared.part, self.model.local.tokenizer):
             if example.key in done_before:
                 continue
             if task.head == "class" and name not in self._pooling_said:
@@ -326,20 +359,9 @@ class Scoring:
         if caught - self._distrusted:
             withdrawn = self.folder.journal.withdraw(caught - self._distrusted)
             self.done = max(0, self.done - withdrawn)
-            self._withdrawn = self._withdrawn or withdrawn > 0
+            self.withdrawn = self.withdrawn or withdrawn > 0
         self._distrusted = caught
         self.folder.note_noisy(
-            (
-                NoisyServer(
-                    each.server.peer_id,
-                    each.server.span.start,
-                    each.server.span.stop,
-                    each.server.record.version,
-                    each.difference,
-                    each.is_used,
-                    _VERDICTS[each.status],
-                )
-                for each in status.findings
-            ),
+            map(noisy_server, status.findings),
             cleared=cleared,
         )

@@ -1,4 +1,6 @@
-"""Expected calibration error."""
+"""Expected calibration error, and the bins that it is computed over."""
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -6,7 +8,7 @@ from numpy.typing import ArrayLike
 from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.intervals import Floats
 
-__all__ = ["BINS", "ece"]
+__all__ = ["BINS", "Bins", "confidence_bins", "ece"]
 
 BINS = 15
 
@@ -24,12 +26,46 @@ def ece(labels: ArrayLike, predictions: ArrayLike, probabilities: ArrayLike) -> 
     return float(np.abs(gaps(np.asarray(labels), np.asarray(predictions), shares).mean(axis=0)).sum())
 
 
+@dataclass(frozen=True, eq=False)
+class Bins:
+    """What a reliability diagram shows, of each of the `BINS` bins.
+
+    counts: rows in it. confidence, accuracy: their mean confidence and the share that is right; NaN of none.
+    """
+
+    counts: tuple[int, ...]
+    confidence: tuple[float, ...]
+    accuracy: tuple[float, ...]
+
+
+def confidence_bins(labels: ArrayLike, predictions: ArrayLike, probabilities: ArrayLike) -> Bins:
+    """Return the bins of a reliability diagram: those of `ece`.
+
+    labels, predictions: (n,) indices of labels. probabilities: (n, labels).
+
+    >>> found = confidence_bins([0, 1, 1], [0, 1, 0], [[0.9, 0.1], [0.1, 0.9], [0.7, 0.3]])
+    >>> found.counts[10], found.accuracy[10], found.counts[13], found.accuracy[13], found.confidence[13]
+    (1, 0.0, 2, 1.0, 0.9)
+    """
+    truth, predicted = np.asarray(labels), np.asarray(predictions)
+    confidence = np.asarray(probabilities, dtype=np.float64)[np.arange(len(truth)), predicted]
+    bins = _bins(confidence)
+    counts = np.bincount(bins, minlength=BINS)
+    with np.errstate(invalid="ignore"):
+        means = np.bincount(bins, confidence, BINS) / counts
+        right = np.bincount(bins, truth == predicted, BINS) / counts
+    return Bins(tuple(counts.tolist()), tuple(means.tolist()), tuple(right.tolist()))
+
+
+def _bins(confidence: Floats) -> np.ndarray:
+    return np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+
+
 def gaps(labels: np.ndarray, predictions: np.ndarray, probabilities: Floats) -> Floats:
     """(n, bins) with [right] - confidence in the example's bin and 0 elsewhere: the error is the sum of the absolute
     column means."""
     confidence = probabilities[np.arange(len(labels)), predictions]
-    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
-    return np.eye(BINS)[bins] * ((labels == predictions) - confidence)[:, None]
+    return np.eye(BINS)[_bins(confidence)] * ((labels == predictions) - confidence)[:, None]
 
 
 def measure_ece(answers: Answers) -> list[Metric]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petals_eval.errors import ConfigError
+from petals_eval.metrics.estimates import are_few_clusters
 from petals_eval.metrics.intervals import Floats, affordable, percentile_interval
 from petals_eval.metrics.paired import (
     LEVEL,
@@ -165,7 +166,16 @@ def differences(
             found[metric] = []
             rest.append(metric)
     found |= _bootstrapped(members, rest, asked, int(keep.sum()), seed, kept)
-    return _corrected([each for several in found.values() for each in several])
+    every = [each for several in found.values() for each in several]
+    if kept is not None and are_few_clusters(kept):
+        every = [_marked_as_few(each, int(kept.max()) + 1) for each in every]
+    return _corrected(every)
+
+
+def _marked_as_few(found: Difference, clusters: int) -> Difference:
+    if found.ci95 is None:
+        return found
+    return replace(found, note=f"{clusters:,} clusters are few, or of very unequal sizes: it may cover less than 95%")
 
 
 class _Member:

@@ -1,6 +1,7 @@
 """A metric with its interval: shares by Wilson, everything else by its rows' influences (`skewness.py`).
 
-With clusters the influences of a cluster's rows are added up first: rows that depend on each other say less.
+With clusters the influences of a cluster's rows are added up first (Liang and Zeger, 1986): rows that depend on each
+other say less.
 When an interval is marked as rough, or left out, is the outcome of a simulation (`petals_eval/guides/formulae.md`).
 """
 
@@ -13,12 +14,23 @@ from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.intervals import Floats, Tallies, wilson
 from petals_eval.metrics.skewness import cells_influences, fewest_rows, influence_interval
 
-__all__ = ["FEW_OF_ALL", "are_extreme", "counted", "estimated", "mean_of", "ratio_of", "share_of"]
+__all__ = [
+    "FEW_CLUSTERS",
+    "FEW_OF_ALL",
+    "are_extreme",
+    "are_few_clusters",
+    "counted",
+    "estimated",
+    "mean_of",
+    "ratio_of",
+    "share_of",
+]
 
 FEW_ROWS = 1000  # of terms that know no limit: below, their intervals are marked; from there on, left out where skewed
 HEAVY = 0.3  # skewness of an estimate from where on a few rows weigh too much
 FEW_ERRORS = 5  # that are to be expected of a label
 FEW_OF_ALL = 10  # right or wrong rows
+FEW_CLUSTERS = 50  # of equal size
 EXTREME = 0.85  # of a share; 1 minus it is as extreme
 
 Clusters = NDArray[np.int64] | None
@@ -42,7 +54,13 @@ def estimated(
     value, influences: on the scale that `back` leads back from; those of `influence_interval`. limits: of that scale.
     is_rough: whether the interval may cover too little. may_be_heavy: whether a row may weigh any amount.
     """
-    sums = influences if clusters is None else np.bincount(clusters, weights=influences).astype(np.float64)
+    sums = influences
+    if clusters is not None:
+        sums = np.bincount(clusters, weights=influences).astype(np.float64)
+        if len(sums) == 1:
+            return Metric(name, back(value), None, _joined(note, "no interval of one cluster"))
+        sums *= np.sqrt(len(sums) / (len(sums) - 1))
+        is_rough = is_rough or are_few_clusters(clusters)
     rows = len(sums) if counts is None else round(float(counts.sum()))
     low, high, skewness = (float(each) for each in influence_interval(value, sums, counts, rows=rows))
     if not high > low:
@@ -61,14 +79,24 @@ def are_extreme(accuracy: Floats | float, rarest: Floats | float) -> NDArray[np.
     return few & (np.abs(np.asarray(accuracy) - 0.5) > EXTREME - 0.5)
 
 
+def are_few_clusters(clusters: NDArray[np.int64]) -> bool:
+    """Return whether clusters (n,), from 0, are too few to rely on, or some so large that most of them hardly count.
+
+    They weigh as much as N^2 / sum(n_g^2) clusters of equal size, with n_g rows of N in each.
+    """
+    sizes = np.bincount(clusters)
+    equal = float(sizes.sum()) ** 2 / float((sizes.astype(np.float64) ** 2).sum())
+    return equal < max(FEW_CLUSTERS, len(sizes) / 2)
+
+
 def share_of(name: str, right: Floats, clusters: Clusters = None, *, note: str | None = None) -> Metric:
     """Return the share of rows that are right, of (n,) zeros and ones; without clusters with Wilson's interval."""
-    value = float(right.mean())
+    value, count = float(right.mean()), int(right.sum())
+    is_rough = min(count, len(right) - count) < FEW_OF_ALL
     if clusters is None:
-        count = int(right.sum())
-        is_rough = min(count, len(right) - count) < FEW_OF_ALL
         return Metric(name, value, wilson(count, len(right)), note, is_rough=is_rough)
-    return estimated(name, value, (right - value) / len(right), clusters, limits=(0.0, 1.0), note=note)
+    influences = (right - value) / len(right)
+    return estimated(name, value, influences, clusters, limits=(0.0, 1.0), note=note, is_rough=is_rough)
 
 
 def mean_of(

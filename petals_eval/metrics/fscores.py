@@ -128,8 +128,9 @@ def _of_label(score: str, name: str, answers: Answers, label: int) -> Metric:
     back: Callable[[float], float] = (lambda share: 2 * share / (1 + share)) if score == "f1" else float
     right = (is_label & is_predicted).astype(np.float64)
     if answers.clusters is not None:
-        limits = (0.0, 1.0)
-        return ratio_of(name, right, among.astype(np.float64), answers.clusters, limits=limits, back=back)
+        # Only the clusters that hold one of these rows say anything of the label.
+        numbers = np.unique(answers.clusters[among], return_inverse=True)[1].reshape(-1)
+        return ratio_of(name, right[among], np.ones(int(among.sum())), numbers, limits=(0.0, 1.0), back=back)
     count, total = int(right.sum()), int(among.sum())
     low, high = wilson(count, total)
     is_rough = min(count, total - count) < FEW_OF_LABEL

@@ -9,11 +9,11 @@ from rich.text import Text
 
 from petals_eval.comparison.compare import Comparison
 from petals_eval.metrics.differences import EXACT, Difference
-from petals_eval.report.numbers import metric_title, p_value_text, signed_interval_text, signed_text
-from petals_eval.report.tables import NAME_WIDTH, text_table
-from petals_eval.text import number_text, plural, printable
+from petals_eval.report.numbers import metric_title, signed_interval_text, signed_text
+from petals_eval.report.tables import NAME_WIDTH, fitting_table
+from petals_eval.text import number_text, p_value_text, plural, printable
 
-__all__ = ["print_comparison"]
+__all__ = ["methods_of", "print_comparison", "said_of"]
 
 
 def print_comparison(comparison: Comparison, console: Console, *, changed_rows: int = 10) -> None:
@@ -28,11 +28,13 @@ def print_comparison(comparison: Comparison, console: Console, *, changed_rows: 
         rows = [
             [metric_title(each.metric), *_values(each), *_cells(each, several=False)] for each in comparison.differences
         ]
-        tables = [text_table(["", *names, *heads[1:]], rows)]
+        tables = [fitting_table(["", *names, *heads[1:]], rows, console.width)]
     else:
         tables = [
-            text_table(
-                [metric_title(metric), *heads[1:]], [[_pair(each), *_cells(each, several=True)] for each in alike]
+            fitting_table(
+                [metric_title(metric), *heads[1:]],
+                [[_pair(each), *_cells(each, several=True)] for each in alike],
+                console.width,
             )
             for metric, alike in _by_metric(comparison.differences)
         ]
@@ -42,7 +44,7 @@ def print_comparison(comparison: Comparison, console: Console, *, changed_rows: 
         console.print(Padding(Text(below), (0, 0, 0, 2), expand=False))
     if len(pairs) == 1 and changed_rows and comparison.changed[pairs[0]]:
         console.print(Text(""))
-        for line in _changed(comparison, changed_rows):
+        for line in _changed(comparison, changed_rows, console.width):
             console.print(line, soft_wrap=True)
 
 
@@ -73,23 +75,36 @@ def _below(comparison: Comparison) -> list[str]:
     lines += [f"not compared: {plural(n, 'row')} of {name} alone" for name, n in comparison.left_out.items()]
     for pair in comparison.pairs:
         whose = f"{pair[0]} - {pair[1]}: " if len(comparison.pairs) > 1 else ""
-        changed = comparison.changed[pair]
-        found = [] if changed is None else [f"{plural(changed, 'prediction')} changed"]
-        for each in comparison.of(*pair).values():
-            if each.only_first is not None and "[" not in each.metric:
-                found.append(
-                    f"{metric_title(each.metric)}: right in {each.only_first:,} rows only {pair[0]}, in "
-                    f"{each.only_second:,} only {pair[1]}"
-                )
+        found = said_of(comparison, pair)
         if found and len(comparison.pairs) <= 3:
             lines.append(whose + " · ".join(found))
-    methods = _methods(comparison.differences)
-    for method, metrics in methods.items():
-        whose = "the others: " if method == list(methods)[-1] else f"{', '.join(map(metric_title, metrics))}: "
-        lines.append(method if len(methods) == 1 else f"{whose}{method}")
+    lines += methods_of(comparison.differences)
     lines.append("detectable: the smallest difference that so many rows show in four of five such data sets, at 5%")
     notes = {f"{metric_title(each.metric)}: {each.note}": None for each in comparison.differences if each.note}
     return [printable(line) for line in [*lines, *notes]]
+
+
+def said_of(comparison: Comparison, pair: tuple[str, str]) -> list[str]:
+    """Return how many predictions of a pair differ, and in how many rows one side alone is right."""
+    changed = comparison.changed[pair]
+    found = [] if changed is None else [f"{plural(changed, 'prediction')} changed"]
+    for each in comparison.of(*pair).values():
+        if each.only_first is not None and "[" not in each.metric:
+            found.append(
+                f"{metric_title(each.metric)}: right in {each.only_first:,} rows only {pair[0]}, in "
+                f"{each.only_second:,} only {pair[1]}"
+            )
+    return found
+
+
+def methods_of(found: Sequence[Difference]) -> list[str]:
+    """Return by which method the intervals and tests of which metrics are."""
+    methods = _methods(found)
+    lines = []
+    for method, metrics in methods.items():
+        whose = "the others: " if method == list(methods)[-1] else f"{', '.join(map(metric_title, metrics))}: "
+        lines.append(method if len(methods) == 1 else f"{whose}{method}")
+    return lines
 
 
 def _methods(found: Sequence[Difference]) -> dict[str, list[str]]:
@@ -101,7 +116,7 @@ def _methods(found: Sequence[Difference]) -> dict[str, list[str]]:
     return dict(sorted(by_method.items(), key=lambda item: item[0] != EXACT))
 
 
-def _changed(comparison: Comparison, most: int) -> list[Text]:
+def _changed(comparison: Comparison, most: int, width: int) -> list[Text]:
     first, second = comparison.pairs[0]
     rows = [
         [printable(str(cell), longest=NAME_WIDTH) for cell in (each.key, each.label, each.first, each.second)]
@@ -111,4 +126,4 @@ def _changed(comparison: Comparison, most: int) -> list[Text]:
     total = comparison.changed[first, second] or 0
     title = "row" if total <= most else f"row (first {most} of {total:,})"
     heads = [title, "label", printable(first, longest=NAME_WIDTH), printable(second, longest=NAME_WIDTH), ""]
-    return text_table(heads, rows)
+    return fitting_table(heads, rows, width)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from petals_eval.metrics import Metric, title_of
 from petals_eval.metrics.differences import Difference
 from petals_eval.runs import AdapterResult, ComputedIn, RunResult, WireRecord
-from petals_eval.text import number_text, plural, printable
+from petals_eval.text import number_text, p_value_text, plural, printable
 
 __all__ = [
     "counts_line",
@@ -16,7 +16,6 @@ __all__ = [
     "metric_title",
     "noise_line",
     "notes",
-    "p_value_text",
     "rate_text",
     "signed_interval_text",
     "signed_text",
@@ -28,6 +27,7 @@ __all__ = [
 
 
 ROUGH = "~ marks an interval that may cover less than 95%: it rests on few rows, or on few errors"
+ROUGH_OF_CLUSTERS = "~ marks an interval that may cover less than 95%: it rests on few rows, errors or clusters"
 
 
 def value_text(metric: Metric | None) -> str:
@@ -78,16 +78,6 @@ def _signed(value: float, decimals: int, beside: float) -> str:
     return text if text.startswith("-") else f"+{text}"
 
 
-def p_value_text(p_value: float | None) -> str:
-    """
-    >>> [p_value_text(p) for p in (0.39119, 0.0412, 1.0, 0.00002, None)]
-    ['0.391', '0.041', '1.000', '<0.001', '-']
-    """
-    if p_value is None:
-        return "-"
-    return "<0.001" if p_value < 0.0005 else f"{p_value:.3f}"
-
-
 def metric_title(name: str) -> str:
     """Return "F1 (macro)" for "f1_macro", "recall [human]" for "recall[human]"."""
     return printable(title_of(name), longest=60)
@@ -116,8 +106,11 @@ def notes(results: Sequence[AdapterResult]) -> list[str]:
         for note, adapters in by_note.items():
             whose = "" if len(adapters) == len(results) else f" ({', '.join(adapters)})"
             found.append(printable(f"{metric_title(name)}{whose}: {note}"))
+    clusters = max((result.n_clusters or 0 for result in results), default=0)
+    if clusters:
+        found.append(f"intervals are cluster-robust: rows depend on each other within {plural(clusters, 'cluster')}")
     if any(metric.is_rough for result in results for metric in result.metrics.values()):
-        found.append(ROUGH)
+        found.append(ROUGH_OF_CLUSTERS if clusters else ROUGH)
     return found
 
 

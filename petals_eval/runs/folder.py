@@ -20,9 +20,10 @@ from types import TracebackType
 from typing import Self
 
 from petals_eval.errors import MachineError, RunFolderError
+from petals_eval.metrics.scored_rows import CLUSTER
 from petals_eval.runs.disk import TEMPORARY_SUFFIX, blame_the_machine, write_atomically
 from petals_eval.runs.journal import Journal
-from petals_eval.runs.manifest import SCHEMA_VERSION, Manifest, NoisyServer, WireRecord, difference
+from petals_eval.runs.manifest import SCHEMA_VERSION, Manifest, NoiseRecord, NoisyServer, WireRecord, difference
 from petals_eval.runs.results import WITHOUT_POSITIONS, RunResult, run_result
 from petals_eval.runs.texts import TEXTS_FILE, TextFile
 from petals_eval.tasks.requests import Prediction
@@ -171,6 +172,11 @@ class RunFolder:
             self.manifest = self.manifest.model_copy(update={"wire": record})
             self.manifest.write(self.path / "manifest.json")
 
+    def note_noise(self, records: Iterable[NoiseRecord]) -> None:
+        """Note on disk what came of computing rows again. Raises MachineError."""
+        self.manifest = self.manifest.model_copy(update={"noise": tuple(records)})
+        self.manifest.write(self.path / "manifest.json")
+
     def write_results(self, result: RunResult, *, report: str | None = None) -> None:
         """Write what there is so far; the run stays unfinished. Raises MachineError."""
         for adapter, name in self.prediction_files(result).items():
@@ -296,10 +302,14 @@ def _named(prediction: Prediction, columns: Sequence[str], kind: str) -> dict[st
 
     What is not known, NaN, is left out. A classification has the probabilities instead.
     """
-    if kind == "classification":
-        return {"probabilities": prediction.probabilities}
     found: dict[str, object] = {}
+    if CLUSTER in columns:
+        found[CLUSTER] = int(prediction.values[0][columns.index(CLUSTER)])
+    if kind == "classification":
+        return {"probabilities": prediction.probabilities, **found}
     for name, column in zip(columns, zip(*prediction.values, strict=True), strict=True):
+        if name == CLUSTER:
+            continue
         known = [None if value != value else value for value in column]
         if any(value is not None for value in known):
             found[name] = known[0] if len(known) == 1 else known

@@ -11,13 +11,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from petals_eval.errors import MachineError
 from petals_eval.interrupts import deferred
 from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.runs.copy_rows import copy_rows
 from petals_eval.runs.lookup_tables import LookupTables
 from petals_eval.runs.manifest import ServerUsed
-from petals_eval.runs.rows import Counts, Failure, KeyedRows, Row, packed, unpacked
+from petals_eval.runs.rows import ComputedRows, Counts, Failure, KeyedRows, Row, packed, unpacked
 from petals_eval.runs.schema import blame_sqlite, connect
 from petals_eval.tasks.requests import Label, Prediction
 
@@ -293,6 +295,17 @@ class Journal:
         for key, label, prediction, answer, *rest in self._select(sql, (adapter,)):
             yield Prediction(key, label, prediction, unpacked(answer, columns), *rest)
 
+    def predictions_of(self, adapter: str, keys: Sequence[str], columns: int = 1) -> dict[str, Prediction]:
+        """Return those of these examples that are scored, by key. keys: some hundreds. columns: of the values."""
+        sql = (
+            f"SELECT key, label, prediction, answer, n_tokens, n_requests, row_hash {_VALID} AND status = 'ok' "
+            f"AND key IN ({', '.join('?' * len(keys))})"
+        )
+        return {
+            key: Prediction(key, label, prediction, unpacked(answer, columns), *rest)
+            for key, label, prediction, answer, *rest in self._select(sql, (adapter, *keys))
+        }
+
     def failures(self, adapter: str) -> Iterator[Failure]:
         """Yield the examples that could not be computed, in source order."""
         sql = f"SELECT key, label, reason, row_hash {_VALID} AND status = 'failed' {_IN_ORDER}"
@@ -305,6 +318,11 @@ class Journal:
         """
         sql = f"SELECT label, prediction, answer {_VALID} AND status = 'ok' {_IN_ORDER}"
         return ScoredRows.of(self._select(sql, (adapter,)), columns)
+
+    def lengths(self, adapter: str) -> np.ndarray:
+        """Return the text tokens of the scored rows, int64 (n,), in source order."""
+        sql = f"SELECT n_tokens {_VALID} AND status = 'ok' {_IN_ORDER}"
+        return np.fromiter((count for (count,) in self._select(sql, (adapter,))), dtype=np.int64)
 
     def keyed_rows(self, adapter: str, columns: Sequence[str] = ("score",)) -> KeyedRows:
         """Return the scored rows with keys and hashes, in source order. Raises DataError as `scored_rows` does."""
@@ -320,6 +338,25 @@ class Journal:
 
         scored = ScoredRows.of(rows(), columns)
         return KeyedRows(tuple(keys), tuple(hashes), scored)
+
+    def computed_rows(self, adapter: str) -> ComputedRows:
+        """Return how the scored rows were computed, in source order."""
+        sql = f"SELECT n_tokens, truncated, server_set {_VALID} AND status = 'ok' {_IN_ORDER}"
+        rows = list(self._select(sql, (adapter,)))
+        sets = np.array([-1 if server_set is None else server_set for *_, server_set in rows], dtype=np.int64)
+        members: dict[ServerUsed, list[int]] = {}
+        sql = (
+            'SELECT server_set, s.peer_id, s.first, s."end", s.version, s.dtype, s.quant FROM server_set_members'
+            " JOIN servers AS s ON s.id = server ORDER BY s.first, s.id"
+        )
+        for server_set, *server in self._select(sql):
+            members.setdefault(ServerUsed(*server), []).append(server_set)
+        took_part = {server: np.isin(sets, of) for server, of in members.items()}
+        return ComputedRows(
+            np.array([n_tokens for n_tokens, *_ in rows], dtype=np.int64),
+            np.array([bool(truncated) for _, truncated, _ in rows], dtype=np.bool_),
+            {server: took for server, took in took_part.items() if took.any()},
+        )
 
     def servers(self) -> list[tuple[ServerUsed, int]]:
         """Return the servers that computed valid rows, each with how many, most first."""

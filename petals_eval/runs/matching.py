@@ -33,9 +33,24 @@ class MatchedRows:
 
     @property
     def clusters(self) -> NDArray[np.int64] | None:
-        """Which cluster each row is of, int64 (n,) from 0; None where no side knows."""
-        found = (draws[0].clusters for draws in self.sides.values())
-        return next((each for each in found if each is not None), None)
+        """Which cluster each row is of, int64 (n,) from 0; None where no side knows. Raises DataError where sides
+        disagree."""
+        known = {name: draws[0].clusters for name, draws in self.sides.items()}
+        found = {name: clusters for name, clusters in known.items() if clusters is not None}
+        (first, clusters), *others = found.items() or [("", None)]
+        for name, other in others:
+            # Numbered in the order of their first rows, equal clusters are equal.
+            if not np.array_equal(_by_first_row(clusters), _by_first_row(other)):
+                raise DataError(
+                    f"{printable(first)} and {printable(name)} have the same rows in other clusters. Evaluate both "
+                    "with the same cluster_column in the task."
+                )
+        return clusters
+
+
+def _by_first_row(clusters: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    _, first, inverse = np.unique(np.asarray(clusters), return_index=True, return_inverse=True)
+    return first[inverse.reshape(-1)]
 
 
 def match_rows(sides: Mapping[str, Sequence[KeyedRows]], *, same_data: bool = False) -> MatchedRows:

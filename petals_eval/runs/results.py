@@ -6,13 +6,18 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
+from petals_eval.errors import ConfigError
 from petals_eval.metrics import Metric, Spread, confusion_matrix, measure, title_of
 from petals_eval.metrics.differences import Difference, Side, differences, pairs_of
-from petals_eval.metrics.scored_rows import ScoredRows
+from petals_eval.metrics.scored_rows import CLUSTER, ScoredRows
+from petals_eval.runs.analyse import analyse, chosen_name
+from petals_eval.runs.error_analysis import ErrorAnalysis
 from petals_eval.runs.journal import Failure, Journal
-from petals_eval.runs.manifest import Manifest, NoisyServer, ServerUsed, WireRecord
+from petals_eval.runs.manifest import Manifest, NoiseRecord, NoisyServer, ServerUsed, WireRecord
 from petals_eval.runs.matching import match_rows
-from petals_eval.runs.rows import KeyedRows
+from petals_eval.runs.noise import NumericalNoise, noise_over_draws, numerical_noise
+from petals_eval.runs.row_texts import RowSource
+from petals_eval.runs.rows import ComputedRows, KeyedRows
 from petals_eval.runs.tables import ResultRow, as_csv, as_latex, as_markdown
 from petals_eval.tasks.requests import Prediction
 from petals_eval.text import number_text
@@ -43,6 +48,7 @@ class AdapterResult:
 
     n_examples: scored and failed together; metrics are over the scored ones only.
     n_unlabelled: scored examples of which nobody says what is right; they are in no metric.
+    n_clusters: of scored examples that may depend on each other; None where the task names none.
     n_truncated: scored examples whose text was cut. n_tokens: text tokens of the scored examples.
     seconds: what the evaluation itself took, over all sessions of a run that was interrupted.
     label_names, confusion: of labels that all rows share, otherwise empty; counts, row = label, column = prediction.
@@ -52,6 +58,8 @@ class AdapterResult:
         each. Those of several draws stand one draw after the other. Empty for the command and for `merge`: the run
         folder has them.
     failures: the examples that could not be computed, with the reason of each; kept as predictions are.
+    computed: how the predictions were computed, in their order; kept as they are, of one draw alone.
+    noise: what rounding may do to these numbers; None where it was not looked for.
     """
 
     adapter: str
@@ -64,9 +72,12 @@ class AdapterResult:
     label_names: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
     n_unlabelled: int = 0
+    n_clusters: int | None = None
     draws: "tuple[AdapterResult, ...]" = ()
     predictions: tuple[Prediction, ...] = field(default=(), repr=False)
     failures: tuple[Failure, ...] = field(default=(), repr=False)
+    computed: ComputedRows | None = field(default=None, repr=False)
+    noise: NumericalNoise | None = None
 
     @property
     def in_journal(self) -> "tuple[AdapterResult, ...]":
@@ -92,6 +103,7 @@ class AdapterResult:
             "n_scored": self.n_scored,
             "n_failed": self.n_failed,
             **({"n_unlabelled": self.n_unlabelled} if self.n_unlabelled else {}),
+            **({} if self.n_clusters is None else {"n_clusters": self.n_clusters}),
             "n_truncated": self.n_truncated,
             "n_tokens": self.n_tokens,
             "seconds": _rounded(self.seconds),
@@ -99,6 +111,7 @@ class AdapterResult:
             "tokens_per_second": _rounded(self.tokens_per_second),
             "metrics": {name: metric.to_json() for name, metric in self.metrics.items()},
             **(self._of_labels() if self.label_names else {}),
+            **({} if self.noise is None else {"noise": self.noise.to_json()}),
             **({"draws": [draw.to_json() for draw in self.draws]} if self.draws else {}),
         }
 
@@ -137,6 +150,7 @@ class RunResult:
     noisy_servers: whose answers were unequal, to one question or to those of others, by how much, and whether they
         were used all the same.
     wire: how far a lossy wire moved answers, and who did not take it; None for a lossless one.
+    source: where the rows can be read again, where `petals_eval.evaluate` returned this.
     """
 
     task: str
@@ -150,6 +164,7 @@ class RunResult:
     kind: str = "classification"
     columns: tuple[str, ...] = ("score",)
     differences: tuple[Difference, ...] = ()
+    source: RowSource | None = field(default=None, repr=False)
 
     @property
     def first(self) -> AdapterResult:
@@ -166,6 +181,35 @@ class RunResult:
         """The predictions of the first adapter."""
         return self.first.predictions
 
+    def errors(self, adapter: str | None = None, *, limit: int = 5) -> ErrorAnalysis:
+        """Analyse the errors of an adapter, or of the draw of shots of this name; None: of the first one.
+
+        limit: rows in each list. Raises ConfigError for an unknown name and for a result without predictions, and
+        DataError where the data are not those of the run any more.
+        """
+        every = [*self.adapters.values(), *([self.without_prompts] if self.without_prompts else [])]
+        named = {each.adapter: each for result in every for each in result.in_journal}
+        name, notes = chosen_name(adapter, list(named), {each.adapter: each.in_journal[0].adapter for each in every})
+        found = named[name]
+        if not found.predictions:
+            raise ConfigError(
+                "expected a result with its predictions, as petals_eval.evaluate returns it. Give the path of its run "
+                "folder to petals_eval.errors_of instead."
+            )
+        return analyse(
+            self.kind,
+            KeyedRows.of(found.predictions, self.columns),
+            found.computed,
+            task=self.task,
+            adapter=name,
+            label_names=found.label_names,
+            failed=found.n_failed,
+            limit=limit,
+            texts=None if self.source is None else self.source.texts,
+            written={each.key: each.text for each in found.predictions},
+            notes=notes,
+        )
+
     def rows(self, run: str = "") -> list[ResultRow]:
         """Return a table's row for each adapter, and for the run without prompts. run: what to call this one."""
         every = [*self.adapters.values(), *([self.without_prompts] if self.without_prompts else [])]
@@ -178,6 +222,7 @@ class RunResult:
                     "adapter": each.adapter,
                     "rows": each.n_scored,
                     "failed": each.n_failed,
+                    **({} if each.noise is None else {"unsure_share": each.noise.share}),
                 },
                 each.metrics,
             )
@@ -256,10 +301,16 @@ def run_result(
             label_names,
             kind=manifest.kind,
             columns=manifest.answer_columns,
+            noise=manifest.noise,
         )
         if keep_predictions:
             predictions = with_texts(adapter.name, _predictions(journal, adapter.name, manifest))
-            found = replace(found, predictions=predictions, failures=tuple(journal.failures(adapter.name)))
+            found = replace(
+                found,
+                predictions=predictions,
+                failures=tuple(journal.failures(adapter.name)),
+                computed=journal.computed_rows(adapter.name),
+            )
         if adapter.adapter is None:
             results[adapter.name] = found
         else:
@@ -334,9 +385,11 @@ def over_draws(adapter: str, draws: Sequence[AdapterResult]) -> AdapterResult:
         metrics=metrics,
         label_names=first.label_names,
         confusion=confusion,
+        n_clusters=first.n_clusters,
         draws=tuple(draws),
         predictions=tuple(itertools.chain.from_iterable(draw.predictions for draw in draws)),
         failures=tuple(itertools.chain.from_iterable(draw.failures for draw in draws)),
+        noise=noise_over_draws([draw.noise for draw in draws]),
         **counts,
     )
 
@@ -349,10 +402,11 @@ def summarise(
     *,
     kind: str = "classification",
     columns: Sequence[str] = ("score",),
+    noise: Iterable[NoiseRecord] = (),
 ) -> AdapterResult:
     """Read one adapter's rows and compute its metrics.
 
-    kind, columns: of the task.
+    kind, columns: of the task. noise: what came of computing rows again.
     Raises ConfigError for an unknown metric, DataError where rows do not fit the labels or the columns.
     """
     counts = journal.counts(adapter)
@@ -373,6 +427,8 @@ def summarise(
         label_names=tuple(label_names),
         confusion=tuple(map(tuple, confusion)),
         n_unlabelled=_unlabelled(kind, rows),
+        n_clusters=None if rows.clusters is None else int(rows.clusters.max(initial=-1)) + 1,
+        noise=numerical_noise(noise, adapter, kind, rows, metrics, label_names, found),
     )
 
 
@@ -392,7 +448,7 @@ def _unlabelled(kind: str, rows: ScoredRows) -> int:
     """Count the rows of which nobody says what is right, in kinds where somebody might."""
     if kind in LABELLED_KINDS:
         return int((~rows.is_labelled).sum())
-    compared = [name for name in rows.columns if name not in OF_TEXTS_ALONE]
+    compared = [name for name in rows.columns if name not in (*OF_TEXTS_ALONE, CLUSTER)]
     if kind != "generation" or not compared:
         return 0
     return int(np.isnan([rows.column(name) for name in compared]).all(axis=0).sum())

@@ -1,16 +1,18 @@
 """What the journal holds, row by row and summed up."""
 
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.runs.manifest import ServerUsed
-from petals_eval.tasks.requests import Label, Values
+from petals_eval.tasks.requests import Label, Prediction, Values
 
-__all__ = ["Counts", "Failure", "KeyedRows", "Row", "packed", "unpacked"]
+__all__ = ["ComputedRows", "Counts", "Failure", "KeyedRows", "Row", "packed", "unpacked"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,26 @@ class KeyedRows:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @classmethod
+    def of(cls, predictions: Sequence[Prediction], columns: Sequence[str]) -> "KeyedRows":
+        """Return predictions as rows. columns: of their values."""
+        rows = ((each.label, each.prediction, packed(each.values)) for each in predictions)
+        keys = tuple(each.key for each in predictions)
+        return cls(keys, tuple(each.row_hash for each in predictions), ScoredRows.of(rows, columns))
+
+
+@dataclass(frozen=True, eq=False)
+class ComputedRows:
+    """How n scored rows were computed, in source order.
+
+    n_tokens: of their texts, int64 (n,). is_truncated: whether text was cut, (n,). servers: which rows each of them
+    computed a part of, (n,).
+    """
+
+    n_tokens: NDArray[np.int64]
+    is_truncated: NDArray[np.bool_]
+    servers: Mapping[ServerUsed, NDArray[np.bool_]]
 
 
 class Row(NamedTuple):

@@ -7,7 +7,14 @@ from petals_eval.tasks.continuation import ContinuationTask
 from petals_eval.tasks.generation import GenerationTask
 from petals_eval.tasks.group import TaskGroup
 from petals_eval.tasks.head_labels import check_head_labels
-from petals_eval.tasks.library import list_tasks, load_group, load_task, resolve_source, shipped_yaml
+from petals_eval.tasks.library import (
+    list_tasks,
+    load_group,
+    load_task,
+    resolve_source,
+    shipped_yaml,
+    task_of_fingerprint,
+)
 from petals_eval.tasks.perplexity import PerplexityTask
 from petals_eval.tasks.preview import describe_example, show_example
 from petals_eval.tasks.regression import RegressionTask
@@ -33,4 +40,5 @@ __all__ = [
     "resolve_source",
     "shipped_yaml",
     "show_example",
+    "task_of_fingerprint",
 ]

@@ -24,7 +24,8 @@ class Task(Protocol):
     Where what it evaluates is not the rows themselves, it has `documents(rows)`, which makes other rows of all of them,
     prepared if they are to be, before any is drawn. Where its requests depend on the model it has `bound_to(context)`,
     which gives the task for a model that reads so many tokens of text beside the longest of its prompts (None: any
-    number).
+    number). For an analysis of errors it may have `row_text(rows, row)`, which gives what a person reads of a row, a
+    `RowText`.
     """
 
     @property

@@ -13,7 +13,7 @@ from petals_eval.metrics.texts import last_number, numbers_equal, token_f1
 from petals_eval.tasks.extraction import Extraction, Normalise, Sampling
 from petals_eval.tasks.likelihood import template_of
 from petals_eval.tasks.prompted import PromptedTask, Turn
-from petals_eval.tasks.requests import Decoding, Example, Generated, Prediction, Request
+from petals_eval.tasks.requests import Decoding, Example, Generated, Prediction, Request, RowText
 from petals_eval.tasks.tokens import CHUNK_ROWS, encode
 from petals_eval.validation import shorten
 
@@ -156,6 +156,11 @@ class GenerationTask(PromptedTask):
     def check_row(self, rows: Rows, row: Row) -> None:
         self._question(row, rows.where(row), rows)
         self._references(row, rows.where(row), rows)
+
+    def row_text(self, rows: Rows, row: Row) -> RowText:
+        """Return what a person reads of one of `rows`. Raises DataError."""
+        where = rows.where(row)
+        return RowText(self._question(row, where, rows), self._references(row, where, rows), self.row_hash(row))
 
     def turn(self, row: Row, where: str) -> Turn:
         """Return a row with its right text, the first one where there are several."""

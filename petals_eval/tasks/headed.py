@@ -11,7 +11,7 @@ from petals_eval.data.source import DataSource, FileFormat, FileReading
 from petals_eval.errors import DataError, NotFiniteError, TaskError
 from petals_eval.tasks.labels import Unlabelled
 from petals_eval.tasks.prompted import Prompting
-from petals_eval.tasks.requests import Example, Label, Request
+from petals_eval.tasks.requests import Example, Label, Request, RowText
 from petals_eval.tasks.template import Template
 from petals_eval.tasks.tokens import tokenize
 from petals_eval.validation import shorten
@@ -93,6 +93,8 @@ class HeadedTask(Prompting):
     formats: how to read a local file of each format (csv, tsv, jsonl, parquet, lines).
     unlabelled: "predict": rows without a label (missing, empty, or -1 where that is no label) are predicted, and are in
         no metric; their column may be missing altogether. "error": they end a run before it begins.
+    cluster_column: the column that says which rows may depend on each other, such as the text that questions are about.
+        Rows of the same value there are a cluster, and intervals and comparisons are cluster-robust.
     """
 
     name: str = Field(min_length=1)
@@ -105,6 +107,7 @@ class HeadedTask(Prompting):
     data: DataSource | None = None
     formats: dict[FileFormat, FileReading] = Field(default_factory=dict)
     unlabelled: Unlabelled = "error"
+    cluster_column: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -121,6 +124,13 @@ class HeadedTask(Prompting):
     @property
     def columns(self) -> tuple[str, ...]:
         return ("score",)
+
+    def row_text(self, rows: Rows, row: Row) -> RowText:
+        """Return what a person reads of one of `rows`. Raises DataError."""
+        texts = HeadTexts.parse(self.text, self.text_pair)
+        rows.check_columns(texts.columns, self.name)
+        hashed = row_hash(row.columns, with_label(texts.columns, self.label_column, row))
+        return RowText("\n".join(texts.render(row, rows)), row_hash=hashed)
 
 
 def columns_needed(texts: Sequence[str], label: str, unlabelled: Unlabelled) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from petals_eval.data.source import DataSource, FileReading, format_of, is_local, local_path
+from petals_eval.data.source import DataSource, FileReading, format_of, is_local
 from petals_eval.data.yaml_text import read_yaml, resolve_nulls
+from petals_eval.environment import local_path
 from petals_eval.errors import ConfigError, TaskError
 from petals_eval.tasks.base import Task
 from petals_eval.tasks.choice import ChoiceTask
@@ -19,9 +20,17 @@ from petals_eval.tasks.group import TaskGroup, folder_name
 from petals_eval.tasks.perplexity import PerplexityTask
 from petals_eval.tasks.prompted import Prompting
 from petals_eval.tasks.regression import RegressionTask
-from petals_eval.validation import closest, shorten
+from petals_eval.validation import closest, closest_beside, shorten
 
-__all__ = ["DefinedTask", "list_tasks", "load_group", "load_task", "resolve_source", "shipped_yaml"]
+__all__ = [
+    "DefinedTask",
+    "list_tasks",
+    "load_group",
+    "load_task",
+    "resolve_source",
+    "shipped_yaml",
+    "task_of_fingerprint",
+]
 
 DefinedTask = ClassificationTask | RegressionTask | ChoiceTask | ContinuationTask | PerplexityTask | GenerationTask
 """A task that a YAML file can define."""
@@ -68,11 +77,24 @@ def load_task(task: "str | Path | Mapping[str, Any] | Task") -> Task:
         _check_metrics(loaded, str(task))
         return loaded
     if path.suffix in _SUFFIXES or len(path.parts) > 1:
-        raise TaskError(f"there is no task file {task} (looked for {path.absolute()}).")
+        raise TaskError(f"there is no task file {task} (looked for {path.absolute()}).{closest_beside(path)}")
     raise TaskError(
         f"there is no task {task}.{closest(str(task), shipped)} Shipped tasks: {', '.join(sorted(shipped))}. "
         "A task of your own is given by the path of its YAML file."
     )
+
+
+def task_of_fingerprint(fingerprint: Mapping[str, Any]) -> Task:
+    """Return a task that reads rows as the one did that this is the fingerprint of, under the name beside it.
+
+    It has nothing that stands around a question, and neither that one's data nor its metrics.
+    Raises TaskError where the fingerprint does not say all that is needed.
+    """
+    kind = _KINDS.get(str(fingerprint.get("kind")), ClassificationTask)
+    around = Prompting.model_fields.keys() - {"prepare"}
+    keys = {field.alias or name for name, field in kind.model_fields.items() if name not in around}
+    values = {key: value for key, value in fingerprint.items() if key in keys}
+    return _build(values, "the task in the manifest", name="task", folder=None)
 
 
 def load_group(group: object) -> TaskGroup | None:

@@ -12,7 +12,7 @@ from pydantic import Field
 from petals_eval.data.rows import Row, Rows
 from petals_eval.errors import ExampleError, NotFiniteError, PetalsEvalError, RequestTooLargeError
 from petals_eval.tasks.prompted import PromptedTask
-from petals_eval.tasks.requests import Example, Generated, Request, as_float64
+from petals_eval.tasks.requests import Example, Generated, Request, RowText, as_float64
 from petals_eval.tasks.template import Template
 from petals_eval.tasks.tokens import CHUNK_ROWS, EncodedPair, encode_pairs
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-__all__ = ["Asked", "LikelihoodTask", "Place", "Scored", "constant_text", "template_of"]
+__all__ = ["Asked", "LikelihoodTask", "Place", "Scored", "constant_text", "requests_together", "template_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,13 @@ class LikelihoodTask(PromptedTask):
     def check_row(self, rows: Rows, row: Row) -> None:
         self.asked(rows, row)
 
+    def row_text(self, rows: Rows, row: Row) -> RowText:
+        """Return what a person reads of one of `rows`. Raises DataError."""
+        asked = self.asked(rows, row)
+        # Where the texts before the answer differ, they are what is chosen among.
+        text = asked.questions[0] if len(asked.questions) == 1 else asked.answers[0]
+        return RowText(text, asked.counted, self.row_hash(row))
+
     def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
         """Yield examples in the order of `rows`, tokenised a few hundred at a time as they are asked for.
 
@@ -152,7 +159,9 @@ class LikelihoodTask(PromptedTask):
         except ExampleError as error:
             return self._failing(row, asked, error)
         key, count = str(row.index), len(asked.answers)
-        requests, places = _together(key, inputs, [pair.answer for pair in tokens], asks_greedy=self.asks_greedy)
+        requests, places = requests_together(
+            key, inputs, [pair.answer for pair in tokens], asks_greedy=self.asks_greedy
+        )
         sizes = tuple((len(text), len(text.encode("utf-8", "surrogatepass"))) for text in asked.counted)
         return Example(
             key=key,
@@ -221,7 +230,7 @@ def constant_text(text: object) -> str | None:
     return None if template.segments else template.tail
 
 
-def _together(
+def requests_together(
     key: str, inputs: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]], *, asks_greedy: bool
 ) -> tuple[tuple[Request, ...], tuple[Place, ...]]:
     """Return the fewest requests for all of the answers, and where each of these stands.

@@ -12,7 +12,7 @@ from petals_eval.data.documents import joined_rows
 from petals_eval.data.rows import Row, Rows
 from petals_eval.errors import ExampleError, NotFiniteError, PetalsEvalError, TaskError
 from petals_eval.tasks.prompted import PromptedTask
-from petals_eval.tasks.requests import Example, Generated, Prediction, as_float64
+from petals_eval.tasks.requests import Example, Generated, Prediction, RowText, as_float64
 from petals_eval.tasks.template import Template
 from petals_eval.tasks.tokens import encode, start_token
 from petals_eval.tasks.windows import Windows
@@ -90,6 +90,8 @@ class PerplexityTask(PromptedTask):
         return number
 
     def _disagreement(self) -> str | None:
+        if self.cluster_column is not None and self.rows_per_document != 1:
+            return "cluster_column: documents of several rows have none. Leave it out, or write one row for a document"
         if self.max_length is not None and self.context > self.max_length:
             return f"context: should be at most max_length ({self.max_length}), found {self.context}"
         return None
@@ -147,6 +149,11 @@ class PerplexityTask(PromptedTask):
     def check_row(self, rows: Rows, row: Row) -> None:
         for template in self._templates():
             self._render(template, rows, row)
+
+    def row_text(self, rows: Rows, row: Row) -> RowText:
+        """Return what a person reads of one of `rows`. Raises DataError."""
+        text, _ = self._templates()
+        return RowText(self._render(text, rows, row), row_hash=self.row_hash(row))
 
     def examples(self, rows: Rows, tokenizer: Any) -> Iterator[Example]:
         """Yield a document at a time, in the order of the rows; a few short ones are tokenised together.

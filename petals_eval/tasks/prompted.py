@@ -27,7 +27,7 @@ from petals_eval.validation import explain
 
 __all__ = ["PromptedTask", "Prompting", "Turn"]
 
-_NOT_ANSWERING = frozenset({"name", "description", "metrics", "data", "formats", "unlabelled"})
+_NOT_ANSWERING = frozenset({"name", "description", "metrics", "data", "formats", "unlabelled", "cluster_column"})
 """Keys that change no answer."""
 
 
@@ -233,6 +233,7 @@ class PromptedTask(Prompting, ABC):
     bos: whether a beginning-of-text token stands in front.
     unlabelled: what becomes of rows that do not say what is right, for kinds that have labels
         (`petals_eval.tasks.labels.no_label`).
+    cluster_column: as a classification has it.
     """
 
     name: str = Field(min_length=1)
@@ -242,6 +243,7 @@ class PromptedTask(Prompting, ABC):
     formats: dict[FileFormat, FileReading] = Field(default_factory=dict)
     bos: Bos = "auto"
     unlabelled: Unlabelled = "error"
+    cluster_column: str | None = Field(default=None, min_length=1)
 
     without_labels: ClassVar[str | None] = None
     """Of a kind none of whose rows says what is right: what it has instead, after "a task of kind ..."."""
@@ -276,7 +278,7 @@ class PromptedTask(Prompting, ABC):
     @property
     def read_as(self) -> Hashable:
         """What `check_row` goes by: rows that passed for it are not looked at again."""
-        return type(self), self.model_dump_json(exclude={"name", "description", "data", "formats"})
+        return type(self), self.model_dump_json(exclude={"name", "description", "data", "formats", "cluster_column"})
 
     def check(self, rows: Rows) -> None:
         """Look at the columns and at every row: a mistake in the last one should not end a run of hours.

@@ -11,7 +11,18 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-__all__ = ["Decoding", "Example", "Finish", "Generated", "Label", "Prediction", "Request", "Values", "as_float64"]
+__all__ = [
+    "Decoding",
+    "Example",
+    "Finish",
+    "Generated",
+    "Label",
+    "Prediction",
+    "Request",
+    "RowText",
+    "Values",
+    "as_float64",
+]
 
 Label = int | float | None
 """What is right: the position of a label or a choice, a number for a regression, None where nobody says."""
@@ -108,6 +119,7 @@ class Example:
     row_hash: of what the row says (`petals_eval.data.rows.row_hash`): the same row in another run has the same.
     reference: what `predict` needs of the row besides the answers, such as the right texts or the choices' lengths.
     error: why nothing can be asked for this row: it has no requests then, and a run notes it as a failure.
+    cluster: a number for the cluster that the row is of; None where rows depend on no others.
     """
 
     key: str
@@ -119,6 +131,7 @@ class Example:
     row_hash: str = ""
     reference: object = None
     error: ExampleError | None = None
+    cluster: float | None = None
 
     def predicted(
         self, prediction: float | None, values: Sequence[Sequence[float]], generated: Generated | None = None
@@ -135,6 +148,19 @@ class Example:
             text=None if generated is None else generated.text,
             finish=None if generated is None else generated.finish,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class RowText:
+    """What a person reads of a row, without what stands around it: no shots, no instruction.
+
+    text: what is asked; the texts of a pair are one a line. answers: the choices, the target, or the right texts.
+    row_hash: of what the row says, as `Example.row_hash`.
+    """
+
+    text: str
+    answers: tuple[str, ...] = ()
+    row_hash: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from petals_eval.metrics import KINDS
 from petals_eval.tasks import list_tasks, load_task
 from tests.cli.invoking import invoke
 
-COMMANDS = ("run", "demo", "swarm", "bootstrap", "show", "compare", "tasks")
+COMMANDS = ("run", "demo", "swarm", "bootstrap", "show", "compare", "errors", "tasks")
 
 
 @pytest.mark.parametrize("width", [80, 110])

@@ -24,7 +24,7 @@ def trec(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_two_runs_of_trec_differ_by_what_was_computed_elsewhere(trec: Path) -> None:
     outcome = invoke("compare", trec, "--metrics", "accuracy", "--json", "--changed", 3)
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, outcome.err) == (0, f"comparing {trec}\n")
     found = json.loads(outcome.out)
     [accuracy] = found["differences"]
     assert accuracy["difference"] == pytest.approx(0.018)

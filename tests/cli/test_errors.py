@@ -253,7 +253,8 @@ def _killing(open_model, swarm):
 
 def test_folders_that_cannot_be_used(stage: Stage) -> None:
     assert invoke(*stage.run("--limit", 5, "--out", "done")).code == 0
-    refused(invoke(*stage.run("--limit", 5, "--out", "done")), "found a run that was finished at", "--out")
+    finished = invoke(*stage.run("--limit", 6, "--out", "done"))
+    refused(finished, "Expected the finished run in done to be this one; found another:", "--out")
 
     shutil.copytree("done", "unfinished")
     manifest = json.loads(Path("unfinished/manifest.json").read_text())

@@ -74,6 +74,7 @@ def steady(text: str) -> str:
     text = re.sub(r"12D3KooW\w+", "ID", text)
     text = re.sub(r"/tcp/\d+", "/tcp/PORT", text)
     text = re.sub(r"[\d.,]+ (ex|tok)/s", r"N \1/s", text)
+    text = re.sub(r"is below \S+ \(", "is below N (", text)
     return re.sub(r"\d{4}-\d\d-\d\d-\d{4}", "TIME", text)
 
 
@@ -175,7 +176,7 @@ def test_a_command_of_the_readme(command: Typed) -> None:
         for part in OURS:
             if "--shard" in part.words:
                 assert run_typed(part.words).code == 0
-    if words[1] == "show":
+    if words[1] in ("show", "errors"):
         run = ("run", "--model", "my-llama", "--adapter", "prompts", "--task", "reviews.yaml", "--limit", 20)
         assert invoke(*run, "--local-swarm", 1, "--out", words[2]).code == 0
     if words[1] == "compare":
@@ -214,7 +215,8 @@ def test_the_demo_prints_what_the_readme_shows_and_shows_what_prompts_are_worth(
     printed = steady(outcome.err + outcome.out).splitlines()
     assert [line for line in map(steady, demo.shown) if line not in printed] == []
 
-    folder = Path(outcome.out.splitlines()[-1].removeprefix("run folder: "))
+    folder = Path(outcome.out.splitlines()[-2].removeprefix("run folder: "))
+    assert outcome.out.splitlines()[-1] == f"report: {folder / 'report.html'}"
     found = json.loads((folder / "metrics.json").read_text())
     expected = json.loads(demo_paths().expected.read_text())
     assert found["metrics"]["accuracy"]["value"] == expected["accuracy"]
@@ -264,6 +266,7 @@ def test_the_readme_names_what_there_is() -> None:
         "run",
         "show",
         "compare",
+        "errors",
         "tasks",
         "health",
         "swarm",

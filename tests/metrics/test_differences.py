@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 from scipy.stats import bootstrap, norm, t
+from sklearn.metrics import matthews_corrcoef
 from statsmodels.api import OLS
 
 from petals_eval.metrics import KINDS, measure
-from petals_eval.metrics.differences import Side, differences, pairs_of
+from petals_eval.metrics.differences import Difference, Side, differences, pairs_of
 from petals_eval.metrics.paired import mcnemar, newcombe_paired
 from petals_eval.metrics.resampling import Draws, every_row, resampled_rows
 from petals_eval.metrics.scored_rows import ScoredRows
@@ -217,3 +218,61 @@ def test_rows_without_a_label_are_in_no_difference() -> None:
     names = ["accuracy", "mcc", "log_loss"]
     assert differences(marked, names, label_names=LABELS) == differences(kept, names, label_names=LABELS)
     assert differences(marked, ["accuracy"], label_names=LABELS)[0].rows == 60
+
+
+def test_the_bootstrap_of_clusters_is_that_of_clusters_written_out() -> None:
+    one, other = sides("classification", 120)
+    clusters = np.random.default_rng(5).integers(0, 15, 120)
+    [found] = differences([one, other], ["mcc"], label_names=LABELS, clusters=clusters)
+    random, rows = np.random.default_rng(9), [side.draws[0] for side in (one, other)]
+    members = [np.flatnonzero(clusters == cluster) for cluster in range(15)]
+    drawn = []
+    for _ in range(400):
+        chosen = np.concatenate([members[cluster] for cluster in random.integers(0, 15, 15)])
+        first, second = (matthews_corrcoef(each.labels[chosen], each.predictions[chosen]) for each in rows)
+        drawn.append(first - second)
+    error = np.std(drawn, ddof=1)
+    assert found.ci95 == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.4 * error)
+    assert found.p_value == pytest.approx(2 * norm.sf(abs(found.value) / error), abs=0.06)
+    assert found.minimum_detectable == pytest.approx((norm.ppf(0.975) + norm.ppf(0.8)) * error, rel=0.15)
+
+
+@pytest.mark.soak
+def test_what_clusters_can_detect_is_found_in_four_of_five_data_sets() -> None:
+    """Errors that share a part within a cluster."""
+    random = np.random.default_rng(2)
+    clusters = np.repeat(np.arange(40), 6)
+
+    def drawn(difference: float) -> Difference:
+        shared = 20 + random.normal(size=(2, 40))[:, clusters] + random.normal(size=(2, 240))
+        shared[0] += difference
+        both = []
+        for name, terms in zip("ab", shared, strict=True):
+            rows = ScoredRows(np.zeros(240), terms, terms[:, None], np.arange(241), ("score",))
+            both.append(Side(name, "regression", (rows,)))
+        return differences(both, ["mae"], clusters=clusters)[0]
+
+    detectable = float(np.mean([drawn(0.0).minimum_detectable for _ in range(100)]))
+    assert np.mean([drawn(detectable).p_value < 0.05 for _ in range(600)]) == pytest.approx(0.8, abs=0.04)
+    # And of sides that are alike about one in twenty is told apart.
+    assert np.mean([drawn(0.0).p_value < 0.05 for _ in range(600)]) == pytest.approx(0.05, abs=0.025)
+
+
+@pytest.mark.soak
+def test_the_paired_bootstrap_covers_and_tells_seldom_apart_what_is_alike() -> None:
+    random = np.random.default_rng(4)
+    covered, rejected = [], []
+    for _ in range(600):
+        labels = random.integers(0, 3, 200).astype(float)
+        both = []
+        for name in "ab":
+            scores = random.normal(size=(200, 3))
+            scores[np.arange(200), labels.astype(int)] += 1.2
+            predictions = scores.argmax(axis=1).astype(float)
+            rows = ScoredRows(labels, predictions, scores.reshape(600, 1), np.arange(201) * 3, ("score",))
+            both.append(Side(name, "classification", (rows,)))
+        [found] = differences(both, ["f1_macro"], label_names=LABELS)
+        covered.append(found.ci95[0] <= 0 <= found.ci95[1])
+        rejected.append(found.p_value < 0.05)
+    assert np.mean(covered) >= 0.93
+    assert np.mean(rejected) <= 0.07

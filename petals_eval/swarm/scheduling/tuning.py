@@ -67,7 +67,10 @@ class MicroBatchSize:
 
 
 class Delivery(Enum):
-    """Which way a micro-batch goes. `HOP_BY_HOP_ONLY`: it cannot or must not be pushed, and is compared with none that may."""
+    """Which way a micro-batch goes.
+
+    `HOP_BY_HOP_ONLY`: it cannot be pushed, or is not to be, and is compared with none that may be.
+    """
 
     PUSHED = "pushed"
     HOP_BY_HOP = "hop by hop"
