@@ -168,7 +168,7 @@ RETIRED_MODULES = {
     "petals_eval.swarm.opening": "petals_eval.swarm.transport.opening",
     "petals_eval.swarm.overflow": "petals_eval.swarm.trust.non_finite",
     "petals_eval.swarm.push_calls": "petals_eval.swarm.scheduling.push_scheduler",
-    "petals_eval.swarm.push_choice": "petals_eval.swarm.scheduling.tuning",
+    "petals_eval.swarm.push_choice": "petals_eval.swarm.scheduling.push_choice",
     "petals_eval.swarm.pushing": "petals_eval.swarm.transport.push",
     "petals_eval.swarm.records": "petals_eval.swarm.wire.records",
     "petals_eval.swarm.routing": "petals_eval.swarm.directory.routing",

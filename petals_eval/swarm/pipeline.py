@@ -249,7 +249,7 @@ class Pipeline:
 
     @asynccontextmanager
     async def streaming(self) -> AsyncIterator[None]:
-        """Keep what is known of the servers fresh while the body sends micro-batches, and meet those that it may need."""
+        """Keep what is known of the servers fresh while the body sends micro-batches, and meet those that are new."""
         await self._directory.use()
         self._directory.users += 1
         meeting = [asyncio.create_task(self._client.meet(server)) for server in self._router.likely_servers()]

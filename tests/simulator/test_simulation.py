@@ -43,16 +43,17 @@ def test_a_fixed_window_moves_as_one_convoy():
 @pytest.mark.parametrize(
     ("name", "first", "warm"),
     [
-        ("link", 0.68, 0.77),
-        ("link16", 0.68, 0.78),
-        ("server", 0.88, 0.92),
-        ("latency", 0.48, 0.85),
-        ("mixed", 0.75, 0.85),
+        ("link", 0.74, 0.78),
+        ("link16", 0.78, 0.81),
+        ("server", 0.91, 0.93),
+        ("latency", 0.73, 0.86),
+        ("mixed", 0.78, 0.86),
     ],
 )
 def test_how_near_the_floor_an_evaluation_comes(name, first, warm):
     """Before calls left at the pace at which servers deliver, and free replicas were used: 0.75, 0.77, 0.94, 0.64 and
-    0.60 at most."""
+    0.60 at most. Before servers were met ahead of their first calls first evaluations came to 0.52 (latency) to 0.90.
+    """
     found = simulate(regime(name, push="never"), evaluations=2)
     assert (found.shares[0] > first, found.shares[1] > warm) == (True, True), found.shares
 

@@ -18,7 +18,7 @@ from petals_eval.errors import (
     SwarmError,
 )
 from petals_eval.simulator.virtual_time import run_in_virtual_time
-from petals_eval.swarm.scheduling.tuning import PushChoice, PushPolicy
+from petals_eval.swarm.scheduling.push_choice import PushChoice, PushPolicy
 from petals_eval.swarm.sessions.route_session import RouteSession
 from petals_eval.swarm.wire.span import Span
 from tests.support.audited_run import AuditedRun, float32

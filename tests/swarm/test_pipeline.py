@@ -328,3 +328,20 @@ def test_a_server_that_speaks_of_its_cache_though_none_is_needed_fails_as_any_ot
     with pytest.raises(DeadlineError, match=r"every server of blocks 0:4 fails .*refuses \(Could not allocate"):
         simulate(FakeDirectory(4, server("a", 0, 4)), transport, forward_hidden)
     assert len(transport.calls) < 20
+
+
+def test_servers_are_met_before_their_first_calls_when_a_stream_begins():
+    """To connect to each when the first micro-batch was there cost some round trips a hop."""
+    transport = FakeTransport()
+    transport.down = {"gone"}
+
+    async def begin(pipe: Pipeline) -> None:
+        async with pipe.streaming():
+            await asyncio.sleep(1.0)
+        async with pipe.streaming():  # they are known now
+            await asyncio.sleep(1.0)
+
+    servers = server("a", 0, 2), server("b", 2, 4), server("gone", 0, 4)
+    _, pipe = simulate(FakeDirectory(4, *servers), transport, begin)
+    assert sorted(transport.infos) == ["a", "b", "gone", "gone"]
+    assert not transport.calls and pipe.peers.of("gone").failures == 0

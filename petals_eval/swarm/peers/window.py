@@ -38,7 +38,7 @@ class WindowPolicy:
         away they are.
     rate_filter_seconds: for which the highest rate is believed.
     pacing_gain: times that rate calls leave at: a rate that was measured while little was sent can grow.
-    startup_gain: the same until the rate has stopped growing (BBR's 2 / ln 2, with which it doubles in each round trip).
+    startup_gain: the same until the rate has stopped growing (BBR's 2 / ln 2: it may double in each round trip).
     full_growth, full_calls: by less than so much for so many answers, the rate has stopped growing.
     stretch_smoothing: of the difference to what one call tells is made up for at once.
     """
@@ -57,12 +57,16 @@ class WindowPolicy:
 
 @dataclass(frozen=True, slots=True)
 class SentCall:
-    """A call in flight: its work, when it was sent, and what had been delivered by then, last when."""
+    """A call in flight: its work, when it was sent, and what had been delivered by then, last when.
+
+    delivered_sent_at: when that was sent which was delivered last by then.
+    """
 
     work: float
     at: float
     delivered: float
     delivered_at: float
+    delivered_sent_at: float
 
 
 class CongestionWindow:
@@ -80,6 +84,7 @@ class CongestionWindow:
         self._calls = 0  # in flight
         self._delivered = 0.0
         self._delivered_at = 0.0
+        self._delivered_sent_at = 0.0
         self._started_at = 0.0
         self._rates: deque[tuple[float, float]] = deque()  # (when, work per second), falling
         self._largest_call = 0.0  # its work, fading
@@ -130,7 +135,8 @@ class CongestionWindow:
     def send(self, work: float, now: float) -> SentCall:
         """Count a call as in flight; what is returned goes to `on_delivered` or `on_lost`."""
         if self.in_flight == 0:
-            self._delivered_at = now  # an idle server delivers nothing, through no fault of its own
+            # An idle server delivers nothing, through no fault of its own.
+            self._delivered_at = self._delivered_sent_at = now
             self._delivered_since_idle = 0
         self.in_flight += work
         self._calls += 1
@@ -138,7 +144,7 @@ class CongestionWindow:
             is_full = self._calls_since_growth >= WindowPolicy.full_calls
             gain = WindowPolicy.pacing_gain if is_full else WindowPolicy.startup_gain
             self._next_send_at = max(now, self._next_send_at) + work / (gain * self.rate)
-        return SentCall(work, now, self._delivered, self._delivered_at)
+        return SentCall(work, now, self._delivered, self._delivered_at, self._delivered_sent_at)
 
     def settle(self, sent: SentCall, now: float, *, is_delivered: bool) -> None:
         """Count a call as not in flight any more, whatever came of it."""
@@ -167,7 +173,10 @@ class CongestionWindow:
         self._delivered_at = now
         # Over the time this call was out: shorter ones would take a bunch of answers for a high rate.
         since = max(self._started_at, min(sent.at, sent.delivered_at))
-        self._keep_rate(now, (self._delivered - sent.delivered) / max(1e-6, now - since))
+        # Nor does anything come back quicker, for longer than a bunch, than it was sent (as BBR samples rates).
+        elapsed = max(1e-6, now - since, sent.at - max(self._started_at, sent.delivered_sent_at))
+        self._keep_rate(now, (self._delivered - sent.delivered) / elapsed)
+        self._delivered_sent_at = max(self._delivered_sent_at, sent.at)
         # It may have been busy, or starting, when it was asked; it is no farther away than any answer took.
         self.min_rtt = min(self.min_rtt, now - sent.at)
         self._largest_call = max(sent.work, 0.95 * self._largest_call)

@@ -20,8 +20,8 @@ from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.peers.window import CongestionWindow
 from petals_eval.swarm.scheduling.admission import AdmissionQueues
+from petals_eval.swarm.scheduling.push_choice import PushChoice
 from petals_eval.swarm.scheduling.router import HopDeadline, PacePolicy, Router
-from petals_eval.swarm.scheduling.tuning import PushChoice
 from petals_eval.swarm.transport.client import HopClient
 from petals_eval.swarm.transport.push import Pushed, push
 from petals_eval.swarm.transport.rpc import Answer

@@ -114,12 +114,34 @@ def test_calls_leave_one_after_the_other_at_the_measured_rate():
     window.send(500, 0.0)
     assert window.pause(0.0) == 0.0, "nothing is known yet"
     window.on_delivered(window.send(500, 0.0), 0.5)  # 1,000 a second
-    gap = 500 / (WindowPolicy.pacing_gain * window.rate)
+    gap = 500 / (WindowPolicy.startup_gain * window.rate)
     window.send(500, 1.0)
     window.send(500, 1.0)  # one that could not wait counts as well
     assert window.pause(1.0) == pytest.approx(2 * gap)
     assert window.pause(1.0 + gap) == pytest.approx(gap)
     assert window.pause(9.0) == 0.0
+
+
+def test_calls_leave_more_slowly_once_the_rate_has_stopped_growing():
+    window = CongestionWindow()
+    for number in range(WindowPolicy.full_calls + 1):
+        window.on_delivered(window.send(500, 1.0 + number), 1.5 + number)  # 1,000 a second
+    window.send(500, 100.0)
+    assert window.pause(100.0) == pytest.approx(0.5 / WindowPolicy.pacing_gain)
+
+
+def test_answers_that_come_in_a_bunch_are_no_quicker_than_the_calls_were_sent():
+    """They come together where they shared a link: ten that were sent within a second, half a second after the last."""
+    window = CongestionWindow()
+    sent = []
+    for number in range(25):
+        if number == 20:
+            for call in sent[:16]:
+                window.on_delivered(call, 2.0)
+        sent.append(window.send(100, 0.1 * number))  # 1,000 a second
+    for call in sent[16:]:
+        window.on_delivered(call, 2.5)
+    assert window.rate <= 1000 * (1 + 1e-9)
 
 
 def test_calls_that_wait_somewhere_are_stretched():

@@ -7,7 +7,8 @@ import torch
 
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.runtime import Runtime
-from petals_eval.swarm.scheduling.tuning import Delivery, MicroBatchSize, PushChoice, PushPolicy, SizePolicy, Tuning
+from petals_eval.swarm.scheduling.push_choice import PushChoice, PushPolicy
+from petals_eval.swarm.scheduling.tuning import Delivery, MicroBatchSize, SizePolicy, Tuning
 from petals_eval.swarm.wire.messages import MAX_PUSH_BYTES
 from tests.support.fake_swarm import settings
 
@@ -214,7 +215,8 @@ def test_what_cannot_be_pushed_goes_hop_by_hop_whatever_is_set(activations, valu
 def test_what_can_be_pushed_goes_the_way_in_use():
     small = Activations(torch.zeros(1, 3, 4))
     assert tuning(push="always").choose(small) is Delivery.PUSHED
-    assert tuning(push="never").choose(small) is tuning().choose(small) is Delivery.HOP_BY_HOP
+    assert tuning(push="never").choose(small) is Delivery.HOP_BY_HOP_ONLY
+    assert tuning().choose(small) is Delivery.HOP_BY_HOP
 
 
 def test_where_one_server_answers_as_soon_as_it_can_pushing_is_not_tried(clock):
