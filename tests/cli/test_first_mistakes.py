@@ -13,9 +13,9 @@ PATHS = demo_paths()
 GIVEN = {"--model": PATHS.model, "--adapter": PATHS.prompts, "--task": PATHS.task, "--local-swarm": 3}
 
 
-def run(**instead: object) -> str:
+def run(**others: object) -> str:
     """What a run says with other values for some flags; with None the flag is left out."""
-    flags = GIVEN | {f"--{name.replace('_', '-')}": value for name, value in instead.items()}
+    flags = GIVEN | {f"--{name.replace('_', '-')}": value for name, value in others.items()}
     outcome = invoke("run", *(part for flag, value in flags.items() if value is not None for part in (flag, value)))
     assert outcome.code == 2
     return outcome.error
