@@ -76,3 +76,12 @@ def test_no_line_is_wider_than_the_terminal(arguments: tuple[str, ...], monkeypa
     assert max(map(len, narrow.splitlines())) <= 88  # only the name of a data set may be wider than its place
     assert max(map(len, wide.splitlines())) > 88
     assert re.sub(r"\s+", " ", narrow) == re.sub(r"\s+", " ", wide)
+
+
+def test_a_folder_has_no_revision() -> None:
+    assert "is a folder, and a folder has no revision: leave --revision out" in run(revision="v1")
+
+
+def test_an_unknown_key_is_most_likely_meant_for_one_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text('name: x\ntext: "{text}"\nlabel_column: label\nlabels: [bad, good]\n')
+    assert "labels: unknown key. Did you mean label_names?" in run(task=tmp_path / "task.yaml")
