@@ -18,12 +18,14 @@ class Wording:
     """How `explain` words a line.
 
     expected: by pydantic's name of the mistake, with what it says beside it; others are in pydantic's own words.
-    wrong, unknown, missing: templates of whole lines. nothing: how a value that is None is called.
+    wrong, unknown, missing: templates of whole lines. known: what follows an unknown key that resembles no known one.
+    nothing: how a value that is None is called.
     """
 
     expected: Mapping[str, str]
     wrong: str
     unknown: str
+    known: str
     missing: str
     nothing: str
 
@@ -42,7 +44,8 @@ SETTINGS = Wording(
         "tuple_type": "expected a list",
     },
     wrong="{key}: {expected} (found {found})",
-    unknown="unknown setting {key!r}.{closest} There are: {known}",
+    unknown="unknown setting {key!r}.",
+    known=" There are: {known}",
     missing="{key} is missing, and it must be given",
     nothing="None",
 )
@@ -55,7 +58,8 @@ DEFINITION = Wording(
         "dict_type": "should be keys and values, such as {{key: value}}",
     },
     wrong="  {key}: {expected}, found {found}",
-    unknown="  {key}: unknown key.{closest} Known here: {known}.",
+    unknown="  {key}: unknown key.",
+    known=" Known here: {known}.",
     missing="  {key}: missing, and it must be given.",
     nothing="nothing",
 )
@@ -68,10 +72,12 @@ def explain(error: ValidationError, model: type[BaseModel], wording: Wording = D
     model: what failed to validate.
     """
     problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors(include_url=False)]
+    # What is missing is what an unknown key is most likely meant for.
+    missing = [str(problem["loc"][-1]) for problem in problems if problem["type"] == "missing"]
     # A list whose elements are wrong counts as empty, which nobody would understand.
     inside = {tuple(problem["loc"][:-1]) for problem in problems}
     told = [one for one in problems if not (one["type"] == "too_short" and tuple(one["loc"]) in inside)]
-    return "\n".join(_line(problem, model, wording) for problem in told)
+    return "\n".join(_line(problem, model, wording, missing) for problem in told)
 
 
 def closest(word: str, known: Iterable[str]) -> str:
@@ -108,12 +114,13 @@ def member_types(expected: Any) -> Iterator[Any]:
         yield expected
 
 
-def _line(problem: dict[str, Any], model: type[BaseModel], wording: Wording) -> str:
+def _line(problem: dict[str, Any], model: type[BaseModel], wording: Wording, missing: list[str]) -> str:
     location = [str(part) for part in problem["loc"]]
     key, kind, value = ".".join(location), problem["type"], problem["input"]
     if kind == "extra_forbidden":
         known = [field.alias or name for name, field in _model_at(model, location[:-1]).model_fields.items()]
-        return wording.unknown.format(key=key, closest=closest(location[-1], known), known=", ".join(known))
+        meant = closest(location[-1], missing) or closest(location[-1], known)
+        return wording.unknown.format(key=key) + (meant or wording.known.format(known=", ".join(known)))
     if kind == "missing":
         return wording.missing.format(key=key)
     if kind in wording.expected:

@@ -305,10 +305,11 @@ def side_of_run(settings: RunSettings) -> "tuple[Callable[[], LocalSide], list[L
     Raises ConfigError, ModelError for what is wrong with the settings themselves.
     """
     from petals_eval.model.prompts import named_adapters
-    from petals_eval.model.sources import open_source
+    from petals_eval.model.sources import Folder, open_source
 
     options = _local_options(settings)
-    open_source(settings.model, error=ModelError)
+    if isinstance(open_source(settings.model, error=ModelError), Folder) and settings.revision is not None:
+        raise ModelError(f"{settings.model} is a folder, and a folder has no revision: leave --revision out.")
     check_names([name for name, _ in named_adapters(settings.adapter)])
     swarms: list[LocalSwarm] = []
 

@@ -13,9 +13,9 @@ PATHS = demo_paths()
 GIVEN = {"--model": PATHS.model, "--adapter": PATHS.prompts, "--task": PATHS.task, "--local-swarm": 3}
 
 
-def run(**instead: object) -> str:
+def run(**others: object) -> str:
     """What a run says with other values for some flags; with None the flag is left out."""
-    flags = GIVEN | {f"--{name.replace('_', '-')}": value for name, value in instead.items()}
+    flags = GIVEN | {f"--{name.replace('_', '-')}": value for name, value in others.items()}
     outcome = invoke("run", *(part for flag, value in flags.items() if value is not None for part in (flag, value)))
     assert outcome.code == 2
     return outcome.error
@@ -76,3 +76,12 @@ def test_no_line_is_wider_than_the_terminal(arguments: tuple[str, ...], monkeypa
     assert max(map(len, narrow.splitlines())) <= 88  # only the name of a data set may be wider than its place
     assert max(map(len, wide.splitlines())) > 88
     assert re.sub(r"\s+", " ", narrow) == re.sub(r"\s+", " ", wide)
+
+
+def test_a_folder_has_no_revision() -> None:
+    assert "is a folder, and a folder has no revision: leave --revision out" in run(revision="v1")
+
+
+def test_an_unknown_key_is_most_likely_meant_for_one_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text('name: x\ntext: "{text}"\nlabel_column: label\nlabels: [bad, good]\n')
+    assert "labels: unknown key. Did you mean label_names?" in run(task=tmp_path / "task.yaml")

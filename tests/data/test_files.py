@@ -256,7 +256,8 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"pathh": "x"}, "pathh: unknown key. Did you mean path? Known here: column_names,"),
+        ({"pathh": "x"}, "pathh: unknown key. Did you mean path?"),
+        ({"path": "x", "nothing_like_it": 1}, "nothing_like_it: unknown key. Known here: column_names,"),
         ({"pattern": "("}, "pattern: should be a regular expression"),
         ({"pattern": "abc"}, "should have named groups"),
         (
