@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         RegressionTask,
         TaskGroup,
     )
+    from petals_eval.two_modes.compare import modes
 
 __version__ = "0.1.0"
 
@@ -73,6 +74,7 @@ __all__ = [
     "evaluate_batches",
     "load_runs",
     "merge",
+    "modes",
 ]
 
 _HOMES = {
@@ -92,6 +94,7 @@ _HOMES = {
     "evaluate": "petals_eval.evaluation.evaluate",
     "evaluate_batches": "petals_eval.evaluation.batches",
     "merge": "petals_eval.evaluation.merge",
+    "modes": "petals_eval.two_modes.compare",
     "HealthReport": "petals_eval.health",
     "check_health": "petals_eval.health",
     "RemoteSequential": "petals_eval.swarm",

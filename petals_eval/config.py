@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from inspect import get_annotations
 from ipaddress import ip_address
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -20,6 +19,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from petals_eval.environment import local_path
 from petals_eval.errors import ConfigError
 from petals_eval.validation import SETTINGS, explain
 
@@ -147,7 +147,7 @@ def _adapter(value: object) -> object:
         if not isinstance(place, str):
             raise ValueError(_PLACE)
         name, sign, rest = place.partition("=")
-        if not sign or not rest or "/" in name or Path(place).expanduser().exists():
+        if not sign or not rest or "/" in name or local_path(place).exists():
             return _not_blank(place)
         place = rest
     if not isinstance(place, str):
@@ -197,6 +197,7 @@ Peers = Annotated[tuple[Multiaddress, ...], BeforeValidator(_split)]
 SomePeers = Annotated[Peers, AfterValidator(_at_least_one)]
 Blocks = Annotated[tuple[int, int], BeforeValidator(_blocks)]
 Place = Annotated[str, BeforeValidator(_as_text), AfterValidator(_not_blank)]  # a path, or a name on the hub
+OwnPlace = Annotated[Place, AfterValidator(lambda path: str(local_path(path)))]  # on this machine, in any case
 AdapterPlace = Annotated[str | tuple[str, str], BeforeValidator(_adapter)]  # a pair (name, place) where it has a name
 AdapterPlaces = Annotated[tuple[AdapterPlace, ...], BeforeValidator(_as_adapters)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
@@ -434,7 +435,7 @@ class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, Resu
     tokens_per_micro_batch: Positive | None = option(
         None, "Positions sent together, prompts included.", unset="found out", heading=SERVERS
     )
-    out: Place | None = option(
+    out: OwnPlace | None = option(
         None,
         "Run folder; an unfinished run goes on, a finished one is shown.",
         "FOLDER",

@@ -1,10 +1,19 @@
-"""Environment variables that are set for a while: libraries and programs that we start are told through them."""
+"""What the environment says: where the home folder is, and variables by which libraries are told something."""
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
-__all__ = ["environment_defaults"]
+__all__ = ["environment_defaults", "local_path"]
+
+
+def local_path(path: str | Path) -> Path:
+    """Return where a path is on this machine: `~` is the home folder, `~nobody` without such a user just a name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from petals_eval.config import AdapterPlaces, Blocks, CallSettings, Place, Pool, Settings, SwarmSettings
 from petals_eval.data.batching import HasTokens, MicroBatch, micro_batches
+from petals_eval.environment import local_path
 from petals_eval.errors import ConfigError, ExampleError
 from petals_eval.tasks.requests import Generated, Request
 from petals_eval.validation import shorten
@@ -456,7 +457,7 @@ def default_dht_prefix(model: str | Path, family: "Family") -> str:
     """
     from petals_eval.model.dht_prefixes import default_prefix
 
-    if Path(model).expanduser().is_dir():
+    if local_path(model).is_dir():
         raise ConfigError(
             f"{model} is a local folder, so the name its servers announce is not known: give it with --dht-prefix "
             "(dht_prefix=... in Python). For a hub model it would follow from the hub name."

@@ -50,12 +50,14 @@ def number_text(value: float, decimals: int = 4, *, beside: float | None = None)
     ['0.7360', '-0.2500', '0.0000', '12.3457', '123.457', '12,345.7', '1,234,568', '1.23457e+07']
     >>> number_text(0.00012345), number_text(0.0000123, 3, beside=0.25), number_text(98.7, 3, beside=1234.5)
     ('0.000123', '0.000', '98.7')
+    >>> number_text(41984.2, 0), number_text(1.7e308, 0), number_text(5e-324, 0)
+    ('41,984', '1.7e+308', '5e-324')
     """
     size = abs(value if beside is None else beside)
     if not size < 1e7:
         return f"{value:.{decimals + 2}g}"
     if 0 < size < 0.001:
-        return f"{value:.{decimals - 1}g}"
+        return f"{value:.{max(1, decimals - 1)}g}"
     beyond = max(0, math.floor(math.log10(size)) - 1) if size else 0
     return f"{value:,.{max(0, decimals - beyond)}f}"
 

@@ -1,4 +1,4 @@
-# The environments of scripts/demo.sh, scripts/test.sh and those with servers: sourced by them, in the root of the checkout.
+# The environments of scripts/demo.sh, scripts/test.sh and those with servers, and the packages: sourced by them, in the root of the checkout.
 # Everything goes to stderr: stdout belongs to the command that is run.
 
 fail() {
@@ -56,6 +56,12 @@ set_up() {
   .venv/bin/python -m pip install -c constraints.txt --config-settings editable_mode=compat -e ".$1" >&2 ||
     fail "the packages could not be installed (see pip's message above)." "What was downloaded is kept: run this again."
   printf '%s\n' "$wanted" >".venv/installed$1"
+}
+
+# build_packages FOLDER: make the sdist, and out of that the wheel, with the setuptools that .venv has: nothing is downloaded.
+build_packages() {
+  .venv/bin/python -c 'import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])' "$1" >&2 &&
+    .venv/bin/python -m pip wheel --no-deps --no-build-isolation --no-index --wheel-dir "$1" "$1"/*.tar.gz >&2
 }
 
 # new_environment FOLDER: make an empty environment there, in the place of one that is there.

@@ -44,9 +44,10 @@ trap 'rm -rf "$work"' EXIT
 code=$?
 # The report's first keys are ours; words of strangers come behind them.
 verdict="$(sed -nE 's/^\{"schema_version": [0-9]+, "time": [^,]+, "seconds": [^,]+, "level": "[a-z]+", "verdict": "([a-z]+)", .*\}$/\1/p' "$work/report")"
+# A swarm that cannot be reached leaves no report at all.
+if [[ $code -eq 3 && ! -s "$work/report" ]]; then verdict=unreachable; fi
 case $code-$verdict in
-  0-healthy | 1-degraded | 3-broken | 3-unknown) ;;
-  3-) verdict=unreachable; : >"$work/report" ;;
+  0-healthy | 1-degraded | 3-broken | 3-unknown | 3-unreachable) ;;
   0-* | 1-* | 3-*)
     cat "$work/errors" >&2
     echo "petals-eval health ended with $code, and its report says ${verdict:-nothing}: no verdict" >&2

@@ -14,6 +14,14 @@ failed=()
 
 .venv/bin/python -m pytest --soak --timeout 3600 --client-kills 30 --client-seed "$seed" --session-kills 200 \
   --session-seed "$seed" --server-absence 60 || failed+=(pytest)
+# The wheel with all that it needs, in an environment where nothing else is, far from the checkout.
+try_packages() {
+  local folder
+  folder="$(mktemp -d)" && build_packages "$folder" && new_environment "$folder/environment" &&
+    "$folder/environment/bin/python" -m pip install -c constraints.txt "$folder"/*.whl &&
+    (cd "$folder" && environment/bin/petals-eval demo) && rm -rf "$folder"
+}
+(try_packages) || failed+=("the wheel in an environment of its own")
 .venv/bin/python scripts/chaos.py --schedules 200 --seed "$seed" --jobs 2 || failed+=(scripts/chaos.py)
 
 if [ ${#failed[@]} -gt 0 ]; then

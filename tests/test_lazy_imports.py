@@ -44,3 +44,9 @@ def test_a_small_run_imports_what_it_needs() -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == ["[]", "SiLUActivation"]
+
+
+def test_a_command_imports_next_to_nothing_before_ctrl_c_is_its_own() -> None:
+    """What is imported before that ends with a traceback of thirty lines."""
+    script = "import petals_eval.cli, sys; print({'pydantic', 'typer', 'rich', 'numpy', 'torch'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True, timeout=60) == "set()\n"

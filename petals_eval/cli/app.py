@@ -25,6 +25,7 @@ COMMANDS = (
     "compare",
     "errors",
     "report",
+    "modes",
     "health",
     "tasks",
     "bench",

@@ -14,13 +14,16 @@ from pathlib import Path
 
 from petals_eval.cli.signals import ending_signals, how_it_ended, interrupted_code
 from petals_eval.environment import environment_defaults
-from petals_eval.errors import InterruptedRunError, MachineError, PetalsEvalError
+from petals_eval.errors import CallerError, InterruptedRunError, MachineError, PetalsEvalError
 from petals_eval.text import printable
 
 __all__ = ["run_command"]
 
 # Errors of the operating system that are this machine's and not ours.
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.EIO}
+
+# What is wrong with a path that somebody gave: wherever a file is looked for, the name may be too long to look.
+_PATHS = {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -51,6 +54,10 @@ def run_command(command: Callable[[], int]) -> int:
             if received:  # some libraries make errors of their own of an interrupt
                 _say(how_it_ended(received))
                 return interrupted_code(received)
+            if isinstance(error, OSError) and error.errno in _PATHS and isinstance(error.filename, str):
+                path = printable(error.filename, longest=80)
+                _say(f"error: the path {path!r} cannot be used: {error.strerror}. Check it.")
+                return CallerError.exit_code
             if _is_the_machines(error):
                 _say(f"error: this machine cannot: {type(error).__name__}: {error}")
                 return MachineError.exit_code

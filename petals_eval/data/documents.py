@@ -27,6 +27,7 @@ class _Joined:
         self.columns = rows.columns
         self.class_names: Mapping[str, tuple[str, ...]] = {}  # of numbers that are a part of a text here
         self.truth_words = rows.truth_words
+        self.notes = rows.notes
         self._rows = rows
         self._count = count
         self._separator = separator

@@ -1,56 +1,69 @@
-"""Local files into memory-mapped tables. Nothing stays on the disk: the table's file is unlinked once it is mapped."""
+"""Local files into memory-mapped tables."""
 
 import codecs
 import csv
-import errno
-import glob
 import hashlib
+import io
 import json
-import os
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from petals_eval.data.first_bytes import what_it_is
+from petals_eval.data.arrow_files import ArrowTable, load_arrow, load_parquet
+from petals_eval.data.first_bytes import ARROW, PARQUET, DamagedError, open_unpacked, what_it_is
 from petals_eval.data.json_text import read_objects
-from petals_eval.data.source import DataSource, FileFormat, format_of, local_path
-from petals_eval.data.tables import LINE, JsonTable, Readable, Table, TextTable, numbers_array, texts_array
+from petals_eval.data.scratch import mapped, scratch_parent
+from petals_eval.data.source import DataSource, FileFormat, format_of
+from petals_eval.data.tables import LINE, JsonTable, Readable, TextTable, numbers_array, texts_array
+from petals_eval.environment import local_path
 from petals_eval.errors import DataError, MachineError
+from petals_eval.text import plural
 from petals_eval.validation import shorten
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
-__all__ = ["file_fingerprint", "load_file", "load_json", "scratch_folder", "without_progress_bars"]
+__all__ = ["file_fingerprint", "load_file", "load_json"]
 
 _BATCH_ROWS = 2000
 _BATCH_CHARACTERS = 1 << 23  # a batch of long texts is written before it has that many rows
-# What pyarrow raises for a damaged file is an OSError too, but without one of these numbers.
-_MACHINE = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM)
+_MAX_FIELD = 1 << 27
+"""Characters of a csv field. The csv module's own limit is 131,072; without any, one quotation mark too many would
+bring a whole file into memory."""
+_TYPED: dict[FileFormat, tuple[tuple[bytes, ...], Callable[[Path], ArrowTable]]] = {
+    "parquet": (PARQUET, load_parquet),
+    "arrow": (ARROW, load_arrow),
+}
+_TYPED_BYTES = max(len(each) for beginnings, _ in _TYPED.values() for each in beginnings)
 
 
 def load_file(source: DataSource) -> Readable:
     """Return the rows of a local file. Memory is bounded by a batch of rows, not by the file.
 
     csv, tsv and lines give text columns exactly as written, so that no row and no "NA" or "null" is lost to a guess of
-    types; so does JSON, which says itself what is a text and what is none (see `Row`). Parquet brings types of its own.
+    types; so does JSON, which says itself what is a text and what is none (see `Row`). Parquet and Arrow bring types of
+    their own. Text and JSON may be compressed with gzip, bzip2 or xz.
 
-    Blank lines, of blanks and tabs alone, are no rows, as in pandas; a row of delimiters alone is one.
+    Blank lines, of blanks and tabs alone, are no rows, as in pandas; a row of delimiters alone is one. Lines end with
+    "\\n" or "\\r\\n", or with "\\r" where there is no "\\n" at all, as pandas has it.
 
     Raises DataError for a file that is missing, empty or cannot be read as its format, naming the line, and
     MachineError when this machine refuses to read it or has no room for the table.
     """
     path = local_path(source.path)
     _check_file(source, path)
-    kind = source.format or format_of(source.path)
     try:
-        if meaning := what_it_is(path, *((b"PAR1",) if kind == "parquet" else ())):
+        kind = _kind(source, path)
+        expected, load = _TYPED.get(kind, ((), None))
+        with open_unpacked(path) if load is None else path.open("rb") as file:
+            meaning = what_it_is(file, *expected)
+        if meaning is not None:
             raise DataError(f"{path.name} cannot be read as {kind}: it is {meaning}.")
-        if kind == "parquet":
-            return _load_parquet(path)
+        if load is not None:
+            return load(path)
         if kind == "jsonl":
             return load_json([path], source.encoding)
         return _load_text(source, path, kind)
@@ -61,19 +74,36 @@ def load_file(source: DataSource) -> Readable:
         ) from None
     except UnicodeError as error:  # of the rarer encodings, such as punycode
         raise DataError(f"{path.name} is not {source.encoding}: {str(error)[:120]}. Say how it is written.") from None
+    except DamagedError as error:
+        raise DataError(f"{path.name} cannot be unpacked: {str(error)[:200]}. Is it complete?") from error
     except OSError as error:
         if error.errno is None:  # pyarrow's word for a damaged file
             raise DataError(
                 f"{path.name} cannot be read as {kind}: {str(error).strip()[:200]} Is it complete?"
             ) from error
-        raise MachineError(f"cannot read {source.path} into a table in {_scratch_parent()}: {error}.") from error
+        raise MachineError(f"cannot read {source.path} into a table in {scratch_parent()}: {error}.") from error
+
+
+def _kind(source: DataSource, path: Path) -> FileFormat:
+    """Return how to read the file: as the source says, or what it shows itself to be, or else by its suffix.
+
+    pandas' own example writes parquet under the suffix .parquet.gzip.
+    """
+    if source.format is not None:
+        return source.format
+    with path.open("rb") as file:
+        first = file.read(_TYPED_BYTES)
+    shown: Iterator[FileFormat] = (kind for kind, (beginnings, _) in _TYPED.items() if first.startswith(beginnings))
+    return next(shown, format_of(source.path))
 
 
 def file_fingerprint(source: DataSource) -> str:
-    """Return a SHA-256 over the file's bytes and the settings that decide which rows they become; not over its name."""
+    """Return a SHA-256 over the file's bytes, unpacked, and the settings that decide which rows they become; not over
+    its name."""
+    path = local_path(source.path)
     digest = hashlib.sha256()
     settings = {
-        "format": source.format or format_of(source.path),
+        "format": _kind(source, path),
         "column_names": source.column_names,
         "delimiter": source.delimiter,
         "quoting": source.quoting,
@@ -81,55 +111,10 @@ def file_fingerprint(source: DataSource) -> str:
         "encoding": source.encoding,
     }
     digest.update(json.dumps(settings, sort_keys=True).encode())
-    with local_path(source.path).open("rb") as file:
+    with open_unpacked(path) as file:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
-
-
-@contextmanager
-def scratch_folder() -> Iterator[str]:
-    """A folder for tables while they are being written: under HF_DATASETS_CACHE if set, else where temporary files go.
-
-    It is removed at the end of the block. On Linux and macOS a mapped file lives on, without a name, until it is
-    unmapped.
-    """
-    parent = os.environ.get("HF_DATASETS_CACHE")
-    if parent:
-        Path(parent).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="petals-eval-rows-", dir=parent) as folder:
-        yield folder
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Keep the progress bars of `datasets` off the screen inside the block; afterwards they are as they were."""
-    from datasets.utils import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
-
-    shown = is_progress_bar_enabled()
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bar()
-
-
-@contextmanager
-def without_log_lines() -> Iterator[None]:
-    """Keep the log of `datasets` off stderr inside the block: it has each error that it raises, with the whole path."""
-    from datasets.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _scratch_parent() -> str:
-    return os.environ.get("HF_DATASETS_CACHE") or tempfile.gettempdir()
 
 
 def _check_file(source: DataSource, path: Path) -> None:
@@ -141,27 +126,12 @@ def _check_file(source: DataSource, path: Path) -> None:
     given = [name for name in ("subset", "split", "revision") if getattr(source, name) is not None]
     if given:
         raise DataError(f"{source.path} is a file, and a file has no {' and no '.join(given)}: leave it out.")
+    if not path.is_file():
+        raise DataError(
+            f"{source.path} is a pipe or a device, and the rows are read more than once: save them in a file."
+        )
     if path.stat().st_size == 0:
         raise DataError(f"{source.path} is empty: expected at least one row.")
-
-
-def _load_parquet(path: Path) -> Table:
-    import datasets
-    from pyarrow import parquet
-
-    with scratch_folder() as folder, without_progress_bars(), without_log_lines():
-        try:
-            if parquet.read_metadata(path).num_rows == 0:
-                raise DataError(f"{path.name} is empty: expected at least one row.")
-            files = glob.escape(str(path.absolute()))
-            return Table(datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=folder))
-        # datasets 5 lets a bare StopIteration out where a file has no row.
-        except (datasets.builder.DatasetGenerationError, ValueError, TypeError, StopIteration) as error:
-            cause = error.__cause__ or error
-            if isinstance(cause, OSError) and cause.errno in _MACHINE:
-                raise cause from None
-            reason = f"{type(cause).__name__}: {cause}"
-            raise DataError(f"{path.name} cannot be read: expected a parquet file; {reason}") from error
 
 
 def load_json(paths: Sequence[Path], encoding: str = "utf-8") -> JsonTable:
@@ -175,7 +145,7 @@ def load_json(paths: Sequence[Path], encoding: str = "utf-8") -> JsonTable:
 
     def rows() -> Iterator[tuple[int | None, Sequence[str]]]:
         for path in paths:
-            with path.open(encoding=_read_encoding(encoding), newline="\n") as file:
+            with _open_text(path, encoding) as file:
                 for line, text, value in read_objects(file, path.name):
                     if not value.keys() <= columns.keys():
                         columns.update(dict.fromkeys(value))
@@ -186,36 +156,82 @@ def load_json(paths: Sequence[Path], encoding: str = "utf-8") -> JsonTable:
 
 
 def _load_text(source: DataSource, path: Path, kind: FileFormat) -> TextTable:
-    # newline="\n": only "\n" ends a line. Python's own splitting would also break at \r, and str.splitlines at \x85,
-    # which is an ordinary character of latin-1.
-    with path.open(encoding=_read_encoding(source.encoding), newline="\n") as file:
-        columns, rows = _text_rows(source, path, kind, file)
-        return TextTable(_stored(path.name, len(columns), rows), columns)
+    # Python's own splitting would also break at a "\r" within a line, and str.splitlines at \x85, which is an ordinary
+    # character of latin-1.
+    with _open_text(path, source.encoding, _line_end(path, source.encoding)) as file:
+        if kind == "lines":
+            return _load_lines(source, path, file)
+        with _long_fields():
+            columns, rows = _table_rows(source, path, kind, file)
+            return TextTable(_stored(path.name, len(columns), rows), columns)
+
+
+def _load_lines(source: DataSource, path: Path, file: IO[str]) -> TextTable:
+    lines = _Lines(file)
+    if source.pattern is None:
+        table = TextTable(_stored(path.name, 1, ((number, (line,)) for number, line in lines)), ("text",))
+    else:
+        pattern = re.compile(source.pattern)
+        rows = _matches(pattern, path, lines)
+        table = TextTable(_stored(path.name, len(pattern.groupindex), rows), tuple(pattern.groupindex))
+    if lines.blank:
+        table.notes = (f"{path.name}: {plural(lines.blank, 'blank line')} left out: a blank line is no row",)
+    return table
+
+
+@contextmanager
+def _open_text(path: Path, encoding: str, newline: str = "\n") -> Iterator[IO[str]]:
+    """Open a text, unpacked, whose lines end with `newline`; "" reads it as it is. Raises as `open_unpacked` does."""
+    # For utf-8 a codec that takes a byte order mark, too.
+    codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+    with open_unpacked(path) as file, io.TextIOWrapper(file, encoding=codec, newline=newline) as text:
+        yield text
+
+
+def _line_end(path: Path, encoding: str) -> str:
+    """Return "\\n", or "\\r" for a text that has this alone, as old Macs wrote it and Excel for Mac still does."""
+    with _open_text(path, encoding, newline="") as text:
+        found = "\n"
+        while part := text.read(1 << 20):
+            if "\n" in part:
+                return "\n"
+            if "\r" in part:
+                found = "\r"
+        return found
+
+
+_field_limit = threading.RLock()
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let the csv module take fields of up to `_MAX_FIELD` characters inside the block: its limit is the process's."""
+    with _field_limit:
+        before = csv.field_size_limit(_MAX_FIELD)
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
 
 
 def _stored(name: str, width: int, rows: Iterator[tuple[int | None, Sequence[str | None]]]) -> "list[RecordBatch]":
-    """Return these rows, each a line number and `width` cells, memory-mapped. name: of the file, for messages.
-
-    By pyarrow alone: `datasets`, and pandas with it, would take a second to import.
-    """
+    """Return these rows, each a line number and `width` cells, memory-mapped. name: of the file, for messages."""
     import pyarrow as pa
 
     schema = pa.schema([(LINE, pa.int64()), *((str(number), pa.large_string()) for number in range(width))])
-    with scratch_folder() as folder:
-        table = str(Path(folder) / "rows.arrow")
-        with pa.OSFile(table, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for batch in _batches(rows):
-                lines, cells = zip(*batch, strict=True)
-                try:
-                    texts = [texts_array(values) for values in zip(*cells, strict=True)]
-                except UnicodeEncodeError as error:
-                    raise DataError(
-                        f"{name}, lines {lines[0]} to {lines[-1]}: a text holds {error.object[error.start]!r}, "
-                        "half of a surrogate pair, which is no character. Correct the text or the encoding."
-                    ) from None
-                writer.write_batch(pa.record_batch([numbers_array(lines), *texts], schema=schema))
-        with pa.ipc.open_stream(pa.memory_map(table)) as stream:
-            return list(stream)
+
+    def record_batch(batch: list[tuple[int | None, Sequence[str | None]]]) -> "RecordBatch":
+        lines, cells = zip(*batch, strict=True)
+        try:
+            texts = [texts_array(values) for values in zip(*cells, strict=True)]
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{name}, lines {lines[0]} to {lines[-1]}: a text holds {error.object[error.start]!r}, "
+                "half of a surrogate pair, which is no character. Correct the text or the encoding."
+            ) from None
+        return pa.record_batch([numbers_array(lines), *texts], schema=schema)
+
+    return mapped(schema, map(record_batch, _batches(rows)))
 
 
 def _batches(
@@ -233,15 +249,10 @@ def _batches(
         yield batch
 
 
-def _text_rows(
+def _table_rows(
     source: DataSource, path: Path, kind: FileFormat, file: IO[str]
 ) -> tuple[tuple[str, ...], Iterator[tuple[int, Sequence[str | None]]]]:
     """Return the names of the columns, and each row: the line where it begins, from 1, and its fields."""
-    if kind == "lines":
-        if source.pattern is None:
-            return ("text",), ((number, (line,)) for number, line in _lines(file))
-        pattern = re.compile(source.pattern)
-        return tuple(pattern.groupindex), _matches(pattern, path, file)
     records = _records(source, path, kind, file)
     first = next(records, None)
     if first is None:
@@ -258,12 +269,24 @@ def _text_rows(
     return names, _fields(names, path, first, records)
 
 
-def _lines(file: IO[str], delimiter: str = "") -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, line without its end) of each line that is not blank."""
-    for number, line in enumerate(file, start=1):
-        line = line.removesuffix("\n").removesuffix("\r")
-        if not _is_blank(line, delimiter):
-            yield number, line
+class _Lines:
+    """The lines of a file that are not blank: (line number from 1, line without its end).
+
+    blank: how many there were of the others so far.
+    """
+
+    def __init__(self, file: IO[str], delimiter: str = ""):
+        self._file = file
+        self._delimiter = delimiter
+        self.blank = 0
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        for number, line in enumerate(self._file, start=1):
+            line = line.removesuffix("\n").removesuffix("\r")
+            if _is_blank(line, self._delimiter):
+                self.blank += 1
+            else:
+                yield number, line
 
 
 def _is_blank(line: str, delimiter: str = "") -> bool:
@@ -271,8 +294,8 @@ def _is_blank(line: str, delimiter: str = "") -> bool:
     return not line.strip(" \t\r\n") and (not delimiter or delimiter not in line)
 
 
-def _matches(pattern: re.Pattern[str], path: Path, file: IO[str]) -> Iterator[tuple[int, Sequence[str | None]]]:
-    for row, (number, line) in enumerate(_lines(file)):
+def _matches(pattern: re.Pattern[str], path: Path, lines: _Lines) -> Iterator[tuple[int, Sequence[str | None]]]:
+    for row, (number, line) in enumerate(lines):
         match = pattern.fullmatch(line)
         if match is None:
             raise DataError(
@@ -287,7 +310,7 @@ def _records(source: DataSource, path: Path, kind: FileFormat, file: IO[str]) ->
     delimiter = source.delimiter or ("\t" if kind == "tsv" else ",")
     quoting = source.quoting if source.quoting is not None else kind == "csv"
     if not quoting:
-        for number, line in _lines(file, delimiter):
+        for number, line in _Lines(file, delimiter):
             yield number, line.split(delimiter)
         return
     lines = _Followed(file)
@@ -302,9 +325,22 @@ def _records(source: DataSource, path: Path, kind: FileFormat, file: IO[str]) ->
             number = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{path.name}, line {reader.line_num} is not well-formed {kind}: {error}. "
-            "If quotation marks are ordinary characters there, set quoting: false."
+            f"{path.name}, line {reader.line_num} is not well-formed {kind}: {_slip(error, number)}."
         ) from None
+
+
+def _slip(error: csv.Error, begin: int) -> str:
+    """Return what is wrong with a row that begins in this line, and what to do; by the csv module's words."""
+    ordinary = "If quotation marks are ordinary characters there, set quoting: false"
+    if "new-line character" in str(error):
+        return (
+            "a carriage return (\\r) stands outside of quotation marks. Put the field in quotation marks, or remove it"
+        )
+    if "unexpected end" in str(error):
+        return f"the file ends within quotation marks, of the row that begins in line {begin}. {ordinary}"
+    if "field limit" in str(error):
+        return f"a field has more than {_MAX_FIELD:,} characters; the row begins in line {begin}. {ordinary}"
+    return f"{error}. {ordinary}"
 
 
 class _Followed:
@@ -340,8 +376,3 @@ def _checked(names: tuple[str, ...], path: Path, row: int, number: int, fields: 
             "and the column names."
         )
     return number, fields
-
-
-def _read_encoding(encoding: str) -> str:
-    """Return the encoding to read with: for utf-8 one that takes a byte order mark, too."""
-    return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding

@@ -1,12 +1,16 @@
 """Data sets of the Hugging Face hub, and local folders laid out like one, with errors that say what to do."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from petals_eval.data.files import load_json, scratch_folder, without_progress_bars
-from petals_eval.data.source import DataSource, format_of, local_path
+from petals_eval.data.files import load_json
+from petals_eval.data.scratch import scratch_folder
+from petals_eval.data.source import DataSource, format_of
 from petals_eval.data.tables import Readable, Table
+from petals_eval.environment import local_path
 from petals_eval.errors import DataError, MachineError
 
 if TYPE_CHECKING:
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load_folder", "load_hub"]
 
+_SAVED = ("state.json", "dataset_dict.json")  # in what `save_to_disk` makes of a Dataset and of a DatasetDict
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -36,9 +41,12 @@ def load_hub(source: DataSource) -> Table:
 def load_folder(source: DataSource) -> Readable:
     """Load one split of a local folder of data files, without the cache. Raises DataError as `load_hub` does.
 
-    csv and JSON files are read as they are written, unless the folder declares what their columns mean.
+    csv and JSON files are read as they are written, unless the folder declares what their columns mean. The folder may
+    also be one that `datasets` saved by `save_to_disk`.
     """
     path = local_path(source.path)
+    if any((path / name).is_file() for name in _SAVED):
+        return Table(_load_saved(source, path))
     with scratch_folder() as folder:
         if files := _json_files(source, path, folder):
             try:
@@ -48,12 +56,26 @@ def load_folder(source: DataSource) -> Readable:
         return Table(_load(source, str(path), cache=folder))
 
 
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep the progress bars of `datasets` off the screen inside the block; afterwards they are as they were."""
+    from datasets.utils import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
 def _json_files(source: DataSource, path: Path, cache: str) -> list[Path]:
     """Return the split's files where they are plain JSON and nothing is declared of their columns; otherwise none."""
     import datasets
 
     try:
-        with without_progress_bars():
+        with _without_progress_bars():
             builder = datasets.load_dataset_builder(str(path), source.subset, cache_dir=cache)
     except (OSError, ValueError, RuntimeError):
         return []  # loading it will say what is wrong
@@ -75,7 +97,7 @@ def _load(source: DataSource, path: str, cache: str | None) -> "Dataset":
         return _only_split(source, datasets.load_dataset(path, source.subset, **settings, **reading))
 
     try:
-        with without_progress_bars():
+        with _without_progress_bars():
             loaded = load()
             if loaded.info.builder_name == "csv" and _has_plain_types(loaded):
                 # Their reader takes 00 for a number and NA for nothing. Once the names of the columns are known, it can
@@ -91,6 +113,22 @@ def _load(source: DataSource, path: str, cache: str | None) -> "Dataset":
     except (OSError, ValueError, RuntimeError, datasets.builder.DatasetGenerationError, StopIteration) as error:
         raise DataError(_explain(source, error)) from error
     return loaded
+
+
+def _load_saved(source: DataSource, path: Path) -> "Dataset":
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+        if source.split is None:
+            return _only_split(source, saved)
+        if isinstance(saved, datasets.Dataset):
+            raise DataError(f"the folder {source.path} holds one data set without splits: leave split out.")
+        if source.split not in saved:
+            raise ValueError(f"no such split among [{', '.join(sorted(saved))}]")
+        return saved[source.split]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(_explain(source, error)) from error
 
 
 def _only_split(source: DataSource, loaded: "Dataset | DatasetDict") -> "Dataset":

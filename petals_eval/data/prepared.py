@@ -32,6 +32,7 @@ class PreparedRows(Rows):
         self.name = rows.name
         self.class_names = rows.class_names
         self.truth_words = rows.truth_words
+        self.notes = rows.notes
         self.passed = set()
         self.columns = columns if columns is not None else tuple(self._made(next(iter(rows))).columns)
 

@@ -8,8 +8,9 @@ from functools import cached_property
 from numbers import Integral, Rational, Real
 from typing import TYPE_CHECKING, Any
 
-from petals_eval.data.source import DataSource, is_local, local_path
+from petals_eval.data.source import DataSource, is_local
 from petals_eval.data.tables import Readable, Table, class_names_of
+from petals_eval.environment import local_path
 from petals_eval.errors import DataError
 from petals_eval.text import listed
 from petals_eval.validation import closest, shorten
@@ -47,6 +48,7 @@ class Rows:
     columns: the names of the columns.
     class_names: for each column of class numbers whose source says what the numbers mean, these names in order.
     truth_words: how the source writes false and true.
+    notes: what a person should know of how they were read.
     passed: checks that all of the rows have passed, so that nobody reads them for the same one again.
     """
 
@@ -65,6 +67,7 @@ class Rows:
         self.columns: tuple[str, ...] = table.columns
         self.class_names: Mapping[str, tuple[str, ...]] = table.class_names
         self.truth_words = table.truth_words
+        self.notes = table.notes
         self._table = table
         self._table_fingerprint = fingerprint
         self._positions = positions

@@ -17,12 +17,14 @@ from pydantic import (
     model_validator,
 )
 
+from petals_eval.data.first_bytes import PACKED_SUFFIXES
+from petals_eval.environment import local_path
 from petals_eval.errors import DataError
 from petals_eval.validation import explain
 
-__all__ = ["DataSource", "FileFormat", "FileReading", "format_of", "is_local", "local_path"]
+__all__ = ["DataSource", "FileFormat", "FileReading", "format_of", "is_local"]
 
-FileFormat = Literal["csv", "tsv", "jsonl", "parquet", "lines"]
+FileFormat = Literal["csv", "tsv", "jsonl", "parquet", "arrow", "lines"]
 
 _SUFFIXES: dict[str, FileFormat] = {
     ".csv": "csv",
@@ -33,6 +35,8 @@ _SUFFIXES: dict[str, FileFormat] = {
     ".json": "jsonl",
     ".parquet": "parquet",
     ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
     ".txt": "lines",
 }
 
@@ -97,7 +101,8 @@ class DataSource(FileReading):
 
     path: a hub name (owner/name), a local file, or a local folder laid out like a hub data set.
     subset, split, revision: of a hub data set (or folder). token: for one that is private or gated; never shown.
-    format: how a local file is read; None goes by its suffix: .csv, .tsv, .jsonl (.json), .parquet; all others: lines.
+    format: how a local file is read; None goes by its suffix: .csv, .tsv, .jsonl (.json), .parquet, .arrow; all others:
+        lines. Behind it .gz, .bz2 or .xz may follow. What begins as a parquet or an Arrow file is one.
     The other settings are those of `FileReading` and apply to local files.
     """
 
@@ -118,16 +123,13 @@ class DataSource(FileReading):
 
 
 def format_of(path: str) -> FileFormat:
-    """Return the format that a file's suffix stands for; lines for every suffix that is not known."""
-    return _SUFFIXES.get(Path(path).suffix.lower(), "lines")
+    """Return the format that a file's suffix stands for, that of compression apart; lines for one that is not known."""
+    return _SUFFIXES.get(_suffix(path), "lines")
 
 
-def local_path(path: str | Path) -> Path:
-    """Return where a path is on this machine: `~` is the home folder, `~nobody` without such a user just a name."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
+def _suffix(path: str) -> str:
+    first, last = ("", "", *(each.lower() for each in Path(path).suffixes))[-2:]
+    return first if last in PACKED_SUFFIXES else last
 
 
 def is_local(source: DataSource) -> bool:
@@ -136,6 +138,6 @@ def is_local(source: DataSource) -> bool:
     return (
         path.exists()
         or source.format is not None
-        or path.suffix.lower() in _SUFFIXES
+        or _suffix(source.path) in _SUFFIXES
         or source.path.startswith(("/", "./", "../", "~"))
     )

@@ -30,6 +30,7 @@ class Readable(Protocol):
     columns: tuple[str, ...]
     class_names: Mapping[str, tuple[str, ...]]
     truth_words: tuple[str, str]
+    notes: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
@@ -44,9 +45,11 @@ class Table:
     columns: their names, in the order of the source.
     class_names: for each column of class numbers whose source says what the numbers mean, these names in order.
     truth_words: how the source writes false and true.
+    notes: what a person should know of how it was read.
     """
 
     truth_words: tuple[str, str] = ("False", "True")
+    notes: tuple[str, ...] = ()
 
     def __init__(self, dataset: "Dataset", *, numbers: Sequence[str] = ()):
         """`numbers`: columns for which Arrow has no exact type; their numbers are stored as Python writes them."""
@@ -102,6 +105,7 @@ class FileTable:
 
     class_names: Mapping[str, tuple[str, ...]] = {}
     truth_words: tuple[str, str] = ("False", "True")
+    notes: tuple[str, ...] = ()
 
     def __init__(self, batches: "Sequence[RecordBatch]", columns: Sequence[str]):
         self.columns = tuple(columns)
@@ -113,8 +117,8 @@ class FileTable:
 
     def read(self, rows: range | list[int]) -> Iterator[tuple[Mapping[str, object], int | None]]:
         """Yield each of these ascending rows: its values by column, and the line of the file where it begins."""
-        for chunk in self._chunks(rows):
-            yield from self._rows(chunk)
+        for batch in self._parts(rows):
+            yield from self._rows(batch)
 
     def content_hash(self) -> str:
         """Return a SHA-256 over column names and cells, as they are written."""
@@ -125,12 +129,12 @@ class FileTable:
                 digest.update(json.dumps(cells[0] if len(cells) == 1 else cells).encode() + b"\n")
         return digest.hexdigest()
 
-    def _rows(self, chunk: Mapping[str, list[Any]]) -> Iterator[tuple[Mapping[str, object], int | None]]:
+    def _rows(self, batch: "RecordBatch") -> Iterator[tuple[Mapping[str, object], int | None]]:
         """Yield the rows of a part of a batch, as `read` does."""
         raise NotImplementedError
 
-    def _chunks(self, rows: range | list[int]) -> Iterator[Mapping[str, list[Any]]]:
-        """Yield the cells of these ascending rows by column, those of each batch by themselves."""
+    def _parts(self, rows: range | list[int]) -> "Iterator[RecordBatch]":
+        """Yield these ascending rows, those of each batch by themselves."""
         at = 0
         while at < len(rows):
             number = bisect_right(self._ends, rows[at])
@@ -140,14 +144,15 @@ class FileTable:
                 stop += 1
             inside = [row - begin for row in rows[at:stop]]
             is_run = inside[-1] - inside[0] == len(inside) - 1
-            yield (batch.slice(inside[0], len(inside)) if is_run else batch.take(numbers_array(inside))).to_pydict()
+            yield batch.slice(inside[0], len(inside)) if is_run else batch.take(numbers_array(inside))
             at = stop
 
 
 class TextTable(FileTable):
     """Rows of texts, as csv, tsv and plain lines are."""
 
-    def _rows(self, chunk: Mapping[str, list[Any]]) -> Iterator[tuple[Mapping[str, object], int | None]]:
+    def _rows(self, batch: "RecordBatch") -> Iterator[tuple[Mapping[str, object], int | None]]:
+        chunk = batch.to_pydict()
         values = [chunk[str(number)] for number in range(len(self.columns))]
         for line, *cells in zip(chunk[LINE], *values, strict=True):
             yield dict(zip(self.columns, cells, strict=True)), line
@@ -161,7 +166,8 @@ class JsonTable(FileTable):
 
     truth_words = ("false", "true")
 
-    def _rows(self, chunk: Mapping[str, list[Any]]) -> Iterator[tuple[Mapping[str, object], int | None]]:
+    def _rows(self, batch: "RecordBatch") -> Iterator[tuple[Mapping[str, object], int | None]]:
+        chunk = batch.to_pydict()
         for line, text in zip(chunk[LINE], chunk[_OBJECT], strict=True):
             value = value_of(text)
             if len(value) < len(self.columns):

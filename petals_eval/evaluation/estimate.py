@@ -1,14 +1,17 @@
 """Before a run: can this swarm do it, and how long will it take? From the records alone, in one line."""
 
+import sys
 from collections.abc import Iterator, Mapping
 
 from petals_eval.evaluation.prepare import Prepared
 from petals_eval.swarm.wire.records import Snapshot
 from petals_eval.swarm.wire.span import spans_text
 from petals_eval.tasks.requests import Request
-from petals_eval.text import plural
+from petals_eval.text import number_text, plural
 
 __all__ = ["estimate_generation", "estimate_run", "expected_new_tokens", "expected_positions"]
+
+_CENTURY = 100 * 365.25 * 86_400  # seconds
 
 
 def expected_positions(prepared: Prepared) -> int:
@@ -55,8 +58,8 @@ most 8 min, the way there and back not counted'
         return f"{line}; how fast the servers are at that, they do not say"
     seconds = sum(1 / rate for rate in fastest)
     return (
-        f"{line}; at the {1000 * seconds:,.0f} ms a token that servers claim, one text after the other takes at most "
-        f"{_duration(new_tokens * seconds)}, the way there and back not counted"
+        f"{line}; at the {_claimed(1000 * seconds)} ms a token that servers claim, one text after the other takes "
+        f"at most {_duration(new_tokens * seconds)}, the way there and back not counted"
     )
 
 
@@ -96,15 +99,21 @@ about 3 min'
     if rate <= 0:
         return f"swarm: {servers} ({thinnest}); how fast they are, they do not say"
     source = "seen" if set(snapshot.servers) <= set(seen) else "they claim"
-    time = _duration(positions / rate)
-    return f"swarm: {servers} ({thinnest}); at the {rate:,.0f} tok/s {source} {positions:,} positions take about {time}"
+    work = f"{positions:,} positions take about {_duration(positions / rate)}"
+    return f"swarm: {servers} ({thinnest}); at the {_claimed(rate)} tok/s {source} {work}"
+
+
+def _claimed(number: float) -> str:
+    return number_text(min(number, sys.float_info.max), 0)
 
 
 def _duration(seconds: float) -> str:
     """
-    >>> _duration(0.4), _duration(90), _duration(7000), _duration(200_000)
-    ('1 s', '90 s', '117 min', '56 h')
+    >>> _duration(0.4), _duration(90), _duration(7000), _duration(200_000), _duration(float("inf"))
+    ('1 s', '90 s', '117 min', '56 h', 'more than a century')
     """
+    if seconds > _CENTURY:  # servers may claim any speed
+        return "more than a century"
     if seconds < 100:
         return f"{max(1, round(seconds))} s"
     if seconds < 7200:

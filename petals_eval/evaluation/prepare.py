@@ -263,7 +263,12 @@ def prepare(
         tokens_per_micro_batch=tokens_per_micro_batch,
         out=None if out is None else Path(out),
         is_kept=is_kept,
-        notes=(*found.notes, *_no_answers(asked, rows), *_two_openings(first_examples, side.local.tokenizer)),
+        notes=(
+            *rows.notes,
+            *found.notes,
+            *_no_answers(asked, rows),
+            *_two_openings(first_examples, side.local.tokenizer),
+        ),
         is_finished=is_finished,
     )
 

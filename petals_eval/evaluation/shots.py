@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from petals_eval.config import PromptSettings
 from petals_eval.data import DataSource, Row, Rows, is_local, load_rows, rows_of, sample
 from petals_eval.data.sampling import sampled_positions
-from petals_eval.data.source import local_path
+from petals_eval.environment import local_path
 from petals_eval.errors import ConfigError, DataError
 from petals_eval.tasks import Task, resolve_source
 from petals_eval.tasks.prompted import Prompting

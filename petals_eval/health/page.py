@@ -21,7 +21,7 @@ from petals_eval.health.terminal import (
     seconds_text,
 )
 from petals_eval.swarm.peers.peer_text import short_peer
-from petals_eval.text import plural, printable
+from petals_eval.text import number_text, plural, printable
 
 __all__ = ["page"]
 
@@ -113,6 +113,7 @@ _ENVIRONMENT.globals.update(
     ping_rows=_ping_rows,
     max_pinging=_MAX_PINGING,
     ping_text=ping_text,
+    number_text=number_text,
     short_peer=short_peer,
 )
 _TEMPLATE = _ENVIRONMENT.get_template("page.html")

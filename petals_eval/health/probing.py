@@ -27,7 +27,7 @@ from petals_eval.swarm.trust.determinism_guard import ask_twice
 from petals_eval.swarm.wire.records import ServerState, SpanServer
 from petals_eval.swarm.wire.server_info import ServerInfo, dtype_name, other_layout
 from petals_eval.swarm.wire.span import Span
-from petals_eval.text import printable
+from petals_eval.text import number_text, printable
 
 __all__ = ["Network", "ProbePolicy", "Prober", "ServerProbe"]
 
@@ -228,8 +228,9 @@ class Prober:
                 probe.add_finding(finding("stale-record", text))
         period = self._settings.announce_period
         if claim.remaining < ProbePolicy.min_remaining * period:
-            text = f"last announced {record_age(claim.remaining, period) or 0:.0f} s ago, every {period:.0f} s is "
-            probe.add_finding(finding("stale-record", f"{text}usual; it ends in {claim.remaining:.0f} s"))
+            age = number_text(record_age(claim.remaining, period) or 0, 0)
+            text = f"last announced {age} s ago, every {period:.0f} s is usual; it ends in {claim.remaining:.0f} s"
+            probe.add_finding(finding("stale-record", text))
         wanted = self._settings.active_adapter
         if wanted is not None and wanted not in record.adapters:
             probe.add_finding(finding("adapter-not-announced", f"does not announce adapter {wanted}"))

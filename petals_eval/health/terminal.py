@@ -10,7 +10,7 @@ from petals_eval.health.results import Finding, HealthReport, ModelHealth, Serve
 from petals_eval.health.settings import Level
 from petals_eval.swarm.peers.peer_text import short_peer
 from petals_eval.swarm.wire.span import Span, joined, spans_text
-from petals_eval.text import plural, printable
+from petals_eval.text import number_text, plural, printable
 
 __all__ = [
     "bootstrap_text",
@@ -97,8 +97,8 @@ def route_text(model: ModelHealth) -> str:
 def seconds_text(seconds: float | None) -> str:
     """Return a time for a person to read.
 
-    >>> [seconds_text(each) for each in (None, 0.0123, 2.5, 20, 660, 18_000, 172_800)]
-    ['-', '12 ms', '2.5 s', '20 s', '11 min', '5 h', '2 days']
+    >>> [seconds_text(each) for each in (None, 0.0123, 2.5, 20, 660, 18_000, 172_800, 1.7e308)]
+    ['-', '12 ms', '2.5 s', '20 s', '11 min', '5 h', '2 days', '2e+303 days']
     """
     if seconds is None:
         return "-"
@@ -108,7 +108,7 @@ def seconds_text(seconds: float | None) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.0f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} days"
+    return f"{seconds / 3600:.0f} h" if seconds < 172_800 else f"{number_text(seconds / 86_400, 0)} days"
 
 
 def comparison_text(model: ModelHealth) -> str:
@@ -206,10 +206,10 @@ def _row(server: ServerHealth) -> tuple[str, ...]:
         printable(server.version_seen or server.version or "?", longest=16),
         printable(dtype if quant in (None, "none") else f"{dtype} {quant}", longest=20),
         seconds_text(server.round_trip),
-        f"{server.throughput:,.0f} tok/s",
+        f"{number_text(server.throughput, 0)} tok/s",
         "-" if server.tokens_per_second is None else f"{server.tokens_per_second:,.0f} tok/s",
         "-" if server.cache_tokens_left is None else f"{server.cache_tokens_left:,}",
-        "-" if server.record_age is None else f"{max(0.0, server.record_age):.0f} s ago",
+        "-" if server.record_age is None else f"{number_text(max(0.0, server.record_age), 0)} s ago",
     )
 
 

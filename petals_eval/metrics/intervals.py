@@ -11,26 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["RESAMPLES", "Tallies", "affordable", "percentile_interval", "row_weights", "student_quantile", "wilson"]
+__all__ = ["RESAMPLES", "Tallies", "affordable", "percentile_interval", "row_weights", "wilson"]
 
 RESAMPLES = 1000
 MIN_RESAMPLES = 100
 MAX_DRAWS = 100_000_000
 Z95 = 1.959963984540054  # the 0.975 quantile of the normal distribution
-
-_STUDENT_OF_FEW = (
-    *(12.7062047362, 4.3026527297, 3.1824463053, 2.7764451052, 2.5705818356, 2.4469118511, 2.3646242516, 2.3060041352),
-    *(2.2621571628, 2.2281388520, 2.2009851601, 2.1788128297, 2.1603686565, 2.1447866879, 2.1314495456, 2.1199052992),
-    *(2.1098155778, 2.1009220402, 2.0930240544, 2.0859634473),
-)
-"""Student's quantiles from 1 degree of freedom on."""
-_STUDENT_SERIES = (
-    Z95,
-    (Z95**3 + Z95) / 4,
-    (5 * Z95**5 + 16 * Z95**3 + 3 * Z95) / 96,
-    (3 * Z95**7 + 19 * Z95**5 + 17 * Z95**3 - 15 * Z95) / 384,
-    (79 * Z95**9 + 776 * Z95**7 + 1482 * Z95**5 - 1920 * Z95**3 - 945 * Z95) / 92160,
-)
 
 Floats = NDArray[np.float64]
 
@@ -52,21 +38,6 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     low = 0.0 if right == 0 else centre - half
     high = 1.0 if right == total else centre + half
     return low, high
-
-
-def student_quantile(degrees: ArrayLike) -> Floats:
-    """Return the 0.975 quantiles of Student's t for degrees of freedom from 1 on, whole numbers, to 3e-7.
-
-    From 21 degrees on by the series in 1 / degrees of Abramowitz and Stegun (1964), 26.7.5. It is here because the
-    import of scipy.stats takes as long as a small run.
-
-    >>> [round(float(each), 4) for each in student_quantile([1, 20, 21, 100])]
-    [12.7062, 2.086, 2.0796, 1.984]
-    """
-    found = np.asarray(degrees, dtype=np.float64)
-    series = np.polynomial.polynomial.polyval(1 / found, _STUDENT_SERIES)
-    few = np.minimum(found, len(_STUDENT_OF_FEW)).astype(np.int64) - 1
-    return np.where(found <= len(_STUDENT_OF_FEW), np.array(_STUDENT_OF_FEW)[few], series)
 
 
 def affordable(work_per_resample: int) -> int:

@@ -5,6 +5,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from petals_eval.environment import local_path
 from petals_eval.errors import AdapterError
 from petals_eval.model.adapter import Adapter, AdapterReader
 from petals_eval.model.arithmetic import isolated_arithmetic
@@ -56,7 +57,7 @@ def load_adapter(
     or misshapen tensors, tensors that would be left out though they matter, values that are not finite, pickles that
     would run code.
     """
-    path = Path(path_or_hub).expanduser()
+    path = local_path(path_or_hub)
     if _is_petals_file(path):
         reader = AdapterReader(path, open_tensors(path, AdapterError), family, config, checkpoint)
         return _read(reader, path.name, task)
@@ -82,7 +83,7 @@ def named_adapters(given: Sequence[str | tuple[str, str]]) -> list[tuple[str, st
 
 def _parts(place: str) -> tuple[str, ...]:
     """Return the parts of the path that an adapter lies at; a hub name is one part."""
-    path = Path(place).expanduser()
+    path = local_path(place)
     if _is_petals_file(path):
         return path.absolute().parts
     source = _source(place)
@@ -113,7 +114,7 @@ def _is_petals_file(path: Path) -> bool:
 
 
 def _source(place: str | Path, **options: Any) -> Source:
-    path = Path(place).expanduser()
+    path = local_path(place)
     return Folder(path.parent, AdapterError) if path.is_file() else open_source(place, error=AdapterError, **options)
 
 

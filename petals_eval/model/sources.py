@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from petals_eval.environment import local_path
 from petals_eval.errors import CallerError
 from petals_eval.validation import closest
 
@@ -112,7 +113,7 @@ class HubRepository:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if not _hub_answers():
             reason = "it cannot be reached, and the cache of an earlier download does not have it"
-        here = Path(self.name).expanduser()
+        here = local_path(self.name)
         beside = [str(each) for each in here.parent.iterdir()] if here.parent.is_dir() else []
         return self.error(
             f"cannot get {what} of {self} from the hub: {reason}\n"
@@ -154,7 +155,7 @@ def open_source(
 
     Raises `error` if it is neither.
     """
-    place, path = str(place), Path(place).expanduser()
+    place, path = str(place), local_path(place)
     if path.is_dir():
         return Folder(path, error)
     if not _HUB_NAME.fullmatch(place):

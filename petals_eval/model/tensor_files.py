@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from petals_eval.data.first_bytes import what_it_is
+from petals_eval.data.first_bytes import PICKLED, what_it_is
 from petals_eval.errors import CallerError
 from petals_eval.model.sources import Source
 from petals_eval.text import listed, printable
@@ -137,7 +137,8 @@ class _Sharded:
 def open_tensors(path: Path, error: type[CallerError]) -> Tensors:
     """Open one file: `.safetensors`, or else a pickled one. Raises `error` if it cannot be read or would run code."""
     try:
-        meaning = what_it_is(path, b"PK\x03\x04")  # torch's own files are zip archives
+        with path.open("rb") as file:
+            meaning = what_it_is(file, b"PK\x03\x04", *PICKLED)  # torch's own files are zip archives, and older pickles
     except OSError as problem:
         raise _unreadable(path, problem, error) from problem
     if meaning is not None:

@@ -157,7 +157,7 @@ def blame_sqlite(path: Path) -> Iterator[None]:
             raise RunFolderError(
                 f"Expected a journal at {path}; found: {error}. Choose another folder with --out."
             ) from error
-        for start, what_to_do in _WHAT_TO_DO.items():
-            if code.startswith(start):
-                raise MachineError(f"Expected to use the journal {path}; found: {error}. {what_to_do}") from error
-        raise
+        known = max((start for start in _WHAT_TO_DO if code.startswith(start)), key=len, default=None)
+        if known is None:
+            raise
+        raise MachineError(f"Expected to use the journal {path}; found: {error}. {_WHAT_TO_DO[known]}") from error

@@ -15,7 +15,7 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import MissingBlocksError, SwarmError, SwarmUnreachableError
 from petals_eval.swarm.directory.announced import announced_elsewhere, not_announced
-from petals_eval.swarm.directory.dht import DhtSource
+from petals_eval.swarm.directory.dht import DhtSource, join_dht
 from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.event_loop import EventLoop
 from petals_eval.swarm.peers.peer import PeerBook
@@ -83,7 +83,7 @@ class SwarmConnection:
                     host_maddrs=None,
                     startup_timeout=self.settings.startup_timeout,
                 )
-                self._dht = await DHTNode.create(p2p=self._p2p, initial_peers=peers, client_mode=True, num_workers=32)
+                self._dht = await join_dht(self._p2p, peers)
         except ClockError as error:
             raise SwarmUnreachableError(
                 f"the swarm's clock and this machine's differ by more than 3 s, so its DHT refuses us: {error}\n"

@@ -7,8 +7,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from petals_eval.data.source import DataSource, FileReading, format_of, is_local, local_path
+from petals_eval.data.source import DataSource, FileReading, format_of, is_local
 from petals_eval.data.yaml_text import read_yaml, resolve_nulls
+from petals_eval.environment import local_path
 from petals_eval.errors import ConfigError, TaskError
 from petals_eval.tasks.base import Task
 from petals_eval.tasks.choice import ChoiceTask

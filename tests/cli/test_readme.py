@@ -214,7 +214,8 @@ def test_the_demo_prints_what_the_readme_shows_and_shows_what_prompts_are_worth(
     printed = steady(outcome.err + outcome.out).splitlines()
     assert [line for line in map(steady, demo.shown) if line not in printed] == []
 
-    folder = Path(outcome.out.splitlines()[-1].removeprefix("run folder: "))
+    folder = Path(outcome.out.splitlines()[-2].removeprefix("run folder: "))
+    assert outcome.out.splitlines()[-1] == f"report: {folder / 'report.html'}"
     found = json.loads((folder / "metrics.json").read_text())
     expected = json.loads(demo_paths().expected.read_text())
     assert found["metrics"]["accuracy"]["value"] == expected["accuracy"]

@@ -1,7 +1,12 @@
 """Local files: every row survives, memory and disk stay clean, and errors name the row."""
 
 import bz2
+import csv
+import gzip
 import lzma
+import os
+import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -99,14 +104,6 @@ def test_jsonl_and_json_keep_their_types(tmp_path):
 def test_real_jsonl(realdata):
     rows = load(str(realdata / "copa" / "dev.jsonl"))
     assert "premise" in rows.columns and len(rows) == len(values(rows)) == 50
-
-
-def test_parquet(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"text": ["a", "b"], "label": [True, False]}), tmp_path / "a.parquet")
-    assert values(load(str(tmp_path / "a.parquet"))) == [{"text": "a", "label": True}, {"text": "b", "label": False}]
 
 
 def test_lines_without_a_pattern_are_one_column(tmp_path):
@@ -218,22 +215,10 @@ def test_a_broken_json_line_is_named(tmp_path):
     assert "line 2 is not JSON" in message and "'not json'" in message
 
 
-def test_a_file_that_is_no_parquet(tmp_path):
-    assert "expected a parquet file" in fails(write(tmp_path, "a.parquet", "no parquet at all, but long enough"))
-
-
 def test_datasets_prints_nothing_of_what_it_cannot_read(tmp_path, capfd):
     fails(write(tmp_path, "a.parquet", "no parquet at all, but long enough"))
     fails(write(tmp_path, "a.jsonl", "no json"))
     assert capfd.readouterr() == ("", "")
-
-
-def test_parquet_without_rows(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
-    assert "a.parquet is empty: expected at least one row" in fails(str(tmp_path / "a.parquet"))
 
 
 def test_long_texts_make_small_batches(tmp_path, monkeypatch):
@@ -278,7 +263,7 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path):
             {"encoding": "latin-99"},
             "encoding: should be an encoding that Python knows, such as utf-8 or latin-1, found",
         ),
-        ({"format": "xml"}, "format: should be 'csv', 'tsv', 'jsonl', 'parquet' or 'lines', found 'xml'"),
+        ({"format": "xml"}, "format: should be 'csv', 'tsv', 'jsonl', 'parquet', 'arrow' or 'lines', found 'xml'"),
         ({"delimiter": "::"}, "delimiter: "),
         ({"column_names": ["a", "a"]}, "column_names: should be at least one name, each only once"),
     ],
@@ -306,13 +291,18 @@ def test_a_token_is_never_shown():
         ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n", "git lfs pull"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n", "git lfs pull"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n", "git lfs pull"),
-        ("a.csv.bz2", bz2.compress(b"text\na\n"), "compressed with bzip2"),
-        ("a.csv.xz", lzma.compress(b"text\na\n"), "compressed with xz"),
         ("a.csv.zst", b"\x28\xb5\x2f\xfd\x00", "compressed with zstd"),
+        ("a.csv.lz4", b"\x04\x22\x4d\x18\x00", "compressed with lz4"),
         ("a.xlsx", b"PK\x03\x04\x14\x00", "an Excel workbook"),
-        ("a.arrow", b"ARROW1\x00\x00", "an Arrow file: save it as parquet"),
-        ("a.txt", b"PAR1\x15\x04", "a parquet file: give it the suffix .parquet"),
         ("a.parquet", b"PK\x03\x04\x14\x00", "an Excel workbook"),
+        ("a.csv.gz", gzip.compress(b"PK\x03\x04\x14\x00"), "an Excel workbook"),
+        ("a.parquet.gz", gzip.compress(b"PAR1"), "compressed with gzip: unpack it first"),
+        ("a.arrow.xz", lzma.compress(b"ARROW1"), "compressed with xz: unpack it first"),
+        ("a.pkl", pickle.dumps(["a"], protocol=5), "a pickle of Python"),
+        ("a.h5", b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        ("a.feather", b"FEA1\x00", "a file of the first version of Feather"),
+        ("a.tar", b"a.csv".ljust(257, b"\0") + b"ustar\x0000", "a tar archive"),
+        ("a.csv.gz", gzip.compress(b"a.csv".ljust(257, b"\0") + b"ustar\x0000"), "a tar archive"),
     ],
 )
 def test_a_file_that_is_no_text_is_refused_by_its_true_name(tmp_path, name, content, says):
@@ -321,9 +311,89 @@ def test_a_file_that_is_no_text_is_refused_by_its_true_name(tmp_path, name, cont
     assert says in message and "encoding" not in message
 
 
-def test_another_suffix_of_parquet(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+PACKED = [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
 
-    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.pq")
-    assert [row.columns for row in load(str(tmp_path / "a.pq"))] == [{"text": "a"}]
+
+@pytest.mark.parametrize(("suffix", "pack"), PACKED)
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.txt", "b[1]::c.JSON"])
+def test_a_compressed_file_is_what_was_compressed(tmp_path, suffix, pack, name):
+    content = b'{"text": "a"}\n{"text": "b"}\n' if "JSON" in name.upper() else b"text\na\n\nb\n"
+    plain, packed = load(write(tmp_path, name, content)), load(write(tmp_path, f"{name}.{suffix}", pack(content)))
+    assert [(row.line, row.columns) for row in packed] == [(row.line, row.columns) for row in plain]
+    assert packed.fingerprint == plain.fingerprint
+    # Of another name and compressed all the same.
+    assert values(load(write(tmp_path, name, pack(content)))) == values(plain)
+
+
+@pytest.mark.parametrize(("suffix", "pack"), PACKED)
+def test_half_of_a_compressed_file(tmp_path, suffix, pack):
+    whole = pack("".join(f"text {number}\n" for number in range(9000)).encode())
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 0xFF
+    for content in (whole[: len(whole) // 2], whole[:12], bytes(damaged)):
+        message = fails(write(tmp_path, f"a.csv.{suffix}", content))
+        assert f"a.csv.{suffix} cannot be unpacked" in message and "Is it complete?" in message
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "latin-1"])
+def test_lines_of_an_old_mac(tmp_path, name, encoding):
+    path = write(tmp_path, name, "text\rcaf\xe9\r\r b\r".encode(encoding))
+    rows = list(load(path, encoding=encoding, format="csv" if name == "a.txt" else None))
+    assert [(row.line, row.columns["text"]) for row in rows] == [(2, "caf\xe9"), (4, " b")]
+    if name == "a.txt":
+        assert [row.columns["text"] for row in load(path, encoding=encoding)] == ["text", "caf\xe9", " b"]
+
+
+def test_a_carriage_return_within_a_line_is_named(tmp_path):
+    message = fails(write(tmp_path, "a.csv", "text,label\na,1\nb\rc,0\n"))
+    assert "line 3 is not well-formed csv: a carriage return (\\r) stands outside of quotation marks" in message
+    assert values(load(write(tmp_path, "a.csv", 'text,label\n"b\rc",0\n'))) == [{"text": "b\rc", "label": "0"}]
+    # The first line end may come late.
+    late = load(write(tmp_path, "a.csv", '"' + "x\r" * 800_000 + '"\na\n'))
+    assert [row.columns for row in late] == [{"x\r" * 800_000: "a"}]
+
+
+def test_a_field_of_any_length_is_a_field_and_the_programs_own_limit_stays(tmp_path, monkeypatch):
+    before = csv.field_size_limit()
+    for name, huge in (("a.csv", "x" * 1_000_000), ("a.csv", '"' + "y\n" * 300_000 + '"'), ("a.tsv", "z" * 1_000_000)):
+        [row] = load(write(tmp_path, name, f"text\n{huge}\n"))
+        assert row.columns["text"] == huge.strip('"')
+    assert csv.field_size_limit() == before
+    from petals_eval.data import files
+
+    monkeypatch.setattr(files, "_MAX_FIELD", 100)
+    message = fails(write(tmp_path, "a.csv", 'text\na\n"' + "b\n" * 99))
+    assert "a field has more than 100 characters; the row begins in line 3. If quotation marks" in message
+    assert csv.field_size_limit() == before
+
+
+def test_an_open_quotation_mark_is_said_with_the_line_of_its_row(tmp_path):
+    message = fails(write(tmp_path, "a.csv", 'text\na\n"b\nc\nd\n'))
+    assert "the file ends within quotation marks, of the row that begins in line 3" in message
+
+
+def test_files_can_be_read_by_several_threads(tmp_path):
+    found = []
+    path = write(tmp_path, "a.csv", "text\n" + "x" * 500_000 + "\n")
+    threads = [threading.Thread(target=lambda: found.append(len(load(path)))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [1] * 4
+
+
+def test_blank_lines_of_plain_text_are_left_out_and_counted(tmp_path):
+    rows = load(write(tmp_path, "a.txt", "one\n\n \t\ntwo\n\n"))
+    assert values(rows) == [{"text": "one"}, {"text": "two"}]
+    assert rows.notes == ("a.txt: 3 blank lines left out: a blank line is no row",)
+    assert load(write(tmp_path, "a", "1 a\n\n"), pattern=TREC).notes == (
+        "a: 1 blank line left out: a blank line is no row",
+    )
+    assert load(write(tmp_path, "a.txt", "one\n")).notes == ()
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a pipe or a device, and the rows are read more than once" in fails(str(tmp_path / "pipe"))

@@ -38,6 +38,7 @@ def tasks(realdata, tmp_path):
 
 
 # All of them are tried on what stays at home (tests/model/test_arithmetic.py): here those that reach farther.
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("wire", "names"),
     (

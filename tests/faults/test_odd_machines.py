@@ -29,6 +29,7 @@ GIVEN = (
     *("--model", "model", "--adapter", "prompts", "--task", "task.yaml", "--data", "data.jsonl"),
     *("--local-swarm", "1"),
 )
+PLACES = ("--model", "--adapter", "--task", "--data")
 VERSION, RESULT, ROUTE = r"petals-eval \d", r"run folder: ", r"nothing was sent"
 
 
@@ -124,6 +125,13 @@ MISTAKES = [
     Pair("run", NO_FOLDER, 4, "was deleted"),
     Pair("run", INTERRUPTED, 130, "interrupted"),
     Pair("run --model float64", PLAIN, 2, "save_pretrained"),
+    *(Pair(f"run {flag} LONG", PLAIN, 2, "File name too long. Check it") for flag in PLACES),
+    *(Pair(f"run {flag} ~nobody/x", PLAIN, 2, "~nobody/x") for flag in PLACES),
+    Pair("run --out LONG", PLAIN, 4, "Expected to use xxx.*File name too long"),
+    Pair("show LONG", PLAIN, 2, "File name too long. Check it"),
+    Pair("swarm LONG", PLAIN, 2, "File name too long. Check it"),
+    Pair("swarm ~nobody/x", PLAIN, 2, "~nobody/x"),
+    Pair("bootstrap --identity model", PLAIN, 2, "'model' cannot be used: Is a directory"),
     Pair("bootstrap --listen /ip4/127.0.0.1/tcp/PORT", PLAIN, 4, "is taken: another program listens there"),
     Pair("bootstrap --listen /ip4/203.0.113.7/tcp/4001", PLAIN, 4, "cannot listen at /ip4/203.0.113.7"),
     Pair("bootstrap", FEW_FILES, 4, "Too many open files|too many open files"),
@@ -179,11 +187,13 @@ def port() -> Iterator[int]:
 
 def _ended(pair: Pair, folder: Path, port: int) -> tuple[int, str, str]:
     """Run the pair; return the exit code, stdout and stderr."""
-    words = pair.command.replace("PORT", str(port)).split()
+    words = pair.command.replace("PORT", str(port)).replace("LONG", "x" * 300).split()
     if words[0] == "run":
         words = ["run", *GIVEN, *(word.replace('""', "") for word in words[1:])]
     command = ["bash", "-c", pair.odd.shell, "odd", sys.executable, "-m", "petals_eval", *words]
-    environment = {**os.environ, **ENVIRONMENT, **pair.odd.variables}
+    temporary = folder / "temporary"
+    temporary.mkdir(exist_ok=True)
+    environment = {**os.environ, **ENVIRONMENT, "TMPDIR": str(temporary), **pair.odd.variables}
     with (folder / "out.txt").open("w+b") as out, (folder / "err.txt").open("w+b") as err:
         process = subprocess.Popen(
             command,
@@ -206,6 +216,8 @@ def _ended(pair: Pair, folder: Path, port: int) -> tuple[int, str, str]:
             stream.seek(0)
             said.append(stream.read().decode("utf-8", "replace"))
     assert alive == [], f"left behind: {[each.cmdline() for each in alive]}"
+    ours = [each for each in temporary.iterdir() if not each.name.startswith("torchinductor_")]  # torch's own cache
+    assert ours == [], "temporary files are left behind"
     return code, said[0], said[1]
 
 

@@ -81,6 +81,8 @@ def test_nothing_is_healthy_without_a_report(cron, tmp_path: Path) -> None:
     cut = json.dumps(clean_report().to_json())[:-1]
     for report, code in ((None, 0), (None, 1), ("usage: petals-eval health\n", 0), (cut, 0), (broken_report(), 0)):
         assert cron(report, code=code) == (70, [])
+    for unreadable in ("no JSON", json.dumps(broken_report().to_json())[:-9]):
+        assert cron(unreadable, code=3) == (70, [])
     named = json.dumps(broken_report().to_json()).replace('"tiny"', '"tiny", "verdict": "healthy"')
     assert cron(named, code=0) == (70, [])
     assert not [path for path in tmp_path.glob("state*") if path.suffix != ".lock"]

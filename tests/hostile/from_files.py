@@ -4,9 +4,12 @@ Files lie in memory where the machine has a folder there. `guarded` watches what
 in a checkpoint, a task or a table may start a process, connect, or write outside of the folder that the input lies in.
 """
 
+import bz2
 import contextlib
+import gzip
 import io
 import json
+import lzma
 import os
 import sys
 import tempfile
@@ -15,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet
 import torch
 from safetensors.torch import save
 
@@ -163,12 +168,19 @@ def _pickled(value: object) -> bytes:
         return next(file.read(name) for name in file.namelist() if name.endswith("data.pkl"))
 
 
-def _parquet() -> bytes:
-    import pyarrow
-    from pyarrow import parquet
+_TABLE = pyarrow.table({"text": ["a", "b"], "label": [0, 1], "kind": pyarrow.array(["x", "y"]).dictionary_encode()})
 
+
+def _parquet() -> bytes:
     written = io.BytesIO()
-    parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": [0, 1]}), written)
+    pyarrow.parquet.write_table(_TABLE, written)
+    return written.getvalue()
+
+
+def _arrow(new: Callable[..., pyarrow.ipc.RecordBatchStreamWriter]) -> bytes:
+    written = io.BytesIO()
+    with new(written, _TABLE.schema) as writer:
+        writer.write_table(_TABLE)
     return written.getvalue()
 
 
@@ -193,6 +205,10 @@ TARGETS: dict[str, Target] = {
         longest=500,
     ),
     "parquet": Target(_table("parquet"), (_parquet(),)),
+    "arrow": Target(_table("arrow"), (_arrow(pyarrow.ipc.new_stream), _arrow(pyarrow.ipc.new_file))),
+    "gzip": Target(_table("csv.gz"), (gzip.compress(b"text,label\na,0\n"),)),
+    "bzip2": Target(_table("csv.bz2"), (bz2.compress(b"text,label\na,0\n"),)),
+    "xz": Target(_table("csv.xz"), (lzma.compress(b"text,label\na,0\n"),)),
 }
 
 __all__ = ["TARGETS", "archive", "guarded"]

@@ -29,6 +29,7 @@ from petals_eval.swarm.wire.codecs import READABLE
 from petals_eval.swarm.wire.msgpack_reader import bound_hivemind
 from petals_eval.swarm.wire.records import Announcement, read_snapshot
 from petals_eval.swarm.wire.server_info import may_roll_back, other_layout, read_info
+from tests.support.fake_dht import found
 from tests.support.rpc_info import info as rpc_info
 
 PEER = "12D3KooWHdduK3xuXojcDqUBywcuLzygJjMv9zAMFptPRwfLsKui"
@@ -160,7 +161,7 @@ class _Stored:
         self._entries = entries
 
     async def get_many(self, keys: object, *_: object, **__: object) -> Mapping[str, Any]:
-        return self._entries
+        return found(self._entries)
 
 
 def frame(data: bytes) -> None:

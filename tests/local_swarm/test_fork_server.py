@@ -23,6 +23,7 @@ def gone(processes, seconds):
     return not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("mode", "number"), [("process", signal.SIGKILL), ("process", signal.SIGINT), ("thread", signal.SIGKILL)]
 )

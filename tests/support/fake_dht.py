@@ -17,15 +17,14 @@ class FakeDHT:
         self.looks = 0
 
     async def get_many(
-        self, uids: Iterable[str], expiration: float, num_workers: int
-    ) -> dict[str, SimpleNamespace | None]:
-        assert expiration == math.inf
+        self, uids: Iterable[str], expiration: float, num_workers: int, return_futures: bool
+    ) -> dict[str, asyncio.Future]:
+        assert expiration == math.inf and return_futures
         self.looks += 1
         answer = self.answers.pop(0) if self.answers else {}
         if answer is None:
-            await asyncio.sleep(60)
-            return {}
-        return {uid: self._entry(answer.get(int(uid.rpartition(".")[2]))) for uid in uids}
+            return {uid: asyncio.get_running_loop().create_future() for uid in uids}
+        return found({uid: self._entry(answer.get(int(uid.rpartition(".")[2]))) for uid in uids})
 
     @staticmethod
     def _entry(records: Mapping[str, tuple[int, float]] | None) -> SimpleNamespace | None:
@@ -45,5 +44,13 @@ class FilledDHT:
     def __init__(self, value: object):
         self.value = value
 
-    async def get_many(self, uids: Iterable[str], expiration: float, num_workers: int) -> dict[str, SimpleNamespace]:
-        return {uid: SimpleNamespace(value=self.value, expiration_time=100) for uid in uids}
+    async def get_many(self, uids: Iterable[str], *_: object, **__: object) -> dict[str, asyncio.Future]:
+        return found({uid: SimpleNamespace(value=self.value, expiration_time=100) for uid in uids})
+
+
+def found(entries: Mapping[str, object]) -> dict[str, asyncio.Future]:
+    """The searches of a DHT node that are over: each found what is given here."""
+    searches = {key: asyncio.get_running_loop().create_future() for key in entries}
+    for key, entry in entries.items():
+        searches[key].set_result(entry)
+    return searches

@@ -2,18 +2,40 @@
 
 import asyncio
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hivemind.dht.node import DHTNode
-from hivemind.p2p import PeerID
+from hivemind.p2p import P2P, PeerID
+from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import get_dht_time
 
 from petals_eval.swarm.wire.records import Announcement
 
-__all__ = ["DhtSource", "look", "read_announcements"]
+__all__ = ["DhtSource", "join_dht", "look", "read_announcements"]
 
 _LOOK_TIMEOUT = 30.0  # seconds that one look at the DHT may take; its own calls wait 3 s each
+
+
+class _Reader(MSGPackSerializer):
+    """hivemind's decoder, for which a value that cannot be decoded is None.
+
+    hivemind decodes inside its search, which never ends for a key where that raises, nor for the keys after it.
+    """
+
+    @classmethod
+    def loads(cls, buf: bytes) -> object:
+        try:
+            return super().loads(buf)
+        except Exception:  # noqa: BLE001  # msgpack and the types in it raise anything for what a stranger stored
+            return None
+
+
+async def join_dht(p2p: P2P, initial_peers: Sequence[str]) -> DHTNode:
+    """Return a node that asks the DHT and keeps nothing of it. Raises as `DHTNode.create` does."""
+    node = await DHTNode.create(p2p=p2p, initial_peers=list(initial_peers), client_mode=True, num_workers=32)
+    node.protocol.serializer = _Reader
+    return node
 
 
 class DhtSource:
@@ -51,14 +73,20 @@ async def read_announcements(dht: DHTNode, blocks: Mapping[str, int]) -> tuple[l
 
 
 async def look(dht: DHTNode, keys: Iterable[str]) -> Mapping[str, Any]:
-    """Return what the DHT holds under each key; nothing when it does not answer."""
+    """Return what the DHT holds under each key, of those that it answers for in `_LOOK_TIMEOUT`."""
     wanted = list(keys)
-    try:
-        async with asyncio.timeout(_LOOK_TIMEOUT):
-            # An expiration of infinity asks for the newest record there is, not the first one found.
-            return await dht.get_many(wanted, math.inf, num_workers=min(32, len(wanted)))
-    except TimeoutError:
+    if not wanted:
         return {}
+    # An expiration of infinity asks for the newest record there is, not the first one found.
+    searches: Mapping[str, asyncio.Future[Any]] = await dht.get_many(
+        wanted, math.inf, num_workers=min(32, len(wanted)), return_futures=True
+    )
+    try:
+        found, _ = await asyncio.wait(searches.values(), timeout=_LOOK_TIMEOUT)
+    finally:
+        for search in searches.values():
+            search.cancel()
+    return {key: search.result() for key, search in searches.items() if search in found and not search.cancelled()}
 
 
 def _is_peer_id(text: object) -> bool:

@@ -20,6 +20,7 @@ from petals_eval.swarm.directory.announced import (
     models_text,
     not_announced,
 )
+from tests.support.fake_dht import found
 from tests.support.real_swarm import connect
 from tests.support.tiny_models import make_tiny
 
@@ -117,10 +118,10 @@ def test_of_two_indexes_the_larger_number_of_blocks_counts():
     """A swarm is not healthy for its smaller half because a stranger says that this is all there is."""
 
     class Indexes:
-        async def get_many(self, keys, expiration, num_workers):
+        async def get_many(self, keys, *_, **__):
             entries = [{"tiny": {"num_blocks": count}, "bad": {"num_blocks": "2"}} for count in (2, 5)]
             held = [{name: SimpleNamespace(value=value) for name, value in each.items()} for each in entries]
-            return {key: SimpleNamespace(value=each) for key, each in zip(keys, held, strict=True)}
+            return found({key: SimpleNamespace(value=each) for key, each in zip(keys, held, strict=True)})
 
     assert asyncio.run(announced_models(Indexes())) == ([AnnouncedModel("tiny", 5, None)], 2)
 

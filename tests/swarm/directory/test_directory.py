@@ -77,11 +77,11 @@ def test_a_look_that_raises_does_not_end_keeping_fresh():
     """hivemind decodes what strangers stored inside its own search; the next look may find better."""
 
     class Raising(FakeDHT):
-        async def get_many(self, uids, expiration, num_workers):
+        async def get_many(self, uids, *rest, **options):
             if self.looks == 0:
                 self.looks += 1
                 raise AttributeError("'bytes' object has no attribute 'items'")
-            return await super().get_many(uids, expiration, num_workers)
+            return await super().get_many(uids, *rest, **options)
 
     async def keep(runtime) -> set[str]:
         dht = Raising({0: {PEERS[0]: (ONLINE, 4e9)}})

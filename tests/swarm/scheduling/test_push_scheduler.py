@@ -163,6 +163,7 @@ def test_a_full_cache_is_no_fault_of_the_server(realdata, ordinary):
             assert close(blocks(small), ordinary(small))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("window", [None, 40])
 def test_pushes_never_take_more_than_half_of_what_a_cache_has(realdata, ordinary, window):
     """Others have sessions, too; also where the number of micro-batches in flight is set by hand."""
@@ -244,6 +245,7 @@ def test_answers_that_are_wrong_are_refused_and_held_against_the_server(realdata
         assert peer.failures == 1 and "not finite" in peer.last_error
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("place", [0, 1, 3])
 def test_training_mode_is_caught_when_pushing(realdata, place):
     """Wherever in the route it stands; the others' answers do not hide it."""

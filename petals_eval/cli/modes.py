@@ -1,0 +1,69 @@
+"""`petals-eval modes`: what eval mode and the absence of gradients change."""
+
+from typing import Any
+
+import typer
+
+from petals_eval.cli.flags import flags_of
+from petals_eval.cli.steps import step
+from petals_eval.cli.streams import json_text
+from petals_eval.errors import ConfigError
+from petals_eval.two_modes.settings import ModesSettings
+
+__all__ = ["HELP", "SHORT", "modes"]
+
+SHORT = "See what training mode would change."
+HELP = """Answer one text several times in training mode and in eval mode: which modules differ, how far the answers do,
+and what gradients cost. Or ask the servers of a swarm the same thing twice: nothing on them calls eval().
+
+\b
+  petals-eval modes --model ./my-classifier
+  petals-eval modes --initial-peers /ip4/... --dht-prefix my-llama
+
+Exit code 1: answers in eval mode differ, or a server runs its blocks in training mode. In Python: petals_eval.modes.
+"""
+
+
+@flags_of(ModesSettings)
+def modes(**flags: Any) -> int:
+    if ("model" in flags) == ("initial_peers" in flags):
+        raise ConfigError("expected either --model, whose blocks run here, or --initial-peers of a swarm")
+    return _of_swarm(flags) if "initial_peers" in flags else _of_model(flags)
+
+
+def _of_model(flags: dict[str, Any]) -> int:
+    with step("reading the model"):
+        settings = ModesSettings(**flags)
+
+        from petals_eval.two_modes.at_home import model_and_input
+        from petals_eval.two_modes.compare import modes as compare_modes
+        from petals_eval.two_modes.terminal import lines_of
+
+        model, inputs = model_and_input(str(settings.model), settings.revision, settings.text)
+    found = compare_modes(model, inputs, answers=settings.answers, seed=settings.seed)
+    if settings.json_output:
+        typer.echo(json_text(found.to_json(), indent=2))
+    else:
+        labels = getattr(model.config, "id2label", None) or {}
+        names = [str(labels.get(number, number)) for number in range(len(labels))]
+        for line in lines_of(found, names if "Classification" in type(model).__name__ else ()):
+            typer.echo(line)
+    return 0 if found.is_deterministic else 1
+
+
+def _of_swarm(flags: dict[str, Any]) -> int:
+    with step("asking each server the same thing twice"):
+        settings = ModesSettings(**flags)
+
+        from petals_eval.health import check_health
+        from petals_eval.health.settings import Level
+        from petals_eval.two_modes.terminal import server_lines
+
+        report = check_health(settings.initial_peers, models=settings.models, level=Level.FORWARD)
+    if settings.json_output:
+        typer.echo(json_text(report.to_json(), indent=2))
+    else:
+        for line in server_lines(report):
+            typer.echo(line)
+    servers = [server for model in report.models for server in model.servers]
+    return int(any(each.name == "nondeterministic" for server in servers for each in server.findings))
