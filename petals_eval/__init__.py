@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from petals_eval.health import HealthReport, check_health
     from petals_eval.local_swarm import LocalSwarm
     from petals_eval.remote_model import RemoteModel
+    from petals_eval.report.model_card import model_card_data
     from petals_eval.runs.analysed_runs import errors_of
     from petals_eval.runs.error_analysis import ErrorAnalysis
     from petals_eval.runs.group_result import GroupResult
@@ -74,6 +75,7 @@ __all__ = [
     "evaluate_batches",
     "load_runs",
     "merge",
+    "model_card_data",
     "modes",
 ]
 
@@ -91,6 +93,7 @@ _HOMES = {
     "GroupResult": "petals_eval.runs.group_result",
     "RunResult": "petals_eval.runs.results",
     "load_runs": "petals_eval.runs.overview",
+    "model_card_data": "petals_eval.report.model_card",
     "evaluate": "petals_eval.evaluation.evaluate",
     "evaluate_batches": "petals_eval.evaluation.batches",
     "merge": "petals_eval.evaluation.merge",

@@ -25,6 +25,7 @@ from petals_eval.validation import SETTINGS, explain
 
 __all__ = [
     "PUBLIC_SWARM",
+    "STRANGERS",
     "CallSettings",
     "ErrorSettings",
     "ModelOnSwarm",
@@ -46,6 +47,9 @@ PUBLIC_SWARM: tuple[str, ...] = (
     "/ip4/159.89.214.152/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
     "/ip4/159.203.156.48/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
 )
+
+STRANGERS = "note: on the public swarm, strangers' machines see the activations of these examples."
+"""What whoever uses it is told first."""
 
 
 class Settings(BaseModel):
@@ -443,6 +447,15 @@ class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, Resu
         heading=OUTPUT,
     )
     save_texts: bool = option(False, "Keep generated texts, in texts.jsonl of the run folder.", heading=OUTPUT)
+    log_to: Names = option(
+        (),
+        "Log the result to wandb, trackio, mlflow or tensorboard, too; PLACE is its project, experiment or folder.",
+        "TRACKER[=PLACE]...",
+        heading=OUTPUT,
+    )
+    no_noise: bool = option(
+        False, "Do not compute rows again at the end to see which predictions rounding may change.", heading=OUTPUT
+    )
     dry_run: bool = option(False, "Show what would be sent, with --json as JSON; send nothing.", heading=OUTPUT)
 
 

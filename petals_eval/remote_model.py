@@ -285,7 +285,7 @@ class RemoteModel:
             deep_prompts = deep_prompts.to(self.local.dtype)  # rounded as the prompts before the first block are
 
         def outgoing() -> Iterator[Work[MicroBatch[R]]]:
-            max_tokens, boundary = tokens_per_micro_batch or self._positions_at_once, self.local.rotary.original_length
+            max_tokens, boundary = tokens_per_micro_batch or self.positions_at_once, self.local.rotary.original_length
             for batch in micro_batches(requests, max_tokens=max_tokens, prefix=prefix, boundary=boundary):
                 self.local.check_length(batch.input_ids.shape[1], prefix)
                 yield Work(batch, self._embed(batch, adapter), deep_prompts)
@@ -303,7 +303,8 @@ class RemoteModel:
 
         return self.blocks.stream(outgoing(), on_tick=on_tick, on_error=split_into_rows)
 
-    def _positions_at_once(self) -> int:
+    def positions_at_once(self) -> int:
+        """Return how many positions (rows x longest, prompts included) are best sent together now."""
         return self.blocks.positions_at_once(self.local.hidden_size, self.local.dtype)
 
     def _embed(self, batch: MicroBatch[R], adapter: "Adapter | None") -> "torch.Tensor":

@@ -11,7 +11,8 @@ what changes, and find the model and the swarm warm:
     swarm           more settings of petals_eval.config.SwarmSettings; other ones are another connection
     what            "rows" -> {"texts": [...], "labels": [...]}, as the model is to read them (the first line), and
                     {"requests": [[[ids, targets], ...], ...], "labels": [...]} for a task of choices, or
-                    "evaluate" -> {"predictions": [...], "probabilities": [[...]], "accuracy", "seconds", "retries"}
+                    "evaluate" -> {"predictions": [...], "probabilities": [[...]], "accuracy", "seconds", "retries"}, or
+                    "lm_eval" -> the same of a task of choices, asked by the backend of lm-evaluation-harness
     profile         a file that cProfile writes, or null
 """
 
@@ -70,6 +71,32 @@ def evaluate(model: RemoteModel, settings: dict) -> dict:
     }
 
 
+def harness(model: RemoteModel, settings: dict) -> dict:
+    """As the harness asks: a text and one of its continuations each, of all rows together."""
+    from lm_eval.api.instance import Instance
+
+    from petals_eval.integrations.lm_eval import LM
+
+    task, rows = load_task(settings["task"]), rows_of(settings)
+    asked = [task.pairs(rows, row, model.local.tokenizer) for row in rows]
+    labels = [example.label for example in task.examples(rows, model.local.tokenizer)]
+    requests = [Instance("loglikelihood", {}, pair, row) for row, pairs in enumerate(asked) for pair in pairs]
+    lm = LM(model)
+    retries = model.blocks.status().retries
+    started = time.perf_counter()
+    found = iter(lm.loglikelihood(requests, disable_tqdm=True))
+    likelihoods = [[next(found)[0] for _ in pairs] for pairs in asked]
+    predictions = [max(range(len(row)), key=row.__getitem__) for row in likelihoods]
+    accuracy = sum(map(int.__eq__, predictions, labels)) / len(labels)
+    return {
+        "seconds": time.perf_counter() - started,
+        "accuracy": accuracy,
+        "retries": model.blocks.status().retries - retries,
+        "predictions": predictions,
+        "probabilities": list(map(softmax, likelihoods)),
+    }
+
+
 def answers(lines: Iterator[str]) -> Iterator[dict]:
     settings: dict = {"swarm": {}, "what": "evaluate"}
     models: dict[str, RemoteModel] = {}
@@ -86,7 +113,8 @@ def answers(lines: Iterator[str]) -> Iterator[dict]:
                     **settings["swarm"],
                 )
                 models[connection] = stack.enter_context(model)
-            yield {"rows": examples, "evaluate": evaluate}[settings["what"]](models[connection], settings)
+            kinds = {"rows": examples, "evaluate": evaluate, "lm_eval": harness}
+            yield kinds[settings["what"]](models[connection], settings)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # What computes numbers or tries the README's commands, and takes as long as it takes: it runs beside the rest, which
 # starts swarms of processes, kills them and measures deadlines, and so has a processor to itself most of the time.
 unhurried=(
-  tests/data tests/evaluation tests/faults tests/generation tests/metrics tests/model tests/remote_model tests/report
+  tests/data tests/evaluation tests/faults tests/generation tests/integrations tests/metrics tests/model tests/remote_model tests/report
   tests/runs tests/tasks tests/cli/test_readme.py tests/interop/test_lm_eval.py tests/interop/test_lm_eval_texts.py
   petals_eval
 )

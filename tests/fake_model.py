@@ -55,7 +55,11 @@ class FakeModel:
             dht_prefix="tiny",
             status=lambda: SwarmStatus(0, ("a",), None),
             settle=lambda on_tick: on_tick(),
+            replaceable=lambda peer_ids: (),
         )
+
+    def positions_at_once(self):
+        return 64
 
     def check_request(self, request, prefix):
         tokens = len(request.input_ids)

@@ -29,6 +29,7 @@ COMMANDS = (
     "health",
     "tasks",
     "bench",
+    "lm-eval",
 )
 
 
@@ -60,12 +61,13 @@ class Commands(TyperGroup):
 
 
 def _command(name: str) -> Any:
-    module = import_module(f"petals_eval.cli.{name}")
+    function = name.replace("-", "_")
+    module = import_module(f"petals_eval.cli.{function}")
     if name == "bench":  # it has commands of its own
         return typer.main.get_command(module.app)
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     register = alone.command(name=name, help=module.HELP, short_help=module.SHORT, cls=GroupedCommand)
-    register(with_verbose(getattr(module, name)))
+    register(with_verbose(getattr(module, function)))
     return typer.main.get_command(alone)
 
 

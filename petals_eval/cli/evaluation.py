@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from petals_eval.remote_model import RemoteModel
     from petals_eval.runs import GroupResult, RunResult
     from petals_eval.runs.thresholds import Threshold
+    from petals_eval.tracking import Tracker
 
 __all__ = ["execute", "show_group", "show_result"]
 
@@ -39,11 +40,13 @@ def execute(read_settings: Callable[[], RunSettings]) -> int:
         from petals_eval.evaluation.prepare import prepare_run
         from petals_eval.report import ProgressDisplay
         from petals_eval.tasks import load_group
+        from petals_eval.tracking import log_results, trackers_of
 
+        trackers = trackers_of(settings.log_to)
         group = load_group(settings.task)
         prepared = prepare_run(settings) if group is None else prepare_group_run(settings, group)
     if isinstance(prepared, PreparedGroup):
-        return _execute_group(settings, prepared)
+        return _execute_group(settings, prepared, trackers)
     if settings.dry_run:
         from petals_eval.cli.dry_run import show_dry_run
 
@@ -61,13 +64,15 @@ def execute(read_settings: Callable[[], RunSettings]) -> int:
             result = evaluate_prepared(prepared, folder, model, progress=progress)
     code = show_result(result, folder.path, prepared.thresholds, settings)
     _write_page(settings, folder.path, of_group=False)
+    log_results(trackers, [(result, folder.manifest)], say=_say)
     return code
 
 
-def _execute_group(settings: RunSettings, prepared: "PreparedGroup") -> int:
+def _execute_group(settings: RunSettings, prepared: "PreparedGroup", trackers: "Sequence[Tracker]") -> int:
     """Do what the settings say for each task of a group."""
     from petals_eval.evaluation.evaluate import evaluate_group, finished_group
     from petals_eval.report import ProgressDisplay
+    from petals_eval.tracking import log_results
 
     if settings.dry_run:
         from petals_eval.cli.dry_run import show_group_dry_run
@@ -90,6 +95,8 @@ def _execute_group(settings: RunSettings, prepared: "PreparedGroup") -> int:
     code = show_group(result, begun.out, thresholds, settings)
     if begun.out is not None:
         _write_page(settings, begun.out, of_group=True)
+    several = zip(result.tasks.values(), (member.manifest for member in begun.members), strict=True)
+    log_results(trackers, list(several), say=_say)
     return code
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from petals_eval.cli.steps import step
-from petals_eval.config import PUBLIC_SWARM, RunSettings
+from petals_eval.config import PUBLIC_SWARM, STRANGERS, RunSettings
 from petals_eval.text import plural
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from petals_eval.remote_model import RemoteModel
 
 __all__ = ["open_model", "peers_of"]
-
-STRANGERS = "note: on the public swarm, strangers' machines see the activations of these examples."
 
 
 @contextlib.contextmanager

@@ -31,12 +31,23 @@ def show(
     latex: Annotated[bool, typer.Option("--latex", help="Print a LaTeX tabular (booktabs).")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print a csv.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    model_card: Annotated[
+        bool, typer.Option("--model-card", help="Print the metadata of a model card with the hub's model-index.")
+    ] = False,
     **flags: Any,
 ) -> int:
     typer.echo(f"reading {', '.join(str(folder) for folder in folders)}", err=True)
-    chosen = [name for name, given in (("latex", latex), ("csv", csv), ("markdown", markdown)) if given]
+    forms = (("latex", latex), ("csv", csv), ("markdown", markdown), ("model-card", model_card))
+    chosen = [name for name, given in forms if given]
     if len(chosen) > 1 or (chosen and flags):
-        raise ConfigError(f"expected --{chosen[0]} alone: it prints the table and nothing else")
+        raise ConfigError(f"expected --{chosen[0]} alone: it prints one thing and nothing else")
+    if model_card:
+        from petals_eval.report.model_card import model_card_data
+
+        if len(folders) > 1:
+            raise ConfigError("--model-card: expected one run folder, found several")
+        typer.echo(f"---\n{model_card_data(folders[0])}\n---")
+        return 0
     if not chosen and len(folders) > 1 and flags:
         raise ConfigError("expected one run folder beside these flags; several are shown as a table")
     if chosen or len(folders) > 1:

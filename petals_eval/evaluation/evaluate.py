@@ -1,7 +1,8 @@
 """The evaluation: from rows to a result, tied together."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 from petals_eval.config import Place, Positive, PromptSettings, Settings
 from petals_eval.errors import CallerError, ConfigError, InterruptedRunError, MachineError, PetalsEvalError
 from petals_eval.evaluation.groups import PreparedGroup, prepare_group
+from petals_eval.evaluation.noise import note_noise
 from petals_eval.evaluation.prepare import Data, Prepared, prepare
 from petals_eval.evaluation.scoring import Progress, Scoring
 from petals_eval.evaluation.wire_error import note_sample
@@ -18,6 +20,7 @@ from petals_eval.runs.group_result import GroupResult
 from petals_eval.runs.results import RunResult, run_result
 from petals_eval.runs.row_texts import RowSource
 from petals_eval.tasks import Task, TaskGroup, load_group
+from petals_eval.tracking import log_results, trackers_of
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +38,9 @@ __all__ = [
     "finished_result",
     "is_remote_model",
 ]
+
+
+_log = logging.getLogger("petals_eval")
 
 
 class _Options(TypedDict, total=False):
@@ -56,6 +62,9 @@ class _Options(TypedDict, total=False):
     bos: Literal["auto", "always", "never"] | None
     allow_task_code: bool
     save_texts: bool
+    no_noise: bool
+    log_to: str | Sequence[str] | None
+    log_step: int | None
     out: str | Path | None
     tokens_per_micro_batch: int | None
     tokenizer: Any
@@ -99,6 +108,9 @@ def evaluate(
     out: str | Path | None = None,
     tokens_per_micro_batch: int | None = None,
     save_texts: bool = False,
+    no_noise: bool = False,
+    log_to: str | Sequence[str] | None = None,
+    log_step: int | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> RunResult | GroupResult:
@@ -123,6 +135,10 @@ def evaluate(
     allow_task_code: let the task's own function prepare rows where it did not come with this package.
     out: the run folder; an unfinished run of the same settings in it goes on. None: nothing is kept.
     save_texts: keep generated texts, in texts.jsonl of the run folder and in the result's predictions.
+    no_noise: do not compute rows again at the end to see which predictions rounding may change (`AdapterResult.noise`).
+    log_to, log_step: log the result to "wandb", "trackio", "mlflow" or "tensorboard" as well, with "=PLACE" to a
+        project, experiment or folder there, at this step of a training (`petals_eval.tracking`). One that fails is told
+        of in a line.
     tokenizer: for a Petals model; None: the one that lies with the model its config names.
 
     The model is in the mode it was in before when this returns or raises; nothing here computes a gradient.
@@ -143,9 +159,12 @@ def evaluate(
         "out": out,
         "tokens_per_micro_batch": tokens_per_micro_batch,
         "save_texts": save_texts,
+        "no_noise": no_noise,
+        "log_step": log_step,
     }
     _Values(**values)
     check_progress(progress)
+    trackers = trackers_of(log_to)
     if is_remote and tokenizer is not None:
         raise ConfigError("a RemoteModel has a tokenizer of its own: leave tokenizer= out")
     with contextlib.ExitStack() as stack:
@@ -189,14 +208,20 @@ def evaluate(
             "is_kept": out is not None,
             "tokens_per_micro_batch": tokens_per_micro_batch,
             "save_texts": save_texts,
+            "no_noise": no_noise,
         }
         group = load_group(task)
         if group is not None:
             members = prepare_group(open_side, group, **options).in_folder()
-            return evaluate_group(members, connected(members.side), progress=progress, keep_predictions=True)
+            found = evaluate_group(members, connected(members.side), progress=progress, keep_predictions=True)
+            several = zip(found.tasks.values(), (member.manifest for member in members.members), strict=True)
+            log_results(trackers, list(several), step=log_step, say=_log.warning)
+            return found
         prepared = prepare(open_side, task=task, **options)  # type: ignore[arg-type]
         folder = stack.enter_context(prepared.open_folder())
-        return evaluate_prepared(prepared, folder, connected(prepared.side), progress=progress, keep_predictions=True)
+        result = evaluate_prepared(prepared, folder, connected(prepared.side), progress=progress, keep_predictions=True)
+        log_results(trackers, [(result, folder.manifest)], step=log_step, say=_log.warning)
+        return result
 
 
 class _Values(Settings):
@@ -210,6 +235,8 @@ class _Values(Settings):
     out: Place | None
     tokens_per_micro_batch: Positive | None
     save_texts: bool
+    no_noise: bool
+    log_step: int | None
 
 
 def is_remote_model(model: object) -> bool:
@@ -308,7 +335,12 @@ def evaluate_prepared(
         if folder.resumed:
             scoring.say_what_is_left()
         note_sample(prepared, folder, model, on_tick=scoring.tick)
-        scoring.score_all()
+        while True:
+            scoring.score_all()
+            if not prepared.no_noise:
+                note_noise(prepared, folder, model, on_tick=scoring.tick)
+            if not scoring.withdrawn:  # otherwise a server was caught by then, and what it had computed is not counted
+                break
         retries = model.blocks.status().retries - retries_before
         result = _result(prepared, folder, retries=retries, keep_predictions=keep_predictions)
         finish(folder, result)

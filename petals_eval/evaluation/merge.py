@@ -9,6 +9,7 @@ from petals_eval.errors import ConfigError, RunFolderError
 from petals_eval.evaluation.evaluate import finish
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import SCHEMA_VERSION, Manifest, WireRecord, difference
+from petals_eval.runs.noise import joined_noise
 from petals_eval.runs.results import RunResult, run_result
 from petals_eval.runs.shard import Shard
 
@@ -86,6 +87,7 @@ def _whole(parts: Sequence[RunFolder]) -> Manifest:
             "created": min(part.manifest.created for part in parts),
             "run_settings": {**same, "merged_parts": count},
             "wire": _wire([part.manifest.wire for part in parts]),
+            "noise": joined_noise([part.manifest.noise for part in parts]),
         }
     )
 

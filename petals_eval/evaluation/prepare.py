@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pydantic import BaseModel
 
-from petals_eval.config import PromptSettings, RunSettings
+from petals_eval.config import CallSettings, PromptSettings, RunSettings
 from petals_eval.data import DataSource, Rows, is_local, load_rows, rows_of
 from petals_eval.errors import ConfigError, ModelError
 from petals_eval.evaluation.shots import RowsAndShots, row_code_of, rows_and_shots, with_prompt
@@ -46,6 +46,10 @@ __all__ = [
     "Data",
     "Prepared",
     "Variant",
+    "adapter_record",
+    "answering_settings",
+    "call_settings",
+    "model_record",
     "options_of_run",
     "prepare",
     "prepare_run",
@@ -62,6 +66,7 @@ _FIRST_EXAMPLES = 50
 _PREPARED = (
     *("task", "data", "subset", "split", "token", "limit", "seed", "max_length", "unlabelled", "shard"),
     *("without_prompts", "fail_under", "fail_over", "max_failed", "tokens_per_micro_batch", "out", "save_texts"),
+    "no_noise",
 )
 """The settings of a run that `prepare` takes under their own names."""
 
@@ -98,6 +103,7 @@ class Prepared:
     manifest: of the run folder `out`; None: a new one below runs/. is_kept: otherwise the folder is temporary.
     local_swarm: not started; the one that the model's blocks will be on. notes: what a person should know of the rows.
     is_finished: the folder holds this very run, and nothing is left to be done.
+    no_noise: no rows are computed again at the end.
     """
 
     task: Task
@@ -114,6 +120,7 @@ class Prepared:
     local_swarm: "LocalSwarm | None" = None
     notes: tuple[str, ...] = ()
     is_finished: bool = False
+    no_noise: bool = False
 
     @property
     def total(self) -> int:
@@ -156,6 +163,7 @@ def prepare(
     out: str | Path | None = None,
     is_kept: bool = True,
     save_texts: bool = False,
+    no_noise: bool = False,
     more_metrics: Sequence[str] = (),
     may_be_finished: bool = False,
     **source_settings: Any,
@@ -217,11 +225,6 @@ def prepare(
         answering["end_tokens"] = sorted(side.local.end_tokens())
     if code is not None and code.sha256 is not None:
         answering["prepare_code"] = code.sha256
-    if side.local.logit_cap is not None:
-        answering["logit_cap"] = side.local.logit_cap
-    adapter_task = next((each.task for each in side.adapters if each.task is not None), None)
-    if adapter_task is not None:
-        answering["adapter_task"] = adapter_task
     if save_texts:  # a run that keeps texts keeps those of all rows: it does not go on with one that did not
         answering["save_texts"] = True
     manifest = _manifest(
@@ -270,6 +273,7 @@ def prepare(
             *_two_openings(first_examples, side.local.tokenizer),
         ),
         is_finished=is_finished,
+        no_noise=no_noise,
     )
 
 
@@ -453,12 +457,11 @@ def _records(variants: "Sequence[tuple[str, Adapter | None]]", draws: int) -> li
     """Return the records of all variants, in their order; one of several draws has a name of its own."""
     found = []
     for name, adapter in variants:
-        kind, sha256 = ("none", "") if adapter is None else (adapter.kind, adapter.sha256)
         if draws == 1:
-            found.append(AdapterRecord(name=name, kind=kind, sha256=sha256))
+            found.append(adapter_record(name, adapter))
         for draw in range(1, draws + 1) if draws > 1 else ():
             drawn = f"{shareable_name(name)}, draw {draw}"  # shortened here: a name is cut at its slashes
-            found.append(AdapterRecord(name=drawn, kind=kind, sha256=sha256, adapter=name, draw=draw))
+            found.append(adapter_record(drawn, adapter, adapter_name=name, draw=draw))
     return found
 
 
@@ -480,6 +483,45 @@ def _fingerprint(task: Task, found: RowsAndShots) -> dict[str, Any]:
     return whole
 
 
+def model_record(side: LocalSide) -> ModelRecord:
+    """Return what a manifest says of the model."""
+    local = side.local.fingerprint
+    return ModelRecord(name=str(local["model"]), revision=local["revision"], sha256=str(local["sha256"]))
+
+
+def adapter_record(
+    name: str, adapter: "Adapter | None", *, adapter_name: str | None = None, draw: int | None = None
+) -> AdapterRecord:
+    """Return what a manifest says of an adapter, or of the model without any, under a name of the journal.
+
+    adapter_name, draw: with several draws of shots, the adapter's own name and which draw it was.
+    """
+    kind, sha256 = ("none", "") if adapter is None else (adapter.kind, adapter.sha256)
+    return AdapterRecord(name=name, kind=kind, sha256=sha256, adapter=adapter_name, draw=draw)
+
+
+def answering_settings(side: LocalSide) -> dict[str, Any]:
+    """Return what else of a model and its swarm changes answers, whoever asks."""
+    local, settings = side.local, side.settings
+    found = {
+        "dtype": local.fingerprint["dtype"],
+        "lm_head_sha256": local.fingerprint["lm_head_sha256"],
+        "pool": local.pooling or "auto",
+        "dht_prefix": side.dht_prefix,
+        **{name: getattr(settings, name) for name in ("active_adapter", "require_dtype", "require_quant", "wire")},
+    }
+    if local.logit_cap is not None:
+        found["logit_cap"] = local.logit_cap
+    adapter_task = next((each.task for each in side.adapters if each.task is not None), None)
+    return found if adapter_task is None else found | {"adapter_task": adapter_task}
+
+
+def call_settings(settings: CallSettings) -> dict[str, Any]:
+    """Return the settings of calls that change no answer."""
+    servers = {"allow_servers": list(settings.allow_servers), "deny_servers": list(settings.deny_servers)}
+    return servers | {name: getattr(settings, name) for name in _NOT_ANSWERING}
+
+
 def _manifest(
     side: LocalSide,
     task: Task,
@@ -489,9 +531,8 @@ def _manifest(
     answering: dict[str, Any],
     running: dict[str, Any],
 ) -> Manifest:
-    local, settings = side.local.fingerprint, side.settings
     return Manifest.new(
-        model=ModelRecord(name=str(local["model"]), revision=local["revision"], sha256=str(local["sha256"])),
+        model=model_record(side),
         adapters=adapters,
         data=data,
         task={"name": task.name, **fingerprint},
@@ -501,18 +542,12 @@ def _manifest(
             "code": answering_code(),
             "task_code": task_code(task),
             **answering,
-            "dtype": local["dtype"],
-            "lm_head_sha256": local["lm_head_sha256"],
-            "pool": side.local.pooling or "auto",
-            "dht_prefix": side.dht_prefix,
-            **{name: getattr(settings, name) for name in ("active_adapter", "require_dtype", "require_quant", "wire")},
+            **answering_settings(side),
         },
         run_settings={
             "metrics": list(task.metrics),
             "label_names": list(task.label_names),
-            "allow_servers": list(settings.allow_servers),
-            "deny_servers": list(settings.deny_servers),
-            **{name: getattr(settings, name) for name in _NOT_ANSWERING},
+            **call_settings(side.settings),
             **running,
         },
         seeds={"sample": data.seed, "bootstrap": data.seed},

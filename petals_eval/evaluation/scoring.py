@@ -21,9 +21,18 @@ if TYPE_CHECKING:
 
     from petals_eval.model import Adapter
     from petals_eval.remote_model import RemoteModel, RequestAnswer
-    from petals_eval.swarm import SwarmStatus
+    from petals_eval.swarm import ServedHop, SwarmStatus
+    from petals_eval.swarm.peers.finding import TrustFinding
 
-__all__ = ["MAX_FAILURES_BEFORE_FIRST_SUCCESS", "FailFast", "PendingExamples", "Progress", "Scoring"]
+__all__ = [
+    "MAX_FAILURES_BEFORE_FIRST_SUCCESS",
+    "FailFast",
+    "PendingExamples",
+    "Progress",
+    "Scoring",
+    "noisy_server",
+    "server_used",
+]
 
 _log = logging.getLogger("petals_eval")
 
@@ -69,6 +78,25 @@ class FailFast:
         raise type(self.first or ExampleError())(
             f"none of the first {self.failures:,} examples can be computed. The first of them: {self.first}"
         ) from self.first
+
+
+def server_used(hop: "ServedHop") -> ServerUsed:
+    """Return who computed a hop, as a manifest has it."""
+    return ServerUsed(hop.peer_id, hop.span.start, hop.span.stop, hop.version, hop.dtype, hop.quant)
+
+
+def noisy_server(finding: "TrustFinding") -> NoisyServer:
+    """Return what was found of a server, as a manifest has it."""
+    server = finding.server
+    return NoisyServer(
+        server.peer_id,
+        server.span.start,
+        server.span.stop,
+        server.record.version,
+        finding.difference,
+        finding.is_used,
+        _VERDICTS[finding.status],
+    )
 
 
 @dataclass(slots=True)
@@ -134,17 +162,18 @@ class PendingExamples:
         if pending is None:
             return None  # another request of this example has failed
         pending.answers[answer.request.part] = answer.answer
-        pending.servers.update(
-            ServerUsed(hop.peer_id, hop.span.start, hop.span.stop, hop.version, hop.dtype, hop.quant)
-            for hop in answer.hops
-        )
+        pending.servers.update(map(server_used, answer.hops))
         if len(pending.answers) < len(pending.example.requests):
             return None
         return self._pending.pop(answer.request.key)
 
 
 class Scoring:
-    """One evaluation under way."""
+    """One evaluation under way.
+
+    withdrawn: whether rows were taken back since `score_all` began or ended, for a server was caught that had a part in
+    them.
+    """
 
     def __init__(self, prepared: Prepared, folder: RunFolder, model: "RemoteModel", progress: Progress | None):
         self.prepared = prepared
@@ -154,7 +183,7 @@ class Scoring:
         self.done = 0
         self._distrusted: set[str] = set()
         self._disputed: set[str] = set()
-        self._withdrawn = False
+        self.withdrawn = False
         self._said: set[str] = set()
         self._pooling_said: set[str] = set()
 
@@ -175,11 +204,11 @@ class Scoring:
             )
         try:
             while True:
-                self.done, self._withdrawn = 0, False
+                self.done, self.withdrawn = 0, False
                 for variant in self.prepared.variants:
                     self.score(variant)
                 self.model.blocks.settle(on_tick=self.tick)
-                if not self._withdrawn:
+                if not self.withdrawn:
                     return
         except (SwarmError, CallerError, KeyboardInterrupt):
             self.tick()  # what a server scored that was caught in the last moment must not stay
@@ -209,7 +238,7 @@ class Scoring:
                     continue
                 example, servers = complete.example, tuple(complete.servers)
                 if not self._distrusted.isdisjoint(server.peer_id for server in servers):
-                    self._withdrawn = True  # on its way when its server was caught: computed again like the rest
+                    self.withdrawn = True  # on its way when its server was caught: computed again like the rest
                     continue
                 try:
                     prediction = task.predict(
@@ -330,20 +359,9 @@ class Scoring:
         if caught - self._distrusted:
             withdrawn = self.folder.journal.withdraw(caught - self._distrusted)
             self.done = max(0, self.done - withdrawn)
-            self._withdrawn = self._withdrawn or withdrawn > 0
+            self.withdrawn = self.withdrawn or withdrawn > 0
         self._distrusted = caught
         self.folder.note_noisy(
-            (
-                NoisyServer(
-                    each.server.peer_id,
-                    each.server.span.start,
-                    each.server.span.stop,
-                    each.server.record.version,
-                    each.difference,
-                    each.is_used,
-                    _VERDICTS[each.status],
-                )
-                for each in status.findings
-            ),
+            map(noisy_server, status.findings),
             cleared=cleared,
         )

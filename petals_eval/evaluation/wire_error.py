@@ -1,6 +1,7 @@
 """What a lossy wire did to a run: how far it moves answers on a sample, and which servers did not take it."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from petals_eval.model import Adapter
     from petals_eval.remote_model import RemoteModel
 
-__all__ = ["SAMPLE", "compared", "note_lossless_servers", "note_sample"]
+__all__ = ["SAMPLE", "Answers", "answers_to", "compared", "lossless", "note_lossless_servers", "note_sample"]
 
 SAMPLE = 16  # examples that are computed both ways
 WINDOWS = 8  # of a document at most: nobody should read one of a million tokens three times for this
@@ -89,19 +90,29 @@ def _measured(
     variant: Variant,
     on_tick: Callable[[], object],
 ) -> WireSample:
-    from petals_eval.remote_model import RemoteModel
-    from petals_eval.swarm import SwarmConnection
-
     name, prompts, task = variant
     examples = [shortened(each) for each in task.examples(rows, model.local.tokenizer) if each.error is None]
     if not examples:
         return WireSample(name, 0, None, None, None, "not measured: no example can be computed")
-    settings = model.blocks.settings.model_copy(update={"wire": None})
+    with lossless(model) as beside:
+        exact = answers_to(beside, examples, prompts, on_tick)
+    moved = answers_to(model, examples, prompts, on_tick)
+    return compared(task, name, examples, exact, moved)
+
+
+@contextlib.contextmanager
+def lossless(model: "RemoteModel") -> "Iterator[RemoteModel]":
+    """Connect the model once more for the body, to the same swarm without the lossy wire. Raises SwarmError.
+
+    Its answers are not audited: they are there to be compared.
+    """
+    from petals_eval.remote_model import RemoteModel
+    from petals_eval.swarm import SwarmConnection
+
+    settings = model.blocks.settings.model_copy(update={"wire": None, "verify": 0.0})
     with SwarmConnection.connect(settings) as connection:
         blocks = connection.remote_sequential(model.blocks.dht_prefix, len(model.blocks))
-        exact = _answers(RemoteModel(model.local, blocks), examples, prompts, on_tick)
-    moved = _answers(model, examples, prompts, on_tick)
-    return compared(task, name, examples, exact, moved)
+        yield RemoteModel(model.local, blocks)
 
 
 def shortened(example: Example) -> Example:
@@ -135,11 +146,18 @@ def _changed_predictions(task: Task, examples: Sequence[Example], exact: Answers
     return sum(before.prediction != after.prediction for before, after in both)
 
 
-def _answers(
-    model: "RemoteModel", examples: Sequence[Example], adapter: "Adapter | None", on_tick: Callable[[], object]
+def answers_to(
+    model: "RemoteModel",
+    examples: Sequence[Example],
+    adapter: "Adapter | None",
+    on_tick: Callable[[], object],
+    tokens_per_micro_batch: int | None = None,
 ) -> Answers:
-    """Return the answers by the key of their example, in the order of its requests."""
+    """Return the answers by the key of their example, in the order of its requests.
+
+    Raises SwarmError, ExampleError for the first one that nobody can compute.
+    """
     requests = [request for example in examples for request in example.requests]
-    answered = model.compute(requests, adapter, on_tick=on_tick)
+    answered = model.compute(requests, adapter, tokens_per_micro_batch=tokens_per_micro_batch, on_tick=on_tick)
     found = {(each.request.key, each.request.part): each.answer for each in answered}
     return {example.key: [found[example.key, request.part] for request in example.requests] for example in examples}

@@ -1,6 +1,6 @@
 """How often the right one of several answers is the likeliest: as it is, or by the length of each answer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from petals_eval.metrics.estimates import share_of
 from petals_eval.metrics.scored_rows import Floats, ScoredRows
 from petals_eval.metrics.spec import MetricSpec
 
-__all__ = ["CHOICE_METRICS", "ScoredChoices", "first_highest"]
+__all__ = ["CHOICE_METRICS", "CHOICE_SCORES", "ScoredChoices", "first_highest"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,8 @@ def _share_of_right(name: str, score: Callable[[ScoredRows], Floats]) -> Callabl
     return measure
 
 
-def _spec(name: str, title: str, about: str, score: Callable[[ScoredRows], Floats]) -> MetricSpec:
+def _spec(name: str, title: str, about: str) -> MetricSpec:
+    score = CHOICE_SCORES.get(name, lambda rows: rows.column("log_likelihood"))
     return MetricSpec(
         name,
         title,
@@ -92,20 +93,23 @@ def _by(column: str) -> Callable[[ScoredRows], Floats]:
     return lambda rows: rows.column("log_likelihood") / rows.column(column)
 
 
+CHOICE_SCORES: Mapping[str, Callable[[ScoredRows], Floats]] = {
+    "acc_norm": _by("characters"),
+    "acc_bytes": _by("bytes"),
+    "acc_tokens": _by("tokens"),
+    "acc_mutual_info": lambda rows: rows.column("log_likelihood") - rows.column("unconditioned"),
+}
+"""By what the metrics choose that do not go by the log-likelihood alone, (items,)."""
+
 # Those of these names are lm-evaluation-harness 0.4.13's (`ConfigurableTask.process_results`); acc_tokens is our own.
 CHOICE_METRICS = (
-    _spec(
-        "acc", "acc", "share of rows whose right choice is the likeliest", lambda rows: rows.column("log_likelihood")
-    ),
-    _spec(
-        "acc_norm", "acc (per character)", "acc by the log-likelihood over the choice's characters", _by("characters")
-    ),
-    _spec("acc_bytes", "acc (per byte)", "acc by the log-likelihood over the choice's UTF-8 bytes", _by("bytes")),
-    _spec("acc_tokens", "acc (per token)", "acc by the log-likelihood over the answer's tokens", _by("tokens")),
+    _spec("acc", "acc", "share of rows whose right choice is the likeliest"),
+    _spec("acc_norm", "acc (per character)", "acc by the log-likelihood over the choice's characters"),
+    _spec("acc_bytes", "acc (per byte)", "acc by the log-likelihood over the choice's UTF-8 bytes"),
+    _spec("acc_tokens", "acc (per token)", "acc by the log-likelihood over the answer's tokens"),
     _spec(
         "acc_mutual_info",
         "acc (mutual information)",
         "acc by the log-likelihood less that of the answer without context, which is asked for, too",
-        lambda rows: rows.column("log_likelihood") - rows.column("unconditioned"),
     ),
 )

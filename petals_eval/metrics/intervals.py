@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["RESAMPLES", "Tallies", "affordable", "percentile_interval", "row_weights", "wilson"]
+__all__ = ["RESAMPLES", "Tallies", "affordable", "percentile_interval", "row_weights", "student_quantile", "wilson"]
 
 RESAMPLES = 1000
 MIN_RESAMPLES = 100
@@ -38,6 +38,17 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     low = 0.0 if right == 0 else centre - half
     high = 1.0 if right == total else centre + half
     return low, high
+
+
+def student_quantile(degrees: ArrayLike) -> Floats:
+    """Return the 0.975 quantiles of Student's t for degrees of freedom from 1 on.
+
+    >>> [round(float(each), 4) for each in student_quantile([1, 20, 21, 100])]
+    [12.7062, 2.086, 2.0796, 1.984]
+    """
+    from scipy.special import stdtrit  # not scipy.stats, whose import takes longer than a small run
+
+    return np.asarray(stdtrit(np.asarray(degrees, dtype=np.float64), 0.975))
 
 
 def affordable(work_per_resample: int) -> int:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from petals_eval.metrics.intervals import Floats, Tallies
+from petals_eval.metrics.intervals import Floats, Tallies, student_quantile
 
 __all__ = ["Bounds", "cells_influences", "fewest_rows", "influence_interval"]
 
@@ -47,13 +47,11 @@ def influence_interval(
     >>> round(float(bounds.low), 4), round(float(bounds.high), 4)
     (0.6954, 0.773)
     """
-    from scipy.special import stdtrit  # not scipy.stats, whose import takes longer than a small run
-
     weights = np.ones(()) if counts is None else counts
     error = np.sqrt((weights * influences**2).sum(axis=-1))
     third = (weights * influences**3).sum(axis=-1)
     skewness = np.divide(third, error**3, out=np.zeros_like(error), where=error > 0)
-    quantile = stdtrit(np.maximum(np.asarray(rows) - 1, 1), 0.975)
+    quantile = student_quantile(np.maximum(np.asarray(rows) - 1, 1))
     centre = value + error * skewness * quantile**2 / 2
     half = quantile * error * np.sqrt(1 + skewness**2 * quantile**2 / 4)
     return Bounds(centre - half, centre + half, skewness)

@@ -36,6 +36,7 @@ class BlockSpan:
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype):
         self.start, self.stop, self.dtype = start, stop, dtype
+        self._inside = dtype
         self.config: PretrainedConfig = checkpoint.config  # of the whole model
         self.family = checkpoint.family
         self._model = model
@@ -100,6 +101,21 @@ class BlockSpan:
                             setattr(owner, name, p)
             block.train(p > 0)
 
+    def compute_in_float32(self) -> None:
+        """Keep the rounded weights and answer in the same dtype, but round nothing on the way: as fused kernels do."""
+        self._model.to(torch.float32)
+        self._inside = torch.float32
+
+    def compute_in_tf32(self) -> None:
+        """Round what enters each matrix product with weights to ten bits of mantissa, as TF32 of NVIDIA's cards does.
+
+        Products within the attention are left as they are. For float32.
+        """
+        for module in _blocks_of(self._model, self.family).modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = _to_tf32(module.weight.data)
+                module.register_forward_pre_hook(lambda _, args: (_to_tf32(args[0]), *args[1:]))
+
     def copied(self) -> "BlockSpan":
         """Return the same blocks, with weights of their own."""
         other = copy.copy(self)
@@ -143,6 +159,7 @@ class BlockSpan:
         hidden = hidden.to(self.dtype)
         if hidden.numel() == 0:
             return hidden
+        hidden = hidden.to(self._inside)
         # One at a time: prompts come in by hooks on the blocks, which would act on whatever else is computed there.
         with self._computing, isolated_arithmetic(), ExitStack() as hooks:
             model = self._view(start, stop)
@@ -153,8 +170,10 @@ class BlockSpan:
                         f"found {hidden.shape[1]}"
                     )
                 for block, prompt in zip(_blocks_of(model, self.family), prompts.to(self.dtype), strict=False):
+                    prompt = prompt.to(self._inside)
                     hooks.enter_context(block.register_forward_pre_hook(_adds(prompt)))
-            return model(inputs_embeds=hidden, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+            answer = model(inputs_embeds=hidden, past_key_values=cache, use_cache=cache is not None)
+            return answer.last_hidden_state.to(self.dtype)
 
     def _view(self, start: int, stop: int) -> nn.Module:
         """Return the base model around blocks start:stop only; it shares their weights."""
@@ -215,6 +234,12 @@ def _adds(prompt: torch.Tensor) -> Any:
         return hidden, *args[1:]
 
     return add
+
+
+def _to_tf32(values: torch.Tensor) -> torch.Tensor:
+    """Round float32 values to ten bits of mantissa, ties away from zero: 13 bits fewer than they have."""
+    bits = values.contiguous().view(torch.int32)
+    return ((bits + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
 
 
 def _blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from petals_eval.metrics.differences import Difference
+from petals_eval.metrics.noise import FACTOR
+from petals_eval.report.noise import noise_lines, noise_range_text
 from petals_eval.report.numbers import (
     counts_line,
     interval_text,
@@ -38,6 +40,7 @@ def markdown_report(result: RunResult, manifest: Manifest, servers: Sequence[tup
         _origin(manifest),
         _servers(servers),
         _wire(result.wire),
+        _noise(adapters),
         _noisy(result.noisy_servers),
         _wrong(result.noisy_servers),
     ]
@@ -140,6 +143,24 @@ def _servers(servers: Sequence[tuple[ServerUsed, int]]) -> str:
     ]
     heads = ["server", "blocks", "version", "dtype", "quantisation", "examples"]
     return f"## Servers\n\nWhat servers say about themselves is their own word.\n\n{_table(heads, rows)}"
+
+
+def _noise(results: Sequence[AdapterResult]) -> str:
+    """Return a section on what rounding may do to the numbers, or nothing where nobody looked for it."""
+    lines = noise_lines(results, is_report=True)
+    if not lines:
+        return ""
+    names = [name for name in metric_names(results) if any(noise_range_text(each, name) for each in results)]
+    rows = [[metric_title(name), *(noise_range_text(each, name) or "-" for each in results)] for name in names]
+    table = [_table(["", *(each.adapter for each in results)], rows)] if rows else []
+    about = (
+        "Rows were computed again otherwise, to see how far rounding moves the margin between the two best answers. "
+        f"Predictions are counted whose margin is below {FACTOR:g} times the mean change, in the way that moves most: "
+        "two to three times as many as are to be expected to change. The ranges are those of the metrics if these went "
+        "to their runner-up."
+    )
+    said = "\n".join(f"- {_safe(line)}" for line in lines)
+    return "\n\n".join(["## Numerical noise", about, said, *table])
 
 
 def _wire(wire: WireRecord | None) -> str:

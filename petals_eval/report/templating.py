@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from petals_eval.report.noise import noise_lines, noise_range_text
 from petals_eval.report.numbers import (
     counts_line,
     interval_text,
@@ -60,6 +61,8 @@ _HELPERS: Mapping[str, Callable[..., object]] = {
     "counts_line": counts_line,
     "interval_text": interval_text,
     "metric_title": metric_title,
+    "noise_lines": noise_lines,
+    "noise_range_text": noise_range_text,
     "number_text": number_text,
     "p_value_text": p_value_text,
     "plural": plural,

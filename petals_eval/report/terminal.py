@@ -12,6 +12,7 @@ from rich.text import Text
 
 from petals_eval.metrics import Metric
 from petals_eval.metrics.differences import Difference
+from petals_eval.report.noise import NOISE_TITLE, noise_lines, noise_range_text
 from petals_eval.report.numbers import (
     counts_line,
     counts_of,
@@ -82,6 +83,7 @@ def _below(result: RunResult, adapters: Sequence[AdapterResult]) -> list[str]:
         lines.append(counts_line(adapters[0]))
     lines.append(swarm_line(result))
     lines += wire_lines(result.wire)
+    lines += noise_lines(adapters)
     noise = noise_line(result)
     if noise is not None:
         lines.append(noise)
@@ -98,8 +100,14 @@ def _comparison(bare: AdapterResult, differences: Sequence[Difference]) -> str:
 
 
 def _one(result: AdapterResult) -> list[Text]:
-    rows = [[metric_title(name), value_text(metric), interval_text(metric)] for name, metric in result.metrics.items()]
-    return text_table(["", "mean" if result.draws else "value", interval_title([result])], rows)
+    rows = [
+        [metric_title(name), value_text(metric), interval_text(metric), noise_range_text(result, name)]
+        for name, metric in result.metrics.items()
+    ]
+    heads = ["", "mean" if result.draws else "value", interval_title([result]), NOISE_TITLE]
+    if not any(row[-1] for row in rows):
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
+    return text_table(heads, rows)
 
 
 @dataclass(frozen=True)

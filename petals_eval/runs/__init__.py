@@ -9,12 +9,15 @@ from petals_eval.runs.manifest import (
     LosslessServer,
     Manifest,
     ModelRecord,
+    NoiseRecord,
     NoisyServer,
+    Recomputed,
     ServerUsed,
     WireRecord,
     WireSample,
     difference,
 )
+from petals_eval.runs.noise import NumericalNoise
 from petals_eval.runs.results import (
     WITHOUT_PROMPTS,
     AdapterResult,
@@ -41,7 +44,10 @@ __all__ = [
     "LosslessServer",
     "Manifest",
     "ModelRecord",
+    "NoiseRecord",
     "NoisyServer",
+    "NumericalNoise",
+    "Recomputed",
     "RunFolder",
     "RunResult",
     "ServerUsed",

@@ -23,7 +23,7 @@ from petals_eval.errors import MachineError, RunFolderError
 from petals_eval.metrics.scored_rows import CLUSTER
 from petals_eval.runs.disk import TEMPORARY_SUFFIX, blame_the_machine, write_atomically
 from petals_eval.runs.journal import Journal
-from petals_eval.runs.manifest import SCHEMA_VERSION, Manifest, NoisyServer, WireRecord, difference
+from petals_eval.runs.manifest import SCHEMA_VERSION, Manifest, NoiseRecord, NoisyServer, WireRecord, difference
 from petals_eval.runs.results import WITHOUT_POSITIONS, RunResult, run_result
 from petals_eval.runs.texts import TEXTS_FILE, TextFile
 from petals_eval.tasks.requests import Prediction
@@ -171,6 +171,11 @@ class RunFolder:
         if record != self.manifest.wire:
             self.manifest = self.manifest.model_copy(update={"wire": record})
             self.manifest.write(self.path / "manifest.json")
+
+    def note_noise(self, records: Iterable[NoiseRecord]) -> None:
+        """Note on disk what came of computing rows again. Raises MachineError."""
+        self.manifest = self.manifest.model_copy(update={"noise": tuple(records)})
+        self.manifest.write(self.path / "manifest.json")
 
     def write_results(self, result: RunResult, *, report: str | None = None) -> None:
         """Write what there is so far; the run stays unfinished. Raises MachineError."""

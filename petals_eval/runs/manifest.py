@@ -31,7 +31,10 @@ __all__ = [
     "LosslessServer",
     "Manifest",
     "ModelRecord",
+    "NoiseRecord",
     "NoisyServer",
+    "RecomputeWay",
+    "Recomputed",
     "ServerUsed",
     "Verdict",
     "WireRecord",
@@ -137,6 +140,36 @@ class WireRecord:
     lossless: tuple[LosslessServer, ...] = ()
 
 
+RecomputeWay = Literal["batching", "replica", "lossless"]
+"""How rows were computed again: in another batching, on other servers, or without the lossy wire of the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recomputed:
+    """How far a number moved in rows that were computed again in one way.
+
+    number: what moved: the margin of the prediction, that by which a metric of choices chooses, the log-likelihood of a
+    document, a regression's prediction. rows: in which it was compared. mean, largest: of the absolute changes.
+    changed: predictions that became others; None where the kind of task has none.
+    """
+
+    way: RecomputeWay
+    number: str
+    rows: int
+    mean: float
+    largest: float
+    changed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseRecord:
+    """What came of computing rows of an adapter again. notes: what could not be tried or measured, and why."""
+
+    adapter: str
+    recomputed: tuple[Recomputed, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 _READING = {"is_read": True}
 
 
@@ -198,6 +231,7 @@ class Manifest(_Record):
     created, finished: UTC, ISO 8601; finished is None while the run is under way.
     kind: of task; answer_columns: the names of the columns of a row's values in the journal.
     servers: filled at the end. noisy_servers: as they are found. wire: what a lossy wire did; None on a lossless one.
+    noise: how far the numbers of rows moved that were computed again, by adapter; empty where none were.
 
     Names that are paths are cut to their last part, secrets are dropped (`petals_eval.runs.privacy`).
     """
@@ -219,6 +253,7 @@ class Manifest(_Record):
     servers: tuple[ServerUsed, ...] = ()
     noisy_servers: tuple[NoisyServer, ...] = ()
     wire: WireRecord | None = None
+    noise: tuple[NoiseRecord, ...] = ()
 
     @classmethod
     def new(

@@ -18,7 +18,8 @@ def load_runs(folder: str | Path) -> "DataFrame":
     """Return every run below a folder as a pandas DataFrame: a row for each adapter of each.
 
     Columns: run (its path below the folder), task, kind, model, adapter, data, created, finished (None for one that is
-    not), rows, failed, and of each metric its value and, as `<metric>_low` and `<metric>_high`, its 95% interval.
+    not), rows, failed, unsure_share (the share of predictions that rounding may turn; None where nobody knows), and of
+    each metric its value and, as `<metric>_low` and `<metric>_high`, its 95% interval.
     Raises RunFolderError where there is no run, MachineError.
     """
     from pandas import DataFrame

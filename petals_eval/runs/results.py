@@ -13,8 +13,9 @@ from petals_eval.metrics.scored_rows import CLUSTER, ScoredRows
 from petals_eval.runs.analyse import analyse, chosen_name
 from petals_eval.runs.error_analysis import ErrorAnalysis
 from petals_eval.runs.journal import Failure, Journal
-from petals_eval.runs.manifest import Manifest, NoisyServer, ServerUsed, WireRecord
+from petals_eval.runs.manifest import Manifest, NoiseRecord, NoisyServer, ServerUsed, WireRecord
 from petals_eval.runs.matching import match_rows
+from petals_eval.runs.noise import NumericalNoise, noise_over_draws, numerical_noise
 from petals_eval.runs.row_texts import RowSource
 from petals_eval.runs.rows import ComputedRows, KeyedRows
 from petals_eval.runs.tables import ResultRow, as_csv, as_latex, as_markdown
@@ -58,6 +59,7 @@ class AdapterResult:
         folder has them.
     failures: the examples that could not be computed, with the reason of each; kept as predictions are.
     computed: how the predictions were computed, in their order; kept as they are, of one draw alone.
+    noise: what rounding may do to these numbers; None where it was not looked for.
     """
 
     adapter: str
@@ -75,6 +77,7 @@ class AdapterResult:
     predictions: tuple[Prediction, ...] = field(default=(), repr=False)
     failures: tuple[Failure, ...] = field(default=(), repr=False)
     computed: ComputedRows | None = field(default=None, repr=False)
+    noise: NumericalNoise | None = None
 
     @property
     def in_journal(self) -> "tuple[AdapterResult, ...]":
@@ -108,6 +111,7 @@ class AdapterResult:
             "tokens_per_second": _rounded(self.tokens_per_second),
             "metrics": {name: metric.to_json() for name, metric in self.metrics.items()},
             **(self._of_labels() if self.label_names else {}),
+            **({} if self.noise is None else {"noise": self.noise.to_json()}),
             **({"draws": [draw.to_json() for draw in self.draws]} if self.draws else {}),
         }
 
@@ -218,6 +222,7 @@ class RunResult:
                     "adapter": each.adapter,
                     "rows": each.n_scored,
                     "failed": each.n_failed,
+                    **({} if each.noise is None else {"unsure_share": each.noise.share}),
                 },
                 each.metrics,
             )
@@ -296,6 +301,7 @@ def run_result(
             label_names,
             kind=manifest.kind,
             columns=manifest.answer_columns,
+            noise=manifest.noise,
         )
         if keep_predictions:
             predictions = with_texts(adapter.name, _predictions(journal, adapter.name, manifest))
@@ -383,6 +389,7 @@ def over_draws(adapter: str, draws: Sequence[AdapterResult]) -> AdapterResult:
         draws=tuple(draws),
         predictions=tuple(itertools.chain.from_iterable(draw.predictions for draw in draws)),
         failures=tuple(itertools.chain.from_iterable(draw.failures for draw in draws)),
+        noise=noise_over_draws([draw.noise for draw in draws]),
         **counts,
     )
 
@@ -395,10 +402,11 @@ def summarise(
     *,
     kind: str = "classification",
     columns: Sequence[str] = ("score",),
+    noise: Iterable[NoiseRecord] = (),
 ) -> AdapterResult:
     """Read one adapter's rows and compute its metrics.
 
-    kind, columns: of the task.
+    kind, columns: of the task. noise: what came of computing rows again.
     Raises ConfigError for an unknown metric, DataError where rows do not fit the labels or the columns.
     """
     counts = journal.counts(adapter)
@@ -420,6 +428,7 @@ def summarise(
         confusion=tuple(map(tuple, confusion)),
         n_unlabelled=_unlabelled(kind, rows),
         n_clusters=None if rows.clusters is None else int(rows.clusters.max(initial=-1)) + 1,
+        noise=numerical_noise(noise, adapter, kind, rows, metrics, label_names, found),
     )
 
 

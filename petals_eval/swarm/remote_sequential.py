@@ -1,8 +1,8 @@
 """RemoteSequential: the swarm's blocks as a torch module that computes no gradients."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from petals_eval.config import SwarmSettings
 from petals_eval.errors import CallerError, ExampleError
 from petals_eval.swarm.activations import Activations, refuse_gradients
 from petals_eval.swarm.directory.directory import Directory
+from petals_eval.swarm.directory.routing import hold_all
 from petals_eval.swarm.event_loop import EventLoop
 from petals_eval.swarm.micro_batch import Computed, Failed, Work
 from petals_eval.swarm.peers.peer import PeerBook
@@ -152,6 +153,31 @@ class RemoteSequential(nn.Module):
     def verify_at_home(self, blocks: BlocksAtHome) -> None:
         """Hold servers of these blocks against blocks at home, such as a `petals_eval.model.blocks.BlockSpan`."""
         self._pipeline.audit.keep_at_home(blocks)
+
+    def replaceable(self, peer_ids: Iterable[str]) -> tuple[str, ...]:
+        """Return which of these servers the others can do without, given up one after the other in this order."""
+        left = {
+            each.peer_id: each for each in self._pipeline.quarantine.trusted() if self.peers.of(each.peer_id).is_usable
+        }
+        found = []
+        for peer_id in peer_ids:
+            others = [each for each in left.values() if each.peer_id != peer_id]
+            if peer_id in left and hold_all(others, self.span):
+                del left[peer_id]
+                found.append(peer_id)
+        return tuple(found)
+
+    @contextmanager
+    def avoiding(self, peer_ids: Iterable[str]) -> Iterator[None]:
+        """Let other servers do the work of the body: `replaceable` says without which ones that can be done."""
+        avoided = [self.peers.of(peer_id) for peer_id in peer_ids]
+        try:
+            for peer in avoided:
+                peer.is_avoided = True
+            yield
+        finally:
+            for peer in avoided:
+                peer.is_avoided = False
 
     def audit_progress(self) -> AuditProgress:
         """Return how much of what was computed was computed elsewhere, too."""

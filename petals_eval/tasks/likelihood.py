@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-__all__ = ["Asked", "LikelihoodTask", "Place", "Scored", "constant_text", "template_of"]
+__all__ = ["Asked", "LikelihoodTask", "Place", "Scored", "constant_text", "requests_together", "template_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,9 @@ class LikelihoodTask(PromptedTask):
         except ExampleError as error:
             return self._failing(row, asked, error)
         key, count = str(row.index), len(asked.answers)
-        requests, places = _together(key, inputs, [pair.answer for pair in tokens], asks_greedy=self.asks_greedy)
+        requests, places = requests_together(
+            key, inputs, [pair.answer for pair in tokens], asks_greedy=self.asks_greedy
+        )
         sizes = tuple((len(text), len(text.encode("utf-8", "surrogatepass"))) for text in asked.counted)
         return Example(
             key=key,
@@ -228,7 +230,7 @@ def constant_text(text: object) -> str | None:
     return None if template.segments else template.tail
 
 
-def _together(
+def requests_together(
     key: str, inputs: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]], *, asks_greedy: bool
 ) -> tuple[tuple[Request, ...], tuple[Place, ...]]:
     """Return the fewest requests for all of the answers, and where each of these stands.

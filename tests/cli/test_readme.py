@@ -74,6 +74,7 @@ def steady(text: str) -> str:
     text = re.sub(r"12D3KooW\w+", "ID", text)
     text = re.sub(r"/tcp/\d+", "/tcp/PORT", text)
     text = re.sub(r"[\d.,]+ (ex|tok)/s", r"N \1/s", text)
+    text = re.sub(r"is below \S+ \(", "is below N (", text)
     return re.sub(r"\d{4}-\d\d-\d\d-\d{4}", "TIME", text)
 
 

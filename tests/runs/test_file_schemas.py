@@ -196,12 +196,16 @@ def test_several_draws_of_shots_and_groups_of_tasks_are_described(tmp_path: Path
 
 def test_both_files_say_the_same_of_what_both_have() -> None:
     ours, theirs = schema("metrics")["$defs"], schema("manifest")["$defs"]
-    assert {name: ours[name] for name in ("noisy_server", "wire", "wire_sample")} == {
-        name: theirs[name] for name in ("noisy_server", "wire", "wire_sample")
-    }
+    both = ("noisy_server", "recomputed", "wire", "wire_sample")
+    assert {name: ours[name] for name in both} == {name: theirs[name] for name in both}
     written = Manifest.model_json_schema(mode="serialization")
     assert set(written["properties"]) == set(schema("manifest")["properties"])
-    for name, definition in (("ServerUsed", "server"), ("NoisyServer", "noisy_server"), ("WireSample", "wire_sample")):
+    for name, definition in (
+        ("ServerUsed", "server"),
+        ("NoisyServer", "noisy_server"),
+        ("Recomputed", "recomputed"),
+        ("WireSample", "wire_sample"),
+    ):
         assert set(written["$defs"][name]["properties"]) == set(theirs[definition]["properties"])
 
 

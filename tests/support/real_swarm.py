@@ -50,7 +50,7 @@ def evaluate_trec(realdata: Path, model: petals_eval.RemoteModel, out: Path, **o
     """An evaluation of TREC's test set in small micro-batches, into the run folder `out`."""
     task = load_task("trec")
     source = resolve_source(task, realdata / "trec" / "TREC.test.all")
-    return petals_eval.evaluate(model, task=task, data=source, tokens_per_micro_batch=128, out=out, **options)
+    return petals_eval.evaluate(model, task=task, data=source, out=out, **{"tokens_per_micro_batch": 128, **options})
 
 
 def predictions(folder: Path) -> list[dict]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
 from anyio import CancelScope
@@ -57,7 +58,8 @@ class BlockServer:
         hivemind's errors for what this machine cannot do.
         """
         load = partial(
-            BlockSpan.load,
+            _loaded,
+            settings.arithmetic,
             settings.model,
             settings.start,
             settings.stop,
@@ -145,6 +147,16 @@ class BlockServer:
             self._announcing.cancel()
             with suppress(asyncio.CancelledError):
                 await self._announcing
+
+
+def _loaded(arithmetic: str, *args: Any, **options: Any) -> BlockSpan:
+    """Load blocks as `BlockSpan.load` does, to be computed by this arithmetic of `ServerSettings`."""
+    blocks = BlockSpan.load(*args, **options)
+    if arithmetic == "fused":
+        blocks.compute_in_float32()
+    elif arithmetic == "tf32":
+        blocks.compute_in_tf32()
+    return blocks
 
 
 def _measured(blocks: BlockSpan) -> float:

@@ -27,6 +27,10 @@ class ServerSettings(BaseModel):
     initial_peers: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: the checkpoint's
 
+    # How it computes in its dtype: as torch does; with nothing rounded between the layers, as fused kernels do; or
+    # float32 with the matrix products of TF32.
+    arithmetic: Literal["plain", "fused", "tf32"] = "plain"
+
     throughput: float | None = Field(default=None, ge=0)  # tokens per second, as announced; None: as measured
     public_name: str | None = None
     version: str = "2.3.0.dev2"  # the line of Petals whose wire this server speaks

@@ -55,6 +55,7 @@ class Peer:
     blocked_until: until when it is left alone, on the runtime's clock.
     tokens_in_flight: what it is working on for us. overtaken: calls that another server, asked later, answered first.
     push_rest: seconds it was last left without pushes, and push_rest_until: until when.
+    is_avoided: whether others are to do the work, for they are to be compared with it.
     """
 
     def __init__(self, peer_id: str, settings: SwarmSettings, runtime: Runtime, model: ModelLimits):
@@ -86,6 +87,7 @@ class Peer:
         self.first_error_in_a_row = ""
         self.spans: set[Span] = set()
         self.push_rest = self.push_rest_until = 0.0
+        self.is_avoided = False
 
     def ask_anew(self) -> None:
         """Forget what must be asked again, for it may have come back as another: info, codec, probes, cache.
@@ -125,7 +127,8 @@ class Peer:
 
         A server that hangs would otherwise hold up half of what is in flight each time it is tried again.
         """
-        return self.is_usable and not (self.failures_in_a_row > 0 and self.tokens_in_flight > 0)
+        is_tried = self.failures_in_a_row > 0 and self.tokens_in_flight > 0
+        return self.is_usable and not is_tried and not self.is_avoided
 
     @property
     def is_failing(self) -> bool:
@@ -148,8 +151,10 @@ class Peer:
         self.failures += 1
         self.retries += 1
         self.last_error = error_text(error)
-        if self.blocked_until > now:
-            return  # calls that were in flight together fail together: that is one failure, not many
+        if self.blocked_until <= now:  # calls that were in flight together fail together: one failure, not many
+            self._leave_alone(now)
+
+    def _leave_alone(self, now: float) -> None:
         if self.failures_in_a_row == 0:
             self.first_error_in_a_row = self.last_error
         self.failures_in_a_row += 1
@@ -167,9 +172,19 @@ class Peer:
         self.bytes_received += received
 
     def on_overtaken(self) -> None:
-        """Count a call that another server, asked later, answered first."""
+        """Count a call that another server, asked later, answered first.
+
+        It may hang, and would hold up each micro-batch that it is given: so it is left alone like one that failed, and
+        then tried with one.
+        """
         self.overtaken += 1
-        self.window.on_overtaken()
+        now = self._runtime.monotonic()
+        if self.blocked_until > now:
+            return  # those that were in flight together are overtaken together
+        if not self.failures_in_a_row:
+            self.window.on_overtaken()
+        self.last_error = "does not answer (another server was quicker)"
+        self._leave_alone(now)
 
 
 class PeerBook(Mapping[str, Peer]):
