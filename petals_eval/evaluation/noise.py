@@ -16,6 +16,7 @@ from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import NoiseRecord, Recomputed, RecomputeWay
 from petals_eval.runs.rows import packed
 from petals_eval.tasks import Task
+from petals_eval.tasks.clusters import without_cluster
 from petals_eval.tasks.requests import Example, Prediction
 
 if TYPE_CHECKING:
@@ -179,7 +180,9 @@ def _drawn(
             for each in task.examples(rows, model.local.tokenizer)
             if each.error is None and (wanted is None or each.key in wanted)
         ]
-        scored = journal.predictions_of(name, [each.key for each in examples], len(prepared.task.columns))
+        columns = len(folder.manifest.answer_columns)
+        found = journal.predictions_of(name, [each.key for each in examples], columns)
+        scored = {key: without_cluster(each, task) for key, each in found.items()}
         examples = [each for each in examples if each.key in scored]
         if len(examples) >= count or drawn >= len(prepared.part):
             break

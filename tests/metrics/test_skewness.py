@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 from petals_eval.metrics import KINDS, ScoredRows, compute_metrics, measure, wilson
 from petals_eval.metrics.accuracy import balanced_accuracies
 from petals_eval.metrics.correlation import resampled_mcc
 from petals_eval.metrics.fscores import resampled_average
-from petals_eval.metrics.intervals import Tallies
+from petals_eval.metrics.intervals import Tallies, student_quantile
 from petals_eval.metrics.ranking import _Ranking
 from petals_eval.metrics.skewness import cells_influences, influence_interval
 from tests.metrics.metric_tester import random_case
@@ -132,3 +132,8 @@ def test_the_simulation_draws_what_it_says_and_most_intervals_cover(n: int, accu
     for name in ("accuracy", "balanced accuracy", "f1 (macro)", "MCC", "Brier"):
         assert found[name].right / found[name].printed > 0.92, name
     assert len(LABELS) == 3
+
+
+def test_students_quantiles_are_those_of_scipy() -> None:
+    degrees = np.array([*range(1, 200), 1000, 10**6])
+    assert student_quantile(degrees) == pytest.approx(t.ppf(0.975, degrees), rel=2e-7)
