@@ -2,15 +2,17 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from petals_eval.data import sample
 from petals_eval.errors import ExampleError, PetalsEvalError, SwarmError
 from petals_eval.evaluation.prepare import Prepared, Variant
 from petals_eval.evaluation.wire_error import SAMPLE, Answers, answers_to, lossless
-from petals_eval.metrics.noise import changes, numbers_of
+from petals_eval.metrics.noise import MARGIN, changes, margins, numbers_of
 from petals_eval.metrics.scored_rows import ScoredRows
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import NoiseRecord, Recomputed, RecomputeWay
@@ -141,9 +143,11 @@ def _measured(
         return NoiseRecord(name, notes=(f"not measured: of {scored:,} rows too few can be computed again",))
     found: list[Recomputed] = []
     notes = [] if any(attempt.way == "replica" for attempt in ways) else [f"on other servers not tried: {_NO_REPLICA}"]
+    closest = _closest(folder, name, task)
     for attempt in ways:
         try:
-            examples, predictions = _drawn(prepared, folder, model, variant, count, attempt.avoided)
+            computed = folder.journal.keys_computed_by(name, attempt.avoided) & closest if attempt.avoided else closest
+            examples, predictions = _drawn(prepared, folder, model, variant, count, computed)
             size = _another_size(model, variant, examples)
             with attempt.open() as other:
                 again = answers_to(other, examples, variant.adapter, on_tick, size)
@@ -156,41 +160,40 @@ def _measured(
 _TITLES = {"batching": "in another batching", "replica": "on other servers", "lossless": "without the lossy wire"}
 
 
-def _drawn(
-    prepared: Prepared,
-    folder: RunFolder,
-    model: "RemoteModel",
-    variant: Variant,
-    count: int,
-    avoided: Sequence[str],
-) -> tuple[list[Example], dict[str, Prediction]]:
-    """Return so many scored rows that the run's seed draws, with what was predicted of each.
+def _closest(folder: RunFolder, name: str, task: Task) -> set[str]:
+    """Return the keys of the scored rows whose margin is no larger than the median; all where there are no margins.
 
-    avoided: servers that had a part in each of them; empty: whoever. The rows are read again, for nobody kept them.
-    Raises ExampleError where there are too few, and as the task does.
+    Those that rounding may turn are among them, and where scores are large they move more than these do.
+    """
+    scored = folder.journal.keyed_rows(name, folder.manifest.answer_columns)
+    if MARGIN not in numbers_of(task.kind, task.metrics):
+        return set(scored.keys)
+    ahead = margins(scored.rows.values[:, 0], scored.rows.starts)
+    return {key for key, is_close in zip(scored.keys, ahead <= np.median(ahead), strict=True) if is_close}
+
+
+def _drawn(
+    prepared: Prepared, folder: RunFolder, model: "RemoteModel", variant: Variant, count: int, wanted: Set[str]
+) -> tuple[list[Example], dict[str, Prediction]]:
+    """Return so many of the wanted rows, by their keys, as the run's seed draws, with what was predicted of each.
+
+    The rows are read again, for nobody kept them. Raises ExampleError where there are too few, and as the task does.
     """
     name, _, task = variant
     journal = folder.journal
-    wanted = journal.keys_computed_by(name, avoided) if avoided else None
-    drawn = count
+    drawn = 2 * count
     while True:
         rows = sample(prepared.part, drawn, prepared.seed)
-        examples = [
-            each
-            for each in task.examples(rows, model.local.tokenizer)
-            if each.error is None and (wanted is None or each.key in wanted)
-        ]
-        columns = len(folder.manifest.answer_columns)
-        found = journal.predictions_of(name, [each.key for each in examples], columns)
-        scored = {key: without_cluster(each, task) for key, each in found.items()}
-        examples = [each for each in examples if each.key in scored]
+        examples = [each for each in task.examples(rows, model.local.tokenizer) if each.key in wanted]
         if len(examples) >= count or drawn >= len(prepared.part):
             break
         drawn *= 2
     examples = examples[:: max(1, len(examples) // count)][:count]  # spread: they are in the order of the source
     if len(examples) < NoisePolicy.fewest:
         raise ExampleError(f"only {len(examples)} rows can be compared")
-    return examples, scored
+    columns = len(folder.manifest.answer_columns)
+    found = journal.predictions_of(name, [each.key for each in examples], columns)
+    return examples, {key: without_cluster(each, task) for key, each in found.items()}
 
 
 def _another_size(model: "RemoteModel", variant: Variant, examples: Sequence[Example]) -> int:

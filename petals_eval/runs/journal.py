@@ -296,17 +296,15 @@ class Journal:
             yield Prediction(key, label, prediction, unpacked(answer, columns), *rest)
 
     def predictions_of(self, adapter: str, keys: Sequence[str], columns: int = 1) -> dict[str, Prediction]:
-        """Return those of these examples that are scored, by key. columns: of their values."""
-        found: dict[str, Prediction] = {}
-        for start in range(0, len(keys), ROWS_TOGETHER):
-            some = keys[start : start + ROWS_TOGETHER]
-            sql = (
-                f"SELECT key, label, prediction, answer, n_tokens, n_requests, row_hash {_VALID} AND status = 'ok' "
-                f"AND key IN ({', '.join('?' * len(some))})"
-            )
-            for key, label, prediction, answer, *rest in self._select(sql, (adapter, *some)):
-                found[key] = Prediction(key, label, prediction, unpacked(answer, columns), *rest)
-        return found
+        """Return those of these examples that are scored, by key. keys: some hundreds. columns: of the values."""
+        sql = (
+            f"SELECT key, label, prediction, answer, n_tokens, n_requests, row_hash {_VALID} AND status = 'ok' "
+            f"AND key IN ({', '.join('?' * len(keys))})"
+        )
+        return {
+            key: Prediction(key, label, prediction, unpacked(answer, columns), *rest)
+            for key, label, prediction, answer, *rest in self._select(sql, (adapter, *keys))
+        }
 
     def failures(self, adapter: str) -> Iterator[Failure]:
         """Yield the examples that could not be computed, in source order."""
