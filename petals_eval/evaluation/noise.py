@@ -18,6 +18,7 @@ from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.manifest import NoiseRecord, Recomputed, RecomputeWay
 from petals_eval.runs.rows import packed
 from petals_eval.tasks import Task
+from petals_eval.tasks.clusters import without_cluster
 from petals_eval.tasks.requests import Example, Prediction
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def _closest(folder: RunFolder, name: str, task: Task) -> set[str]:
 
     Those that rounding may turn are among them, and where scores are large they move more than these do.
     """
-    scored = folder.journal.keyed_rows(name, task.columns)
+    scored = folder.journal.keyed_rows(name, folder.manifest.answer_columns)
     if MARGIN not in numbers_of(task.kind, task.metrics):
         return set(scored.keys)
     ahead = margins(scored.rows.values[:, 0], scored.rows.starts)
@@ -190,7 +191,9 @@ def _drawn(
     examples = examples[:: max(1, len(examples) // count)][:count]  # spread: they are in the order of the source
     if len(examples) < NoisePolicy.fewest:
         raise ExampleError(f"only {len(examples)} rows can be compared")
-    return examples, journal.predictions_of(name, [each.key for each in examples], len(task.columns))
+    columns = len(folder.manifest.answer_columns)
+    found = journal.predictions_of(name, [each.key for each in examples], columns)
+    return examples, {key: without_cluster(each, task) for key, each in found.items()}
 
 
 def _another_size(model: "RemoteModel", variant: Variant, examples: Sequence[Example]) -> int:

@@ -62,16 +62,18 @@ def newcombe_paired(both: int, only_first: int, only_second: int, neither: int) 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values that hold for all of these tests together, whatever they have in common.
 
-    Source: S. Holm, "A simple sequentially rejective multiple test procedure" (1979), by statsmodels.
+    Source: S. Holm, "A simple sequentially rejective multiple test procedure" (1979). Here and not by statsmodels: its
+    import takes a second, and each of its calls collects garbage.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
-    if len(p_values) < 2:
-        return list(p_values)
-    from statsmodels.stats.multitest import multipletests
-
-    return [float(each) for each in multipletests(p_values, method="holm")[1]]
+    given = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(given)
+    corrected = np.empty(len(given))
+    corrected[order] = np.minimum(np.maximum.accumulate(given[order] * np.arange(len(given), 0, -1)), 1.0)
+    found: list[float] = corrected.tolist()
+    return found
 
 
 def detectable_share(rows: int, discordant: int) -> float | None:

@@ -80,8 +80,13 @@ def _below(comparison: Comparison) -> list[str]:
             lines.append(whose + " · ".join(found))
     lines += methods_of(comparison.differences)
     lines.append("detectable: the smallest difference that so many rows show in four of five such data sets, at 5%")
-    notes = {f"{metric_title(each.metric)}: {each.note}": None for each in comparison.differences if each.note}
-    return [printable(line) for line in [*lines, *notes]]
+    notes: dict[str, dict[str, None]] = {}
+    for each in comparison.differences:
+        if each.note is not None:
+            notes.setdefault(each.note, {})[metric_title(each.metric)] = None
+    every = {metric_title(each.metric) for each in comparison.differences}
+    lines += [note if whose.keys() == every else f"{', '.join(whose)}: {note}" for note, whose in notes.items()]
+    return [printable(line) for line in lines]
 
 
 def said_of(comparison: Comparison, pair: tuple[str, str]) -> list[str]:

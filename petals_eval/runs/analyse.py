@@ -197,12 +197,12 @@ class _Parts:
 
     def _tested(self, what: str, members: Mapping[str, NDArray[np.bool_]]) -> tuple[Group, ...]:
         rows = self.rows
-        has_wrong = not np.isnan(rows.is_wrong).all()
+        is_judged, has_wrong = ~np.isnan(rows.loss), not np.isnan(rows.is_wrong).all()
         p_values = p_values_of_groups(members, rows.is_wrong if has_wrong else rows.loss)
         places = self._label_places() if what == "label" and self.kind != "regression" else {}
         found = []
         for name, inside in members.items():
-            known = inside & ~np.isnan(rows.loss)
+            known = inside & is_judged
             found.append(
                 Group(
                     name=name,
@@ -210,7 +210,7 @@ class _Parts:
                     wrong=int((rows.is_wrong[known] == 1).sum()) if has_wrong else None,
                     loss=_mean(rows.loss[known]),
                     error=_mean(rows.errors[known]),
-                    predicted=int((rows.predictions == places[name]).sum()) if name in places else None,
+                    predicted=int((is_judged & (rows.predictions == places[name])).sum()) if name in places else None,
                     p_value=p_values.get(name),
                 )
             )

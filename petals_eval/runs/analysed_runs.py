@@ -60,9 +60,12 @@ def errors_of(
         )
         if manifest.finished is None:
             notes.append("this run is not finished")
+        rows = journal.keyed_rows(name, manifest.answer_columns)
+        if source is not None and not any(rows.hashes):
+            advice = "texts are not shown: this run did not note what its rows say"
         return analyse(
             manifest.kind,
-            journal.keyed_rows(name, manifest.answer_columns),
+            rows,
             journal.computed_rows(name),
             task=str(manifest.task.get("name", "")),
             adapter=name,

@@ -19,7 +19,7 @@ class Group:
     """Rows that have something in common, as far as it is known whether they are right.
 
     wrong: of them; None in kinds without right and wrong. loss: mean, as `LOSSES` has it. error: of a regression, the
-    mean of prediction minus label. predicted: how often this label is the prediction, of all rows.
+    mean of prediction minus label. predicted: how often this label is the prediction, of all judged rows.
     p_value: of the group being like the other rows, corrected for the groups beside it; None where it is not tested.
     """
 

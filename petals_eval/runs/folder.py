@@ -338,7 +338,7 @@ def holds_finished(path: str | Path, manifest: Manifest | None = None) -> bool:
     found = Manifest.read(place)
     if found.finished is None:
         return False
-    _refuse_another(found, manifest, f"finished run in {path}")
+    _refuse_another(found, manifest, f"finished run in {path}", f"Look at it with petals-eval show {path}, or")
     return True
 
 
@@ -372,18 +372,17 @@ def _unfinished(folder: Path, manifest: Manifest | None) -> Manifest | None:
             f"Expected the unfinished run in {folder} to be of this version of petals-eval; found one of another, "
             "whose answers may differ. Finish it with the version it was begun with, or name another folder with --out."
         )
-    _refuse_another(found, manifest, f"unfinished run in {folder}")
+    _refuse_another(found, manifest, f"unfinished run in {folder}", "Run it with the settings it was begun with, or")
     return found
 
 
-def _refuse_another(found: Manifest, wanted: Manifest | None, what: str) -> None:
+def _refuse_another(found: Manifest, wanted: Manifest | None, what: str, advice: str) -> None:
     """Raise RunFolderError where the run that was found is another one than the one wanted, with the difference."""
     different = [] if wanted is None else difference(found, wanted)
     if different:
         lines = "\n".join(f"  {line}" for line in different)
         raise RunFolderError(
-            f"Expected the {what} to be this one; found another:\n{lines}\n"
-            "Run it with the settings it was begun with, or name another folder with --out."
+            f"Expected the {what} to be this one; found another:\n{lines}\n{advice} name another folder with --out."
         )
 
 

@@ -13,10 +13,10 @@ from petals_eval.data.rows import Rows, is_missing
 from petals_eval.errors import DataError
 from petals_eval.tasks.base import Task
 from petals_eval.tasks.labels import spelled
-from petals_eval.tasks.requests import Example
+from petals_eval.tasks.requests import Example, Prediction
 from petals_eval.validation import shorten
 
-__all__ = ["check_clusters", "cluster_column", "clustered_examples"]
+__all__ = ["check_clusters", "cluster_column", "clustered_examples", "with_cluster", "without_cluster"]
 
 _BYTES = 6  # of a SHA-256: as many as a float64 holds as a whole number
 
@@ -45,6 +45,19 @@ def clustered_examples(task: Task, rows: Rows, tokenizer: Any) -> Iterator[Examp
         return
     for example, row in zip(examples, rows, strict=True):
         yield replace(example, cluster=_number(row.columns[column], rows.where(row), column))
+
+
+def with_cluster(prediction: Prediction, example: Example) -> Prediction:
+    """Return the prediction with its example's cluster as the last of its values, if it is of one."""
+    if example.cluster is None:
+        return prediction
+    return replace(prediction, values=tuple((*item, example.cluster) for item in prediction.values))
+
+
+def without_cluster(prediction: Prediction, task: Task) -> Prediction:
+    """Return the prediction as the task made it."""
+    own = len(task.columns)
+    return replace(prediction, values=tuple(item[:own] for item in prediction.values))
 
 
 def _number(value: object, where: str, column: str) -> float:

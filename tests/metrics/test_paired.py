@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from statsmodels.api import OLS
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
+from statsmodels.stats.multitest import multipletests
 
 from petals_eval.metrics.paired import (
     cluster_standard_error,
@@ -58,6 +59,14 @@ def test_newcombes_interval_covers_from_few_rows_on() -> None:
         truth = cells[1] - cells[2]
         covered = (bounds[:, 0] <= truth) & (truth <= bounds[:, 1])
         assert (covered * counts).sum() / counts.sum() >= 0.935
+
+
+def test_holms_values_are_those_of_statsmodels() -> None:
+    random = np.random.default_rng(0)
+    for count in (1, 2, 5, 40):
+        drawn = random.random(count) ** 3
+        drawn[: count // 3] = drawn[-1]  # equal ones, too
+        assert holm(drawn.tolist()) == pytest.approx(multipletests(drawn, method="holm")[1])
 
 
 def test_holms_values_are_those_of_his_rule() -> None:

@@ -14,6 +14,7 @@ import pytest
 import petals_eval
 from petals_eval.errors import RunFolderError
 from petals_eval.runs import WITHOUT_PROMPTS, Journal, Manifest, RunFolder
+from petals_eval.runs.analysed_runs import errors_of
 from petals_eval.runs.schema import APPLICATION_ID
 from tests.cli.invoking import invoke
 from tests.runs.samples import manifest
@@ -145,3 +146,12 @@ def test_an_unfinished_one_is_refused_in_one_sentence_and_left_as_it_is(folder) 
     with pytest.raises(RunFolderError, match="which can be read and not gone on with"):
         Journal(path / "journal.sqlite")
     assert "\nnote: this run is not finished; " in invoke("show", path).err
+
+
+def test_its_errors_are_analysed_and_without_hashes_no_texts_are_shown(folder) -> None:
+    path = folder("whole")
+    found = errors_of(path, data=[{"text": "anything", "label": "good"}])
+    stored = json.loads((path / "metrics.json").read_text())
+    assert found.wrong == stored["n_scored"] - sum(stored["confusion_matrix"][at][at] for at in range(2))
+    assert found.groups["label"] and all(row.text is None for rows in found.lists.values() for row in rows)
+    assert "texts are not shown: this run did not note what its rows say" in found.notes

@@ -16,6 +16,7 @@ from petals_eval.metrics.scored_rows import CLUSTER, ScoredRows
 from petals_eval.runs import Manifest
 from petals_eval.tasks import load_task
 from petals_eval.tasks.clusters import check_clusters, clustered_examples
+from tests.evaluation.test_noise import MovingModel
 from tests.fake_model import FakeModel, evaluate
 from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.task_definitions import DEFINITIONS
@@ -143,3 +144,10 @@ def test_intervals_of_clustered_rows_cover_where_those_of_single_rows_do_not() -
             found.append(low <= 0.75 <= high)
     assert np.mean(covered[True]) >= 0.92
     assert np.mean(covered[False]) < 0.8
+
+
+def test_numerical_noise_is_that_of_the_same_rows_without_clusters(tmp_path: Path) -> None:
+    rows = reviews(200, 40)
+    clustered = evaluate(MovingModel(), rows, tmp_path / "one", task={**TASK, "cluster_column": "of"}).first.noise
+    assert clustered is not None and clustered.unsure > 0
+    assert clustered == evaluate(MovingModel(), rows, tmp_path / "other", task=TASK).first.noise
