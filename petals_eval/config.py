@@ -110,6 +110,8 @@ def _multiaddress(value: object) -> object:
     except (ValueError, LookupError) as error:
         # An address is longer than what a message shows of a value, and what is wrong is mostly at its end.
         end = f"; it ends in {value[-20:]!r}" if len(value) > 60 else ""
+        if value.startswith("/") and "/p2p/" not in value:
+            end = "; it has no /p2p/ with the identity of the peer behind it"
         raise ValueError(f"{_ADDRESS}{end}") from error
     return value
 
@@ -168,7 +170,10 @@ def _split(value: object) -> object:
     texts = _as_list(value)
     if not isinstance(texts, list | tuple):
         return value
-    return [part for text in texts for part in (text.split() if isinstance(text, str) else [text])]
+    parts = [part for text in texts for part in (text.split() if isinstance(text, str) else [text])]
+    if texts and not parts:
+        raise ValueError(f"{_ADDRESS}: is a variable of the shell empty?")
+    return parts
 
 
 def _at_least_one(addresses: tuple[str, ...]) -> tuple[str, ...]:

@@ -4,12 +4,13 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import isclass
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-__all__ = ["DEFINITION", "SETTINGS", "Wording", "closest", "explain", "member_types", "shorten"]
+__all__ = ["DEFINITION", "SETTINGS", "Wording", "closest", "closest_beside", "explain", "member_types", "shorten"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,14 @@ def closest(word: str, known: Iterable[str]) -> str:
     lowered = {name.lower(): name for name in reversed(known)}
     found = difflib.get_close_matches(word.lower(), list(lowered), n=1)
     return f" Did you mean {lowered[found[0]]}?" if found else ""
+
+
+def closest_beside(path: Path) -> str:
+    """Return ' Did you mean X?' for the path of something that lies in the same folder, or an empty text."""
+    try:
+        return closest(str(path), map(str, path.parent.iterdir()))
+    except OSError:  # no folder either
+        return ""
 
 
 def shorten(value: object, limit: int = 80) -> str:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What takes longer than every change should wait for: all cases of tests that otherwise run a sample of theirs, hundreds of
-# seeded schedules of faults, and hundreds of kills. Some hours on two cores. SOAK_SEED draws other schedules and moments.
+# seeded schedules of faults, a hundred thousand in virtual time, and hundreds of kills. Half a day on two cores. SOAK_SEED draws other schedules and moments.
 # Every step runs; the script fails if one of them does.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,6 +24,7 @@ try_packages() {
 }
 (try_packages) || failed+=("the wheel in an environment of its own")
 .venv/bin/python scripts/noise_coverage.py || failed+=(scripts/noise_coverage.py)
+.venv/bin/petals-eval bench simulate --faults 100000 --seed "$seed" || failed+=("bench simulate")
 .venv/bin/python scripts/chaos.py --schedules 200 --seed "$seed" --jobs 2 || failed+=(scripts/chaos.py)
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -1,5 +1,6 @@
 """Simulated evaluations: what the client would make of swarms that are described or drawn, and where its time goes."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,11 +13,12 @@ from petals_eval.data.yaml_text import read_yaml, resolve_nulls
 from petals_eval.errors import ConfigError
 from petals_eval.simulator.draws import draw_scenario
 from petals_eval.simulator.scenario import Scenario
+from petals_eval.simulator.schedules import FaultRun, run_schedule
 from petals_eval.simulator.simulation import Evaluated, Simulated, simulate
 from petals_eval.text import plural
 from petals_eval.validation import explain
 
-__all__ = ["SimulateOutcome", "bench_simulate", "drawn", "read_scenario"]
+__all__ = ["FaultsOutcome", "SimulateOutcome", "bench_faults", "bench_simulate", "drawn", "read_scenario"]
 
 SCHEMA = 1
 
@@ -26,6 +28,15 @@ class SimulateOutcome:
     """All that was simulated, by the names of the scenarios."""
 
     found: dict[str, Simulated] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> list[str]:
+        """The scenarios in which a row was lost, doubled or different."""
+        return [
+            name
+            for name, each in self.found.items()
+            if any(one.lost or one.doubled or one.different for one in each.evaluations)
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values. Shares are of the floor; those over all scenarios are of first evaluations."""
@@ -47,6 +58,65 @@ class SimulateOutcome:
             "tenth_percentile_share": percentile(first, 10),
             **{name: sum(getattr(each, name) for each in every) for name in ("lost", "doubled", "different")},
         }
+
+
+@dataclass(slots=True)
+class FaultsOutcome:
+    """Schedules of faults. failed: those of which something was not as it must be.
+
+    drawn_again: because they hit no call under way. in_flight: calls under way that were hit.
+    lost, doubled, different: rows. late: waits beyond what they may take.
+    """
+
+    schedules: int = 0
+    failed: list[FaultRun] = field(default_factory=list)
+    drawn_again: int = 0
+    in_flight: int = 0
+    lost: int = 0
+    doubled: int = 0
+    different: int = 0
+    late: int = 0
+    processor_seconds: float = 0.0
+
+    def add(self, run: FaultRun) -> None:
+        """Count a schedule."""
+        self.schedules += 1
+        self.drawn_again += run.attempts - 1
+        self.in_flight += run.in_flight
+        self.lost += run.last.lost
+        self.doubled += run.last.doubled
+        self.different += run.last.different
+        self.late += run.late
+        if run.wrong:
+            self.failed.append(run)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        counts = ("schedules", "drawn_again", "in_flight", "lost", "doubled", "different", "late", "processor_seconds")
+        return {
+            "schema_version": SCHEMA,
+            "benchmark": "simulate --faults",
+            **{name: getattr(self, name) for name in counts},
+            "failed": [{"seed": run.seed, "wrong": run.wrong} for run in self.failed],
+        }
+
+
+def bench_faults(count: int, seed: int, say: Callable[[str], object]) -> FaultsOutcome:
+    """Run the schedules of faults of the seeds from `seed` on, and tell of each that is not as it must be."""
+    outcome, began = FaultsOutcome(), time.process_time()
+    for each in range(seed, seed + count):
+        run = run_schedule(each)
+        outcome.add(run)
+        if run.wrong:
+            say(f"seed {each}: {'; '.join(run.wrong)}")
+    outcome.processor_seconds = time.process_time() - began
+    schedules = plural(count, "schedule of faults", "schedules of faults")
+    say(f"{schedules}: {count - len(outcome.failed)} as they must be, {len(outcome.failed)} not")
+    say(
+        f"  {outcome.lost} rows lost, {outcome.doubled} doubled, {outcome.different} different; "
+        f"{outcome.late} waits too long; {outcome.in_flight} calls under way were hit"
+    )
+    return outcome
 
 
 def read_scenario(path: Path) -> Scenario:
@@ -93,7 +163,8 @@ def bench_simulate(
 
 def _faults(each: Evaluated) -> str:
     counts = {"lost": each.lost, "doubled": each.doubled, "different": each.different}
-    return "".join(f", {count} rows {name}" for name, count in counts.items() if count)
+    stopped = "" if each.stopped is None else f"; it {each.stopped}"
+    return "".join(f", {count} rows {name}" for name, count in counts.items() if count) + stopped
 
 
 def _parts(scenario: Scenario, last: Evaluated) -> Iterator[str]:

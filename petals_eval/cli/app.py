@@ -7,13 +7,10 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from petals_eval.cli.command import GroupedCommand
+from petals_eval.cli.command import GroupedCommand, UsageError
 from petals_eval.cli.verbose import with_verbose
 
 __all__ = ["app", "run_app"]
-
-# What typer raises for a wrong flag. Its name is in click or, since typer keeps a copy of click, in typer itself.
-UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 COMMANDS = (
     "run",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from petals_eval.cli.flags import flags_of
 from petals_eval.cli.verbose import with_verbose
 from petals_eval.config import OUTPUT
 from petals_eval.errors import ConfigError
+
+if TYPE_CHECKING:
+    from petals_eval.bench.simulate import FaultsOutcome, SimulateOutcome
 
 __all__ = ["SHORT", "app"]
 
@@ -52,6 +55,8 @@ A swarm that a file describes (the keys stand in petals_eval/simulator/README.md
   petals-eval bench simulate swarm.yaml --evaluations 2
 Thirty swarms that are drawn, by the seeds from 300 on:
   petals-eval bench simulate --random 30 --seed 300
+A hundred schedules of faults, each over a swarm of nine servers; it ends with code 1 where a row is lost:
+  petals-eval bench simulate --faults 100
 """
 STRANGERS = "note: on the public swarm this is work for strangers' machines: keep it short."
 
@@ -100,21 +105,28 @@ def inference(out: Out = None, json_output: AsJson = False, **flags: Any) -> int
 def simulate(
     scenario: Annotated[Path | None, typer.Argument(metavar="[SCENARIO]", help="YAML file of a swarm.")] = None,
     random: Annotated[int | None, typer.Option(metavar="N", min=1, help="Draw N swarms instead.")] = None,
-    seed: Annotated[int, typer.Option(metavar="S", help="Seed of the first of them.")] = 0,
+    faults: Annotated[int | None, typer.Option(metavar="N", min=1, help="Draw N schedules of faults.")] = None,
+    seed: Annotated[int, typer.Option(metavar="S", help="Seed of the first of what is drawn.")] = 0,
     evaluations: Annotated[int, typer.Option(metavar="N", min=1, help="Evaluations over one connection.")] = 1,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
 ) -> int:
     typer.echo("simulating, in virtual time", err=True)
 
-    from petals_eval.bench.simulate import bench_simulate, drawn, read_scenario
+    from petals_eval.bench.simulate import bench_faults, bench_simulate, drawn, read_scenario
 
-    if (scenario is None) == (random is None):
-        raise ConfigError("expected either a file that describes a swarm or --random N, found both or neither")
-    scenarios = drawn(random, seed) if random else [(scenario.name, read_scenario(scenario))] if scenario else []
-    found = bench_simulate(scenarios, evaluations, partial(typer.echo, err=json_output))
+    if [scenario, random, faults].count(None) != 2:
+        raise ConfigError("expected one of a file that describes a swarm, --random N and --faults N")
+    say = partial(typer.echo, err=json_output)
+    found: FaultsOutcome | SimulateOutcome
+    if faults is not None:
+        found = bench_faults(faults, seed, say)
+    elif random is not None:
+        found = bench_simulate(drawn(random, seed), evaluations, say)
+    elif scenario is not None:
+        found = bench_simulate([(scenario.name, read_scenario(scenario))], evaluations, say)
     if json_output:
         typer.echo(json.dumps(found.to_json(), indent=2))
-    return 0
+    return int(bool(found.failed))
 
 
 class Folding:

@@ -1,5 +1,6 @@
 """`petals-eval tasks`: the tasks that ship, and the metrics that there are."""
 
+from textwrap import fill
 from typing import Annotated
 
 import typer
@@ -42,10 +43,11 @@ def _list_tasks() -> None:
             if task.kind == kind:
                 source = task.data
                 data = " ".join(filter(None, (source.path, source.subset, source.split))) if source else "none"
-                typer.echo(f"  {task.name:<14} {task.description}\n  {'':<14} data {data}")
+                _say(f"  {task.name:<14} ", task.description)
+                typer.echo(f"  {'':<14} data {data}")
     typer.echo(
-        "\npetals-eval tasks NAME prints a task as the YAML file that it is, to start one of your own from:\n"
-        "petals-eval run --task my-task.yaml. README.md shows the keys; --metrics lists the metrics."
+        "\npetals-eval tasks NAME prints a task as the YAML file that it is, to start your\n"
+        "own from: petals-eval run --task my-task.yaml. README.md shows the keys;\n--metrics lists the metrics."
     )
 
 
@@ -53,7 +55,15 @@ def _list_metrics(kind: str | None) -> None:
     from petals_eval.metrics import KINDS, available_metrics
 
     for each in KINDS if kind is None else (kind,):
-        names = available_metrics(each)
+        width = max(map(len, available_metrics(each)))
         typer.echo(f"{each}:")
         for spec in KINDS[each]:
-            typer.echo(f"  {spec.name:<{max(map(len, names))}}  {spec.about}")
+            _say(f"  {spec.name:<{width}}  ", spec.about)
+
+
+def _say(name: str, text: str) -> None:
+    """Print the text beside the name, in as many lines as the terminal's width takes."""
+    from petals_eval.text import console_for
+
+    width, indent = console_for().width, " " * len(name)
+    typer.echo(fill(text, width, initial_indent=name, subsequent_indent=indent, break_on_hyphens=False))

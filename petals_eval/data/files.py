@@ -21,7 +21,7 @@ from petals_eval.data.tables import LINE, JsonTable, Readable, TextTable, number
 from petals_eval.environment import local_path
 from petals_eval.errors import DataError, MachineError
 from petals_eval.text import plural
-from petals_eval.validation import shorten
+from petals_eval.validation import closest_beside, shorten
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -120,7 +120,7 @@ def file_fingerprint(source: DataSource) -> str:
 def _check_file(source: DataSource, path: Path) -> None:
     if not path.exists():
         raise DataError(
-            f"there is no file {source.path} (looked for {path.absolute()}). "
+            f"there is no file {source.path} (looked for {path.absolute()}).{closest_beside(path)} "
             "Give the path of a file, or the name of a data set on the hub, which looks like owner/name."
         )
     given = [name for name in ("subset", "split", "revision") if getattr(source, name) is not None]

@@ -9,7 +9,7 @@ from urllib.request import getproxies
 
 from petals_eval.environment import local_path
 from petals_eval.errors import CallerError
-from petals_eval.validation import closest
+from petals_eval.validation import closest_beside
 
 __all__ = ["Folder", "HubRepository", "Source", "first_found", "open_source"]
 
@@ -113,13 +113,12 @@ class HubRepository:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if not _hub_answers():
             reason = "it cannot be reached, and the cache of an earlier download does not have it"
-        here = local_path(self.name)
-        beside = [str(each) for each in here.parent.iterdir()] if here.parent.is_dir() else []
+        meant = closest_beside(local_path(self.name))
         return self.error(
             f"cannot get {what} of {self} from the hub: {reason}\n"
-            f"  There is no {self.name} on this machine.{closest(self.name, beside)} Expected a local folder or the "
-            "name of a hub repository. Check the name and the revision, the token if the repository is gated or "
-            "private, and the network."
+            f"  There is no {self.name} on this machine.{meant} Expected a local folder or the name of a hub "
+            "repository. Check the name and the revision, the token if the repository is gated or private, and the "
+            "network."
         )
 
 
@@ -159,7 +158,9 @@ def open_source(
     if path.is_dir():
         return Folder(path, error)
     if not _HUB_NAME.fullmatch(place):
-        raise error(f"no folder {place}, and that is not a hub name (owner/name) either. Check the path.")
+        raise error(
+            f"no folder {place}, and that is not a hub name (owner/name) either.{closest_beside(path)} Check the path."
+        )
     return HubRepository(place, revision, token, cache_dir, error)
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from petals_eval.comparison.compare import Comparison
 from petals_eval.metrics.differences import EXACT, Difference
 from petals_eval.report.numbers import metric_title, signed_interval_text, signed_text
-from petals_eval.report.tables import NAME_WIDTH, text_table
+from petals_eval.report.tables import NAME_WIDTH, fitting_table
 from petals_eval.text import number_text, p_value_text, plural, printable
 
 __all__ = ["methods_of", "print_comparison", "said_of"]
@@ -28,11 +28,13 @@ def print_comparison(comparison: Comparison, console: Console, *, changed_rows: 
         rows = [
             [metric_title(each.metric), *_values(each), *_cells(each, several=False)] for each in comparison.differences
         ]
-        tables = [text_table(["", *names, *heads[1:]], rows)]
+        tables = [fitting_table(["", *names, *heads[1:]], rows, console.width)]
     else:
         tables = [
-            text_table(
-                [metric_title(metric), *heads[1:]], [[_pair(each), *_cells(each, several=True)] for each in alike]
+            fitting_table(
+                [metric_title(metric), *heads[1:]],
+                [[_pair(each), *_cells(each, several=True)] for each in alike],
+                console.width,
             )
             for metric, alike in _by_metric(comparison.differences)
         ]
@@ -42,7 +44,7 @@ def print_comparison(comparison: Comparison, console: Console, *, changed_rows: 
         console.print(Padding(Text(below), (0, 0, 0, 2), expand=False))
     if len(pairs) == 1 and changed_rows and comparison.changed[pairs[0]]:
         console.print(Text(""))
-        for line in _changed(comparison, changed_rows):
+        for line in _changed(comparison, changed_rows, console.width):
             console.print(line, soft_wrap=True)
 
 
@@ -114,7 +116,7 @@ def _methods(found: Sequence[Difference]) -> dict[str, list[str]]:
     return dict(sorted(by_method.items(), key=lambda item: item[0] != EXACT))
 
 
-def _changed(comparison: Comparison, most: int) -> list[Text]:
+def _changed(comparison: Comparison, most: int, width: int) -> list[Text]:
     first, second = comparison.pairs[0]
     rows = [
         [printable(str(cell), longest=NAME_WIDTH) for cell in (each.key, each.label, each.first, each.second)]
@@ -124,4 +126,4 @@ def _changed(comparison: Comparison, most: int) -> list[Text]:
     total = comparison.changed[first, second] or 0
     title = "row" if total <= most else f"row (first {most} of {total:,})"
     heads = [title, "label", printable(first, longest=NAME_WIDTH), printable(second, longest=NAME_WIDTH), ""]
-    return text_table(heads, rows)
+    return fitting_table(heads, rows, width)

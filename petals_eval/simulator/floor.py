@@ -90,10 +90,11 @@ def _best_flow(scenario: Scenario, legs: list[_Leg]) -> float:
         links = ((3 * leg.server + 1, server.link.up_mbps), (3 * leg.server + 2, server.link.down_mbps))
         for row, mbps in (*links, *client_rows):
             if mbps is not None and not (pushes and row == capacities - 2 and span.start > 0):
-                limits.append((row, column, scenario.bytes_per_position / (mbps * _BYTES_PER_MEGABIT)))
+                links_alike = scenario.clients if row >= capacities - 2 else 1
+                limits.append((row, column, scenario.bytes_per_position / (links_alike * mbps * _BYTES_PER_MEGABIT)))
     limits += [(row, len(legs), -1.0) for row in range(capacities)]
     cost, sources = np.zeros(len(legs) + 1), np.zeros(scenario.blocks)
-    cost[-1], sources[0] = 1.0, sum(scenario.lengths)
+    cost[-1], sources[0] = 1.0, scenario.clients * sum(scenario.lengths)
     best = linprog(
         cost,
         A_ub=_sparse(limits, (capacities, len(legs) + 1)),

@@ -8,10 +8,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import ConfigError
+from petals_eval.local_swarm.faults.schedule import Activation
 from petals_eval.local_swarm.network import LinkProfile
 from petals_eval.swarm.wire.span import Span
 
-__all__ = ["Client", "Scenario", "Server"]
+__all__ = ["Client", "Load", "Move", "Scenario", "Server"]
 
 _PEER = "/ip4/127.0.0.1/tcp/1/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY"  # nobody asks it anything
 _ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -24,10 +25,26 @@ def _span(value: object) -> object:
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
+Blocks = Annotated[Span, BeforeValidator(_span)]
 
 
 class _Described(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Move(_Described):
+    """A server that holds other blocks from `at` on, in seconds from the start."""
+
+    at: NotNegative
+    blocks: Blocks
+
+
+class Load(_Described):
+    """Other people's work: from `since` to `until`, in seconds from the start, it takes a share of a server's pace."""
+
+    since: NotNegative = 0.0
+    until: Positive
+    share: Annotated[float, Field(gt=0, lt=1)]
 
 
 class Server(_Described):
@@ -38,9 +55,12 @@ class Server(_Described):
         call whatever it holds.
     max_tokens: in one call. cache_tokens: of one block, for sessions. version: of petals, as it says.
     claimed_pace: the tokens a second for a block that its record claims (`forward_rps`); None: no claim.
+    joins: seconds from the start until it comes. leaves: until it ends without a word; None: it stays.
+    returns: until it is there again under its old identity. moves: to other blocks. load: other people's.
+    record_delay: seconds until what it announces is in the directory.
     """
 
-    blocks: Annotated[Span, BeforeValidator(_span)]
+    blocks: Blocks
     link: LinkProfile = LinkProfile()
     tokens_per_second: Positive
     call_seconds: NotNegative = 0.002
@@ -48,6 +68,19 @@ class Server(_Described):
     cache_tokens: Count = 1 << 20
     version: str = "2.3.0.dev2"
     claimed_pace: Positive | None = None
+    joins: NotNegative = 0.0
+    leaves: Positive | None = None
+    returns: Positive | None = None
+    moves: tuple[Move, ...] = ()
+    load: tuple[Load, ...] = ()
+    record_delay: NotNegative = 0.0
+
+    @model_validator(mode="after")
+    def _times_are_in_order(self) -> Self:
+        times = [each for each in (self.joins, self.leaves, self.returns) if each is not None]
+        if times != sorted(times) or (self.returns is not None and self.leaves is None):
+            raise ValueError("expected a server to join before it leaves, and to leave before it returns")
+        return self
 
     @model_validator(mode="after")
     def _link_can_be(self) -> Self:
@@ -78,7 +111,11 @@ class Scenario(_Described):
     blocks: of the model. hidden_size: values of a position. dtype: of the servers.
     rows: to be evaluated. tokens: the least and the most positions of one, prompt included; each is drawn by `seed`,
         as is all that is left to chance.
+    tokens_per_micro_batch: positions that are sent at once; None: found out.
+    clients: such as ours that evaluate all rows at the same time, each over a link of its own.
     settings: of the client (`petals_eval.config.SwarmSettings`), where they are not the usual ones.
+    announce_seconds: after which servers announce themselves again; records live for twice as long.
+    faults: those of the stub (`petals_eval.local_swarm.faults`), switched on `at` seconds from the start.
     """
 
     blocks: Count
@@ -87,8 +124,12 @@ class Scenario(_Described):
     rows: Count
     tokens: tuple[Count, Count]
     servers: Annotated[tuple[Server, ...], Field(min_length=1)]
+    tokens_per_micro_batch: Count | None = None
     client: Client = Client()
+    clients: Count = 1
     settings: dict[str, Any] = {}
+    announce_seconds: Positive = 60.0
+    faults: tuple[Activation, ...] = ()
     seed: int = 0
 
     @model_validator(mode="after")
@@ -96,9 +137,13 @@ class Scenario(_Described):
         if self.tokens[0] > self.tokens[1]:
             raise ValueError(f"tokens: expected the least first, found {self.tokens[0]} before {self.tokens[1]}")
         for index, server in enumerate(self.servers):
-            if server.blocks.stop > self.blocks:
-                found = f"server {index} with blocks {server.blocks}"
-                raise ValueError(f"servers: expected blocks of 0:{self.blocks}, found {found}")
+            for span in (server.blocks, *(move.blocks for move in server.moves)):
+                if span.stop > self.blocks:
+                    found = f"server {index} with blocks {span}"
+                    raise ValueError(f"servers: expected blocks of 0:{self.blocks}, found {found}")
+        for each in self.faults:
+            if not 0 <= each.server < len(self.servers):
+                raise ValueError(f"faults: expected a server below {len(self.servers)}, found {each.server}")
         held = {block for server in self.servers for block in range(server.blocks.start, server.blocks.stop)}
         if missing := sorted(set(range(self.blocks)) - held):
             raise ValueError(f"servers: expected every block of 0:{self.blocks} to be held, found none of {missing}")

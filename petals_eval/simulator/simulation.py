@@ -2,19 +2,23 @@
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from random import Random
 
 import numpy as np
 import torch
 
 from petals_eval.data.batching import MicroBatch, micro_batches
+from petals_eval.errors import ExampleError, SwarmError
+from petals_eval.local_swarm.faults.catalog import Fault
+from petals_eval.simulator.faults import MODULUS
 from petals_eval.simulator.floor import RunFloor, run_floor
+from petals_eval.simulator.records import Records
 from petals_eval.simulator.scenario import Scenario
-from petals_eval.simulator.servers import MODULUS, SimulatedServer, after_blocks, line
+from petals_eval.simulator.servers import SimulatedServer, after_blocks
 from petals_eval.simulator.transport import SimulatedTransport
 from petals_eval.simulator.virtual_time import run_in_virtual_time
 from petals_eval.swarm.directory.directory import Directory
@@ -23,29 +27,33 @@ from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.pipeline import Pipeline
 from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.stream import MicroBatchStream, Returned
-from petals_eval.swarm.wire.records import Announcement, ServerState
+from petals_eval.swarm.tasks import together
 from petals_eval.swarm.wire.span import Span
 
-__all__ = ["Evaluated", "Simulated", "simulate"]
+__all__ = ["Evaluated", "Simulated", "SimulatedClient", "SimulatedSwarm", "simulate"]
 
 _PREFIX = "simulated"
-_EXPIRES_AFTER = 600.0  # seconds, as records of Petals' servers that announce themselves every 60 s do
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """One evaluation of all rows.
+    """One evaluation of all rows, by all clients.
 
     seconds: of virtual time. lost, doubled, different: rows that did not come back, came twice, or as another server's
-    blocks would have them. retries: calls made again. busy: the share of its time that each server computed.
-    up, down: the share of its time that each server's link carried bytes. processor: that of the client's processor.
+    blocks would have them. late: calls that went on for longer than they may, and pauses without an answer for longer
+    than the deadline. retries: calls made again. micro_batches: that came back. stopped: why the evaluation ended
+    before it was done, or None. busy: the share of its time that each server computed.
+    up, down: the share of its time that each server's link carried bytes. processor: that of a client's processor.
     """
 
     seconds: float
     lost: int
     doubled: int
     different: int
+    late: int
     retries: int
+    micro_batches: int
+    stopped: str | None
     busy: tuple[float, ...]
     up: tuple[float, ...]
     down: tuple[float, ...]
@@ -74,14 +82,123 @@ def simulate(scenario: Scenario, evaluations: int = 1) -> Simulated:
     """Evaluate a scenario some times over one connection, the same for its seed."""
 
     async def everything(runtime: Runtime) -> tuple[tuple[Evaluated, ...], int]:
-        swarm = _SimulatedSwarm(scenario, runtime)
-        async with swarm.connected():
-            done = [await swarm.evaluate() for _ in range(evaluations)]
-        return tuple(done), swarm.transport.hop_calls
+        async with SimulatedSwarm(scenario, runtime).running() as swarm:
+            done = tuple([await swarm.evaluate() for _ in range(evaluations)])
+        return done, sum(client.transport.hop_calls for client in swarm.clients)
 
     began = time.process_time()
     (done, hop_calls), _ = run_in_virtual_time(everything, seed=scenario.seed)
     return Simulated(run_floor(scenario), done, hop_calls, time.process_time() - began)
+
+
+class SimulatedSwarm:
+    """The servers of a scenario, and its clients. Used from one event loop, on its clock."""
+
+    def __init__(self, scenario: Scenario, runtime: Runtime):
+        self.scenario = scenario
+        self._loop = asyncio.get_running_loop()
+        self.servers = {
+            f"server{index}": SimulatedServer(each, scenario) for index, each in enumerate(scenario.servers)
+        }
+        self._faults: list[list[Fault]] = [[] for _ in scenario.servers]
+        self._records = Records(scenario, self.servers, runtime)
+        self.clients = [
+            SimulatedClient(
+                scenario, self.servers, self._records, replace(runtime, random=Random(scenario.seed + number))
+            )
+            for number in range(scenario.clients)
+        ]
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["SimulatedSwarm"]:
+        """Let servers announce themselves, come, go and fail, and have the clients connected, while the body runs."""
+        self._records.begin()
+        for name, server in self.servers.items():
+            self._plan(name, server)
+        for each in self.scenario.faults:
+            self._at(each.at, f"server{each.server}", partial(self._switch_on, each.server, each.fault))
+        async with AsyncExitStack() as stack:
+            for client in self.clients:
+                await stack.enter_async_context(client.connected())
+            yield self
+
+    def _plan(self, name: str, server: SimulatedServer) -> None:
+        described = server.described
+        if described.joins:
+            self._at(described.joins, name, server.come)
+        if described.leaves is not None:
+            self._at(described.leaves, None, server.leave)
+        if described.returns is not None:
+            self._at(described.returns, name, server.come)
+        for move in described.moves:
+            self._at(move.at, name, partial(server.move, move.blocks))
+
+    def _at(self, seconds: float, name: str | None, happen: Callable[[], object]) -> None:
+        """Let something happen to a server, which announces it where it has a name."""
+
+        def happens() -> None:
+            happen()
+            if name is not None and not self.servers[name].is_gone:
+                self._records.announce(name)
+
+        self._loop.call_later(seconds, happens)
+
+    def _switch_on(self, server: int, fault: Fault) -> None:
+        self._faults[server].append(fault)
+        self.servers[f"server{server}"].faults.switch(self._faults[server])
+
+    def make_well(self) -> None:
+        """End all faults, and let whoever is gone come back."""
+        for name, server in self.servers.items():
+            server.faults.switch(())
+            if server.is_gone:
+                server.come()
+            self._records.announce(name)
+
+    @property
+    def in_flight(self) -> int:
+        """Calls under way that were hit so far: by a fault, or because their server left."""
+        counts = (count for server in self.servers.values() for count in server.faults.counts.values())
+        return sum(count.in_flight for count in counts) + sum(each.broken_off for each in self.servers.values())
+
+    async def evaluate(self, *, resume: bool = False) -> Evaluated:
+        """Let every client send all rows, and hold what comes back against what is right.
+
+        resume: whether to go on with an evaluation that stopped.
+        """
+        began, before = self._loop.time(), self._counters()
+        done = await together([client.evaluate(resume) for client in self.clients])
+        seconds = self._loop.time() - began
+        retries, micro_batches, computing, up, down, processing = (
+            new - old for new, old in zip(self._counters(), before, strict=True)
+        )
+        return Evaluated(
+            seconds=max(each.seconds for each in done),
+            lost=sum(each.lost for each in done),
+            doubled=sum(each.doubled for each in done),
+            different=sum(each.different for each in done),
+            late=sum(each.late for each in done),
+            retries=int(retries[0]),
+            micro_batches=int(micro_batches[0]),
+            stopped=next((each.stopped for each in done if each.stopped is not None), None),
+            busy=tuple(computing / seconds),
+            up=tuple(up / seconds),
+            down=tuple(down / seconds),
+            processor=float(processing[0] / seconds / len(self.clients)),
+        )
+
+    def _counters(self) -> Sequence[np.ndarray]:
+        """Return what only grows: retries, micro-batches, seconds each server computed and each link was busy, the
+        clients' own."""
+        servers = self.servers.values()
+        return [
+            np.array([sum(client.peers.retries for client in self.clients)]),
+            np.array([sum(client.micro_batches for client in self.clients)]),
+            np.array([each.computing for each in servers]),
+            np.array([each.up.busy for each in servers]),
+            np.array([each.down.busy for each in servers]),
+            np.array([sum(client.transport.processing for client in self.clients)]),
+        ]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -92,56 +209,36 @@ class _Row:
     input_ids: tuple[int, ...]
 
 
-class _Records:
-    """The DHT, as a `RecordSource`: whatever servers are there announce."""
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What one client's evaluation came to, as `Evaluated` has it."""
 
-    def __init__(self, scenario: Scenario, servers: Mapping[str, SimulatedServer], runtime: Runtime):
-        self._scenario = scenario
-        self._servers = servers
-        self._runtime = runtime
-
-    async def read(self, blocks: Mapping[str, int]) -> tuple[Sequence[Announcement], int]:
-        expiration = self.now() + _EXPIRES_AFTER
-        return [
-            Announcement(block, name, self._record(server), expiration)
-            for name, server in self._servers.items()
-            if not server.is_gone
-            for block in [server.described.blocks.start]
-        ], 0
-
-    def now(self) -> float:
-        return self._runtime.epoch()
-
-    def _record(self, server: SimulatedServer) -> tuple[int, float, dict[str, object]]:
-        described = server.described
-        extra = {
-            "start_block": described.blocks.start,
-            "end_block": described.blocks.stop,
-            "version": described.version,
-            "torch_dtype": self._scenario.dtype,
-            "cache_tokens_left": 2 * server.free_cache,  # keys and values count apart
-            "forward_rps": described.claimed_pace,
-        }
-        return int(ServerState.ONLINE), 1.0, extra
+    seconds: float
+    lost: int
+    doubled: int
+    different: int
+    late: int
+    stopped: str | None
 
 
-class _SimulatedSwarm:
-    """A client and its swarm. Used from one event loop, on its clock."""
+class SimulatedClient:
+    """A client, and its links to the servers. Used from one event loop, on its clock.
 
-    def __init__(self, scenario: Scenario, runtime: Runtime):
+    micro_batches: that came back so far.
+    """
+
+    def __init__(self, scenario: Scenario, servers: Mapping[str, SimulatedServer], records: Records, runtime: Runtime):
         self._scenario = scenario
         self._loop = asyncio.get_running_loop()
-        client = scenario.client
-        self._client_links = line(client.up_mbps), line(client.down_mbps)
-        self._servers = {
-            f"server{index}": SimulatedServer(each, scenario, *self._client_links)
-            for index, each in enumerate(scenario.servers)
-        }
-        self._peers = PeerBook(scenario.swarm_settings, runtime)
-        source = _Records(scenario, self._servers, runtime)
-        self._directory = Directory(source, _PREFIX, scenario.blocks, self._peers)
-        self.transport = SimulatedTransport(self._servers, self._peers, client)
-        self._pipeline = Pipeline(self.transport, self._directory, self._peers)
+        self.peers = PeerBook(scenario.swarm_settings, runtime)
+        self._directory = Directory(records, _PREFIX, scenario.blocks, self.peers)
+        self.transport = SimulatedTransport(servers, self.peers, scenario.client)
+        self._pipeline = Pipeline(self.transport, self._directory, self.peers)
+        self._span = Span(0, scenario.blocks)
+        self.micro_batches = 0
+        self._answers: dict[int, tuple[bool, frozenset[str]]] = {}  # by row: is it right, and who computed it
+        self._doubled = 0
+        self._stopped: str | None = None
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
@@ -153,16 +250,45 @@ class _SimulatedSwarm:
         finally:
             keeping.cancel()
 
-    async def evaluate(self) -> Evaluated:
-        """Send all rows through the swarm, as `RemoteModel` does, and hold what comes back against what is right."""
-        span = Span(0, self._scenario.blocks)
+    async def evaluate(self, resume: bool) -> _Done:
+        """Send all rows, or those that are left, through the swarm as `RemoteModel` and the evaluation do: what a
+        server had computed that was caught in the end is computed again elsewhere."""
+        if not resume:
+            self._answers.clear()
+        self._stopped, self._doubled = None, 0
+        began, transport = self._loop.time(), self.transport
+        transport.answered_at, transport.longest_pause, transport.overdue = began, 0.0, 0
+        seconds = 0.0
+        while (left := self._left()) and self._stopped is None:
+            await self._stream(left)
+            seconds = self._loop.time() - began
+            transport.note_answer()
+            await self._pipeline.audit.settle()
+            caught = {each.server.peer_id for each in self._pipeline.quarantine.findings if not each.is_used}
+            failed = len(self._left())
+            self._answers = {row: each for row, each in self._answers.items() if caught.isdisjoint(each[1])}
+            if len(self._left()) == failed:
+                break
+        is_paused = transport.longest_pause > self.peers.settings.deadline + 1
+        return _Done(
+            seconds,
+            lost=len(self._left()),
+            doubled=self._doubled,
+            different=sum(not is_right for is_right, _ in self._answers.values()),
+            late=transport.overdue + is_paused,
+            stopped=self._stopped,
+        )
+
+    def _left(self) -> list[int]:
+        return [row for row in range(self._scenario.rows) if row not in self._answers]
+
+    async def _stream(self, rows: Collection[int]) -> None:
         returned: asyncio.Queue[Returned[MicroBatch[_Row]] | None] = asyncio.Queue()
         stream = MicroBatchStream[MicroBatch[_Row]](
-            self._pipeline, span, self._peers.settings.window, returned.put_nowait
+            self._pipeline, self._span, self.peers.settings.window, returned.put_nowait
         )
-        began, before = self._loop.time(), self._counters()
         running = asyncio.create_task(stream.run())
-        seen, different, work = Counter[int](), 0, self._work()
+        work = self._work(rows)
         following = next(work, None)
         try:
             while following is not None or stream.in_flight:
@@ -175,48 +301,37 @@ class _SimulatedSwarm:
                 elif (back := await returned.get()) is not None:
                     result = stream.take(back)
                     if isinstance(result, Computed):
-                        seen.update(row.number for row in result.tag.requests)
-                        expected = after_blocks(_values(result.tag), span).to(result.hidden.dtype)
-                        different += int((result.hidden[:, 0, 0] != expected).sum())
+                        self._count(result)
+                    elif isinstance(result.error, SwarmError):
+                        self._stopped = str(result.error)
+                        return
+                    elif not isinstance(result.error, ExampleError):
+                        raise result.error
         finally:
             running.cancel()
-        seconds = self._loop.time() - began
-        await self._pipeline.audit.settle()
-        retries, computing, up, down, processing = (
-            new - old for new, old in zip(self._counters(), before, strict=True)
-        )
-        return Evaluated(
-            seconds,
-            lost=self._scenario.rows - len(seen),
-            doubled=seen.total() - len(seen),
-            different=different,
-            retries=int(retries[0]),
-            busy=tuple(computing / seconds),
-            up=tuple(up / seconds),
-            down=tuple(down / seconds),
-            processor=float(processing[0] / seconds),
-        )
+            await asyncio.wait([running])
 
-    def _work(self) -> Iterator[Work[MicroBatch[_Row]]]:
+    def _count(self, result: Computed[MicroBatch[_Row]]) -> None:
+        self.micro_batches += 1
+        servers = frozenset(hop.peer_id for hop in result.hops)
+        expected = after_blocks(_values(result.tag), self._span)
+        is_right = (result.hidden[:, 0, 0].to(torch.int64) == expected).tolist()
+        for row, right in zip(result.tag.requests, is_right, strict=True):
+            self._doubled += row.number in self._answers
+            self._answers[row.number] = right, servers
+
+    def _work(self, numbers: Collection[int]) -> Iterator[Work[MicroBatch[_Row]]]:
         scenario = self._scenario
         dtype = getattr(torch, scenario.dtype)
-        rows = (_Row(number, (0,) * length) for number, length in enumerate(scenario.lengths))
-        at_once = partial(self._pipeline.positions_at_once, scenario.hidden_size, dtype)
+        lengths = scenario.lengths
+        rows = (_Row(number, (0,) * lengths[number]) for number in numbers)
+        at_once = scenario.tokens_per_micro_batch or partial(
+            self._pipeline.positions_at_once, scenario.hidden_size, dtype
+        )
         for batch in micro_batches(rows, max_tokens=at_once):
             shape = *batch.input_ids.shape, scenario.hidden_size
             hidden = _values(batch).to(dtype)[:, None, None].expand(shape)
             yield Work(batch, hidden, None)
-
-    def _counters(self) -> Sequence[np.ndarray]:
-        """Return what only grows: retries, seconds each server computed and each link was busy, the client's own."""
-        servers = self._servers.values()
-        return [
-            np.array([self._peers.retries]),
-            np.array([each.computing for each in servers]),
-            np.array([each.up.links[-1].busy for each in servers]),
-            np.array([each.down.links[0].busy for each in servers]),
-            np.array([self.transport.processing]),
-        ]
 
 
 def _values(batch: MicroBatch[_Row]) -> torch.Tensor:

@@ -1,29 +1,35 @@
 """The transport of a simulated swarm: what `Libp2pTransport` is on the wire, in virtual time."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from typing import Any
 
 import torch
 
 from petals_eval.errors import PeerRefusedError, PeerUnreachableError
+from petals_eval.local_swarm.faults import catalog as f
 from petals_eval.simulator.scenario import Client
-from petals_eval.simulator.servers import SimulatedServer
+from petals_eval.simulator.servers import Connection, SimulatedServer, conclude, line
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.tasks import retrieve_exception
+from petals_eval.swarm.transport.codec_negotiation import negotiate
 from petals_eval.swarm.transport.hop_session import HopSession
 from petals_eval.swarm.transport.rpc import Answer, peer_errors
 from petals_eval.swarm.transport.transport import AskedInfo, kept_info
+from petals_eval.swarm.wire.codecs import LOSSY_CODES, LossyCode
 from petals_eval.swarm.wire.server_info import SESSION_TENSORS, ServerInfo
 from petals_eval.swarm.wire.session_messages import NextServer
 
 __all__ = ["SimulatedTransport"]
 
 _SMALL_BYTES = 512  # a question without hidden states, its answer, and what a message has beside its tensors
+_TOLERANCE = 1e-6  # seconds
 _CONNECT_ROUND_TRIPS = 3  # to agree on encryption (Noise) and on sharing the connection (yamux), after TCP's own
 
 
@@ -31,68 +37,121 @@ class SimulatedTransport:
     """A `Transport` to simulated servers. Used from one event loop, on its clock.
 
     hop_calls: calls that carried hidden states. processing: seconds that the client's processor has taken so far.
+    answered_at: when the last answer came. longest_pause: the most seconds between two of them.
+    overdue: calls that went on for longer than they may.
     """
 
     def __init__(self, servers: Mapping[str, SimulatedServer], peers: PeerBook, client: Client):
         self.hop_calls = 0
         self.processing = 0.0
+        self.overdue = 0
+        self.answered_at = self.longest_pause = 0.0
         self._servers = servers
         self._peers = peers
         self._settings = peers.settings
         self._client = client
         self._loop = asyncio.get_running_loop()
-        self._connections: dict[str, asyncio.Task[None]] = {}
+        self._connections: dict[str, asyncio.Task[Connection]] = {}
+        self._links = line(client.up_mbps), line(client.down_mbps)
+        self._code = None if peers.settings.wire is None else LOSSY_CODES[peers.settings.wire]
         self._processor_free_at = 0.0
         self._sessions: dict[str, SimulatedSession] = {}
         self.session_numbers = count(1)
         self.request_timeout = peers.settings.request_timeout
 
     async def ask_info(self, peer_id: str, block: int) -> AskedInfo:
-        started, timeout = self._loop.time(), self._settings.connect_timeout
-        with peer_errors(timeout):
-            async with asyncio.timeout(timeout):
-                server = await self._connected(peer_id)
-                await self._ask(server)
-        info = ServerInfo(
-            server.described.version, server.dtype, server.dtype, server.free_cache, session_tensors=SESSION_TENSORS
-        )
+        started = self._loop.time()
+        with self.rpc(self._settings.connect_timeout) as timeout:
+            async with timeout:
+                connection = await self._connected(peer_id)
+                await _ask(connection)
+        server = connection.server
+        layout = server.faults.active(f.OtherLayout)
+        tensors = SESSION_TENSORS if layout is None else layout.tensors
+        free, dtype = server.free_cache, server.dtype
+        info = ServerInfo(server.version, dtype, dtype, free, session_tensors=tensors)
         return AskedInfo(info, self._loop.time() - started, _SMALL_BYTES, _SMALL_BYTES)
 
     async def call(self, hop: Hop, activations: Activations, *, lossless: bool = False) -> Answer:
         peer = self._peers.of(hop.peer_id)
-        if not peer.info.is_answered:
-            await kept_info(self, peer, hop.span.start, self._settings)
+        info = peer.info.answer or await kept_info(self, peer, hop.span.start, self._settings)
+        code = None
+        if self._code is not None and not lossless and activations.values:
+            first = Activations(activations.hidden[:1, :1])
+            code = await negotiate(peer, self._code, info, partial(self._forward, hop, info, first))
+        return await self._forward(hop, info, activations, code)
+
+    async def _forward(self, hop: Hop, info: ServerInfo, activations: Activations, code: LossyCode | None) -> Answer:
         self.hop_calls += 1
-        started, nbytes, timeout = self._loop.time(), activations.nbytes, self.request_timeout
-        with peer_errors(timeout):
-            async with asyncio.timeout(timeout):
-                server = await self._connected(hop.peer_id)
-                await self.process(nbytes)
-                await server.carry(server.up, nbytes + _SMALL_BYTES)
-                try:
-                    hidden = await server.compute(activations, hop.span)
-                except PeerRefusedError:
-                    await server.carry(server.down, _SMALL_BYTES)
-                    raise
-                await server.carry(server.down, nbytes + _SMALL_BYTES)
-                await self.process(nbytes)
-        return Answer(hidden, self._loop.time() - started, nbytes, nbytes)
+        started = self._loop.time()
+        sent = activations.nbytes if code is None else activations.values * code.bytes_per_value
+        with self.rpc(self.request_timeout) as timeout:
+            async with timeout:
+                connection = await self._connected(hop.peer_id)
+                await self.process(sent)
+                await connection.carry(connection.up, sent + _SMALL_BYTES)
+                answer, received = await self.received(connection, hop, activations, info, code)
+        return Answer(answer, self._loop.time() - started, sent, received)
+
+    async def received(
+        self,
+        connection: Connection,
+        hop: Hop,
+        activations: Activations,
+        info: ServerInfo,
+        code: LossyCode | None = None,
+        pass_on: Callable[[torch.Tensor], object] | None = None,
+    ) -> tuple[torch.Tensor, int]:
+        """Return the answer to what has arrived at a server, once it is here, and its bytes.
+
+        pass_on: told of the answer as it leaves the server. Raises PeerError.
+        """
+        try:
+            message = await connection.server.answer(activations, hop.span, connection, code)
+        except PeerRefusedError:
+            await connection.carry(connection.down, _SMALL_BYTES)
+            raise
+        if pass_on is not None:
+            pass_on(message.hidden)
+        await connection.carry(connection.down, message.nbytes + _SMALL_BYTES)
+        await self.process(message.nbytes)
+        return message.read(tuple(activations.hidden.shape), info.output_dtype), message.nbytes
+
+    @contextmanager
+    def rpc(self, timeout: float) -> Iterator["asyncio.Timeout"]:
+        """Watch one RPC, the body, which is to be done within `timeout` seconds."""
+        started = self._loop.time()
+        try:
+            with peer_errors(timeout):
+                yield asyncio.timeout(timeout)
+            self.note_answer()
+        finally:
+            self.overdue += self._loop.time() - started > timeout + _TOLERANCE
+
+    def note_answer(self) -> None:
+        """Count the seconds since the last answer, or the last call of this, as a pause."""
+        now = self._loop.time()
+        self.longest_pause = max(self.longest_pause, now - self.answered_at)
+        self.answered_at = now
 
     async def open_session(self, hop: Hop, rows: int, positions: int) -> HopSession:
         info = await kept_info(self, self._peers.of(hop.peer_id), hop.span.start, self._settings)
-        need, timeout = rows * positions * hop.blocks, self._settings.connect_timeout
-        with peer_errors(timeout):
-            async with asyncio.timeout(timeout):
-                server = await self._connected(hop.peer_id)
+        need = rows * positions * hop.blocks
+        with self.rpc(self._settings.connect_timeout) as timeout:
+            async with timeout:
+                connection = await self._connected(hop.peer_id)
                 await self.process(0)
-                await server.carry(server.up, _SMALL_BYTES)
+                await connection.carry(connection.up, _SMALL_BYTES)
+                server = connection.server
+                if server.faults.hits_call(f.LockedCache):
+                    await connection.silence()
                 if server.free_cache < need:  # in the words of Petals' servers
-                    await server.carry(server.down, _SMALL_BYTES)
+                    await connection.carry(connection.down, _SMALL_BYTES)
                     raise PeerRefusedError(f"Could not allocate {need} bytes immediately: out of memory")
-                session = SimulatedSession(self, server, hop, info, rows, need)
+                session = SimulatedSession(self, connection, hop, info, rows, need)
                 self._sessions[session.id] = session
                 try:
-                    await server.carry(server.down, _SMALL_BYTES)
+                    await connection.carry(connection.down, _SMALL_BYTES)
                 except BaseException:
                     await session.close()
                     raise
@@ -114,27 +173,31 @@ class SimulatedTransport:
         """Count a session as closed."""
         self._sessions.pop(session.id, None)
 
-    async def _connected(self, peer_id: str) -> SimulatedServer:
-        """Return a server once there is a connection to it; those who wait for one share it."""
+    async def _connected(self, peer_id: str) -> Connection:
+        """Return the connection to a server; those who wait for a new one share it."""
         server = self._servers.get(peer_id)
         if server is None:
             raise PeerUnreachableError("failed to find any peer in table")
         connecting = self._connections.get(peer_id)
-        if connecting is None or server.is_gone:
+        if connecting is not None and connecting.done():
+            failed = connecting.cancelled() or connecting.exception() is not None
+            connecting = None if failed or not connecting.result().is_open else connecting
+        if connecting is None:
             connecting = self._connections[peer_id] = asyncio.create_task(self._connect(server))
             connecting.add_done_callback(retrieve_exception)
-        if not connecting.done() or connecting.exception() is not None:
-            await asyncio.shield(connecting)
-        return server
+        return connecting.result() if connecting.done() else await asyncio.shield(connecting)
 
-    async def _connect(self, server: SimulatedServer) -> None:
+    async def _connect(self, server: SimulatedServer) -> Connection:
+        connection = Connection(server, *self._links)
         for _ in range(_CONNECT_ROUND_TRIPS):
-            await self._ask(server)
+            await _ask(connection)
+        return connection
 
-    async def _ask(self, server: SimulatedServer) -> None:
-        """Send a few bytes there and back."""
-        await server.carry(server.up, _SMALL_BYTES)
-        await server.carry(server.down, _SMALL_BYTES)
+
+async def _ask(connection: Connection) -> None:
+    """Send a few bytes there and back."""
+    await connection.carry(connection.up, _SMALL_BYTES)
+    await connection.carry(connection.down, _SMALL_BYTES)
 
 
 class SimulatedSession(HopSession):
@@ -143,7 +206,7 @@ class SimulatedSession(HopSession):
     def __init__(
         self,
         transport: SimulatedTransport,
-        server: SimulatedServer,
+        connection: Connection,
         hop: Hop,
         info: ServerInfo,
         rows: int,
@@ -155,13 +218,15 @@ class SimulatedSession(HopSession):
         self.position = 0
         self._id = f"session {next(transport.session_numbers)}"
         self._transport = transport
-        self._server = server
-        self._span = hop.span
+        self._connection = connection
+        self._hop = hop
         self._is_open = True
         self._cache_tokens = cache_tokens
-        server.free_cache -= cache_tokens
+        self._life = connection.server.lives
+        connection.server.free_cache -= cache_tokens
         self._close_callbacks: list[Callable[[], object]] = []
-        self._pushed: asyncio.Queue[tuple[torch.Tensor, Sequence[NextServer]]] = asyncio.Queue()
+        self._pushed: deque[tuple[torch.Tensor, Sequence[NextServer]]] = deque()
+        self._arrival: asyncio.Future[None] | None = None
 
     def roll_back(self, position: int) -> None:
         self.position = position
@@ -173,58 +238,67 @@ class SimulatedSession(HopSession):
         hypo_ids: torch.Tensor | None = None,
         next_servers: Sequence[NextServer] = (),
     ) -> Answer:
-        transport, server = self._transport, self._server
+        transport, connection = self._transport, self._connection
 
-        async def send() -> torch.Tensor:
+        async def send() -> tuple[torch.Tensor, int]:
             await transport.process(hidden.nbytes)
-            await server.carry(server.up, hidden.nbytes + _SMALL_BYTES)
+            await connection.carry(connection.up, hidden.nbytes + _SMALL_BYTES)
+            if connection.server.faults.hits_call(f.OtherLayout):
+                await connection.carry(connection.down, _SMALL_BYTES)
+                raise PeerRefusedError("not enough values to unpack (expected 10, got 3)")
             return await self._computed(hidden, next_servers)
 
         return await self._answered(send(), hidden.nbytes)
 
     async def pushed_step(self, positions: int, hidden_size: int) -> Answer:
-        async def wait() -> torch.Tensor:
-            hidden, next_servers = await self._pushed.get()
+        async def wait() -> tuple[torch.Tensor, int]:
+            if not self._pushed:
+                self._arrival = self._connection.expect()
+                await self._arrival
+            hidden, next_servers = self._pushed.popleft()
             return await self._computed(hidden, next_servers)
 
         return await self._answered(wait(), 0)
 
     def take_push(self, hidden: torch.Tensor, next_servers: Sequence[NextServer]) -> None:
         """Take a step from another server, which names those that come after this one."""
-        self._pushed.put_nowait((hidden, next_servers))
+        self._pushed.append((hidden, next_servers))
+        if self._arrival is not None:
+            conclude(self._arrival)
 
-    async def _computed(self, hidden: torch.Tensor, next_servers: Sequence[NextServer]) -> torch.Tensor:
-        """Return the answer to a step as the client gets it; the server passes it on besides."""
-        server = self._server
-        answer = await server.compute(Activations(hidden, None, self._span.start), self._span)
-        following = self._transport.session(next_servers[0].session_id) if next_servers else None
-        if following is not None:  # a push to a session that is not open vanishes
-            following._server.pushes.send(
-                answer.nbytes + _SMALL_BYTES, lambda: following.take_push(answer, next_servers[1:])
-            )
-        await server.carry(server.down, answer.nbytes + _SMALL_BYTES)
-        await self._transport.process(answer.nbytes)
-        return answer
+    async def _computed(self, hidden: torch.Tensor, next_servers: Sequence[NextServer]) -> tuple[torch.Tensor, int]:
+        """Return the answer to a step as the client gets it, and its bytes; the server passes it on besides."""
 
-    async def _answered(self, step: Coroutine[Any, Any, torch.Tensor], sent: int) -> Answer:
-        loop, timeout = asyncio.get_running_loop(), self._transport.request_timeout
+        def pass_on(answer: torch.Tensor) -> None:
+            following = self._transport.session(next_servers[0].session_id) if next_servers else None
+            if following is not None:  # a push to a session that is not open vanishes
+                following._connection.server.pushes.send(
+                    answer.nbytes + _SMALL_BYTES, lambda: following.take_push(answer, next_servers[1:])
+                )
+
+        activations = Activations(hidden, None, self._hop.span.start)
+        return await self._transport.received(self._connection, self._hop, activations, self.info, None, pass_on)
+
+    async def _answered(self, step: Coroutine[Any, Any, tuple[torch.Tensor, int]], sent: int) -> Answer:
+        loop = asyncio.get_running_loop()
         started = loop.time()
-        with peer_errors(timeout):
-            async with asyncio.timeout(timeout):
-                hidden = await step
+        with self._transport.rpc(self._transport.request_timeout) as timeout:
+            async with timeout:
+                hidden, received = await step
         self.position += hidden.shape[1]
-        return Answer(hidden, loop.time() - started, sent, hidden.nbytes)
+        return Answer(hidden, loop.time() - started, sent, received)
 
     async def close(self) -> None:
         if not self._is_open:
             return
         self._is_open = False
+        connection = self._connection
         try:
             with suppress(PeerUnreachableError):
-                await self._server.carry(self._server.up, _SMALL_BYTES)
-                await self._server.carry(self._server.down, _SMALL_BYTES)
+                await _ask(connection)
         finally:
             self._transport.forget(self)
-            self._server.free_cache += self._cache_tokens
+            if connection.server.lives == self._life:
+                connection.server.free_cache += self._cache_tokens
             for callback in self._close_callbacks:
                 callback()

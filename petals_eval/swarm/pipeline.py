@@ -25,7 +25,7 @@ from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.scheduling.admission import Admission, AdmissionQueues
 from petals_eval.swarm.scheduling.push_scheduler import PushScheduler
-from petals_eval.swarm.scheduling.router import HopDeadline, Router
+from petals_eval.swarm.scheduling.router import HopDeadline, PacePolicy, Router
 from petals_eval.swarm.scheduling.tuning import Delivery, Tuning
 from petals_eval.swarm.sessions.route_session import RouteSession
 from petals_eval.swarm.transport.client import HopClient
@@ -95,9 +95,10 @@ class Pipeline:
         self._under_way += 1
         try:
             if delivery is Delivery.PUSHED:
-                for hop, answer in await self._pushes.push(activations, span):
+                for hop, answer in await self._pushes.push(activations, span, deadline):
                     hops.append(ServedHop.of(hop, answer.hidden))
                     block, activations = hop.span.stop, activations.after(answer.hidden, hop.span.stop)
+                    deadline = HopDeadline()
             while block < span.stop:
                 hop = await self._router.admit(activations, Span(block, span.stop), deadline)
                 served = await self._hedged(hop, activations, deadline.give_up or 0.0, non_finite)
@@ -139,19 +140,22 @@ class Pipeline:
     ) -> tuple[Hop, Answer] | None:
         """Return the hop's answer, with who gave it; None where it failed.
 
-        Where its server takes far longer than was to be expected and a replica is free, that one is asked, too, and the
-        first answer counts: one straggler would otherwise hold up the end of a run.
+        Where its server takes far longer than was to be expected and a replica is free, that one is asked, too, and so
+        on; the first answer counts: one straggler would otherwise hold up the end of a run.
         non_finite: hops that answered with NaN or infinity, to be added to.
         """
-        patience: float | None = self._router.patience(hop, activations.tokens)
+        patience = until_next = self._router.patience(hop, activations.tokens)
         under_way = {self._start(hop, activations, give_up): hop}
         try:
             while under_way:
-                done, _ = await asyncio.wait(under_way, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait(under_way, timeout=until_next, return_when=asyncio.FIRST_COMPLETED)
+                until_next = patience
                 if not done:
-                    patience = None
-                    replica = self._router.free_replica(hop, activations)
-                    if replica is not None:
+                    asked_already = {each.peer_id for each in under_way.values()}
+                    replica = self._router.free_replica(hop, activations, asked_already)
+                    if replica is None:
+                        until_next = PacePolicy.min_patience  # one may be free soon
+                    else:
                         slow, other = (self.peers.of(each.peer_id).name for each in (hop, replica))
                         _log.debug("blocks %s: nothing from %s in time, %s is asked, too", hop.span, slow, other)
                         under_way[self._start(replica, activations, give_up)] = replica
@@ -163,6 +167,7 @@ class Pipeline:
                         if isinstance(error, PeerNotFiniteError):
                             non_finite.append(asked)
                         self._on_failed(asked, error)
+                        until_next = 0.0
                     else:
                         for slower in under_way.values():
                             self.peers.of(slower.peer_id).on_overtaken()
@@ -244,13 +249,16 @@ class Pipeline:
 
     @asynccontextmanager
     async def streaming(self) -> AsyncIterator[None]:
-        """Keep what is known of the servers fresh while the body sends micro-batches."""
+        """Keep what is known of the servers fresh while the body sends micro-batches, and meet those that it may need."""
         await self._directory.use()
         self._directory.users += 1
+        meeting = [asyncio.create_task(self._client.meet(server)) for server in self._router.likely_servers()]
         try:
             yield
         finally:
             self._directory.users -= 1
+            for task in meeting:
+                task.cancel()
             self.tuning.push.pause()
 
     def status(self) -> SwarmStatus:

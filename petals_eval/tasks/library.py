@@ -20,7 +20,7 @@ from petals_eval.tasks.group import TaskGroup, folder_name
 from petals_eval.tasks.perplexity import PerplexityTask
 from petals_eval.tasks.prompted import Prompting
 from petals_eval.tasks.regression import RegressionTask
-from petals_eval.validation import closest, shorten
+from petals_eval.validation import closest, closest_beside, shorten
 
 __all__ = [
     "DefinedTask",
@@ -77,7 +77,7 @@ def load_task(task: "str | Path | Mapping[str, Any] | Task") -> Task:
         _check_metrics(loaded, str(task))
         return loaded
     if path.suffix in _SUFFIXES or len(path.parts) > 1:
-        raise TaskError(f"there is no task file {task} (looked for {path.absolute()}).")
+        raise TaskError(f"there is no task file {task} (looked for {path.absolute()}).{closest_beside(path)}")
     raise TaskError(
         f"there is no task {task}.{closest(str(task), shipped)} Shipped tasks: {', '.join(sorted(shipped))}. "
         "A task of your own is given by the path of its YAML file."

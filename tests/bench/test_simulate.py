@@ -69,6 +69,10 @@ def test_drawn_swarms_are_what_they_should_be(seed):
         (SWARM.replace("push: never", "gpus: 8"), "gpus"),
         (SWARM.replace("up_mbps: 20", "up_mbps: 0"), "rates above 0"),
         (SWARM.replace("delay: 0.02", "delay: -1"), "a delay"),
+        (SWARM + "faults: [{at: 1, server: 7, fault: {name: crash}}]", "expected a server below 2"),
+        (SWARM + "faults: [{at: 1, server: 0, fault: {name: meteor}}]", "meteor"),
+        (SWARM.replace("tokens_per_second: 1000", "tokens_per_second: 1000, returns: 3"), "to leave before it returns"),
+        (SWARM.replace("tokens_per_second: 1000", "tokens_per_second: 9, moves: [{at: 1, blocks: 0:9}]"), "0:4"),
     ],
 )
 def test_a_file_that_describes_none_is_refused(tmp_path, text, message):
@@ -76,7 +80,22 @@ def test_a_file_that_describes_none_is_refused(tmp_path, text, message):
         read_scenario(file_of(tmp_path, text))
 
 
-@pytest.mark.parametrize("arguments", [(), ("swarm.yaml", "--random", "2")])
+def test_schedules_of_faults_are_told_of(tmp_path):
+    outcome = invoke("bench", "simulate", "--faults", "3", "--seed", "10", "--json")
+    told = json.loads(outcome.out)
+    assert (outcome.code, told["schedules"], told["failed"]) == (0, 3, [])
+    assert [told[name] for name in ("lost", "doubled", "different", "late")] == [0] * 4 and told["in_flight"] >= 3
+    assert "3 schedules of faults: 3 as they must be, 0 not" in outcome.err
+
+
+def test_a_swarm_that_loses_rows_ends_with_code_1(tmp_path):
+    faults = "faults: [{at: 0.1, server: 0, fault: {name: crash}}]\n"
+    swarm = SWARM.replace("settings: {push: never}", "settings: {push: never, deadline: 5}") + faults
+    outcome = invoke("bench", "simulate", str(file_of(tmp_path, swarm)))
+    assert outcome.code == 1 and "rows lost" in outcome.out and "stopped at the deadline" in outcome.out
+
+
+@pytest.mark.parametrize("arguments", [(), ("swarm.yaml", "--random", "2"), ("--faults", "1", "--random", "2")])
 def test_a_file_or_a_number_is_needed(arguments):
     outcome = invoke("bench", "simulate", *arguments)
     assert outcome.code == 2 and "--random N" in outcome.err

@@ -135,6 +135,8 @@ def test_requests_that_the_harness_has_cached_are_those_that_it_makes(lm, task_f
 def test_a_continuation_that_cannot_be_scored(lm):
     with pytest.raises(ExampleError, match="with neither"):
         lm.loglikelihood(likelihoods(("", "")))
+    with pytest.raises(ExampleError, match="makes no token, so that nothing stands before"):
+        LM(lm.model, add_bos_token=False).loglikelihood(likelihoods((" ", "dog")), disable_tqdm=True)
     for continuation, message in (("", "makes 0 tokens"), (" dog" * 600, "512 at most")):
         with pytest.raises(RequestTooLargeError, match=message):
             lm.loglikelihood(likelihoods(("A", continuation)), disable_tqdm=True)

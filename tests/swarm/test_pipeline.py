@@ -236,6 +236,75 @@ def test_a_stragglers_work_is_done_elsewhere_and_it_is_given_less():
     assert seconds < 10
 
 
+def hanging(transport: FakeTransport, *names: str) -> Callable[[Hop, torch.Tensor], object]:
+    """What lets calls to these servers hang."""
+    return lambda hop, hidden: asyncio.sleep(1e6) if hop.peer_id in names else None
+
+
+def test_where_a_replica_hangs_or_fails_as_well_the_next_one_is_asked():
+    transport = FakeTransport()
+
+    async def after_all_were_measured(pipe: Pipeline) -> tuple[set[str], float]:
+        while not all(pipe.peers.of(name).window.rate for name in "abcd"):
+            await asyncio.gather(*(forward(pipe, HIDDEN, stop=1) for _ in range(8)))
+        hung = hanging(transport, "a", "b")
+
+        def on_call(hop: Hop, hidden: torch.Tensor) -> object:
+            if hop.peer_id == "c":
+                raise PeerUnreachableError("gone")
+            return hung(hop, hidden)
+
+        transport.on_call = on_call
+        began = asyncio.get_running_loop().time()
+        done = await asyncio.gather(*(forward(pipe, HIDDEN, stop=1) for _ in range(6)))
+        return {hops[0].peer_id for _, hops in done}, asyncio.get_running_loop().time() - began
+
+    servers = [server(name, 0, 1) for name in "abcd"]
+    (served, seconds), _ = simulate(FakeDirectory(1, *servers), transport, after_all_were_measured, deadline=60.0)
+    assert served == {"d"} and seconds < 10
+
+
+def test_a_server_that_hangs_is_left_alone_for_longer_each_time():
+    """Each micro-batch that it was given waited for it, and three times as long as the one before."""
+    transport = FakeTransport()
+
+    async def one_after_the_other(pipe: Pipeline) -> float:
+        while not all(pipe.peers.of(name).window.rate for name in "ab"):
+            await asyncio.gather(*(forward(pipe, HIDDEN, stop=1) for _ in range(4)))
+        transport.on_call = hanging(transport, "a")
+        longest = 0.0
+        for _ in range(60):
+            began = asyncio.get_running_loop().time()
+            await asyncio.gather(*(forward(pipe, HIDDEN, stop=1) for _ in range(4)))
+            longest = max(longest, asyncio.get_running_loop().time() - began)
+        return longest
+
+    directory = FakeDirectory(1, server("a", 0, 1), server("b", 0, 1))
+    longest, pipe = simulate(
+        directory, transport, one_after_the_other, deadline=600.0, min_backoff=1.0, max_backoff=60.0
+    )
+    assert longest < 10
+    assert pipe.peers.of("a").overtaken < 30
+
+
+def test_a_micro_batch_that_waits_its_turn_again_has_its_deadline_all_the_same():
+    """With every failure it goes to the end of the queue, where each of the others waits for a server, too."""
+    transport = FakeTransport()
+    transport.down = {"a"}
+
+    async def many(pipe: Pipeline) -> float:
+        began = asyncio.get_running_loop().time()
+        done, _ = await asyncio.wait(
+            [asyncio.create_task(forward_hidden(pipe)) for _ in range(40)], return_when=asyncio.FIRST_COMPLETED
+        )
+        assert all(isinstance(each.exception(), DeadlineError) for each in done)
+        return asyncio.get_running_loop().time() - began
+
+    directory = FakeDirectory(4, server("a", 0, 4))
+    seconds, _ = simulate(directory, transport, many, deadline=20.0, min_backoff=1.0, max_backoff=8.0)
+    assert seconds == pytest.approx(20.0, abs=0.1)
+
+
 def test_a_stragglers_answer_counts_where_nobody_else_holds_its_blocks():
     transport = FakeTransport()
     transport.on_call = lambda hop, hidden: asyncio.sleep(1.5) if len(transport.calls) > 3 else None

@@ -119,9 +119,8 @@ class LM(TemplateLM):
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> "LM":
         """Make one of the harness's `--model_args`, and of what other flags of it say of a model."""
         given = {key: value for key, value in arg_dict.items() if key not in _OF_THE_HARNESS}
-        if (
-            "require_quant" in given
-        ):  # the harness makes nothing of the word none, which here leaves quantised servers out
+        if "require_quant" in given:
+            # Of the word none, which leaves quantised servers out, the harness makes Python's None.
             given["require_quant"] = given["require_quant"] or "none"
         device = (additional_config or {}).get("device")
         is_its_default = device == _HARNESS_DEVICE and not torch.cuda.is_available()
@@ -263,6 +262,11 @@ class LM(TemplateLM):
                 raise RequestTooLargeError(
                     f"the continuation {shorten(continuation)} makes {len(answer)} tokens; expected 1 at least and "
                     f"{self.max_length} at most, which this model reads at once."
+                )
+            if not context_ids:
+                raise ExampleError(
+                    f"the context before {shorten(continuation)} makes no token, so that nothing stands before its "
+                    "first one: leave add_bos_token out, or give the harness an empty context."
                 )
             inputs.append(tuple([*context_ids, *answer][-(self.max_length + 1) :][:-1]))
             answers.append(tuple(answer))

@@ -102,6 +102,16 @@ class InfoOnly(Fault):
     name: Literal["info_only"] = "info_only"
 
 
+_ERRORS = {
+    "overload": "Server is overloaded: all handlers are busy",
+    "batch_size": "Task size greater than max_batch_size (1), it can't be processed",
+    "not_served": "Remote peer does not serve this block any more",
+    "adapter": "adapter not found",
+    "cache": "Could not allocate 1073741824 bytes, max cache size = 1024 bytes, 1024 already allocated",
+}
+"""The errors of Petals servers, word for word as far as clients read them."""
+
+
 class Refuse(Fault):
     """The server answers with an error.
 
@@ -111,6 +121,11 @@ class Refuse(Fault):
     name: Literal["refuse"] = "refuse"
     reason: Literal["overload", "batch_size", "not_served", "adapter", "cache"] = "overload"
     text: str | None = None
+
+    @property
+    def words(self) -> str:
+        """The text of the error."""
+        return self.text or _ERRORS[self.reason]
 
 
 class LockedCache(Fault):

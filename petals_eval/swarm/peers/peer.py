@@ -151,8 +151,10 @@ class Peer:
         self.failures += 1
         self.retries += 1
         self.last_error = error_text(error)
-        if self.blocked_until > now:
-            return  # calls that were in flight together fail together: that is one failure, not many
+        if self.blocked_until <= now:  # calls that were in flight together fail together: one failure, not many
+            self._leave_alone(now)
+
+    def _leave_alone(self, now: float) -> None:
         if self.failures_in_a_row == 0:
             self.first_error_in_a_row = self.last_error
         self.failures_in_a_row += 1
@@ -170,9 +172,19 @@ class Peer:
         self.bytes_received += received
 
     def on_overtaken(self) -> None:
-        """Count a call that another server, asked later, answered first."""
+        """Count a call that another server, asked later, answered first.
+
+        It may hang, and would hold up each micro-batch that it is given: so it is left alone like one that failed, and
+        then tried with one.
+        """
         self.overtaken += 1
-        self.window.on_overtaken()
+        now = self._runtime.monotonic()
+        if self.blocked_until > now:
+            return  # those that were in flight together are overtaken together
+        if not self.failures_in_a_row:
+            self.window.on_overtaken()
+        self.last_error = "does not answer (another server was quicker)"
+        self._leave_alone(now)
 
 
 class PeerBook(Mapping[str, Peer]):

@@ -38,6 +38,8 @@ class WindowPolicy:
         away they are.
     rate_filter_seconds: for which the highest rate is believed.
     pacing_gain: times that rate calls leave at: a rate that was measured while little was sent can grow.
+    startup_gain: the same until the rate has stopped growing (BBR's 2 / ln 2, with which it doubles in each round trip).
+    full_growth, full_calls: by less than so much for so many answers, the rate has stopped growing.
     stretch_smoothing: of the difference to what one call tells is made up for at once.
     """
 
@@ -47,6 +49,9 @@ class WindowPolicy:
     near_rtt: float = 0.05
     rate_filter_seconds: float = 10.0
     pacing_gain: float = 1.25
+    startup_gain: float = 2.89
+    full_growth: float = 1.25
+    full_calls: int = 8
     stretch_smoothing: float = 0.1
 
 
@@ -80,6 +85,8 @@ class CongestionWindow:
         self._largest_call = 0.0  # its work, fading
         self._delivered_since_idle = 0  # calls
         self._next_send_at = 0.0
+        self._full_rate = 0.0  # the rate when it last grew, and the answers since then
+        self._calls_since_growth = 0
 
     @property
     def rate(self) -> float | None:
@@ -128,7 +135,9 @@ class CongestionWindow:
         self.in_flight += work
         self._calls += 1
         if self.rate is not None:
-            self._next_send_at = max(now, self._next_send_at) + work / (WindowPolicy.pacing_gain * self.rate)
+            is_full = self._calls_since_growth >= WindowPolicy.full_calls
+            gain = WindowPolicy.pacing_gain if is_full else WindowPolicy.startup_gain
+            self._next_send_at = max(now, self._next_send_at) + work / (gain * self.rate)
         return SentCall(work, now, self._delivered, self._delivered_at)
 
     def settle(self, sent: SentCall, now: float, *, is_delivered: bool) -> None:
@@ -175,3 +184,6 @@ class CongestionWindow:
         rates.append((now, rate))
         while rates[0][0] < now - WindowPolicy.rate_filter_seconds:
             rates.popleft()
+        self._calls_since_growth += 1
+        if rates[0][1] >= WindowPolicy.full_growth * self._full_rate:
+            self._full_rate, self._calls_since_growth = rates[0][1], 0

@@ -49,15 +49,24 @@ class AdmissionQueues:
         return 0 if queue is None else queue.length
 
     @asynccontextmanager
-    async def turn(self, block: int) -> AsyncIterator[None]:
-        """Wait in the queue before a block, and be the first in it while the body runs."""
+    async def turn(self, block: int, seconds: float | None = None) -> AsyncIterator[None]:
+        """Wait in the queue before a block, and be the first in it while the body runs.
+
+        seconds: that are waited at most, for one that has a deadline already; then the body runs all the same.
+        """
         queue = self._queues.setdefault(block, _Queue())
         queue.length += 1
         self.waiting += 1
+        has_turn = False
         try:
-            async with queue.turn:
-                yield
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await queue.turn.acquire()
+                    has_turn = True
+            yield
         finally:
+            if has_turn:
+                queue.turn.release()
             queue.length -= 1
             if not queue.length:
                 del self._queues[block]

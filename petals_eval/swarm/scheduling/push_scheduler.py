@@ -1,5 +1,6 @@
 """Micro-batches that servers push along a whole route: which routes take them, how many at once, what came of them."""
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from petals_eval.errors import (
     PeerError,
     PeerLimitError,
     PeerNoSessionError,
+    PeerTimeoutError,
 )
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.routing import Hop
@@ -18,7 +20,7 @@ from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.peers.window import CongestionWindow
 from petals_eval.swarm.scheduling.admission import AdmissionQueues
-from petals_eval.swarm.scheduling.router import PacePolicy, Router
+from petals_eval.swarm.scheduling.router import HopDeadline, PacePolicy, Router
 from petals_eval.swarm.scheduling.tuning import PushChoice
 from petals_eval.swarm.transport.client import HopClient
 from petals_eval.swarm.transport.push import Pushed, push
@@ -79,9 +81,10 @@ class PushScheduler:
         self._settings, self._runtime = peers.settings, peers.runtime
         self._windows: dict[Span, CongestionWindow] = {}  # by the blocks of the route: whatever its hops
 
-    async def push(self, activations: Activations, span: Span) -> list[tuple[Hop, Answer]]:
+    async def push(self, activations: Activations, span: Span, deadline: HopDeadline) -> list[tuple[Hop, Answer]]:
         """Push activations without prompts through these blocks, once there is room for it.
 
+        deadline: of the first hop, whose time this takes where nothing comes of it.
         Returns the hops that answered, in order: none where the route does not push, not all where something went wrong
         on the way.
         """
@@ -89,16 +92,17 @@ class PushScheduler:
         tokens = activations.tokens
         work = float(tokens * len(span))
         async with self._queues.turn(span.start):
+            give_up = deadline.give_up = self._runtime.monotonic() + self._settings.deadline
             while True:
                 hops = self._router.plan(span, tokens)
-                if hops is None or not self._takes(hops, activations):
+                if hops is None or not self._takes(hops, activations) or self._runtime.monotonic() >= give_up:
                     return []
                 window.min_rtt = sum(self._peers.of(hop.peer_id).window.min_rtt for hop in hops)
                 has_room = self._settings.window or window.has_room(work, len(span), len(hops))
                 if has_room and self._has_cache(hops, activations):
                     break
                 await self._queues.wait_for_capacity(PushSchedulerPolicy.look_again)
-            patience = self._patience(hops, activations)
+            patience = min(self._patience(hops, activations), give_up - self._runtime.monotonic())
             whole = window.send(work, self._runtime.monotonic())
             peers = [self._peers.of(hop.peer_id) for hop in hops]
             sent = [peer.send(tokens, hop.blocks) for peer, hop in zip(peers, hops, strict=True)]
@@ -106,7 +110,7 @@ class PushScheduler:
                 peer.push_tokens_reserved += one.work
         pushed = Pushed(())
         try:
-            pushed = await self._through(hops, activations, patience)
+            pushed = await self._through(hops, activations, patience, give_up)
         finally:
             answered = len(pushed.answers)
             for index, (peer, one) in enumerate(zip(peers, sent, strict=True)):
@@ -117,13 +121,13 @@ class PushScheduler:
         self._note(hops, activations, pushed)
         return list(zip(hops[: len(pushed.answers)], pushed.answers, strict=True))
 
-    async def _through(self, hops: Sequence[Hop], activations: Activations, timeout: float) -> Pushed:
-        """Push, and accept each answer as any other.
+    async def _through(self, hops: Sequence[Hop], activations: Activations, timeout: float, give_up: float) -> Pushed:
+        """Push, and accept each answer as any other. A server that has yet to be probed has `timeout` seconds for it.
 
         Only the first server is probed before: what the others are given is known when they have answered.
         """
         try:
-            await self._acceptance.ready(hops[0], activations)
+            await self._ready(hops[0], activations, timeout, give_up)
         except PeerError as error:
             return Pushed((), error, 0)
         for index, hop in enumerate(hops):
@@ -135,13 +139,21 @@ class PushScheduler:
         for index, answer in enumerate(pushed.answers):
             try:
                 if index > 0:
-                    await self._acceptance.ready(hops[index], activations)
+                    await self._ready(hops[index], activations, timeout, give_up)
                 call = RecordedCall(hops[index], activations, answer.hidden, seconds=answer.seconds)
                 await self._acceptance.accept(call)
             except PeerError as error:
                 return Pushed(pushed.answers[:index], error, index)
             activations = activations.after(answer.hidden, hops[index].span.stop)
         return pushed
+
+    async def _ready(self, hop: Hop, activations: Activations, timeout: float, give_up: float) -> None:
+        seconds = min(timeout, give_up - self._runtime.monotonic())
+        try:
+            async with asyncio.timeout(seconds):
+                await self._acceptance.ready(hop, activations)
+        except TimeoutError as error:
+            raise PeerTimeoutError(f"no answer to a question within {seconds:.3g} s") from error
 
     def _takes(self, hops: Sequence[Hop], activations: Activations) -> bool:
         """Return whether every server of the route, as far as is known, takes this in one step and passes it on."""

@@ -2,12 +2,13 @@
 
 import asyncio
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.directory.routing import Cost, Hop, hold_all, next_hop, plan_route
+from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.peers.session_cache import CachePolicy, Wait
 from petals_eval.swarm.scheduling.admission import Admission, AdmissionQueues
@@ -105,8 +106,9 @@ class Router:
         """
         admission = Admission(self._peers, activations.rows, activations.positions)
         while True:
-            async with self._queues.turn(rest.start):
-                # The deadline begins here: waiting in the queue is nobody's failure.
+            # The deadline begins with the first turn: to wait in the queue before that is nobody's failure.
+            left = None if deadline.give_up is None else deadline.give_up - self._runtime.monotonic()
+            async with self._queues.turn(rest.start, left):
                 give_up = deadline.give_up = deadline.give_up or self._runtime.monotonic() + self._settings.deadline
                 found = await self._with_room(activations, rest, give_up, admission)
             if not isinstance(found, Wait):
@@ -124,7 +126,7 @@ class Router:
             pause = self.pause(hop, tokens)
             if pause < PacePolicy.shortest_pause:
                 return hop
-            replica = self.free_replica(hop, activations)
+            replica = self.free_replica(hop, activations, {hop.peer_id})
             if replica is not None and self._serves_all(replica, hop, tokens):
                 return replica
             await self._queues.wait_for_capacity(min(pause, give_up - self._runtime.monotonic()))
@@ -212,13 +214,16 @@ class Router:
         servers = [each for each in self._quarantine.trusted() if self._may_be_called(each)]
         return plan_route(servers, span, self._cost(tokens))
 
-    def free_replica(self, hop: Hop, activations: Activations) -> Hop | None:
-        """Return the same blocks on the server that would be done soonest, of the others that could begin at once."""
+    def free_replica(self, hop: Hop, activations: Activations, without: Collection[str]) -> Hop | None:
+        """Return the same blocks on the server that would be done soonest, of those that could begin at once.
+
+        without: servers (peer ids) that are not meant.
+        """
         admission, tokens = Admission(self._peers, activations.rows, activations.positions), activations.tokens
         free = [
             other
             for server in self._planned.holders(self._directory.snapshot, hop.span.start)
-            if server.peer_id != hop.peer_id
+            if server.peer_id not in without
             and hop.span.within(server.span)
             and self._may_be_called(server)
             and admission.refusal(server, hop.span) is None
@@ -227,6 +232,16 @@ class Router:
         ]
         cost = self._cost(tokens)
         return min(free, key=lambda other: cost(other.server, other.blocks), default=None)
+
+    def likely_servers(self) -> list[SpanServer]:
+        """Return the servers that work will go to first, some at most, and none that is known already."""
+        new = [
+            server
+            for server in self._quarantine.trusted()
+            if self._may_be_called(server) and self._peers.of(server.peer_id).info.is_open
+        ]
+        cost = self._cost(USUAL_MAX_TOKENS)
+        return sorted(new, key=lambda each: cost(each, len(each.span)) / len(each.span))[: PlanPolicy.few]
 
     def holders(self, block: int) -> list[str]:
         """Return the servers (peer ids) of a block that are not quarantined."""

@@ -5,6 +5,7 @@ This is the one place where a limit is learned from a refusal: runs, probes, aud
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
@@ -17,7 +18,8 @@ from petals_eval.swarm.tasks import together
 from petals_eval.swarm.transport.hop_session import HopSession
 from petals_eval.swarm.transport.opening import SessionOpener
 from petals_eval.swarm.transport.rpc import Answer, joined_answer
-from petals_eval.swarm.transport.transport import Transport
+from petals_eval.swarm.transport.transport import Transport, kept_info
+from petals_eval.swarm.wire.records import SpanServer
 from petals_eval.swarm.wire.server_info import may_push
 
 __all__ = ["HopClient"]
@@ -81,6 +83,11 @@ class HopClient:
                     raise
             else:
                 return joined_answer(answers, dim=0, at_once=not in_steps)
+
+    async def meet(self, server: SpanServer) -> None:
+        """Connect to a server and have what it says of itself, so that its first call need not wait for that."""
+        with suppress(PeerError):  # its first call meets the error, if there is one
+            await kept_info(self._transport, self._peers.of(server.peer_id), server.span.start, self._peers.settings)
 
     async def _in_steps(self, peer: Peer, hop: Hop, parts: Sequence[Activations], step: int) -> list[Answer]:
         """One session after the other: beside it another of this length may have no room."""

@@ -157,10 +157,16 @@ def test_what_it_did_is_counted(peer, peers):
     assert peers.retries == 2
 
 
-def test_a_straggler_is_given_less(peer, clock):
+def test_a_straggler_is_given_less_once(peer, clock):
+    """What was in flight together is overtaken together."""
     peer.window.on_delivered(peer.window.send(300, clock.now - 1), clock.now)
     peer.on_overtaken()
-    assert peer.overtaken == 1 and peer.window.rate == pytest.approx(100)
+    peer.on_overtaken()
+    assert peer.overtaken == 2 and peer.window.rate == pytest.approx(100)
+    assert peer.is_backing_off and (peer.failures, peer.retries) == (0, 0)
+    clock.now = peer.blocked_until + 1
+    peer.on_overtaken()
+    assert peer.window.rate == pytest.approx(100)
 
 
 def test_the_book_knows_those_that_were_met(peers):

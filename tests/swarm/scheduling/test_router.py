@@ -192,7 +192,7 @@ def test_a_slow_replica_that_is_free_is_used_unless_the_run_ends_before_it_would
 def test_a_free_replica_is_found_among_many_by_the_servers_of_its_block_alone():
     pipe = pipeline(FakeDirectory(BLOCKS, *MANY), FakeTransport())
     hop = find(pipe)
-    replica = pipe._router.free_replica(hop, Activations(HIDDEN))
+    replica = pipe._router.free_replica(hop, Activations(HIDDEN), {hop.peer_id})
     assert replica.span == hop.span and replica.peer_id != hop.peer_id
     assert len(pipe._router._planned.holders(pipe._directory.snapshot, 0)) == FEW
     assert len(pipe._router._planned.holders(Snapshot(BLOCKS, {}), 0)) == 0, "a plan of another snapshot"

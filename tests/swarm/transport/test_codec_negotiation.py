@@ -11,6 +11,7 @@ from hivemind.proto import runtime_pb2
 from petals_eval.errors import PeerAnswerError, PeerRefusedError, PeerUnreachableError
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.faults.catalog import BrokenDecoder, FaultCount
+from petals_eval.swarm import Work
 from petals_eval.swarm.peers.peer import Peer, PeerBook
 from petals_eval.swarm.transport.codec_negotiation import CAUSES, negotiate
 from petals_eval.swarm.transport.rpc import Answer
@@ -132,6 +133,14 @@ def through(swarm, wire, hidden=HIDDEN, prompts=None):
         return blocks(hidden, prompts), dict(blocks.peers)
 
 
+def in_one_micro_batch(swarm, wire, hidden):
+    """The same, in messages as long as there are."""
+    with connect(swarm, deadline=10.0, wire=wire, max_tokens_per_call=50_000) as connection:
+        blocks = connection.remote_sequential(swarm.dht_prefix, 5)
+        [computed] = blocks.stream([Work(0, hidden, None)])
+        return computed.hidden, dict(blocks.peers)
+
+
 def takers(peers):
     return {peer.peer_id for peer in peers.values() if peer.has_taken_codec}
 
@@ -192,12 +201,12 @@ def test_hiveminds_own_decoder_fails_in_the_words_that_are_known():
 @pytest.mark.parametrize("wire", ["float16", "uniform8"])
 def test_long_messages_stream_in_their_code(swarm, wire):
     hidden = torch.randn(200, 100, 64, generator=torch.Generator().manual_seed(0))  # 1.2 MiB in 8 bits
-    answer, peers = through(swarm, wire, hidden)
+    answer, peers = in_one_micro_batch(swarm, wire, hidden)
     assert refusals(peers) == {}
     per_value = LOSSY_CODES[wire].bytes_per_value
     for peer in peers.values():
         assert peer.bytes_sent > 2**20
         assert peer.bytes_sent == pytest.approx(per_value * hidden.numel(), rel=0.01)
         assert peer.bytes_received == pytest.approx(per_value * hidden.numel(), rel=0.01)
-    exact, _ = through(swarm, None, hidden)
+    exact, _ = in_one_micro_batch(swarm, None, hidden)
     assert float((answer - exact).abs().mean()) < 0.2 * float(exact.std())
