@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from petals_eval.evaluation.prepare import Prepared
     from petals_eval.model import Adapter
     from petals_eval.remote_model import RemoteModel
-    from petals_eval.runs import GroupResult, RunResult
+    from petals_eval.runs import GroupResult, Manifest, RunResult
     from petals_eval.runs.thresholds import Threshold
     from petals_eval.tracking import Tracker
 
@@ -54,7 +54,9 @@ def execute(read_settings: Callable[[], RunSettings]) -> int:
     if prepared.is_finished and prepared.out is not None:
         _say(_FINISHED.format(folder=prepared.out))
         result = finished_result(prepared, prepared.out)
-        return show_result(result, prepared.out, prepared.thresholds, settings)
+        code = show_result(result, prepared.out, prepared.thresholds, settings)
+        log_results(trackers, [(result, prepared.manifest)], say=_say)  # it may have failed the first time
+        return code
     # The folder last: an end at once, which leaves no time to tidy up, leaves none before there is something in it.
     with open_model(settings, prepared) as model, prepared.open_folder() as folder:
         task, examples = prepared.task.name, len(prepared.part)
@@ -82,7 +84,9 @@ def _execute_group(settings: RunSettings, prepared: "PreparedGroup", trackers: "
     finished_before = finished_group(prepared)
     if finished_before is not None:
         _say(_FINISHED.format(folder=prepared.out))
-        return show_group(finished_before, prepared.out, thresholds, settings)
+        code = show_group(finished_before, prepared.out, thresholds, settings)
+        log_results(trackers, _with_manifests(finished_before, prepared), say=_say)
+        return code
     with open_model(settings, prepared) as model:
         begun = prepared.in_folder()
         left = [member for member in begun.members if not member.is_finished]
@@ -95,9 +99,12 @@ def _execute_group(settings: RunSettings, prepared: "PreparedGroup", trackers: "
     code = show_group(result, begun.out, thresholds, settings)
     if begun.out is not None:
         _write_page(settings, begun.out, of_group=True)
-    several = zip(result.tasks.values(), (member.manifest for member in begun.members), strict=True)
-    log_results(trackers, list(several), say=_say)
+    log_results(trackers, _with_manifests(result, begun), say=_say)
     return code
+
+
+def _with_manifests(result: "GroupResult", group: "PreparedGroup") -> "list[tuple[RunResult, Manifest]]":
+    return [(each, member.manifest) for each, member in zip(result.tasks.values(), group.members, strict=True)]
 
 
 def _write_page(settings: RunSettings, folder: Path, *, of_group: bool) -> None:

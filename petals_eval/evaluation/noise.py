@@ -39,7 +39,7 @@ class NoisePolicy:
 
     rows: int = 64
     share: float = 0.01
-    few_rows: int = 16
+    few_rows: int = 32
     few_share: float = 0.05
     fewest: int = 4
     seconds: float = 30.0
@@ -56,7 +56,7 @@ def rows_each_way(scored: int, ways: int, *, computed_before: int = 0) -> int:
     scored: rows of the run. computed_before: rows that were computed beside them already, for a lossy wire.
 
     >>> rows_each_way(20_000, 3), rows_each_way(20_000, 3, computed_before=32), rows_each_way(400, 1)
-    (64, 56, 16)
+    (64, 56, 20)
     >>> rows_each_way(100, 1), rows_each_way(100, 2)
     (5, 0)
     """
