@@ -9,7 +9,9 @@ __all__ = ["confusion_matrix"]
 
 
 def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, n_labels: int) -> NDArray[np.int64]:
-    """Return the counts (labels, labels): row = label, column = prediction. Raises DataError for arrays that do not fit.
+    """Return the counts (labels, labels): row = label, column = prediction.
+
+    Raises DataError for arrays that do not fit.
 
     >>> confusion_matrix([0, 1, 1], [0, 0, 1], 2).tolist()
     [[1, 0], [1, 1]]

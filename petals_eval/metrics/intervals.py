@@ -140,8 +140,11 @@ class Tallies:
 def paired(
     labels: ArrayLike, predictions: ArrayLike, n_labels: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return labels and predictions as int64 (n,). Raises DataError for none, for arrays that do not belong together, and
-    for indices below 0 or from n_labels on: numpy would count these somewhere else."""
+    """Return labels and predictions as int64 (n,).
+
+    Raises DataError for none, for arrays that do not belong together, and for indices below 0 or from n_labels on:
+    numpy would count these somewhere else.
+    """
     truth, predicted = np.asarray(labels), np.asarray(predictions)
     if truth.ndim != 1 or truth.shape != predicted.shape or not len(truth):
         raise DataError(
@@ -149,7 +152,7 @@ def paired(
             f"predictions of shape {predicted.shape}."
         )
     both = np.concatenate([truth, predicted])
-    if not np.issubdtype(both.dtype, np.integer) and not np.issubdtype(both.dtype, np.bool_):
+    if both.dtype.kind not in "iubf" or not (both == np.rint(both)).all():  # the journal's are whole numbers as floats
         raise DataError(f"Expected labels and predictions as whole numbers; found {both.dtype}.")
     if both.min() < 0 or (n_labels is not None and both.max() >= n_labels):
         top = "" if n_labels is None else f" to {n_labels - 1}"

@@ -113,20 +113,22 @@ def _details(folder: RunFolder, result: AdapterResult) -> _Adapter:
     if len(rows) == 0:
         return _Adapter(result, ())
     lengths = folder.journal.lengths(name)
-    plots = list(_plots(manifest.kind, rows, lengths, result))
+    plots = list(_plots(manifest.kind, rows, lengths, result, folder.names_of("metrics")))
     about = f"The plots show the first of {len(result.draws)} draws." if len(result.draws) > 1 else ""
     return _Adapter(result, tuple(plots), about)
 
 
-def _plots(kind: str, rows: ScoredRows, lengths: np.ndarray, result: AdapterResult) -> Iterator[Plot]:
+def _plots(
+    kind: str, rows: ScoredRows, lengths: np.ndarray, result: AdapterResult, metrics: Sequence[str]
+) -> Iterator[Plot]:
+    """metrics: that the run was asked for: one may give several numbers, such as "f1_per_class"."""
     labels = result.label_names
-    main = next((name for name, metric in result.metrics.items() if _drawable(metric)), None)
     answers = Answers.of(rows, labels) if labels and rows.is_labelled.any() else None
     if answers is not None:
         yield _reliability(confidence_bins(answers.labels, answers.predictions, answers.probabilities))
         yield _by_label(kind, rows, labels)
-    if main is not None:
-        yield from _by_length(kind, main, rows, lengths, labels)
+    found = next((plots for name in metrics if (plots := list(_by_length(kind, name, rows, lengths, labels)))), [])
+    yield from found
     if kind == "perplexity":
         yield from _by_position(rows)
     yield from _histograms(kind, rows, answers)
@@ -141,7 +143,7 @@ def _reliability(bins: Bins) -> Plot:
 def _by_label(kind: str, rows: ScoredRows, labels: Sequence[str]) -> Plot:
     groups = {name: np.flatnonzero(rows.labels == number) for number, name in enumerate(labels)}
     shown = sorted(((name, each) for name, each in groups.items() if len(each)), key=lambda pair: -len(pair[1]))
-    found = _measured(kind, "accuracy", rows, shown[: charts.MOST_POINTS], labels)
+    _, found = _measured(kind, "accuracy", rows, shown[: charts.MOST_POINTS], labels)
     more = f" The {charts.MOST_POINTS} commonest of {len(shown)}." if len(shown) > charts.MOST_POINTS else ""
     svg = charts.points(found, "share that is right", title="share that is right, by label")
     return Plot("By label", svg, f"Of the rows of each label, how many are right, with 95% intervals.{more}")
@@ -155,9 +157,10 @@ def _by_length(kind: str, metric: str, rows: ScoredRows, lengths: np.ndarray, la
     group = np.clip(np.searchsorted(edges, lengths, side="left") - 1, 0, len(edges) - 2)
     chosen = [np.flatnonzero(group == number) for number in range(len(edges) - 1)]
     named = [(_range(lengths[each]), each) for each in chosen if len(each)]
-    found = _measured(kind, metric, rows, named, labels)
+    name, found = _measured(kind, metric, rows, named, labels)
     if len(found) > 1:
-        svg = charts.points(found, metric_title(metric), title=f"{metric_title(metric)} by text length")
+        title = metric_title(name)
+        svg = charts.points(found, title, title=f"{title} by text length")
         yield Plot("By length", svg, "Groups of about as many rows each, by tokens of their text.")
 
 
@@ -168,14 +171,17 @@ def _range(lengths: np.ndarray) -> str:
 
 def _measured(
     kind: str, metric: str, rows: ScoredRows, groups: Sequence[tuple[str, np.ndarray]], labels: Sequence[str]
-) -> list[charts.Point]:
-    """Return a metric over some of the rows at a time: the same formula, and the same kind of interval."""
-    found = []
-    for name, positions in groups:
-        value = measure(kind, [metric], rows.at(positions), label_names=labels).get(metric)
-        if value is not None and value.value is not None and math.isfinite(value.value):
-            found.append((name, value.value, value.ci95))
-    return found
+) -> tuple[str, list[charts.Point]]:
+    """Return the first number that a metric gives over some of the rows at a time, and its name: the same formula, and
+    the same kind of interval."""
+    by_group = [measure(kind, [metric], rows.at(positions), label_names=labels) for _, positions in groups]
+    name = next((name for found in by_group for name, value in found.items() if _drawable(value)), metric)
+    points = [
+        (group, value.value, value.ci95)
+        for (group, _), found in zip(groups, by_group, strict=True)
+        if (value := found.get(name)) is not None and value.value is not None and math.isfinite(value.value)
+    ]
+    return name, points
 
 
 def _by_position(rows: ScoredRows) -> Iterator[Plot]:

@@ -176,7 +176,7 @@ def test_a_command_of_the_readme(command: Typed) -> None:
         for part in OURS:
             if "--shard" in part.words:
                 assert run_typed(part.words).code == 0
-    if words[1] in ("show", "errors"):
+    if words[1] in ("show", "errors", "report"):
         run = ("run", "--model", "my-llama", "--adapter", "prompts", "--task", "reviews.yaml", "--limit", 20)
         assert invoke(*run, "--local-swarm", 1, "--out", words[2]).code == 0
     if words[1] == "compare":
@@ -273,6 +273,7 @@ def test_the_readme_names_what_there_is() -> None:
         "bootstrap",
         "bench forward",
         "bench inference",
+        "bench simulate",
     )
     shown = "".join(invoke(*command.split(), "--help").out for command in commands)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {

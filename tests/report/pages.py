@@ -16,7 +16,7 @@ METRICS = {
     "classification": ["accuracy", "f1_macro", "ece"],
     "choice": ["acc"],
     "perplexity": ["token_perplexity", "bits_per_byte"],
-    "generation": ["exact_match"],
+    "generation": ["exact_match", "new_tokens"],
     "continuation": ["acc"],
     "regression": ["mse", "pearson"],
 }
@@ -24,7 +24,7 @@ COLUMNS = {
     "classification": ("score",),
     "choice": ("log_likelihood", "characters", "bytes", "tokens", "unconditioned"),
     "perplexity": ("log_likelihood", "tokens", "words", "bytes"),
-    "generation": ("new_tokens", "stopped_by_length", "exact_match"),
+    "generation": ("new_tokens", "stopped_by_length", "exact_match[word]"),
     "continuation": ("log_likelihood", "is_greedy", "tokens", "characters"),
     "regression": ("score",),
 }
