@@ -8,9 +8,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # What computes numbers or tries the README's commands, and takes as long as it takes: it runs beside the rest, which
 # starts swarms of processes, kills them and measures deadlines, and so has a processor to itself most of the time.
 unhurried=(
-  tests/data tests/evaluation tests/faults tests/generation tests/integrations tests/metrics tests/model tests/remote_model tests/report
-  tests/runs tests/tasks tests/cli/test_readme.py tests/interop/test_lm_eval.py tests/interop/test_lm_eval_texts.py
-  petals_eval
+  tests/bench tests/comparison tests/data tests/demo tests/docker tests/evaluation tests/faults tests/generation
+  tests/hostile tests/integrations tests/metrics tests/model tests/remote_model tests/report tests/runs tests/simulator
+  tests/tasks tests/tracking tests/two_modes tests/cli/test_readme.py tests/interop/test_lm_eval.py
+  tests/interop/test_lm_eval_texts.py tests/test_packages.py petals_eval
 )
 
 # run_all OPTIONS: all tests, in two processes.

@@ -116,7 +116,7 @@ def _write_page(settings: RunSettings, folder: Path, *, of_group: bool) -> None:
             write_pages(folder)
         else:
             write_page(folder)
-    except MachineError as error:
+    except (MachineError, OSError) as error:  # matplotlib needs a folder for its fonts, too
         _say(f"note: there is no page of this run: {error}")
     else:
         typer.echo(f"report: {folder / '*' / PAGE if of_group else folder / PAGE}", err=settings.json_output)

@@ -103,7 +103,7 @@ def _quiet_libraries() -> Iterator[None]:
 
     Nor are their warnings: whoever asks Python to show them, or to make errors of them, means a program of their own.
     """
-    for name in ("transformers", "huggingface_hub"):  # where they are imported already
+    for name in ("transformers", "huggingface_hub", "matplotlib"):  # where they are imported already
         logging.getLogger(name).setLevel(logging.ERROR)
     with environment_defaults(_QUIET), warnings.catch_warnings():
         if sys.warnoptions:

@@ -169,7 +169,7 @@ def test_the_default_folder_is_new_each_time(stage: Stage) -> None:
     for _ in range(2):
         outcome = invoke(*stage.run("--limit", 5))
         assert outcome.code == 0
-        folder = Path(outcome.out.splitlines()[-1].removeprefix("run folder: "))
+        folder = Path(outcome.out.splitlines()[-2].removeprefix("run folder: "))
         assert folder.parent == Path("runs") and folder.name.startswith("trec-20")
     assert len(list(Path("runs").iterdir())) == 2
 

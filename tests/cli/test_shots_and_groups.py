@@ -99,7 +99,7 @@ def test_a_group_of_tasks(stage: Stage, copa: Path) -> None:
     assert f"{mean['over_tasks']:.4f}" in rows["mean over tasks"]
     assert f"{mean['over_rows']:.4f}" in rows["mean over rows"]
     assert "12" in rows["with shots"] and "18" in rows["without"]
-    assert outcome.out.splitlines()[-1] == "run folders: out"
+    assert outcome.out.splitlines()[-2:] == ["run folders: out", "report: out/*/report.html"]
 
     again = invoke(*base, "--out", "out", "--json")
     assert again.code == 0
@@ -107,5 +107,5 @@ def test_a_group_of_tasks(stage: Stage, copa: Path) -> None:
     assert "2 tasks, 2 of them finished" in again.err
 
     shown = invoke("show", "out", "--fail-under", "acc=1")
-    assert shown.code == 1 and shown.out == outcome.out
+    assert shown.code == 1 and shown.out == outcome.out.removesuffix("report: out/*/report.html\n")
     assert json.loads(invoke("show", "out", "--json").out) == saved

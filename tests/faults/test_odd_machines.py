@@ -30,7 +30,7 @@ GIVEN = (
     *("--local-swarm", "1"),
 )
 PLACES = ("--model", "--adapter", "--task", "--data")
-VERSION, RESULT, ROUTE = r"petals-eval \d", r"run folder: ", r"nothing was sent"
+VERSION, RESULT, ROUTE = r"petals-eval \d", r"report: ", r"nothing was sent"
 
 
 @dataclass(frozen=True)

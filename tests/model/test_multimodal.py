@@ -171,7 +171,7 @@ def test_what_the_config_says_of_the_whole_holds_for_the_text(whole):
 
 def test_the_local_swarm_counts_the_blocks_of_the_text(whole):
     folder, _ = whole
-    family, num_blocks = launcher._read_config(open_source(folder, error=ModelError))
+    family, num_blocks, _ = launcher._read_config(open_source(folder, error=ModelError))
     assert (family.model_type, num_blocks) == (LocalModel.from_pretrained(folder).family.model_type, BLOCKS)
 
 
