@@ -86,7 +86,7 @@ def test_a_server_that_cannot_start_says_why(folder, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(ModelError, match="holds no weights"), LocalSwarm(tmp_path, servers=1):
         pass
-    with pytest.raises(MachineError, match=r"blocks 0:4 could not start: P2PDaemonError"):
+    with pytest.raises(MachineError, match=r"blocks 0:4 could not start: StringParseError: Invalid MultiAddr"):
         LocalSwarm(folder, servers=1, host_maddrs=("/ip4/127.0.0.1/tcp/99999",)).start()
     with pytest.raises(MachineError, match=r"did not serve in time|cannot be started"):
         LocalSwarm(folder, servers=1, startup_timeout=0.5).start()
