@@ -66,7 +66,7 @@ def test_the_same_seed_gives_the_same_run():
 
 
 def test_failures_back_off_by_the_clock_that_was_handed_in():
-    (found, status, _), seconds = simulate(fails={"a", "b"}, until=8, min_backoff=5, max_backoff=60)
+    (found, status, _), seconds = simulate(fails={"a", "b"}, until=30, min_backoff=5, max_backoff=60)
     assert sorted(each.tag for each in found) == list(range(MICRO_BATCHES))
     assert status.retries > 0
     assert seconds > simulate()[1] + 5, "nobody else holds their blocks"
