@@ -42,7 +42,7 @@ class NoisePolicy:
     few_rows: int = 32
     few_share: float = 0.05
     fewest: int = 4
-    seconds: float = 30.0
+    seconds: float = 5.0
     seconds_share: float = 0.05
 
 

@@ -137,7 +137,7 @@ def test_a_failure_of_it_is_no_failure_of_the_run(tmp_path):
 def test_it_takes_no_longer_than_it_may(tmp_path, monkeypatch):
     monkeypatch.setattr(noise, "time", SimpleNamespace(monotonic=iter(range(0, 10_000, 1000)).__next__))
     found = run(tmp_path).first.noise
-    assert found.notes[-1].startswith("in another batching not measured: it took longer than 3")
+    assert found.notes[-1].startswith("in another batching not measured: it took longer than 5 s")
 
 
 def test_each_adapter_has_its_own_and_failed_rows_are_not_asked_again(tmp_path):
