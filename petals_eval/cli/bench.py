@@ -14,6 +14,7 @@ import typer
 from petals_eval.bench.settings import ForwardSettings, InferenceSettings
 from petals_eval.cli.command import GroupedCommand
 from petals_eval.cli.flags import flags_of
+from petals_eval.cli.streams import json_text
 from petals_eval.cli.verbose import with_verbose
 from petals_eval.config import OUTPUT
 from petals_eval.errors import ConfigError
@@ -125,7 +126,7 @@ def simulate(
     elif scenario is not None:
         found = bench_simulate([(scenario.name, read_scenario(scenario))], evaluations, say)
     if json_output:
-        typer.echo(json.dumps(found.to_json(), indent=2))
+        typer.echo(json_text(found.to_json(), indent=2))
     return int(bool(found.failed))
 
 

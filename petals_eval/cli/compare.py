@@ -1,12 +1,12 @@
 """`petals-eval compare`: which of several runs is better, on the same rows."""
 
-import json
 import sys
 from typing import Annotated, Any
 
 import typer
 
 from petals_eval.cli.flags import flags_of
+from petals_eval.cli.streams import json_text
 from petals_eval.comparison.settings import CompareSettings
 
 __all__ = ["HELP", "SHORT", "compare"]
@@ -46,7 +46,7 @@ def compare(
     )
     if settings.json_output:
         report = found.to_json(changed_rows=settings.changed)
-        typer.echo(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False))
+        typer.echo(json_text(report, indent=2))
     else:
         print_comparison(found, console_for(sys.stdout), changed_rows=settings.changed)
     return 0

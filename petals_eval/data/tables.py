@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -97,7 +98,7 @@ def class_names_of(features: Mapping[str, object]) -> dict[str, tuple[str, ...]]
     return {column: tuple(feature.names) for column, feature in features.items() if isinstance(feature, ClassLabel)}
 
 
-class FileTable:
+class FileTable(ABC):
     """Rows of a file as it writes them, in batches that are memory-mapped.
 
     columns: their names, in the order of the file.
@@ -129,9 +130,9 @@ class FileTable:
                 digest.update(json.dumps(cells[0] if len(cells) == 1 else cells).encode() + b"\n")
         return digest.hexdigest()
 
+    @abstractmethod
     def _rows(self, batch: "RecordBatch") -> Iterator[tuple[Mapping[str, object], int | None]]:
         """Yield the rows of a part of a batch, as `read` does."""
-        raise NotImplementedError
 
     def _parts(self, rows: range | list[int]) -> "Iterator[RecordBatch]":
         """Yield these ascending rows, those of each batch by themselves."""

@@ -7,8 +7,6 @@ escaped. What a peer says stays text.
 import time
 from collections.abc import Mapping
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from petals_eval.health.findings import FINDINGS
 from petals_eval.health.history import Uptime
 from petals_eval.health.results import HealthReport, ModelHealth, ServerHealth, Verdict
@@ -20,6 +18,7 @@ from petals_eval.health.terminal import (
     ping_text,
     seconds_text,
 )
+from petals_eval.pages import page_environment
 from petals_eval.swarm.peers.peer_text import short_peer
 from petals_eval.text import number_text, plural, printable
 
@@ -85,19 +84,7 @@ def _percent(share: float) -> str:
     return f"{int(share * 1000) / 10:g}%"
 
 
-def _safe(value: object) -> object:
-    """Make what an expression gives printable; Jinja escapes it then. Markup, the template's own, stays."""
-    return value if hasattr(value, "__html__") else printable(str(value), longest=300)
-
-
-_ENVIRONMENT = Environment(
-    loader=PackageLoader("petals_eval.health"),
-    autoescape=True,
-    finalize=_safe,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+_ENVIRONMENT = page_environment("petals_eval.health")
 _ENVIRONMENT.filters["cut"] = lambda text, longest: printable(text, longest=longest)
 _ENVIRONMENT.filters["sentence"] = lambda text: f"{text[:1].upper()}{text[1:]}."
 _ENVIRONMENT.globals.update(

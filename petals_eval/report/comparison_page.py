@@ -32,7 +32,7 @@ def comparison_page(comparison: Comparison, *, texts: Mapping[str, str] | None =
         comparison=comparison,
         names=list(comparison.sides),
         plots=[_plot(comparison, name) for name in dict.fromkeys(each.metric for each in comparison.differences)],
-        said={pair: said_of(comparison, pair) for pair in comparison.pairs if said_of(comparison, pair)},
+        said={pair: said for pair in comparison.pairs if (said := said_of(comparison, pair))},
         methods=methods_of(comparison.differences),
         changed=changed,
         texts=texts,

@@ -1,16 +1,12 @@
-"""The gate of every word into a page, and what templates may call.
-
-A page needs nothing but itself: no script, no font, no picture from elsewhere, and its policy forbids a browser to ask
-for any. Every word is made printable, cut and escaped, in content and in attributes alike. What a label, a text or a
-server says stays text.
-"""
+"""The templates of a run's pages, and what they may call. Their policy forbids a browser to ask for anything."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Template
 from markupsafe import Markup
 
+from petals_eval.pages import page_environment
 from petals_eval.report.noise import noise_lines, noise_range_text
 from petals_eval.report.numbers import (
     counts_line,
@@ -23,11 +19,9 @@ from petals_eval.report.numbers import (
     value_text,
     wire_lines,
 )
-from petals_eval.text import number_text, plural, printable
+from petals_eval.text import number_text, plural
 
 __all__ = ["Plot", "template"]
-
-LONGEST = 300  # characters of a word of somebody else's
 
 
 @dataclass(frozen=True)
@@ -44,19 +38,7 @@ def template(name: str) -> Template:
     return _ENVIRONMENT.get_template(name)
 
 
-def _safe(value: object) -> object:
-    """Make what an expression gives printable; Jinja escapes it then. Markup, the template's own, stays."""
-    return value if hasattr(value, "__html__") else printable(str(value), longest=LONGEST)
-
-
-_ENVIRONMENT = Environment(
-    loader=PackageLoader("petals_eval.report"),
-    autoescape=True,
-    finalize=_safe,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+_ENVIRONMENT = page_environment("petals_eval.report")
 _HELPERS: Mapping[str, Callable[..., object]] = {
     "counts_line": counts_line,
     "interval_text": interval_text,

@@ -224,11 +224,8 @@ int flock(int file, int operation) { errno = ENOLCK; return -1; }
 def test_a_file_system_without_locks(tmp_path: Path) -> None:
     """As NFS is without its lock daemon: the run ends with the reason, and does not wait for another one."""
     (tmp_path / "nolock.c").write_text(NO_LOCKS)
-    try:
-        build = ["cc", "-shared", "-fPIC", "-o", str(tmp_path / "nolock.so"), str(tmp_path / "nolock.c"), "-ldl"]
-        subprocess.run(build, check=True)
-    except FileNotFoundError:
-        pytest.skip("no C compiler")
+    build = ["cc", "-shared", "-fPIC", "-o", str(tmp_path / "nolock.so"), str(tmp_path / "nolock.c"), "-ldl"]
+    subprocess.run(build, check=True)
     ended = subprocess.run(
         [sys.executable, "-m", "petals_eval", "demo", "--out", str(tmp_path / "run")],
         env={**os.environ, "LD_PRELOAD": str(tmp_path / "nolock.so")},
