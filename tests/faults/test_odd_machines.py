@@ -30,7 +30,7 @@ GIVEN = (
     *("--local-swarm", "1"),
 )
 PLACES = ("--model", "--adapter", "--task", "--data")
-VERSION, RESULT, ROUTE = r"petals-eval \d", r"report: ", r"nothing was sent"
+VERSION, RESULT, SHOWN, ROUTE = r"petals-eval \d", r"report: ", r"run folder: ", r"nothing was sent"
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ QUICK = [
     Pair("tasks", READER_LEFT, 141),
     Pair("tasks", STDOUT_FULL, 4, "this machine cannot: .*No space left"),
     Pair("tasks", NO_FOLDER, 4, "was deleted: change to one that is there"),
-    *(Pair("show done", odd, 0, RESULT) for odd in (PLAIN, ASCII, CP932, EUC_JP, C_LOCALE, NARROW, DUMB, NO_COLOR)),
-    *(Pair("show done", odd, 0, RESULT) for odd in (STDERR_CLOSED, NO_TMP, FEW_FILES, WARNINGS, BARE)),
+    *(Pair("show done", odd, 0, SHOWN) for odd in (PLAIN, ASCII, CP932, EUC_JP, C_LOCALE, NARROW, DUMB, NO_COLOR)),
+    *(Pair("show done", odd, 0, SHOWN) for odd in (STDERR_CLOSED, NO_TMP, FEW_FILES, WARNINGS, BARE)),
     Pair("show done", STDOUT_CLOSED, 0, "reading done"),
     Pair("show done", ALL_CLOSED),
     Pair("show done", STDOUT_FULL, 4, "this machine cannot: .*No space left"),
