@@ -28,7 +28,7 @@ _LOADING = threading.Lock()
 
 
 class BlockSpan:
-    """Blocks start:stop of a model, in evaluation mode, without gradients.
+    """Blocks start:stop of a model, in evaluation mode. Their weights take no gradients.
 
     The blocks sit in Hugging Face's own base model with the embeddings and the final norm taken out, so that rotary
     positions, alibi, causal and sliding masks and the key-value cache are Hugging Face's for every family.
@@ -159,6 +159,45 @@ class BlockSpan:
         hidden = hidden.to(self.dtype)
         if hidden.numel() == 0:
             return hidden
+        return self._through(hidden, prompts, start, stop, cache)
+
+    def backward(
+        self,
+        hidden: torch.Tensor,
+        grad_outputs: torch.Tensor,
+        prompts: torch.Tensor | None = None,
+        *,
+        start: int | None = None,
+        stop: int | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the gradients by what enters blocks start:stop, where `grad_outputs` is the one by what leaves them.
+
+        hidden, grad_outputs: (batch, seq, hidden). prompts: as `forward` takes them, for each of the blocks.
+
+        Returns the gradient by the hidden states (batch, seq, hidden), and with prompts that by those, which has all
+        rows (blocks, batch, prefix, hidden), in the span's dtype. The blocks are computed anew for it.
+        Raises ValueError for prompts of more or fewer blocks.
+        """
+        start = self.start if start is None else start
+        stop = self.stop if stop is None else stop
+        if prompts is not None and len(prompts) != stop - start:
+            raise ValueError(f"expected prompts for {stop - start} blocks, found {len(prompts)}")
+        with torch.enable_grad():
+            inputs = [hidden.detach().to(self.dtype, copy=True).requires_grad_()]
+            if prompts is not None:
+                rows = prompts.detach().to(self.dtype).expand(-1, len(hidden), -1, -1)
+                inputs.append(rows.clone().requires_grad_())
+            answer = self._through(inputs[0], inputs[1] if prompts is not None else None, start, stop)
+            return torch.autograd.grad(answer, inputs, grad_outputs.to(self.dtype))
+
+    def _through(
+        self,
+        hidden: torch.Tensor,
+        prompts: torch.Tensor | None,
+        start: int,
+        stop: int,
+        cache: "Cache | None" = None,
+    ) -> torch.Tensor:
         hidden = hidden.to(self._inside)
         # One at a time: prompts come in by hooks on the blocks, which would act on whatever else is computed there.
         with self._computing, isolated_arithmetic(), ExitStack() as hooks:
