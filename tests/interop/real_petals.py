@@ -45,9 +45,7 @@ def petals_environment(folder: Path) -> dict[str, str]:
         "MKL_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": os.pathsep.join(
-            map(str, (HERE, HERE.parents[1]))
-        ),  # this checkout, wherever it was installed from
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parents[1]))),  # and this checkout
         "HOME": str(folder),  # DRIFT keeps a list of servers below it
         **{f"{name}_CACHE": str(folder / "cache") for name in ("PETALS", "DRIFT", "BLOOMBEE")},
         "HF_HUB_OFFLINE": "1",
