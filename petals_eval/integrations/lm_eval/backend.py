@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from weakref import finalize
@@ -28,10 +29,11 @@ from lm_eval.utils import simple_parse_args_string
 from petals_eval.errors import ConfigError, ExampleError, NotFiniteError, RequestTooLargeError
 from petals_eval.evaluation.evaluate import is_remote_model
 from petals_eval.integrations.lm_eval.answers import Answers, Asked, Handle
+from petals_eval.integrations.lm_eval.cache import check_cache
 from petals_eval.integrations.lm_eval.decoding import answer_text, decoding_of
-from petals_eval.integrations.lm_eval.manifest import BackendManifest, check_cache
-from petals_eval.integrations.lm_eval.open_model import opened_model
 from petals_eval.integrations.lm_eval.settings import BackendSettings, HarnessSettings
+from petals_eval.integrations.manifest import BackendManifest
+from petals_eval.integrations.swarm_model import opened_model
 from petals_eval.remote_model import RemoteModel
 from petals_eval.tasks.likelihood import requests_together
 from petals_eval.tasks.requests import Decoding, Generated, Request, as_float64
@@ -94,8 +96,16 @@ class LM(TemplateLM):
         self._at_hand: dict[str, list[int]] = {}
         self._answers = Answers(self.model)
         self._max_length = self._longest()
+        told = ("add_bos_token", "max_gen_toks", "think_end_token")
         self._manifest = BackendManifest.of(
-            self.model, self.settings, max_length=self._max_length, prefix_token_id=self.prefix_token_id
+            self.model,
+            {
+                "max_length": self._max_length,
+                "prefix_token_id": self.prefix_token_id,
+                **{name: getattr(self.settings, name) for name in told},
+            },
+            code="integrations/lm_eval",
+            packages={"lm_eval": version("lm_eval")},
         )
 
     def close(self) -> None:
@@ -159,7 +169,10 @@ class LM(TemplateLM):
     @property
     def manifest(self) -> dict[str, Any]:
         """The model, its prompts, settings and versions; who computed how much, and what verification came to."""
-        return self._manifest.now(self._answers).model_dump(mode="json")
+        return self._manifest_now().model_dump(mode="json")
+
+    def _manifest_now(self) -> BackendManifest:
+        return self._manifest.now(self.model, self._answers.requests, self._answers.servers)
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what stands in the harness's results beside the model's arguments: the manifest."""
@@ -369,7 +382,7 @@ class LM(TemplateLM):
             return self._answers.answer(kind, asked, stream, handles, value_of, is_quiet=is_quiet)
         finally:
             if self.settings.manifest is not None:
-                self._manifest.now(self._answers).write(Path(self.settings.manifest))
+                self._manifest_now().write(Path(self.settings.manifest))
 
     def _checked(self, request: Request) -> Request:
         self.model.local.check_request(request, self.prefix_length)
