@@ -23,6 +23,7 @@ from petals_eval.runs.manifest import (
     AdapterRecord,
     LosslessServer,
     ModelRecord,
+    NoiseRecord,
     NoisyServer,
     ServerUsed,
     package_versions,
@@ -63,7 +64,8 @@ class BackendManifest(BaseModel):
 
     created, updated: UTC, ISO 8601. answer_settings: what changes an answer besides the model and its prompts;
     run_settings: what does not. requests: of the harness, by the call, that were answered here and not by its cache.
-    noisy_servers: as in a run's manifest. lossless_servers: those that did not take a lossy wire.
+    noisy_servers: as in a run's manifest. noise: how far answers moved that were computed again; None where nobody
+    looked. lossless_servers: those that did not take a lossy wire.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -80,6 +82,7 @@ class BackendManifest(BaseModel):
     servers: tuple[ServerShare, ...] = ()
     verification: Verification
     noisy_servers: tuple[NoisyServer, ...] = ()
+    noise: NoiseRecord | None = None
     lossless_servers: tuple[LosslessServer, ...] = ()
 
     @classmethod

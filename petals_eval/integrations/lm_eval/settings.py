@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from petals_eval.config import Place, Positive, Settings, option
+from petals_eval.config import Place, Positive, RunSettings, Settings, option, same_as
 from petals_eval.integrations.swarm_model import SwarmModelSettings
 
 __all__ = ["BackendSettings", "HarnessSettings"]
@@ -24,6 +24,7 @@ class HarnessSettings(Settings):
     chat_template_args: dict[str, Any] = option({}, "What the chat template is told besides.")
     enable_thinking: bool | None = option(None, "Told to the chat template.")
     think_end_token: str | int | None = option(None, "What ends a model's thinking; only what follows is its answer.")
+    no_noise: bool = same_as(RunSettings, "no_noise")
     manifest: Place | None = option(None, "File for the manifest, written after each call.", "FILE")
 
     @model_validator(mode="before")
