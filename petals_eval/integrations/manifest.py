@@ -143,6 +143,13 @@ class BackendManifest(BaseModel):
             }
         )
 
+    def whose(self) -> dict[str, JsonValue]:
+        """Return by what the answers of one backend are told from those of another: all but names."""
+        record = self.model_dump(mode="json", include={"model", "adapter", "answer_settings"})
+        return {
+            f"{part}.{key}": value for part, found in record.items() for key, value in found.items() if key != "name"
+        }
+
     def write(self, path: Path) -> None:
         """Write it as JSON, into a folder that is made where there is none. Raises MachineError."""
         with blame_the_machine(path):

@@ -42,8 +42,9 @@ TEXTS = [
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """inspect keeps logs and traces."""
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    """inspect keeps logs, traces and a cache."""
+    for name in ("XDG_DATA_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("INSPECT_LOG_DIR", str(tmp_path / "logs"))
 
 
@@ -76,6 +77,21 @@ def answers(model, asked, **config):
 def test_it_is_found_by_its_entry_point():
     [ours] = [each for each in entry_points(group="inspect_ai") if each.name == "petals_eval"]
     assert ours.value == "petals_eval.integrations.inspect_ai"
+
+
+def test_nobody_else_imports_it_and_its_absence_is_told():
+    root = Path(petals_eval.__file__).parent
+    importing = {
+        path.relative_to(root).parent.as_posix()
+        for path in root.rglob("*.py")
+        if any(re.match(r"\s*(import|from) inspect_ai", line) for line in path.read_text().splitlines())
+    }
+    assert importing == {"integrations/inspect_ai"}
+    code = "import importlib.util as util, sys; sys.modules['inspect_ai'] = None\n"
+    code += "util.find_spec = lambda name, find=util.find_spec: None if name == 'inspect_ai' else find(name)\n"
+    code += "import petals_eval.integrations.inspect_ai"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "ConfigError: inspect_ai is not installed" in done.stderr and "[inspect]" in done.stderr
 
 
 @pytest.mark.parametrize("templated", [True, False])
@@ -178,18 +194,40 @@ def test_what_is_answered_before_the_swarm_fails_is_kept_and_nothing_is_made_up(
         model = get_model(f"petals-eval/{realdata}/stories260K-hf", memoize=False, do_sample=False, **told)
         manifest = model.api.manifest
         samples = [Sample(input=text, target=".") for text in TEXTS]
-        task = Task(dataset=samples, solver=generate(max_tokens=3), scorer=includes(), fail_on_error=False)
-        [whole] = eval(task, model=model, display="none", max_connections=1)
+
+        def evaluated(**more):
+            solver = generate(max_tokens=3, **more)
+            task = Task(dataset=samples, solver=solver, scorer=includes(), fail_on_error=False)
+            [log] = eval(task, model=model, display="none", max_connections=1)
+            return log
+
+        whole = {sample.input: sample.output.completion for sample in evaluated().samples}
         swarm.servers[0].switch(Refuse(after=6))
-        [log] = eval(task, model=model, display="none", max_connections=1)
+        log = evaluated(cache=True)
+        answered = [sample for sample in log.samples if sample.error is None]
+        failed = [sample for sample in log.samples if sample.error is not None]
+        assert answered and failed and all("DeadlineError" in sample.error.traceback for sample in failed)
+        assert all(sample.output.completion == whole[sample.input] for sample in answered)
+        assert all(not sample.scores for sample in failed)
+
+        swarm.servers[0].switch()
+        before = model.api.manifest["requests"]["generate"]
+        assert {sample.input: sample.output.completion for sample in evaluated(cache=True).samples} == whole
+        assert model.api.manifest["requests"]["generate"] == before + len(failed), "the others are in inspect's cache"
         model.api.close()
     assert manifest["requests"] == {"generate": 0}
-    before = {sample.input: sample.output.completion for sample in whole.samples}
-    answered = [sample for sample in log.samples if sample.error is None]
-    failed = [sample for sample in log.samples if sample.error is not None]
-    assert answered and failed and all("DeadlineError" in sample.error.traceback for sample in failed)
-    assert all(sample.output.completion == before[sample.input] for sample in answered)
-    assert all(not sample.scores for sample in failed)
+
+
+def test_the_cache_of_inspect_knows_whose_answers_it_holds(arguments, greedy, causal_prompt):
+    other = get_model(**arguments, do_sample=False, stop_in_text=True, adapter=str(causal_prompt), memoize=False)
+    same = get_model(**arguments | {"deadline": 7}, do_sample=False, stop_in_text=True, memoize=False)
+    config = GenerateConfig(max_tokens=8)
+    for model in (greedy, other, same):
+        asyncio.run(model.generate(TEXTS[1], config=config, cache=True))
+    assert other.api.manifest["requests"] == {"generate": 1}
+    assert same.api.manifest["requests"] == {"generate": 0}
+    for model in (other, same):
+        model.api.close()
 
 
 @pytest.mark.soak  # over real servers; in test_inspect_calls.py without any

@@ -4,6 +4,7 @@ Conversations become texts and texts tokens as in inspect's own provider `hf` of
 (`inspect_ai/model/_providers/hf.py`), by its own functions, so that the same task gives the same answers.
 """
 
+import json
 import logging
 import time
 from collections import Counter
@@ -103,6 +104,9 @@ class PetalsEvalAPI(HuggingFaceAPI):
                 code="integrations/inspect_ai",
                 packages={"inspect_ai": version("inspect_ai")},
             )
+            # inspect's cache knows a model by its name and this alone, and would hand the answers of other prompts on.
+            whose = json.dumps(self._manifest.whose(), sort_keys=True).encode()
+            self.base_url = f"petals-eval:{sha256(whose).hexdigest()}"
             self._calls = Calls(self.remote, say=_log.warning, on_answered=self._write_manifest)
             opened.callback(self._calls.close)
             self._close = finalize(self, opened.pop_all().close)

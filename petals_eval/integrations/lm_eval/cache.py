@@ -4,8 +4,6 @@ import json
 from collections.abc import MutableMapping
 from typing import Any
 
-from pydantic import JsonValue
-
 from petals_eval.errors import ConfigError
 from petals_eval.integrations.manifest import BackendManifest
 
@@ -23,10 +21,7 @@ def check_cache(cache: MutableMapping[str, Any] | None, manifest: BackendManifes
     """
     if cache is None:
         return
-    record = manifest.model_dump(mode="json", include={"model", "adapter", "answer_settings"})
-    ours: dict[str, JsonValue] = {
-        f"{part}.{key}": value for part, found in record.items() for key, value in found.items() if key != "name"
-    }
+    ours = manifest.whose()
     if len(cache) == 0:
         cache[_FINGERPRINT] = json.dumps(ours)
     elif _FINGERPRINT not in cache:
