@@ -86,6 +86,9 @@ def test_the_loop_of_the_guide(mode, stories, stories_dir, realdata, tmp_path):
         assert metrics["accuracy"] == right / EVALUATED
     assert (folders["stub"] / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
+    compared = petals_eval.compare(*sorted((folders["stub"] / "runs").glob("epoch-*")))
+    assert "epoch-1" in str(compared)
+
     logged = [line for line in ours["logged"] if "questions/accuracy" in line]
     assert [line["epoch"] for line in logged] == [1, 2, 3]
     assert all(line["questions/accuracy_low"] < line["questions/accuracy"] for line in logged)
