@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 import shlex
 import shutil
@@ -47,6 +48,15 @@ def elsewhere(tmp_path, monkeypatch):
     for name in ("XDG_DATA_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("INSPECT_LOG_DIR", str(tmp_path / "logs"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_handler_left_behind():
+    """inspect shows every warning of the process from its first evaluation on, those of later tests too."""
+    yield
+    root = logging.getLogger()
+    for handler in [each for each in root.handlers if type(each).__module__.startswith("inspect_ai")]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="module")
