@@ -1,4 +1,4 @@
-"""What the README's lines save in a Petals training loop is what Petals itself computes with."""
+"""What the lines of the guide save in a Petals training loop is what Petals itself computes with."""
 
 import pytest
 import torch
