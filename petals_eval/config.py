@@ -35,6 +35,7 @@ __all__ = [
     "ServerChoice",
     "Settings",
     "SwarmSettings",
+    "TextSettings",
     "checked_peers",
 ]
 
@@ -464,11 +465,9 @@ class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, Resu
     dry_run: bool = option(False, "Show what would be sent, with --json as JSON; send nothing.", heading=OUTPUT)
 
 
-class ErrorSettings(Settings, heading=OUTPUT):
-    """What an analysis of errors shows, and where the texts of the rows are."""
+class TextSettings(Settings, heading=OUTPUT):
+    """Where the texts of a run's rows are: no file of a run has them."""
 
-    adapter: str | None = option(None, "Adapter, or draw of its shots, that is shown.", "NAME", unset="the first")
-    limit: Annotated[int, Field(ge=0)] = option(5, "Rows in each list, and labels that were confused.")
     task: Place | None = option(
         None, "Task that says how the rows are read: a shipped one or its YAML file.", "TASK", unset="that of the run"
     )
@@ -483,4 +482,24 @@ class ErrorSettings(Settings, heading=OUTPUT):
     data_revision: str | None = same_as(TaskSettings, "data_revision", heading=OUTPUT)
     token: SecretStr | None = same_as(ModelSettings, "token", heading=OUTPUT)
     allow_task_code: bool = same_as(PromptSettings, "allow_task_code", heading=OUTPUT)
+
+    @property
+    def as_arguments(self) -> dict[str, Any]:
+        """What `petals_eval.errors_of` and its like take."""
+        return {
+            "task": self.task,
+            "data": self.data,
+            "allow_task_code": self.allow_task_code,
+            "subset": self.subset,
+            "split": self.split,
+            "revision": self.data_revision,
+            "token": self.token,
+        }
+
+
+class ErrorSettings(TextSettings, heading=OUTPUT):
+    """What an analysis of errors shows, and where the texts of the rows are."""
+
+    adapter: str | None = option(None, "Adapter, or draw of its shots, that is shown.", "NAME", unset="the first")
+    limit: Annotated[int, Field(ge=0)] = option(5, "Rows in each list, and labels that were confused.")
     json_output: bool = option(False, "Print the analysis as JSON alone on stdout.", flag="--json", alias="json")

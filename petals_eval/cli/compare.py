@@ -1,13 +1,18 @@
 """`petals-eval compare`: which of several runs is better, on the same rows."""
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from petals_eval.cli.demo_texts import text_arguments
 from petals_eval.cli.flags import flags_of
 from petals_eval.cli.streams import json_text
 from petals_eval.comparison.settings import CompareSettings
+from petals_eval.config import TextSettings
+
+if TYPE_CHECKING:
+    from petals_eval.comparison.compare import Comparison
 
 __all__ = ["HELP", "SHORT", "compare"]
 
@@ -44,9 +49,17 @@ def compare(
         data=settings.data,
         seed=settings.seed,
     )
+    texts = _texts(found, runs, settings) if settings.with_texts else None
     if settings.json_output:
-        report = found.to_json(changed_rows=settings.changed)
+        report = found.to_json(changed_rows=settings.changed, texts=texts)
         typer.echo(json_text(report, indent=2))
     else:
-        print_comparison(found, console_for(sys.stdout), changed_rows=settings.changed)
+        print_comparison(found, console_for(sys.stdout), changed_rows=settings.changed, texts=texts)
     return 0
+
+
+def _texts(found: "Comparison", runs: list[str], settings: CompareSettings) -> dict[str, str]:
+    from petals_eval.comparison.row_texts import texts_of_changed
+
+    where = TextSettings(task=settings.task, data=settings.data)
+    return texts_of_changed(found, settings.changed, **text_arguments(runs, where))
