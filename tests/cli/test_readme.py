@@ -9,7 +9,7 @@ a user to make (`petals-eval demo --export`). What a test may not have is stood 
   commands ask for alike are started once;
 - set-up (scripts, pip, containers, other programs' servers) is not run again: the scripts must be there, and parse.
 
-A page that has a test of its own, tests/*/test_NAME_guide.py, is left to it.
+Pages that are about another program's environment are left to tests of their own.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ SET_UP = re.compile(r"scripts/\w+\.sh|python3\.11|pip|docker|source|\.venv[\w-]*
 MOST_LINES, WIDEST = 250, 120
 WHAT_PROMPTS_GIVE = {"runs/late": "accuracy", "runs/early": "accuracy_early"}  # under Hugging Face's own forward
 
-OWN_TEST = [page for page in GUIDES if list((ROOT / "tests").glob(f"*/test_{page.name}_guide.py"))]
-TRIED = [page for page in PAGES if page not in OWN_TEST]
+OWN_TESTS = ("epoch_loop", "inspect_ai", "lm_eval")
+TRIED = [page for page in PAGES if page.name not in OWN_TESTS]
 
 
 def steady(text: str) -> str:
