@@ -273,9 +273,9 @@ class CallSettings(ServerChoice, heading=SERVERS):
     )
     deadline: Seconds = option(600.0, "Wait this long for a server, for one hop of a micro-batch with its retries.")
     request_timeout: Seconds = option(180.0, "Time for one call of one hop; Petals servers give up then, too.")
-    window: Positive | None = option(None, "Micro-batches in flight at once.", unset="found out, for each server")
+    window: Positive | None = option(None, "Micro-batches in flight at once.", unset="measured, for each server")
     max_tokens_per_call: Positive | None = option(
-        None, "Tokens (rows x positions) that a server takes in one call.", unset="found out"
+        None, "Tokens (rows x positions) that a server takes in one call.", unset="measured"
     )
     generation_rows: Positive = option(8, "Texts that are generated at once, each in a session of its own.")
     wire: Wire | None = option(
@@ -440,10 +440,10 @@ class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, Resu
         heading=MODEL,
     )
     verify_local: Blocks | None = option(
-        None, "Load these blocks here, and hold their servers against them.", "FIRST:LAST", heading=SERVERS
+        None, "Load these blocks here, and check their servers against them.", "FIRST:LAST", heading=SERVERS
     )
     tokens_per_micro_batch: Positive | None = option(
-        None, "Positions sent together, prompts included.", unset="found out", heading=SERVERS
+        None, "Positions sent together, prompts included.", unset="measured", heading=SERVERS
     )
     out: OwnPlace | None = option(
         None,

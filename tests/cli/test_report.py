@@ -64,7 +64,7 @@ def test_texts_are_in_a_comparison_only_where_they_are_asked_for(two_runs: tuple
 
     assert invoke("report", *two_runs, "--with-texts", "--data", "reviews.jsonl").code == 0
     page = Path("comparison.html").read_text()
-    assert "<td>the soup was fine</td>" in page and "This page holds texts of the data" in page
+    assert ">the soup was fine</td>" in page and "This page holds texts of the data" in page
     assert "<script" not in page and "<img" not in page and "&lt;script&gt;" in page and "\u202e" not in page
     assert "word " * 50 in page and "word " * 65 not in page
 
