@@ -328,6 +328,7 @@ def test_the_pages_name_what_there_is() -> None:
     assert set(re.split(r",\s+", re.findall(r"lists them: ([^.]*)\.", Page("tasks").text)[0])) == {
         task.name for task in petals_eval.tasks.list_tasks()
     }
+    assert f"one of {len(petals_eval.tasks.list_tasks())} tasks that ship" in Page("README").text
     assert all(family.title in re.sub(r"\s+", " ", Page("models").text) for family in FAMILIES.values())
     commands = [name for name in COMMANDS if name not in ("bench", "lm-eval")]
     commands += ["", "bench forward", "bench inference", "bench simulate"]
