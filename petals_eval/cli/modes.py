@@ -1,6 +1,8 @@
 """`petals-eval modes`: what eval mode and the absence of gradients change."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -10,6 +12,9 @@ from petals_eval.cli.streams import json_text
 from petals_eval.errors import ConfigError
 from petals_eval.text import printable
 from petals_eval.two_modes.settings import ModesSettings
+
+if TYPE_CHECKING:
+    from petals_eval.two_modes.compare import Modes
 
 __all__ = ["HELP", "SHORT", "modes"]
 
@@ -46,13 +51,14 @@ def _of_model(flags: dict[str, Any]) -> int:
 
         model, inputs = model_and_input(str(settings.model), settings.revision, settings.text)
     found = compare_modes(model, inputs, answers=settings.answers, seed=settings.seed)
+    labels = getattr(model.config, "id2label", None) or {} if "Classification" in type(model).__name__ else {}
+    names = [str(labels.get(number, number)) for number in range(len(labels))]
     if settings.json_output:
         typer.echo(json_text(found.to_json(), indent=2))
     else:
-        labels = getattr(model.config, "id2label", None) or {}
-        names = [str(labels.get(number, number)) for number in range(len(labels))]
-        for line in lines_of(found, names if "Classification" in type(model).__name__ else ()):
+        for line in lines_of(found, names):
             typer.echo(line)
+    _write_page(settings, {Path(str(settings.model)).name: found}, names)
     return 0 if found.is_deterministic else 1
 
 
@@ -78,10 +84,23 @@ def _on_task(flags: dict[str, Any]) -> int:
             typer.echo(f"{printable(name)}:")
             for line in lines_of(each, asked.label_names):
                 typer.echo(f"  {line}")
+    _write_page(settings, found, asked.label_names)
     return 0 if all(each.is_deterministic for each in found.values()) else 1
 
 
+def _write_page(settings: ModesSettings, found: "Mapping[str, Modes]", label_names: Sequence[str]) -> None:
+    if settings.out is None:
+        return
+    from petals_eval.runs.disk import write_atomically
+    from petals_eval.two_modes.page import modes_page
+
+    write_atomically(Path(settings.out), [modes_page(Path(str(settings.model)).name, found, label_names)])
+    typer.echo(f"report: {settings.out}", err=settings.json_output)
+
+
 def _of_swarm(flags: dict[str, Any]) -> int:
+    if "out" in flags:
+        raise ConfigError("--out: expected --model; petals-eval health --html FILE draws the page of a swarm.")
     with step("asking each server the same thing twice"):
         settings = ModesSettings(**flags)
 

@@ -11,6 +11,7 @@ from petals_eval.config import (
     TASK,
     AdapterPlaces,
     Names,
+    OwnPlace,
     Peers,
     Place,
     Positive,
@@ -44,4 +45,5 @@ class ModesSettings(Settings, heading=MODEL):
     seed: int = option(0, "Seed of the answers in training mode.", "S", heading=OUTPUT)
     initial_peers: Peers = same_as(SwarmSettings, "initial_peers", default=(), heading=SWARM)
     models: Names = option((), "Name the servers announce.", "NAME...", unset="all", flag="--dht-prefix", heading=SWARM)
+    out: OwnPlace | None = option(None, "Also write a page that shows it.", "FILE", heading=OUTPUT)
     json_output: bool = option(False, "Print JSON alone on stdout.", flag="--json", alias="json", heading=OUTPUT)

@@ -183,8 +183,11 @@ def test_tuned_prompts_give_at_home_what_they_give_over_a_swarm() -> None:
 @pytest.mark.usefixtures("exported")
 def test_the_command_says_what_forgetting_eval_would_have_done_to_the_accuracy() -> None:
     asked = ("modes", "--model", "my-llama", "--adapter", "prompts", "--task", "reviews.yaml", "--limit", 60)
-    outcome = invoke(*asked, "--dropout", 0.5)
+    outcome = invoke(*asked, "--dropout", 0.5, "--out", "modes.html")
     assert outcome.code == 0
+    assert outcome.out.endswith("report: modes.html\n")
+    page = Path("modes.html").read_text()
+    assert page.count("<figure>") == 3 and "In eval mode all 5 answers are equal bit for bit" in page
     assert "modules that behave differently in training mode: 6\n" in outcome.out
     assert "blocks.layers.0.self_attn: LlamaAttention, dropout p=0.5" in outcome.out
     assert "eval mode: all 5 answers are equal bit for bit" in outcome.out
@@ -199,5 +202,6 @@ def test_what_cannot_be_answered_at_home_ends_with_code_2() -> None:
     assert "expected --task beside --adapter" in invoke("modes", "--model", "my-llama", "--adapter", "prompts").error
     words = invoke("modes", "--model", "my-llama", "--task", "words.yaml")
     assert words.code == 2 and "expected a classification by a trained head; words is another kind" in words.error
+    assert "petals-eval health --html" in invoke("modes", "--initial-peers", "/ip4/x", "--out", "x.html").error
     bare = invoke("modes", "--model", "my-llama", "--task", "reviews.yaml")
     assert bare.code == 2 and "there is no trained head" in bare.error
