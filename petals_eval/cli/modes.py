@@ -1,6 +1,7 @@
 """`petals-eval modes`: what eval mode and the absence of gradients change."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +75,10 @@ def _on_task(flags: dict[str, Any]) -> int:
     found = {}
     for name, model in asked.models.items():
         with step(f"answering in both modes: {printable(name)}"):
-            found[name] = compare_modes(
+            modes_of_it = compare_modes(
                 model, asked.input_ids, answers=settings.answers, seed=settings.seed, batches=asked.batches
             )
+        found[name] = replace(modes_of_it, half_precision=model.saved_in_half)
     if settings.json_output:
         typer.echo(json_text({"adapters": {name: each.to_json() for name, each in found.items()}}, indent=2))
     else:

@@ -70,6 +70,17 @@ class PromptedClassifier(nn.Module):
         if adapter is not None and adapter.deep_prompts is not None:
             self.deep_prompts = nn.Parameter(adapter.deep_prompts.clone())
 
+    @property
+    def saved_in_half(self) -> tuple[str, ...]:
+        """The prompts whose values are all those of half precision: they were saved in it, and perhaps trained so."""
+        return tuple(
+            name
+            for name, tensor in self.named_parameters()
+            if tensor.requires_grad
+            and bool(tensor.any())
+            and any(torch.equal(tensor.to(dtype).float(), tensor) for dtype in (torch.float16, torch.bfloat16))
+        )
+
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the class logits, float32. Raises AdapterError where there is no trained head."""
         hidden = self.local.embed(input_ids, self._adapter).to(self._dtype)

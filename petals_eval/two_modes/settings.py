@@ -39,7 +39,7 @@ class ModesSettings(Settings, heading=MODEL):
         None, "Dropout of the blocks, to see what it would do.", "P", unset="what the config says", heading=MODEL
     )
     text: str = option(
-        "This film was a waste of two hours.", "The text that is answered without a task.", "TEXT", heading=OUTPUT
+        "This film was a waste of two hours", "The text that is answered without a task.", "TEXT", heading=OUTPUT
     )
     answers: Annotated[int, Field(ge=2)] = option(5, "Answers in each mode.", heading=OUTPUT)
     seed: int = option(0, "Seed of the answers in training mode.", "S", heading=OUTPUT)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import petals_eval
@@ -195,6 +196,17 @@ def test_the_command_says_what_forgetting_eval_would_have_done_to_the_accuracy()
     found = json.loads(invoke(*asked, "--json").out)["adapters"]["prompts"]
     assert set(found["forgotten"]["in_training"]) == {found["forgotten"]["in_eval"]}  # the demo's own dropout is 0
     assert found["gradients"]["bytes_kept"] > 0
+
+
+@pytest.mark.usefixtures("exported")
+def test_prompts_that_were_saved_in_half_precision_are_pointed_out() -> None:
+    file = Path("prompts", "petals_state_dict.safetensors")
+    saved = load_file(file)
+    save_file({name: tensor.bfloat16() if "prompt" in name else tensor for name, tensor in saved.items()}, file)
+    asked = ("--model", "my-llama", "--adapter", "prompts", "early-prompts", "--task", "reviews.yaml", "--limit", 8)
+    found = json.loads(invoke("modes", *asked, "--json").out)["adapters"]
+    assert found["prompts"]["half_precision"] == ["prompts", "deep_prompts"]
+    assert found["early-prompts"]["half_precision"] == []
 
 
 @pytest.mark.usefixtures("exported")
