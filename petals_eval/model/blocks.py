@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from petals_eval.model.families import Family
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig
 
-__all__ = ["DTYPES", "BlockSpan", "check_blocks"]
+__all__ = ["DTYPES", "BlockSpan", "added_prompts", "check_blocks"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED = {*DTYPES.values(), torch.float64}
@@ -64,6 +65,16 @@ class BlockSpan:
             check_blocks(start, stop, checkpoint.family.num_blocks(checkpoint.config), checkpoint.name)
             dtype = dtype or checkpoint.config.dtype or torch.float32
             return cls(_base_model(checkpoint, start, stop, dtype), checkpoint, start, stop, dtype)
+
+    @property
+    def module(self) -> nn.Module:
+        """Hugging Face's base model around these blocks, for whoever wants gradients or the blocks in training mode."""
+        return self._model
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks within it."""
+        return _blocks_of(self._model, self.family)
 
     @property
     def hidden_size(self) -> int:
@@ -208,9 +219,8 @@ class BlockSpan:
                         f"expected at least as many positions as prompt tokens ({prompts.shape[2]}), "
                         f"found {hidden.shape[1]}"
                     )
-                for block, prompt in zip(_blocks_of(model, self.family), prompts.to(self.dtype), strict=False):
-                    prompt = prompt.to(self._inside)
-                    hooks.enter_context(block.register_forward_pre_hook(_adds(prompt)))
+                rounded = prompts.to(self.dtype).to(self._inside)
+                hooks.enter_context(added_prompts(_blocks_of(model, self.family), rounded))
             answer = model(inputs_embeds=hidden, past_key_values=cache, use_cache=cache is not None)
             return answer.last_hidden_state.to(self.dtype)
 
@@ -227,6 +237,17 @@ class BlockSpan:
             setattr(view, self.family.blocks, _blocks_of(self._model, self.family)[begin:end])
             self._views[start, stop] = view
         return self._views[start, stop]
+
+
+def added_prompts(blocks: Iterable[nn.Module], prompts: torch.Tensor) -> ExitStack:
+    """Return a context in which each block adds its prompt to the first positions of what enters it.
+
+    prompts: (blocks, batch or 1, prefix, hidden), in the dtype of the hidden states; blocks beyond them add nothing.
+    """
+    with ExitStack() as hooks:
+        for block, prompt in zip(blocks, prompts, strict=False):
+            hooks.enter_context(block.register_forward_pre_hook(_adds(prompt)))
+        return hooks.pop_all()
 
 
 def check_blocks(start: int, stop: int, num_blocks: int, model: str) -> None:

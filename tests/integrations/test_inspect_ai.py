@@ -4,8 +4,6 @@ import asyncio
 import json
 import logging
 import re
-import shlex
-import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -22,18 +20,19 @@ from inspect_ai.solver import generate
 from inspect_ai.tool import ToolInfo
 
 import petals_eval
-from petals_eval.demo import demo_paths
+from petals_eval.demo import export_demo
 from petals_eval.errors import ConfigError, RequestTooLargeError, SwarmError
 from petals_eval.integrations.inspect_ai.settings import ProviderSettings
 from petals_eval.local_swarm import LocalSwarm
 from petals_eval.local_swarm.faults.catalog import Noise, Refuse
 from petals_eval.tasks.requests import Request
 from tests.model.reference import causal_lm, local_answers
+from tests.support.pages import Page
 from tests.support.real_swarm import stories_swarm
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of inspect's libraries
 
-GUIDE = (Path(petals_eval.__file__).parent / "guides" / "inspect_ai.md").read_text(encoding="utf-8")
+GUIDE = Page("inspect_ai")
 TEXTS = [
     "Once upon a time",
     "Lily and Tom went to the park.",
@@ -288,12 +287,8 @@ def test_a_server_that_is_caught(realdata):
 # -- the guide
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE)
-
-
 def test_every_key_is_named():
-    [table] = re.findall(r"^\| keys .*?\n\n", GUIDE, re.DOTALL | re.MULTILINE)
+    [table] = re.findall(r"^\| keys .*?\n\n", GUIDE.text, re.DOTALL | re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in table.strip().splitlines()))) - {"peft"}
     assert named == ProviderSettings.model_fields.keys() - {"model"}
 
@@ -302,11 +297,8 @@ def test_every_key_is_named():
 def surroundings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    demo = demo_paths()
-    shutil.copytree(demo.model, "my-llama")
-    shutil.copytree(demo.prompts, "prompts")
-    shutil.copy(demo.data, "reviews.jsonl")
-    Path("reviews_task.py").write_text(blocks("python")[0])
+    export_demo(tmp_path)
+    Path("reviews_task.py").write_text(GUIDE.blocks("python")[0])
 
 
 @pytest.mark.usefixtures("surroundings")
@@ -314,7 +306,7 @@ def test_the_examples_of_the_guide(tmp_path):
     names: dict[str, Any] = {}
     with LocalSwarm("my-llama", servers=2, mode="thread") as swarm:
         names["peers"] = swarm.initial_peers
-        exec(blocks("python")[1], names)
+        exec(GUIDE.blocks("python")[1], names)
         names["model"].api.close()
     assert names["log"].status == "success" and len(names["log"].samples) == 20
     assert names["log"].samples[0].output.metadata["petals_eval"]["servers"]
@@ -323,8 +315,8 @@ def test_the_examples_of_the_guide(tmp_path):
 @pytest.mark.soak
 @pytest.mark.usefixtures("surroundings")
 def test_the_command_of_the_guide(tmp_path):
-    [command] = [block for block in blocks("console") if "inspect eval" in block]
-    words = shlex.split(command.removeprefix("$ inspect "))
+    [command] = [each for each in GUIDE.typed() if each.words[0] == "inspect"]
+    words = [*command.words[1:]]
     words += ["-M", "manifest=manifest.json"]
     ended = subprocess.run([sys.executable, "-m", "inspect_ai", *words], capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0 and "accuracy" in ended.stdout, ended.stdout + ended.stderr

@@ -1,7 +1,6 @@
 """The loop of guides/epoch_loop.md: a real Petals client trains prompts on our stub, evaluated after each epoch."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -21,11 +20,10 @@ from tests.interop.real_petals import run_petals_loop
 from tests.interop.server_kinds import PETALS
 from tests.interop.test_client_on_real_servers import reference_logits
 from tests.interop.test_petals_client_on_our_stub import OnlyLocal
+from tests.support.pages import Page
 from tests.support.tensors import distance, hidden_states
 from tests.support.wire_client import WireClient, chain
 
-GUIDE = (Path(petals_eval.__file__).parent / "guides" / "epoch_loop.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE)
 EPOCHS, TRAINED, EVALUATED = 3, 96, 60
 SPANS = [(0, 2), (2, 4), (4, 5)]
 
@@ -57,7 +55,7 @@ def test_the_loop_of_the_guide(mode, stories, stories_dir, realdata, tmp_path):
         found = run_petals_loop(
             {
                 "folder": str(tmp_path),
-                "guide": BLOCKS,
+                "guide": Page("epoch_loop").blocks("python"),
                 "swarms": swarms,
                 "tuning_mode": mode,
                 "trained_by_it": ["stub"],
