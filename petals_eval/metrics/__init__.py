@@ -1,6 +1,6 @@
 """Metrics of every kind of task: pure functions on arrays with the values of scikit-learn, and 95% intervals."""
 
-from petals_eval.metrics.accuracy import accuracy, balanced_accuracy, majority_baseline
+from petals_eval.metrics.accuracy import accuracy, balanced_accuracy, majority_baseline, with_order_doubted
 from petals_eval.metrics.answers import Metric, Spread
 from petals_eval.metrics.calibration import ece
 from petals_eval.metrics.confusion import confusion_matrix
@@ -52,4 +52,5 @@ __all__ = [
     "spearman",
     "title_of",
     "wilson",
+    "with_order_doubted",
 ]

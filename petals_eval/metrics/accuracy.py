@@ -1,14 +1,19 @@
 """Accuracy, balanced accuracy and the majority-class baseline."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.estimates import counted, share_of
-from petals_eval.metrics.intervals import Floats, Tallies, paired
+from petals_eval.metrics.intervals import Floats, Tallies, paired, wilson
 from petals_eval.metrics.resampling import Resampler
 
-__all__ = ["accuracy", "balanced_accuracy", "majority_baseline"]
+__all__ = ["accuracy", "balanced_accuracy", "majority_baseline", "with_order_doubted"]
+
+_NAMES_SHOWN = 8  # of labels in another order; more would fill the line
 
 
 def accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
@@ -69,3 +74,40 @@ def measure_majority_baseline(answers: Answers) -> list[Metric]:
 def measure_balanced_accuracy(answers: Answers) -> list[Metric]:
     value = balanced_accuracy(answers.labels, answers.predictions)
     return [counted("balanced_accuracy", value, answers, balanced_accuracies)]
+
+
+def with_order_doubted(
+    metrics: Mapping[str, Metric], confusion: Sequence[Sequence[int]], label_names: Sequence[str]
+) -> dict[str, Metric]:
+    """Return the metrics of a trained head, with a note at the accuracy where the labels' names are likely to stand in
+    another order than the head's outputs.
+
+    That is where the whole interval of the accuracy lies below the majority baseline, and with the names in another
+    order the interval of the accuracy would lie above both that and one half. Chance alone, which the best of all
+    orders of many labels has much of, does not reach so far.
+
+    confusion: counts (labels, labels), row = label, column = prediction.
+    """
+    found, baseline = metrics.get("accuracy"), metrics.get("majority_baseline")
+    if found is None or found.ci95 is None or baseline is None or baseline.value is None:
+        return dict(metrics)
+    if found.ci95[1] >= baseline.value:
+        return dict(metrics)
+    from scipy.optimize import linear_sum_assignment  # not above: it takes long to import, and is seldom needed
+
+    counts = np.asarray(confusion)
+    outputs, labels = linear_sum_assignment(counts.T, maximize=True)
+    right, total = int(counts.T[outputs, labels].sum()), int(counts.sum())
+    if wilson(right, total)[0] <= max(baseline.value, 0.5):
+        return dict(metrics)
+    order = "the labels exchanged"
+    if len(label_names) > 2:
+        order = "the labels in another order"
+        if len(label_names) <= _NAMES_SHOWN:
+            order = f"label_names [{', '.join(label_names[label] for label in labels)}]"
+    doubt = (
+        f"below the majority baseline; with {order} it would be {right / total:.4f}. Is label_names in the order of "
+        f"the head's outputs (output 0 = {label_names[0]!r})?"
+    )
+    note = doubt if found.note is None else f"{doubt} {found.note}"
+    return {**metrics, "accuracy": replace(found, note=note)}

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from petals_eval.errors import ConfigError
-from petals_eval.metrics import Metric, Spread, confusion_matrix, measure, title_of
+from petals_eval.metrics import Metric, Spread, confusion_matrix, measure, title_of, with_order_doubted
 from petals_eval.metrics.differences import Difference, Side, differences, pairs_of
 from petals_eval.metrics.scored_rows import CLUSTER, ScoredRows
 from petals_eval.runs.analyse import analyse, chosen_name
@@ -297,6 +297,7 @@ def run_result(
     """
     results: dict[str, AdapterResult] = {}
     draws: dict[str, list[AdapterResult]] = {}
+    has_trained_head = manifest.kind == "classification" and not manifest.task.get("label_words")
     for adapter in manifest.adapters:
         found = summarise(
             journal,
@@ -307,6 +308,8 @@ def run_result(
             columns=manifest.answer_columns,
             noise=manifest.noise,
         )
+        if has_trained_head and adapter.name != WITHOUT_PROMPTS:  # without them a head says nothing in any order
+            found = replace(found, metrics=with_order_doubted(found.metrics, found.confusion, found.label_names))
         if keep_predictions:
             predictions = with_texts(adapter.name, _predictions(journal, adapter.name, manifest))
             found = replace(

@@ -1,5 +1,6 @@
 """What somebody types wrong who follows the README: the message shows what is wrong, and what may be meant."""
 
+import json
 import re
 from pathlib import Path
 
@@ -85,3 +86,15 @@ def test_a_folder_has_no_revision() -> None:
 def test_an_unknown_key_is_most_likely_meant_for_one_that_is_missing(tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text('name: x\ntext: "{text}"\nlabel_column: label\nlabels: [bad, good]\n')
     assert "labels: unknown key. Did you mean label_names?" in run(task=tmp_path / "task.yaml")
+
+
+def test_label_names_in_the_wrong_order_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    task = PATHS.task.read_text().replace("[bad, good]", "[good, bad]").replace("data.jsonl", str(PATHS.data))
+    Path("task.yaml").write_text(task)
+    flags = GIVEN | {"--task": "task.yaml", "--out": "run"}
+    outcome = invoke("run", *(part for pair in flags.items() for part in pair), "--limit", 60)
+    asks = "Is label_names in the order of the head's outputs (output 0 = 'good')?"
+    assert "accuracy: below the majority baseline; with the labels exchanged it would be" in outcome.out
+    assert asks in outcome.out and "Is label\\_names in the order" in Path("run/report.md").read_text()
+    assert asks in json.loads(Path("run/metrics.json").read_text())["metrics"]["accuracy"]["note"]

@@ -22,6 +22,7 @@ from petals_eval.metrics import (
     mcc,
     precision_recall_f1,
     wilson,
+    with_order_doubted,
 )
 from petals_eval.metrics.accuracy import balanced_accuracies
 from petals_eval.metrics.correlation import resampled_mcc
@@ -274,3 +275,36 @@ def test_functions_of_plain_arrays_refuse_what_numpy_would_count_somewhere(label
             metric(labels, predictions)
     with pytest.raises(DataError, match="from 0 to 1; found 0 to 2"):
         confusion_matrix([0, 1], [0, 2], 2)
+
+
+def doubted(confusion, names=("good", "bad")) -> str | None:
+    """The note at the accuracy of predictions with these counts (row = label)."""
+    labels, predictions = (
+        np.repeat(axis.ravel(), np.asarray(confusion).ravel()) for axis in np.indices(np.shape(confusion))
+    )
+    found = compute_metrics(
+        ["accuracy"], labels, predictions, np.full((len(labels), len(names)), 1 / len(names)), label_names=names
+    )
+    return with_order_doubted(found, confusion, names)["accuracy"].note
+
+
+def test_labels_that_are_exchanged_are_noticed() -> None:
+    assert doubted([[5, 195], [5, 195][::-1]]) == (
+        "below the majority baseline; with the labels exchanged it would be 0.9750. Is label_names in the order of the "
+        "head's outputs (output 0 = 'good')?"
+    )
+    note = doubted([[0, 90, 10], [5, 5, 90], [95, 5, 0]], ("a", "b", "c"))
+    assert note is not None and "with label_names [c, a, b] it would be 0.9167" in note
+    many = doubted(100 * np.roll(np.eye(12, dtype=int), 1, axis=0), tuple(map(str, range(12))))
+    assert many is not None and "with the labels in another order it would be 1.0000" in many
+
+
+def test_a_poor_model_is_not_taken_for_one_with_its_labels_exchanged() -> None:
+    assert doubted([[195, 5], [5, 195]]) is None
+    assert doubted([[100, 100], [100, 100]]) is None
+    assert doubted([[60, 140], [20, 780]]) is None  # better than nothing in one label
+    assert doubted([[20, 80], [480, 420]]) is None  # exchanged it would be below the baseline, too
+    random = np.random.default_rng(0)
+    for _ in range(200):  # of many orders the best one is above chance by chance
+        names = tuple(map(str, range(20)))
+        assert doubted(random.multinomial(100, np.full(400, 1 / 400)).reshape(20, 20), names) is None
