@@ -15,7 +15,7 @@ from petals_eval.data.batching import HasTokens, MicroBatch, micro_batches
 from petals_eval.environment import local_path
 from petals_eval.errors import ConfigError, ExampleError
 from petals_eval.tasks.requests import Generated, Request
-from petals_eval.validation import shorten
+from petals_eval.validation import closest, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -135,6 +135,11 @@ class RemoteModel:
         Raises ModelError, AdapterError, ConfigError, SwarmUnreachableError, and MissingBlocksError where nobody
         announces the model under its name.
         """
+        known = dict.fromkeys([*_LoadSettings.model_fields, "dtype", *SwarmSettings.model_fields])
+        for name in swarm_settings:
+            if name not in known:
+                meant = closest(name, known) or f" There are: {', '.join(known)}"
+                raise ConfigError(f"unknown argument {name!r}.{meant}")
         settings = SwarmSettings(**{"initial_peers": initial_peers, **swarm_settings})
         given: dict[str, Any] = {
             "model": model,
@@ -461,6 +466,7 @@ def default_dht_prefix(model: str | Path, family: "Family") -> str:
     if local_path(model).is_dir():
         raise ConfigError(
             f"{model} is a local folder, so the name its servers announce is not known: give it with --dht-prefix "
-            "(dht_prefix=... in Python). For a hub model it would follow from the hub name."
+            "(dht_prefix=... in Python). petals-eval health --initial-peers ... lists the names that there are. "
+            "For a hub model it would follow from the hub name."
         )
     return default_prefix(family.model_type, str(model))

@@ -1,7 +1,7 @@
 """What is wrong with a user's settings or definition, told from pydantic's list of errors: key, expected, found."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import isclass
 from pathlib import Path
@@ -82,18 +82,24 @@ def explain(error: ValidationError, model: type[BaseModel], wording: Wording = D
 
 def closest(word: str, known: Iterable[str]) -> str:
     """Return ' Did you mean X?' for the known name nearest to `word`, or an empty text."""
-    known = list(known)
+    found = _nearest(word, list(known))
+    return f" Did you mean {found}?" if found else ""
+
+
+def _nearest(word: str, known: Sequence[str]) -> str | None:
     lowered = {name.lower(): name for name in reversed(known)}
     found = difflib.get_close_matches(word.lower(), list(lowered), n=1)
-    return f" Did you mean {lowered[found[0]]}?" if found else ""
+    return lowered[found[0]] if found else None
 
 
 def closest_beside(path: Path) -> str:
     """Return ' Did you mean X?' for the path of something that lies in the same folder, or an empty text."""
     try:
-        return closest(str(path), map(str, path.parent.iterdir()))
+        names = [each.name for each in path.parent.iterdir()]
     except OSError:  # no folder either
         return ""
+    found = _nearest(path.name, names)
+    return f" Did you mean {path.with_name(found)}?" if found else ""
 
 
 def shorten(value: object, limit: int = 80) -> str:

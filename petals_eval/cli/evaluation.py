@@ -55,7 +55,8 @@ def execute(read_settings: Callable[[], RunSettings]) -> int:
         _say(_FINISHED.format(folder=prepared.out))
         result = finished_result(prepared, prepared.out)
         code = show_result(result, prepared.out, prepared.thresholds, settings)
-        log_results(trackers, [(result, prepared.manifest)], say=_say)  # it may have failed the first time
+        # It may have failed the first time.
+        log_results(trackers, [(result, prepared.manifest)], say=_say, say_where=_say)
         return code
     # The folder last: an end at once, which leaves no time to tidy up, leaves none before there is something in it.
     with open_model(settings, prepared) as model, prepared.open_folder() as folder:
@@ -66,7 +67,7 @@ def execute(read_settings: Callable[[], RunSettings]) -> int:
             result = evaluate_prepared(prepared, folder, model, progress=progress)
     code = show_result(result, folder.path, prepared.thresholds, settings)
     draw_page(settings, folder.path)
-    log_results(trackers, [(result, folder.manifest)], say=_say)
+    log_results(trackers, [(result, folder.manifest)], say=_say, say_where=_say)
     return code
 
 
@@ -85,7 +86,7 @@ def _execute_group(settings: RunSettings, prepared: "PreparedGroup", trackers: "
     if finished_before is not None:
         _say(_FINISHED.format(folder=prepared.out))
         code = show_group(finished_before, prepared.out, thresholds, settings)
-        log_results(trackers, _with_manifests(finished_before, prepared), say=_say)
+        log_results(trackers, _with_manifests(finished_before, prepared), say=_say, say_where=_say)
         return code
     with open_model(settings, prepared) as model:
         begun = prepared.in_folder()
@@ -99,7 +100,7 @@ def _execute_group(settings: RunSettings, prepared: "PreparedGroup", trackers: "
     code = show_group(result, begun.out, thresholds, settings)
     if begun.out is not None:
         draw_page(settings, begun.out, of_group=True)
-    log_results(trackers, _with_manifests(result, begun), say=_say)
+    log_results(trackers, _with_manifests(result, begun), say=_say, say_where=_say)
     return code
 
 

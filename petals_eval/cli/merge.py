@@ -33,10 +33,11 @@ def merge(
 
     from petals_eval.cli.evaluation import draw_page, show_result
     from petals_eval.evaluation.merge import merge as merge_parts
-    from petals_eval.runs import Manifest
+    from petals_eval.runs import RunFolder
     from petals_eval.runs.thresholds import check_parts, parse_thresholds
 
-    first = Manifest.read(parts[0] / "manifest.json")
+    with RunFolder.open(parts[0]) as folder:
+        first = folder.manifest
     settings = ResultSettings(**{**first.bars, **flags})
     names = first.run_settings.get("label_names")
     labels = [str(name) for name in names] if isinstance(names, list) else []

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from pandas import DataFrame
 
-__all__ = ["DataSource", "Row", "Rows", "is_missing", "load_rows", "name_of", "row_hash", "rows_of"]
+__all__ = ["IN_MEMORY", "DataSource", "Row", "Rows", "is_missing", "load_rows", "name_of", "row_hash", "rows_of"]
 
+IN_MEMORY = "rows in memory"  # what rows that come from no file are called
 _CHUNK_ROWS = 500
 
 
@@ -101,10 +102,12 @@ class Rows:
 
     def check_columns(self, names: Iterable[str], task: str) -> None:
         """Raise DataError for a column that a task reads and that is not there."""
+        have = "the rows in memory have" if self.name == IN_MEMORY else f"{self.name} has"
+        reader = "the task" if task == "task" else f"task {task}"  # so is one called that nobody gave a name
         for name in names:
             if name not in self.columns:
                 raise DataError(
-                    f"{self.name} has no column {name}, which task {task} reads. "
+                    f"{have} no column {name}, which {reader} reads. "
                     f"Columns found: {', '.join(self.columns)}.{closest(name, self.columns)}"
                 )
 

@@ -134,7 +134,8 @@ def evaluate(
     chat, system: write texts in the tokenizer's chat template, shots as turns, with this system message.
     bos: whether a beginning-of-text token stands in front; None: as the task says.
     allow_task_code: let the task's own function prepare rows where it did not come with this package.
-    out: the run folder; an unfinished run of the same settings in it goes on. None: nothing is kept.
+    out: the run folder; an unfinished run of the same settings in it goes on, and of a finished one the result
+        is returned. None: nothing is kept.
     save_texts: keep generated texts, in texts.jsonl of the run folder and in the result's predictions.
     no_noise: do not compute rows again at the end to see which predictions rounding may change (`AdapterResult.noise`).
     log_to, log_step: log the result to "wandb", "trackio", "mlflow" or "tensorboard" as well, with "=PLACE" to a
@@ -221,7 +222,11 @@ def evaluate(
             several = zip(found.tasks.values(), (member.manifest for member in members.members), strict=True)
             log_results(trackers, list(several), step=log_step, say=_log.warning)
             return found
-        prepared = prepare(open_side, task=task, **options)  # type: ignore[arg-type]
+        prepared = prepare(open_side, task=task, may_be_finished=True, **options)  # type: ignore[arg-type]
+        if prepared.is_finished and prepared.out is not None:
+            result = finished_result(prepared, prepared.out, keep_predictions=True)
+            log_results(trackers, [(result, prepared.manifest)], step=log_step, say=_log.warning)
+            return result
         folder = stack.enter_context(prepared.open_folder())
         told = stack.enter_context(display_of(progress, prepared.total))
         result = evaluate_prepared(prepared, folder, connected(prepared.side), progress=told, keep_predictions=True)

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from petals_eval.config import CallSettings, PromptSettings, RunSettings
 from petals_eval.data import DataSource, Rows, is_local, load_rows, rows_of
+from petals_eval.data.rows import IN_MEMORY
 from petals_eval.errors import ConfigError, ModelError
 from petals_eval.evaluation.shots import RowsAndShots, row_code_of, rows_and_shots, with_prompt
 from petals_eval.metrics.scored_rows import CLUSTER
@@ -78,7 +79,6 @@ _NOT_ANSWERING = (
 """The settings of calls that change no answer: a run may go on with others."""
 
 
-IN_MEMORY = "rows in memory"
 """What a manifest calls data that came from no file and from no hub; its fingerprint is that of the values."""
 
 Data = str | Path | DataSource | Iterable[Mapping[str, object]]

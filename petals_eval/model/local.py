@@ -519,11 +519,11 @@ class LocalModel(LocalPart):
                 "  Rename it, if it is one, or give an adapter that holds its head."
             )
         if self.score is None:
+            without = "no --adapter was given" if adapter is None else f"none in {adapter.name}"
             raise AdapterError(
                 "class logits were asked for, but there is no trained head.\n"
                 f"  expected  score.weight (labels, {self.hidden_size}) in the adapter or in the model's checkpoint\n"
-                f"  found     none in {'no adapter' if adapter is None else adapter.name} and none in "
-                f"{self.fingerprint['model']}\n"
+                f"  found     {without}, and {self.fingerprint['model']} has no score.weight\n"
                 "  Give an adapter that holds its head, or a task with label words, which the LM head scores."
             )
         return self.score, self.score_bias

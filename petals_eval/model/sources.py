@@ -114,11 +114,16 @@ class HubRepository:
         if not _hub_answers():
             reason = "it cannot be reached, and the cache of an earlier download does not have it"
         meant = closest_beside(local_path(self.name))
+        told = [
+            f"there is no {self.name} on this machine.{meant}",
+            f"cannot get {what} of {self} from the hub: {reason}",
+        ]
+        if not meant and "/" in self.name:  # a hub name, and meant as one
+            told.reverse()
         return self.error(
-            f"cannot get {what} of {self} from the hub: {reason}\n"
-            f"  There is no {self.name} on this machine.{meant} Expected a local folder or the name of a hub "
-            "repository. Check the name and the revision, the token if the repository is gated or private, and the "
-            "network."
+            "\n  ".join(told) + "\n"
+            "  Expected a local folder or the name of a hub repository. Check the name and the revision, the token if "
+            "the repository is gated or private, and the network."
         )
 
 

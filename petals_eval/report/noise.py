@@ -11,6 +11,7 @@ __all__ = ["NOISE_TITLE", "noise_lines", "noise_range_text"]
 NOISE_TITLE = "within noise"
 
 _WAYS = {"batching": "in another batching", "replica": "on other servers", "lossless": "without the lossy wire"}
+_ONLY_BATCHING = "; no second server to try"
 _NUMBERS = {"margin": "margins", "log_likelihood": "log-likelihoods", "prediction": "predictions"}
 
 
@@ -44,17 +45,19 @@ def _in_short(result: AdapterResult, noise: NumericalNoise, with_range: bool) ->
     if not noise.recomputed:
         return list(noise.notes)
     ways = listed([_WAYS[way] for way in noise.ways])
-    only = ", which is all that could be tried" if noise.ways == ("batching",) else ""
+    only = _ONLY_BATCHING if noise.ways == ("batching",) else ""
     rows = plural(max(each.rows for each in noise.recomputed), "row")
-    how = f"({rows} again {ways}{only})"
+    how = f"({rows} computed again {ways}{only})"
     if noise.margin is None:
         return [f"{_moved_text(each)}{only}" for each in noise.recomputed]
+    if not noise.unsure:
+        return [f"no prediction is close enough for rounding to flip it {how}"]
     return [f"{_unsure_text(result, noise, with_range)} {how}"]
 
 
 def _in_full(result: AdapterResult, noise: NumericalNoise) -> list[str]:
     unsure = [] if noise.margin is None else [_unsure_text(result, noise, with_range=False)]
-    only = ", which is all that could be tried" if noise.ways == ("batching",) else ""
+    only = _ONLY_BATCHING if noise.ways == ("batching",) else ""
     return [*unsure, *(f"{_moved_text(each)}{only}" for each in noise.recomputed), *noise.notes]
 
 
@@ -73,6 +76,6 @@ def _moved_text(moved: Recomputed) -> str:
     what = _NUMBERS.get(moved.number) or f"margins of {metric_title(moved.number)}"
     changed = f", {plural(moved.changed, 'prediction')} changed" if moved.changed else ""
     return (
-        f"{plural(moved.rows, 'row')} again {_WAYS[moved.way]}: {what} moved by up to {moved.largest:.2g}, "
+        f"{plural(moved.rows, 'row')} computed again {_WAYS[moved.way]}: {what} moved by up to {moved.largest:.2g}, "
         f"{moved.mean:.2g} on average{changed}"
     )

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from petals_eval.data import DataSource
-from petals_eval.errors import ConfigError, RunFolderError
+from petals_eval.errors import ConfigError
 from petals_eval.runs.analyse import analyse, chosen_name
 from petals_eval.runs.error_analysis import ErrorAnalysis
 from petals_eval.runs.folder import RunFolder
 from petals_eval.runs.results import RunResult
 from petals_eval.runs.row_texts import source_of_run
 from petals_eval.tasks import Task
-from petals_eval.text import listed
 
 __all__ = ["errors_of"]
 
@@ -44,11 +43,7 @@ def errors_of(
         if task is not None or data is not None:
             raise ConfigError("task, data: a result knows its own; they are for a run folder. Leave them out.")
         return run.errors(adapter, limit=limit)
-    path = Path(run)
-    if (path / "group.json").is_file():
-        inside = sorted(each.parent.name for each in path.glob("*/manifest.json"))
-        raise RunFolderError(f"{path} holds a group of tasks: name the folder of one, {listed(inside)}.")
-    with RunFolder.open(path) as folder:
+    with RunFolder.open(run) as folder:
         manifest, journal = folder.manifest, folder.journal
         names = [record.name for record in manifest.adapters]
         first_draws: dict[str, str] = {}

@@ -28,6 +28,7 @@ from petals_eval.runs.results import WITHOUT_POSITIONS, RunResult, run_result
 from petals_eval.runs.texts import TEXTS_FILE, TextFile
 from petals_eval.tasks.requests import Prediction
 from petals_eval.text import listed
+from petals_eval.validation import closest_beside
 
 __all__ = ["DEFAULT_PARENT", "RunFolder", "check_folder", "holds_finished", "new_default_folder"]
 
@@ -86,7 +87,7 @@ class RunFolder:
         folder = Path(path)
         with blame_the_machine(folder):
             if not (folder / "manifest.json").is_file():
-                raise RunFolderError(f"Expected the folder of a run at {folder}; found no manifest.json there.")
+                raise RunFolderError(_no_run(folder))
         manifest = Manifest.read(folder / "manifest.json")
         return cls(folder, manifest, Journal(folder / "journal.sqlite", read_only=True), resumed=False, lock=None)
 
@@ -340,6 +341,19 @@ def holds_finished(path: str | Path, manifest: Manifest | None = None) -> bool:
         return False
     _refuse_another(found, manifest, f"finished run in {path}", f"Look at it with petals-eval show {path}, or")
     return True
+
+
+def _no_run(folder: Path) -> str:
+    """Return what is wrong with a path that was given as a run's folder, and what may be meant."""
+    if not folder.exists():
+        return f"there is no folder {folder}.{closest_beside(folder)} Expected the folder of a run."
+    if not folder.is_dir():
+        return f"{folder} is a file. Expected the folder of a run."
+    inside = sorted(path.parent for path in folder.glob("*/manifest.json"))
+    if (folder / "group.json").is_file():
+        return f"{folder} holds a group of tasks: name the folder of one, {listed(path.name for path in inside)}."
+    below = f" Did you mean one of those in it, {listed(map(str, inside))}?" if inside else ""
+    return f"{folder} is a folder, but not one of a run (no manifest.json).{below}"
 
 
 def _refuse_file(folder: Path) -> None:

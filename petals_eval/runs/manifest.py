@@ -370,7 +370,11 @@ def package_versions() -> dict[str, str]:
 
 def difference(before: Manifest, now: Manifest) -> list[str]:
     """Return what differs in what changes answers, one line each for a person; empty where the run may go on."""
-    old, new = _answering(before), _answering(now)
+    names = [[each.name for each in manifest.adapters] for manifest in (before, now)]
+    shared = set.intersection(*map(set, names))  # of any other, that it is another says it all
+    old, new = _answering(before, shared), _answering(now, shared)
+    if set(names[0]) != set(names[1]):
+        old["adapter"], new["adapter"] = map(", ".join, names)
     return [
         f"{key}: was {_shown(old.get(key))}, now {_shown(new.get(key))}"
         for key in dict.fromkeys([*old, *new])
@@ -378,13 +382,14 @@ def difference(before: Manifest, now: Manifest) -> list[str]:
     ]
 
 
-def _answering(manifest: Manifest) -> dict[str, JsonValue]:
+def _answering(manifest: Manifest, adapters: Collection[str]) -> dict[str, JsonValue]:
+    """adapters: the names of those whose records are wanted."""
     data = manifest.data.model_dump()
     if data["limit"] is None:
         del data["seed"]  # it draws the sample, and there is none
     flat: dict[str, JsonValue] = {}
     _flatten("model", manifest.model.model_dump(), flat)
-    for adapter in manifest.adapters:
+    for adapter in (each for each in manifest.adapters if each.name in adapters):
         _flatten(f"adapter {adapter.name}", adapter.model_dump(exclude={"name"}), flat)
     _flatten("data", data, flat)
     _flatten("task", manifest.task, flat)

@@ -78,8 +78,10 @@ def load_task(task: "str | Path | Mapping[str, Any] | Task") -> Task:
         return loaded
     if path.suffix in _SUFFIXES or len(path.parts) > 1:
         raise TaskError(f"there is no task file {task} (looked for {path.absolute()}).{closest_beside(path)}")
+    beside = [f"{path}{suffix}" for suffix in _SUFFIXES if path.with_name(path.name + suffix).is_file()]
+    meant = f" Did you mean the file {beside[0]}?" if beside else closest(str(task), shipped)
     raise TaskError(
-        f"there is no task {task}.{closest(str(task), shipped)} Shipped tasks: {', '.join(sorted(shipped))}. "
+        f"there is no task {task}.{meant} Shipped tasks: {', '.join(sorted(shipped))}. "
         "A task of your own is given by the path of its YAML file."
     )
 

@@ -16,6 +16,7 @@ from petals_eval.evaluation.prepare import Prepared, prepare
 from petals_eval.model.adapter import Adapter
 from petals_eval.model.blocks import BlockSpan, added_prompts
 from petals_eval.model.local import LocalPart
+from petals_eval.model.sources import open_source
 from petals_eval.remote_model import LocalSide, load_local
 from petals_eval.tasks.requests import Request
 from petals_eval.two_modes.settings import ModesSettings
@@ -32,6 +33,8 @@ def model_and_input(name: str, revision: str | None, text: str) -> tuple[nn.Modu
     """
     import transformers
 
+    # Our own look comes first: it is over at once where nobody answers, and says what a wrong name may stand for.
+    open_source(name, revision=revision, error=ModelError).find("config.json")
     transformers.utils.logging.disable_progress_bar()
     options: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
     try:

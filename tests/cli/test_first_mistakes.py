@@ -98,3 +98,21 @@ def test_label_names_in_the_wrong_order_are_noticed(tmp_path: Path, monkeypatch:
     assert "accuracy: below the majority baseline; with the labels exchanged it would be" in outcome.out
     assert asks in outcome.out and "Is label\\_names in the order" in Path("run/report.md").read_text()
     assert asks in json.loads(Path("run/metrics.json").read_text())["metrics"]["accuracy"]["note"]
+
+
+def test_the_useful_line_stands_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    Path("prompts").mkdir()
+    Path("my-llama").mkdir()
+    Path("reviews.yaml").touch()
+    assert "error: there is no promts on this machine. Did you mean prompts? cannot get" in run(adapter="promts")
+    assert "error: there is no my-lama on this machine. Did you mean my-llama? cannot get" in run(model="my-lama")
+    outcome = invoke("modes", "--model", "my-lama")
+    assert outcome.code == 2 and "there is no my-lama on this machine. Did you mean my-llama?" in outcome.error
+    assert "there is no task reviews. Did you mean the file reviews.yaml?" in run(task="reviews")
+    assert "no --adapter was given, and model has no score.weight" in run(adapter=None)
+    shown = invoke("show", "my-llama")
+    assert shown.code == 2 and "my-llama is a folder, but not one of a run (no manifest.json)." in shown.error
+    merged = invoke("merge", "my-lama", "x", "--out", "y")
+    assert merged.code == 2 and "there is no folder my-lama. Did you mean my-llama?" in merged.error

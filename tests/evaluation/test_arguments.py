@@ -93,7 +93,10 @@ def test_of_evaluate_the_model(model):
         ({"verify_local": "first"}, "verify_local: expected blocks FIRST:LAST"),
         ({"deadline": "soon"}, "deadline: expected a number"),
         ({"allow_servers": 7}, "allow_servers: expected a list"),
-        ({"windows": 7}, "unknown setting 'windows'"),
+        ({"windows": 7}, "unknown argument 'windows'. Did you mean window?"),
+        ({"adaptor": "prompts"}, "unknown argument 'adaptor'. Did you mean adapter?"),
+        ({"adapters": ["prompts"]}, "unknown argument 'adapters'. Did you mean adapter?"),
+        ({"zzz": 7}, "unknown argument 'zzz'. There are: model, adapter, "),
     ],
 )
 def test_of_from_pretrained(changes, said, tmp_path):

@@ -91,8 +91,8 @@ def test_what_moved_is_in_every_place_and_is_repeated_from_the_folder(tmp_path):
         report = markdown_report(again, folder.manifest)
         shown = page(folder)
     assert again.first.noise == found
-    assert f"within noise {low:.4f} - {high:.4f}" in shown and "5 rows again on other servers" in shown
-    assert "## Numerical noise" in report and "5 rows again on other servers" in report
+    assert f"within noise {low:.4f} - {high:.4f}" in shown and "5 rows computed again on other servers" in shown
+    assert "## Numerical noise" in report and "5 rows computed again on other servers" in report
     told = json.loads((tmp_path / "run" / "metrics.json").read_text())["noise"]
     assert (told["unsure"], told["ranges"]["accuracy"]) == (5, [low, high])
     frame = petals_eval.load_runs(tmp_path)
@@ -104,7 +104,7 @@ def test_where_only_another_batching_can_be_tried_that_is_said(tmp_path):
     found = run(tmp_path, model).first.noise
     assert found.ways == ("batching",) and found.recomputed[0].rows == 10
     assert found.notes == ("on other servers not tried: no other server holds the blocks of those that computed",)
-    assert "which is all that could be tried" in (tmp_path / "run" / "report.md").read_text()
+    assert "no second server to try" in (tmp_path / "run" / "report.md").read_text()
     assert model.sizes[0] is None and model.sizes[1] not in (None, 0)
 
 

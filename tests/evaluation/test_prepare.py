@@ -171,14 +171,15 @@ def test_what_lies_here_is_checked_before_the_model_is_looked_for(tmp_path):
         prepare(not_yet, task=TASK, data=source)
 
 
-def test_a_finished_folder_and_one_of_other_settings_are_told_before_anything_is_sent(tmp_path):
+def test_a_finished_folder_gives_its_result_and_refuses_other_settings_before_anything_is_sent(tmp_path):
     source = write_rows(tmp_path / "rows.csv")
-    evaluate(FakeModel(), source, tmp_path / "run")
-    for limit, message in ((None, "finished at"), (3, "finished at")):
-        model = FakeModel()
-        with pytest.raises(RunFolderError, match=message):
-            evaluate(model, source, tmp_path / "run", limit=limit)
-        assert not model.sent
+    first = evaluate(FakeModel(), source, tmp_path / "run")
+    model = FakeModel()
+    again = evaluate(model, source, tmp_path / "run")
+    assert (again.to_json(), again.predictions) == (first.to_json(), first.predictions)
+    with pytest.raises(RunFolderError, match=r"(?s)finished run in .* to be this one; found another.*data\.limit"):
+        evaluate(model, source, tmp_path / "run", limit=3)
+    assert not model.sent
 
 
 def test_a_dry_run_shows_a_pair_as_the_tokenizer_has_it_and_a_row_without_a_label(alone, realdata):

@@ -108,7 +108,7 @@ QUICK = [
     Pair("show done", STDOUT_CLOSED, 0, "reading done"),
     Pair("show done", ALL_CLOSED),
     Pair("show done", STDOUT_FULL, 4, "this machine cannot: .*No space left"),
-    Pair("show nothing", PLAIN, 2, "Expected the folder of a run at nothing"),
+    Pair("show nothing", PLAIN, 2, "there is no folder nothing"),
     Pair("show nothing", STDERR_CLOSED, 2),
     Pair("merge done --out whole", PLAIN, 2, "--shard|part"),
     Pair("run --nope", ASCII, 2, "No such option"),

@@ -93,7 +93,7 @@ def test_numerical_noise_stands_beside_the_interval_and_says_how_it_was_measured
     assert lines[1].endswith("0.696 - 0.773  0.7300 - 0.7420") and lines[3].endswith("0.635 - 0.730")
     assert (
         "  numerical noise: 4 of 500 predictions (0.8%) have a margin below 0.03, so that rounding may turn them "
-        "(64 rows again in another batching, which is all that could be tried)"
+        "(64 rows computed again in another batching; no second server to try)"
     ) in lines
     elsewhere = adapter_result(noise=replace(noise, recomputed=(again, replace(again, way="replica", changed=0))))
     unknown = adapter_result(noise=NumericalNoise(notes=("not measured: too slow",)))
@@ -104,16 +104,19 @@ def test_numerical_noise_stands_beside_the_interval_and_says_how_it_was_measured
         replace(several, adapters={name: replace(each, adapter=name) for name, each in several.adapters.items()})
     )
     assert (
-        "numerical noise (a, b): 4 of 500" in found and "accuracy 0.7300 - 0.7420 within that (64 rows again" in found
+        "numerical noise (a, b): 4 of 500" in found
+        and "accuracy 0.7300 - 0.7420 within that (64 rows computed again" in found
     )
     assert "again in another batching, on other servers)" in " ".join(found.split())
     assert "numerical noise (c): not measured: too slow" in found
     report = markdown_report(several, manifest())
-    assert "64 rows again on other servers: margins moved by up to 0.11, 0.02 on average" in report
+    assert "64 rows computed again on other servers: margins moved by up to 0.11, 0.02 on average" in report
     assert "| accuracy | 0.7300 - 0.7420 | 0.7300 - 0.7420 | - |" in report
     perplexity = NumericalNoise(recomputed=(replace(again, number="log_likelihood", changed=None),))
     lines = printed(RunResult("stories", {"stories": perplexities(noise=perplexity)}, kind="perplexity")).splitlines()
-    assert any("64 rows again in another batching: log-likelihoods moved by up to 0.11" in line for line in lines)
+    assert any(
+        "64 rows computed again in another batching: log-likelihoods moved by up to 0.11" in line for line in lines
+    )
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,30 @@ def test_a_run_with_other_answers_is_refused_with_the_difference(tmp_path: Path)
     RunFolder.create(tmp_path, manifest(), task="trec").close()  # the refusal let go of the folder
 
 
+def test_a_run_with_another_adapter_is_refused_in_a_line(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, manifest(), task="trec").close()
+    first = manifest().adapters[0]
+    with pytest.raises(RunFolderError) as refused:
+        RunFolder.create(tmp_path, manifest(adapters=[first.model_copy(update={"name": "late"})]), task="trec")
+    assert f"adapter: was {first.name}, now late" in str(refused.value)
+    assert str(refused.value).count(": was ") == 1
+
+
+def test_a_path_that_is_no_run_is_told_from_one_that_is_misspelt(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "late", manifest(), task="trec").close()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "file").touch()
+    for name, says in (
+        ("latte", f"there is no folder {tmp_path / 'latte'}. Did you mean {tmp_path / 'late'}?"),
+        ("model", "model is a folder, but not one of a run (no manifest.json)."),
+        (".", f"(no manifest.json). Did you mean one of those in it, {tmp_path / 'late'}?"),
+        ("file", "file is a file. Expected the folder of a run."),
+    ):
+        with pytest.raises(RunFolderError) as refused:
+            RunFolder.open(tmp_path / name)
+        assert says in str(refused.value)
+
+
 def test_an_unfinished_run_of_another_version_is_refused_in_one_sentence(tmp_path: Path) -> None:
     ours = {"dtype": "float32", "compression": "none"}
     RunFolder.create(tmp_path, manifest(answer_settings=ours | {"code": "d" * 64}), task="trec").close()
@@ -199,7 +223,7 @@ def test_finished_and_foreign_folders_are_refused(tmp_path: Path) -> None:
         RunFolder.create(tmp_path / "thesis", manifest(), task="trec")
     with pytest.raises(RunFolderError, match="found a file"):
         RunFolder.create(tmp_path / "thesis" / "chapter1.tex", manifest(), task="trec")
-    with pytest.raises(RunFolderError, match=r"found no manifest\.json"):
+    with pytest.raises(RunFolderError, match=r"no manifest\.json"):
         RunFolder.open(tmp_path / "thesis")
     (tmp_path / "crashed").mkdir()
     (tmp_path / "crashed" / ".manifest.json.x.part").touch()

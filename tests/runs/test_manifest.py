@@ -137,7 +137,7 @@ def test_runs_that_answer_alike_do_not_differ() -> None:
         ({"model": ModelRecord(name="stories260K-hf", sha256="dd")}, "model.sha256: was " + "aa" * 28 + "a..., now dd"),
         (
             {"adapters": [AdapterRecord(name="other", kind="ptune", sha256="bb")]},
-            "adapter trec-ptune.kind: was ptune, now nothing",
+            "adapter: was trec-ptune, now other",
         ),
         (
             {"data": DataRecord(name="test.txt", fingerprint="cc" * 32, limit=5, seed=0)},

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from petals_eval.data import load_rows, rows_of
+from petals_eval.data.rows import IN_MEMORY
 from petals_eval.errors import AdapterError, DataError, NotFiniteError, PetalsEvalError, TaskError
 from petals_eval.tasks import ClassificationTask, Example, Request, Task, load_task, resolve_source
 
@@ -257,3 +258,9 @@ def test_a_wrong_definition_names_the_key(changes, expected):
 def test_a_definition_with_holes():
     with pytest.raises(TaskError, match="text: missing, and it must be given"):
         ClassificationTask.model_validate({"name": "t", "label_column": "x", "label_names": ["a", "b"]})
+
+
+def test_a_missing_column_of_rows_in_memory_is_told_without_names_that_nobody_gave() -> None:
+    rows = rows_of([{"text": "fine", "label": "good"}], name=IN_MEMORY)
+    with pytest.raises(DataError, match="^the rows in memory have no column sentiment, which the task reads"):
+        rows.check_columns(["sentiment"], "task")

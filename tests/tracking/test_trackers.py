@@ -139,3 +139,16 @@ def test_each_epoch_is_a_step(tmp_path):
         evaluate(FakeModel(), source, None, log_to=f"tensorboard={tmp_path / 'logs'}", log_step=epoch)
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
     assert [(each.step, each.value) for each in events.Scalars("tiny/accuracy")] == [(0, 0.5), (1, 0.5)]
+
+
+def test_a_line_says_where_the_numbers_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = []
+    logged = [(result_of(), manifest())]
+    log_results([Tracker("tensorboard")], logged, say=pytest.fail, say_where=told.append)
+    log_results([Tracker("tensorboard", "my logs")], logged, say=pytest.fail, say_where=told.append)
+    assert told == [
+        "logged: tensorboard, folder petals-eval (tensorboard --logdir petals-eval)",
+        "logged: tensorboard, folder my logs (tensorboard --logdir 'my logs')",
+    ]
+    assert (tmp_path / "petals-eval").is_dir() and (tmp_path / "my logs").is_dir()

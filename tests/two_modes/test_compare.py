@@ -157,7 +157,7 @@ def test_the_command_on_a_folder(tmp_path: Path, realdata: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(str(realdata / "stories260K-hf")).save_pretrained(tmp_path)
     wrong = invoke("modes", "--model", tmp_path / "none")
     assert wrong.code == 2
-    assert "expected a model of transformers" in wrong.error
+    assert "no folder " in wrong.error
     assert invoke("modes").code == 2
 
 
@@ -217,3 +217,16 @@ def test_what_cannot_be_answered_at_home_ends_with_code_2() -> None:
     assert "petals-eval health --html" in invoke("modes", "--initial-peers", "/ip4/x", "--out", "x.html").error
     bare = invoke("modes", "--model", "my-llama", "--task", "reviews.yaml")
     assert bare.code == 2 and "there is no trained head" in bare.error
+
+
+def test_the_last_line_says_whether_eval_matters(tmp_path: Path) -> None:
+    trial = tmp_path / "trial"
+    export_demo(trial)
+    model = ["modes", "--model", trial / "my-llama", "--answers", 2]
+    lines = invoke(*model).out.splitlines()
+    assert lines[-1].startswith("eval() changes nothing in this model: it has no dropout above 0.")
+    assert any("token id " in line for line in lines) and not any("   class" in line for line in lines)
+    on_task = ["--adapter", trial / "prompts", "--task", trial / "reviews.yaml", "--limit", 4, "--dropout", 0.3]
+    lines = invoke(*model, *on_task).out.splitlines()
+    assert lines[-1].strip().startswith("eval() matters for this model: without it the logits of one input differ by ")
+    assert any("   class" in line for line in lines)
