@@ -20,6 +20,8 @@ from petals_eval.errors import (
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.directory.routing import Hop
+from petals_eval.swarm.lanes.lane_scheduler import LaneScheduler
+from petals_eval.swarm.lanes.prefix import Entering, PrefixedRows
 from petals_eval.swarm.peers.finding import TrustFinding
 from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import PeerBook
@@ -80,14 +82,17 @@ class Pipeline:
         self.tuning = Tuning(peers.settings, peers.runtime)
         self._router = router = Router(directory, peers, self.quarantine, queues)
         self._pushes = PushScheduler(client, accept, router, queues, self.tuning.push, peers, self._on_failed)
+        self._lanes = LaneScheduler(client, accept, router, queues, self.quarantine, peers, self._on_failed)
 
-    async def forward(self, activations: Activations, span: Span) -> tuple[Activations, tuple[ServedHop, ...]]:
+    async def forward(self, activations: Entering, span: Span) -> tuple[Activations, tuple[ServedHop, ...]]:
         """Run activations through these blocks, hop by hop; on to another server where one fails.
 
         Returns the hidden states in the last server's dtype, and who computed them.
         Raises MissingBlocksError or DeadlineError when a hop finds no server within the deadline, RequestTooLargeError
         when a single row is longer than the servers take, even in steps, NotFiniteError when it overflows their dtype.
         """
+        if isinstance(activations, PrefixedRows):
+            return await self._lanes.forward(activations, span, self.forward)
         hops: list[ServedHop] = []
         block = span.start
         delivery = self.tuning.choose(activations)
@@ -260,6 +265,7 @@ class Pipeline:
             for task in meeting:
                 task.cancel()
             self.tuning.push.pause()
+            await self._lanes.close_unused()
 
     def status(self) -> SwarmStatus:
         """Return what a progress display shows."""

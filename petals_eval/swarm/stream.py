@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.event_loop import EventLoop
+from petals_eval.swarm.lanes.prefix import Entering, PrefixedRows
 from petals_eval.swarm.micro_batch import Computed, Failed, Work
 from petals_eval.swarm.pipeline import Pipeline
 from petals_eval.swarm.wire.span import Span
@@ -55,7 +56,7 @@ class _Queued(Generic[T]):
     """A micro-batch for the event loop. hidden_box: holds its activations, to be taken out."""
 
     tag: T
-    hidden_box: list[Activations]
+    hidden_box: list[Entering]
     nbytes: int
 
 
@@ -119,7 +120,9 @@ class MicroBatchStream(Generic[T]):
         """Start a micro-batch on its way. Its hidden states are handed over: whoever waits for the answer would
         otherwise keep them until it is there."""
         prompts = None if work.prompts is None else work.prompts.detach()
-        activations = Activations(work.hidden.detach(), prompts, self._span.start)
+        activations: Entering = Activations(work.hidden.detach(), prompts, self._span.start)
+        if work.prefix is not None:
+            activations = PrefixedRows(work.hidden.detach(), work.prefix, work.lane)
         nbytes = activations.nbytes
         self._outbox.append(_Queued(work.tag, [activations], nbytes))
         self.in_flight += 1
