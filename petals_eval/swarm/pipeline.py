@@ -82,7 +82,7 @@ class Pipeline:
         self.tuning = Tuning(peers.settings, peers.runtime)
         self._router = router = Router(directory, peers, self.quarantine, queues)
         self._pushes = PushScheduler(client, accept, router, queues, self.tuning.push, peers, self._on_failed)
-        self._lanes = LaneScheduler(client, accept, router, queues, self.quarantine, peers, self._on_failed)
+        self.lanes = LaneScheduler(client, accept, router, queues, self.quarantine, peers, self._on_failed)
 
     async def forward(self, activations: Entering, span: Span) -> tuple[Activations, tuple[ServedHop, ...]]:
         """Run activations through these blocks, hop by hop; on to another server where one fails.
@@ -92,7 +92,7 @@ class Pipeline:
         when a single row is longer than the servers take, even in steps, NotFiniteError when it overflows their dtype.
         """
         if isinstance(activations, PrefixedRows):
-            return await self._lanes.forward(activations, span, self.forward)
+            return await self.lanes.forward(activations, span, self.forward)
         hops: list[ServedHop] = []
         block = span.start
         delivery = self.tuning.choose(activations)
@@ -265,7 +265,7 @@ class Pipeline:
             for task in meeting:
                 task.cancel()
             self.tuning.push.pause()
-            await self._lanes.close_unused()
+            await self.lanes.close_unused()
 
     def status(self) -> SwarmStatus:
         """Return what a progress display shows."""

@@ -196,6 +196,10 @@ class RemoteSequential(nn.Module):
         """Return what `petals_eval.swarm.sessions.room` says of a session through these blocks."""
         return leaves_others(self.snapshot, self.peers, self.span, max_length, share)
 
+    def lane_rows(self, positions: int) -> int:
+        """Return how many rows of so many positions, prefix included, best share a lane."""
+        return self._pipeline.lanes.rows(self.span, positions)
+
     def status(self) -> SwarmStatus:
         """Return retries, servers used and what is being waited for."""
         return self._pipeline.status()

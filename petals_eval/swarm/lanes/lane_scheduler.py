@@ -47,6 +47,8 @@ _log = logging.getLogger(__name__)
 class LanePolicy:
     """When lanes are given up, and how many there may be. Times are seconds.
 
+    lanes_a_hop, most_rows: rows share a lane as far as there is room for so many lanes for each hop, and so many rows
+        at most.
     first, most: lanes at once, to begin with and at most.
     idle: after which a lane that nobody uses is closed; servers end one by themselves after 300.
     longest: that a lane lives; servers end it after 1,800.
@@ -57,6 +59,8 @@ class LanePolicy:
     look_again: until one that waits for a lane looks whether another may be opened.
     """
 
+    lanes_a_hop: int = 6
+    most_rows: int = 8
     first: int = 4
     most: int = 64
     idle: float = 60.0
@@ -132,6 +136,27 @@ class LaneScheduler:
                 await self._close([lane])
             self._queues.notify_capacity()
         return None if hidden is None else (Activations(hidden, None, span.stop), lane.session.hops)
+
+    # -- how large
+
+    def rows(self, span: Span, positions: int) -> int:
+        """Return how many rows of so many positions best share a lane: so many that there is room for a few lanes for
+        each hop, for while one micro-batch is computed others are on their way. May be called from any thread."""
+        servers = [each for each in self._quarantine.trusted() if each.span.overlaps(span)]
+        room = {each.peer_id: self._room(each, span) // positions for each in servers}
+        by_block = [
+            max((room[each.peer_id] for each in servers if block in each.span), default=0)
+            for block in range(span.start, span.stop)
+        ]
+        hops = plan_route(servers, span, lambda server, blocks: 1.0) or ()
+        lanes = LanePolicy.lanes_a_hop * max(1, len(hops))
+        return max(1, min(LanePolicy.most_rows, min(by_block, default=0) // lanes))
+
+    def _room(self, server: SpanServer, span: Span) -> int:
+        """Return the tokens of each block that lanes may take on a server, as far as is known."""
+        left, most_free = server.record.cache_tokens_left, self._peers.of(server.peer_id).cache.most_free
+        free = max(most_free or 0, (left or 0) // 2)  # keys and values count apart in the record
+        return int(self._settings.cache_share * free) // max(1, len(server.span.common(span) or ()))
 
     # -- which lane
 

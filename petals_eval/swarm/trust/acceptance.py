@@ -75,16 +75,14 @@ class Acceptance:
             await self.offer(call)
 
     async def offer(self, call: RecordedCall, *, is_lent: bool = False) -> None:
-        """Choose whether to audit what was accepted: an answer, or what a session's steps came to. Raises PeerError.
-
-        is_lent: whether its tensors change afterwards."""
+        """Choose whether to audit what was accepted (`is_lent`: its tensors will change). Raises PeerError."""
         if self._audit is None:
             return
         self._audit.computed += 1
         peer, span = self._peers.of(call.hop.peer_id), call.hop.server.span
         sampler = peer.samplers.get(span) or self._audit.new_sampler(peer, span)
-        kept = call.copied() if is_lent and sampler.keeps else call
-        if sampler.chooses(kept, partial(self._audit.can_check, call.hop)):
+        item = call.copied() if is_lent and sampler.keeps else call
+        if sampler.chooses(item, partial(self._audit.can_check, call.hop)):
             await self._audit.start(peer, call.copied() if is_lent else call)
             self.refuse_distrusted(peer)
 
