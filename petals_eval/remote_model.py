@@ -326,7 +326,9 @@ class RemoteModel:
                 return min(position for position, _ in request.targets)
             return self.local.pooled_token(request.input_ids, adapter)
 
-        return partial(prefixed_batches, lane_rows=self.blocks.lane_rows, asked_from=asked_from)
+        return partial(
+            prefixed_batches, lane_rows=partial(self.blocks.lanes.rows, self.blocks.span), asked_from=asked_from
+        )
 
     def positions_at_once(self) -> int:
         """Return how many positions (rows x longest, prompts included) are best sent together now."""

@@ -39,7 +39,7 @@ class RemoteSequential(nn.Module):
 
     No autograd: a hidden state that requires grad under enabled grad is refused with GradientError.
 
-    span: the blocks. settings: of the connection.
+    span: the blocks. settings, lanes: of the connection.
     """
 
     def __init__(self, loop: EventLoop, pipeline: Pipeline, directory: Directory, span: Span) -> None:
@@ -49,6 +49,7 @@ class RemoteSequential(nn.Module):
         self._directory = directory
         self.span = span
         self.settings: SwarmSettings = pipeline.peers.settings
+        self.lanes = pipeline.lanes
 
     def __len__(self) -> int:
         return len(self.span)
@@ -195,10 +196,6 @@ class RemoteSequential(nn.Module):
     def leaves_others(self, max_length: int, share: float) -> bool:
         """Return what `petals_eval.swarm.sessions.room` says of a session through these blocks."""
         return leaves_others(self.snapshot, self.peers, self.span, max_length, share)
-
-    def lane_rows(self, positions: int) -> int:
-        """Return how many rows of so many positions, prefix included, best share a lane."""
-        return self._pipeline.lanes.rows(self.span, positions)
 
     def status(self) -> SwarmStatus:
         """Return retries, servers used and what is being waited for."""

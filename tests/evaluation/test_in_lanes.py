@@ -26,19 +26,20 @@ def numbers(folder, name) -> np.ndarray:
 
 
 def test_deep_prompts_are_sent_once_a_lane_and_trec_is_what_it_is(realdata, swarm, tmp_path):
+    options = {"no_noise": True, "limit": 200}
     with trec_model(realdata, swarm, verify=0) as model:
-        plain = evaluate_trec(realdata, model, tmp_path / "calls", no_noise=True)
+        plain = evaluate_trec(realdata, model, tmp_path / "calls", **options)
         by_calls = sum(peer.bytes_sent for peer in model.blocks.peers.values())
     with trec_model(realdata, swarm, verify=0, lanes="always") as model:
-        laned = evaluate_trec(realdata, model, tmp_path / "lanes", no_noise=True)
+        laned = evaluate_trec(realdata, model, tmp_path / "lanes", **options)
         in_lanes = sum(peer.bytes_sent for peer in model.blocks.peers.values())
-        assert in_session(model) > 50
+        assert in_session(model) > 10
     assert laned.metrics["accuracy"].value == plain.metrics["accuracy"].value
     found, wanted = (numbers(tmp_path / name, "probabilities") for name in ("lanes", "calls"))
     assert np.abs(found - wanted).max() <= 1e-5
     assert in_lanes < by_calls
     with trec_model(realdata, swarm) as model, pytest.raises(RunFolderError, match="lanes"):
-        evaluate_trec(realdata, model, tmp_path / "lanes")
+        evaluate_trec(realdata, model, tmp_path / "lanes", **options)
 
 
 def test_choices_after_shots_are_what_they_are_by_calls(realdata, swarm, tmp_path):

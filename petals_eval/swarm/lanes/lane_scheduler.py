@@ -47,9 +47,11 @@ _log = logging.getLogger(__name__)
 class LanePolicy:
     """When lanes are given up, and how many there may be. Times are seconds.
 
+    least_share: of the positions, that must be in the prefix where nobody asks for lanes always.
     lanes_a_hop, most_rows: rows share a lane as far as there is room for so many lanes for each hop, and so many rows
         at most.
-    first, most: lanes at once, to begin with and at most.
+    first, reuses, most: lanes at once to begin with, one more for each so many micro-batches that found their prefix in
+        one, and at most.
     idle: after which a lane that nobody uses is closed; servers end one by themselves after 300.
     longest: that a lane lives; servers end it after 1,800.
     patience, min_patience: times what the slowest micro-batch of late took, and seconds at least, until one is taken
@@ -59,9 +61,11 @@ class LanePolicy:
     look_again: until one that waits for a lane looks whether another may be opened.
     """
 
+    least_share: float = 1 / 3
     lanes_a_hop: int = 6
     most_rows: int = 8
-    first: int = 4
+    first: int = 3
+    reuses: int = 2
     most: int = 64
     idle: float = 60.0
     longest: float = 1500.0
@@ -121,7 +125,8 @@ class LaneScheduler:
 
     async def _in_lane(self, work: PrefixedRows, span: Span) -> tuple[Activations, tuple[ServedHop, ...]] | None:
         """Do that in a lane; None where it is to go by forward calls: nothing of it has counted then."""
-        if self._settings.lanes == "never" or self._settings.wire is not None:
+        lanes, saves = self._settings.lanes, work.prefix.end >= LanePolicy.least_share * work.end
+        if lanes == "never" or self._settings.wire is not None or (lanes == "auto" and not saves):
             return None
         lane = await self._take(work, span)
         if lane is None:
@@ -229,7 +234,7 @@ class LaneScheduler:
     def _pays_another(self) -> bool:
         """Whether to open another lane beside those that there are: each computes the prefix once more, which is what
         each micro-batch saves that finds it in a lane."""
-        return len(self._lanes) < min(LanePolicy.most, LanePolicy.first + self._reused)
+        return len(self._lanes) < min(LanePolicy.most, LanePolicy.first + self._reused // LanePolicy.reuses)
 
     async def _go_back(self, hops: Sequence[Hop], hidden_size: int) -> bool:
         """Return whether the sessions of all these servers go back, which is tried out once, before any lane is there:
@@ -293,8 +298,7 @@ class LaneScheduler:
             self._slowest = max(seconds, 0.9 * self._slowest)
             self._reused += went_back
             if went_back and lane.session.peer_ids == route:
-                for call in lane.session.recorded():
-                    await self._trust.accept(call)
+                await together([self._trust.accept(call) for call in lane.session.recorded()])
         except (PeerError, SwarmError, ExampleError, TimeoutError) as error:
             _log.debug("a lane of %s is lost: %r", [short_peer(each) for each in route] or "no server yet", error)
             lane.is_lost = True

@@ -75,12 +75,12 @@ class LaneTrust:
         return False
 
     async def _apart(self, call: RecordedCall) -> _Apart | None:
-        """Ask the server the same in one call; return how far that is from its answer, None where rounding explains it.
-
-        Raises PeerError.
-        """
-        answer = (await self._client.run(call.hop, call.activations, lossless=True)).hidden
-        question, kinds = call.activations.hidden, (call.kind, call.kind)
-        found: float = await self._runtime.in_thread(excess, question, call.answer, answer, kinds)
+        """Ask the server one of the rows in one call; return how far that is from its answer, None where rounding
+        explains it. Raises PeerError."""
+        row = self._runtime.random.randrange(call.activations.rows)  # which one it cannot know
+        asked, before = call.activations.by_rows(1)[row], call.answer[row : row + 1]
+        answer = (await self._client.run(call.hop, asked, lossless=True)).hidden
+        kinds = call.kind, call.kind
+        found: float = await self._runtime.in_thread(excess, asked.hidden, before, answer, kinds)
         _log.debug("%s: after going back, %.2g times what rounding explains", short_peer(call.hop.peer_id), found)
-        return None if found <= 1 else _Apart(relative_difference(question, call.answer, answer), found)
+        return None if found <= 1 else _Apart(relative_difference(asked.hidden, before, answer), found)

@@ -81,8 +81,9 @@ class Acceptance:
         self._audit.computed += 1
         peer, span = self._peers.of(call.hop.peer_id), call.hop.server.span
         sampler = peer.samplers.get(span) or self._audit.new_sampler(peer, span)
-        item = call.copied() if is_lent and sampler.keeps else call
-        if sampler.chooses(item, partial(self._audit.can_check, call.hop)):
+        if sampler.chooses(
+            call.copied() if is_lent and sampler.keeps else call, partial(self._audit.can_check, call.hop)
+        ):
             await self._audit.start(peer, call.copied() if is_lent else call)
             self.refuse_distrusted(peer)
 
