@@ -5,6 +5,7 @@ import pytest
 
 import petals_eval
 from petals_eval.errors import RunFolderError
+from petals_eval.local_swarm.faults.catalog import WrongRollBack
 from petals_eval.tasks import ChoiceTask
 from tests.support.real_swarm import STORIES, evaluate_trec, predictions, stories_swarm, trec_model
 
@@ -54,3 +55,21 @@ def test_choices_after_shots_are_what_they_are_by_calls(realdata, swarm, tmp_pat
     found, wanted = (numbers(tmp_path / lanes, "log_likelihood") for lanes in ("always", "never"))
     assert found.shape == wanted.shape == (40, 2)
     assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.soak
+def test_what_a_server_scored_whose_roll_back_lies_is_computed_again(realdata, tmp_path):
+    """It is found out in the run, named, and every row is there once, with the number that it has by forward calls."""
+    options = {"no_noise": True, "limit": 200}
+    with stories_swarm(realdata, [(0, 3), (3, 5), (3, 5)], attn_cache_tokens=1 << 14) as swarm:
+        with trec_model(realdata, swarm, verify=0) as model:
+            evaluate_trec(realdata, model, tmp_path / "calls", **options)
+        liar = swarm.servers[1]
+        liar.switch(WrongRollBack(after=6))
+        with trec_model(realdata, swarm, verify=0.5, lanes="always") as model:
+            result = evaluate_trec(realdata, model, tmp_path / "lanes", **options)
+    assert [(each.peer_id, each.verdict) for each in result.noisy_servers] == [(liar.peer_id, "liar")]
+    found, wanted = (numbers(tmp_path / name, "probabilities") for name in ("lanes", "calls"))
+    assert len(found) == 200 and np.abs(found - wanted).max() <= 1e-5
+    keys = [row["key"] for row in predictions(tmp_path / "lanes")]
+    assert len(keys) == len(set(keys)) == 200

@@ -16,13 +16,15 @@ class Lane:
 
     turn: held by the micro-batch that is under way. users: micro-batches that are under way or wait for their turn.
     path: the prefixes that it holds, or will when those are through. planned: the servers that it is to be opened on.
+    nbytes: of hidden states that it keeps here at most.
     opened_at, used_at: on the runtime's clock.
     is_lost: it computes nothing any more.
     """
 
-    def __init__(self, session: RouteSession, size: LaneSize, planned: tuple[str, ...], now: float):
+    def __init__(self, session: RouteSession, size: LaneSize, planned: tuple[str, ...], nbytes: int, now: float):
         self.session = session
         self.planned = planned
+        self.nbytes = nbytes
         self.size = size
         self.turn = asyncio.Lock()
         self.users = 0

@@ -52,6 +52,7 @@ class LanePolicy:
         at most.
     first, reuses, most: lanes at once to begin with, one more for each so many micro-batches that found their prefix in
         one, and at most.
+    most_bytes: of what enters each hop, kept at home for as long as a lane is open.
     idle: after which a lane that nobody uses is closed; servers end one by themselves after 300.
     longest: that a lane lives; servers end it after 1,800.
     patience, min_patience: times what the slowest micro-batch of late took, and seconds at least, until one is taken
@@ -67,6 +68,7 @@ class LanePolicy:
     first: int = 3
     reuses: int = 2
     most: int = 64
+    most_bytes: int = 256 << 20
     idle: float = 60.0
     longest: float = 1500.0
     patience: float = 4.0
@@ -203,7 +205,11 @@ class LaneScheduler:
         elif (hops := self._route(span, size)) is None:
             await self._close([each for each in self._lanes if not each.users])
             hops = self._route(span, size)
-        if hops is None or not await self._go_back(hops, work.hidden.shape[2]):
+        hidden_size = work.hidden.shape[2]
+        if hops is None or not await self._go_back(hops, hidden_size):
+            return None
+        nbytes = (len(hops) + 1) * size.rows * size.positions * hidden_size * torch.float32.itemsize
+        if self._lanes and nbytes + sum(each.nbytes for each in self._lanes) > LanePolicy.most_bytes:
             return None
 
         async def find_hop(rest: Span, tokens: int, give_up: float) -> Hop:
@@ -224,9 +230,9 @@ class LaneScheduler:
             rows=size.rows,
             max_length=size.positions,
         )
-        lane = Lane(session, size, tuple(hop.peer_id for hop in hops), self._runtime.monotonic())
+        lane = Lane(session, size, tuple(hop.peer_id for hop in hops), nbytes, self._runtime.monotonic())
         self._lanes.append(lane)
-        if self._watch is None:
+        if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._close_idle())
         return lane
 
@@ -339,7 +345,7 @@ class LaneScheduler:
     # -- the end of lanes
 
     async def _close_idle(self) -> None:
-        while True:
+        while self._lanes:
             await asyncio.sleep(LanePolicy.idle / 4)
             await self._close(self._over())
 
