@@ -27,14 +27,14 @@ def numbers(folder, name) -> np.ndarray:
 
 
 def test_deep_prompts_are_sent_once_a_lane_and_trec_is_what_it_is(realdata, swarm, tmp_path):
-    options = {"no_noise": True, "limit": 200}
+    options = {"no_noise": True, "limit": 120}
     with trec_model(realdata, swarm, verify=0) as model:
         plain = evaluate_trec(realdata, model, tmp_path / "calls", **options)
         by_calls = sum(peer.bytes_sent for peer in model.blocks.peers.values())
     with trec_model(realdata, swarm, verify=0, lanes="always") as model:
         laned = evaluate_trec(realdata, model, tmp_path / "lanes", **options)
         in_lanes = sum(peer.bytes_sent for peer in model.blocks.peers.values())
-        assert in_session(model) > 10
+        assert in_session(model) > 5
     assert laned.metrics["accuracy"].value == plain.metrics["accuracy"].value
     found, wanted = (numbers(tmp_path / name, "probabilities") for name in ("lanes", "calls"))
     assert np.abs(found - wanted).max() <= 1e-5
@@ -50,10 +50,10 @@ def test_choices_after_shots_are_what_they_are_by_calls(realdata, swarm, tmp_pat
     for lanes in ("never", "always"):
         peers = {"initial_peers": swarm.initial_peers, "dht_prefix": swarm.dht_prefix}
         with petals_eval.RemoteModel.from_pretrained(str(realdata / STORIES), **peers, verify=0, lanes=lanes) as model:
-            petals_eval.evaluate(model, task=task, out=tmp_path / lanes, no_noise=True, limit=40, **data)
-            assert (in_session(model) > 10) == (lanes == "always")
+            petals_eval.evaluate(model, task=task, out=tmp_path / lanes, no_noise=True, limit=24, **data)
+            assert (in_session(model) > 3) == (lanes == "always")
     found, wanted = (numbers(tmp_path / lanes, "log_likelihood") for lanes in ("always", "never"))
-    assert found.shape == wanted.shape == (40, 2)
+    assert found.shape == wanted.shape == (24, 2)
     assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 

@@ -303,8 +303,9 @@ class LaneScheduler:
             seconds = (self._runtime.monotonic() - started) / computed
             self._slowest = max(seconds, 0.9 * self._slowest)
             self._reused += went_back
-            if went_back and lane.session.peer_ids == route:
-                await together([self._trust.accept(call) for call in lane.session.recorded()])
+            if not route or lane.session.peer_ids == route:
+                calls = lane.session.recorded()
+                await together([self._trust.accept(call, went_back=went_back) for call in calls])
         except (PeerError, SwarmError, ExampleError, TimeoutError) as error:
             _log.debug("a lane of %s is lost: %r", [short_peer(each) for each in route] or "no server yet", error)
             lane.is_lost = True
