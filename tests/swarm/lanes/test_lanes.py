@@ -215,6 +215,7 @@ def test_a_server_whose_first_answer_after_going_back_is_wrong_is_not_used_for_l
     shared.servers[1].switch()
 
 
+@pytest.mark.soak
 def test_a_server_whose_roll_back_lies_later_is_found_out_and_named(model):
     """A share of what lanes answer is asked once more in a forward call."""
     with started(model, REPLICAS) as swarm, connected(swarm, verify=0.3) as blocks:
@@ -333,7 +334,7 @@ def drawn_work(draws: Random) -> list[Work]:
     return work
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("seed", range(30))
 def test_any_tree_of_prefixes_in_any_order_gives_what_forward_calls_give(shared, seed, sent):
     draws = Random(seed)
