@@ -14,6 +14,8 @@ import argparse
 import contextlib
 import json
 import os
+import random
+import string
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from bench_loops import DHT_PREFIX, Loop, agree  # noqa: E402
-from bench_workloads import HOME, Workloads, make_choices, make_llama, make_task  # noqa: E402
+from bench_workloads import HOME, Workloads, make_llama, make_task  # noqa: E402
 
 from petals_eval.bench.statistics import Spread  # noqa: E402
 from petals_eval.local_swarm import LocalSwarm  # noqa: E402
@@ -83,10 +85,19 @@ def wide(folder: Path) -> LaneWorkload:
 
 
 def choices(folder: Path) -> LaneWorkload:
-    """Four endings of a question each, over a narrow link."""
-    real = Workloads(folder).realdata
-    task = make_choices(folder / "endings", real / "trec" / "TREC.train.all", rows=400)
-    return LaneWorkload(real / "stories260K-hf", None, *task, ((0, 3), (3, 5)), NEAR, (5.0, 50.0))
+    """Four endings of 12 tokens for each context of 96, over a narrow link."""
+    model, _ = make_llama(folder / "choices", hidden=256, blocks=4)
+    draw, lines = random.Random(0), []
+    for row in range(200):
+        endings = ["".join(draw.choices(string.ascii_lowercase, k=12)) for _ in range(4)]
+        context = "".join(draw.choices(string.ascii_lowercase, k=95))  # and the token that is put in front
+        lines.append(json.dumps({"start": context, "endings": endings, "label": row % 4}))
+    data, task = folder / "endings.jsonl", folder / "endings.yaml"
+    data.write_text("\n".join(lines) + "\n")
+    task.write_text(
+        'kind: choice\nname: endings\ntext: "{start}"\nchoices_column: endings\nlabel_column: label\nmetrics: [acc]\n'
+    )
+    return LaneWorkload(model, None, str(task), data, ((0, 2), (2, 4)), NEAR, (10.0, 50.0))
 
 
 def ptune(folder: Path) -> LaneWorkload:
