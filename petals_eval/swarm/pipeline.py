@@ -159,19 +159,20 @@ class Pipeline:
                         slow, other = (self.peers.of(each.peer_id).name for each in (hop, replica))
                         _log.debug("blocks %s: nothing from %s in time, %s is asked, too", hop.span, slow, other)
                         under_way[self._start(replica, activations, give_up)] = replica
-                for call in done:
+                answers = []
+                for call in [each for each in under_way if each in done]:  # a set has no order of its own
                     asked = under_way.pop(call)
                     try:
-                        answer = call.result()
+                        answers.append((asked, call.result()))
                     except PeerError as error:
                         if isinstance(error, PeerNotFiniteError):
                             non_finite.append(asked)
                         self._on_failed(asked, error)
                         until_next = 0.0
-                    else:
-                        for slower in under_way.values():
-                            self.peers.of(slower.peer_id).on_overtaken()
-                        return asked, answer
+                if answers:
+                    for slower in under_way.values():
+                        self.peers.of(slower.peer_id).on_overtaken()
+                    return answers[0]
             return None
         finally:
             for call in under_way:
