@@ -68,6 +68,16 @@ Out = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print bench.json alone on stdout.", rich_help_panel=OUTPUT)]
 
+Compare = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="OLD.json",
+        help="End with code 1 where something got slower than in this JSON of an earlier benchmark, beyond the spread "
+        "of both.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
 app = typer.Typer(name="bench", help=SHORT, no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -76,13 +86,13 @@ app = typer.Typer(name="bench", help=SHORT, no_args_is_help=True, rich_markup_mo
 )
 @with_verbose
 @flags_of(ForwardSettings)
-def forward(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
+def forward(out: Out = None, json_output: AsJson = False, compare: Compare = None, **flags: Any) -> int:
     typer.echo(BEGINS, err=True)
     settings = ForwardSettings(**flags)
 
     from petals_eval.bench.sweep import bench_forward
 
-    return _bench(lambda say: bench_forward(settings, say), settings.public_swarm, out, json_output)
+    return _bench(lambda say: bench_forward(settings, say), settings.public_swarm, out, json_output, compare)
 
 
 @app.command(
@@ -90,13 +100,13 @@ def forward(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
 )
 @with_verbose
 @flags_of(InferenceSettings)
-def inference(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
+def inference(out: Out = None, json_output: AsJson = False, compare: Compare = None, **flags: Any) -> int:
     typer.echo(BEGINS, err=True)
     settings = InferenceSettings(**flags)
 
     from petals_eval.bench.sweep import bench_inference
 
-    return _bench(lambda say: bench_inference(settings, say), settings.public_swarm, out, json_output)
+    return _bench(lambda say: bench_inference(settings, say), settings.public_swarm, out, json_output, compare)
 
 
 @app.command(
@@ -110,13 +120,18 @@ def simulate(
     seed: Annotated[int, typer.Option(metavar="S", help="Seed of the first of what is drawn.")] = 0,
     evaluations: Annotated[int, typer.Option(metavar="N", min=1, help="Evaluations over one connection.")] = 1,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
+    compare: Compare = None,
 ) -> int:
     typer.echo("simulating, in virtual time", err=True)
 
+    from petals_eval.bench.compared import Older
     from petals_eval.bench.simulate import bench_faults, bench_simulate, drawn, read_scenario
 
     if [scenario, random, faults].count(None) != 2:
         raise ConfigError("expected one of a file that describes a swarm, --random N and --faults N")
+    if compare is not None and faults is not None:
+        raise ConfigError("expected --compare with a file or with --random N: schedules of faults are right or wrong")
+    older = None if compare is None else Older.read(compare)
     say = partial(typer.echo, err=json_output)
     found: FaultsOutcome | SimulateOutcome
     if faults is not None:
@@ -125,9 +140,11 @@ def simulate(
         found = bench_simulate(drawn(random, seed), evaluations, say)
     elif scenario is not None:
         found = bench_simulate([(scenario.name, read_scenario(scenario))], evaluations, say)
+    told = found.to_json()
+    slower = older.compare(told, say) if older is not None else 0
     if json_output:
-        typer.echo(json_text(found.to_json(), indent=2))
-    return int(bool(found.failed))
+        typer.echo(json_text(told, indent=2))
+    return int(bool(found.failed or slower))
 
 
 class Folding:
@@ -159,7 +176,14 @@ class Folding:
 _INDENT = "    "  # of the second line of a row
 
 
-def _bench(measure: Callable[[Callable[[str], None]], Any], public: bool, out: Path | None, json_output: bool) -> int:
+def _bench(
+    measure: Callable[[Callable[[str], None]], Any],
+    public: bool,
+    out: Path | None,
+    json_output: bool,
+    compare: Path | None,
+) -> int:
+    from petals_eval.bench.compared import Older
     from petals_eval.runs.disk import blame_the_machine, write_atomically
 
     lines: list[str] = []
@@ -175,12 +199,15 @@ def _bench(measure: Callable[[Callable[[str], None]], Any], public: bool, out: P
     if out is not None:
         with blame_the_machine(out):  # now, and not after minutes of measuring
             out.mkdir(parents=True, exist_ok=True)
+    older = None if compare is None else Older.read(compare)
     found = measure(say)
-    text = json.dumps(found.to_json(), indent=2) + "\n"
+    told = found.to_json()
+    slower = older.compare(told, say) if older is not None else 0
+    text = json.dumps(told, indent=2) + "\n"
     if json_output:
         typer.echo(text, nl=False)
     if out is not None:
         write_atomically(out / "bench.json", [text])
         write_atomically(out / "bench.txt", [line + "\n" for line in lines])
         write_atomically(out / "bench.svg", [found.plot()])
-    return 0
+    return int(bool(slower))

@@ -20,6 +20,7 @@ TOGETHER = 80
         pytest.param(110, id="a server that was overtaken ten times is not waited for ten times as long"),
         pytest.param(140, id="where no replica is free one is looked for again before long"),
         pytest.param(311, id="what is pushed in vain takes the time of the first hop"),
+        pytest.param(1607, id="a probe that an audit began and that hangs holds up no work"),
         pytest.param(1614, id="what only servers hold that are left alone for a moment is audited when they are not"),
         pytest.param(612, id="a probe that hangs holds up no push for as long as a call may take"),
     ],

@@ -197,6 +197,8 @@ class Arbiter:
             async with asyncio.timeout(timeout):
                 answer = await self._run(call.hop, call.activations, call.positions_per_step)
         except TimeoutError as error:
+            # What the work asks next need not wait for a question that hangs, such as a probe that this call began.
+            self._peers.of(call.hop.peer_id).ask_anew()
             raise PeerTimeoutError(f"no answer to a check within {timeout:g} s") from error
         return replace(call, answer=answer.hidden)
 
