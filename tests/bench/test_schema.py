@@ -1,7 +1,10 @@
 """The published JSON Schema describes all that benchmarks print, and nothing else."""
 
 import json
+import subprocess
+import sys
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -18,6 +21,7 @@ from petals_eval.simulator.schedules import run_schedule
 from petals_eval.swarm.wire.span import Span
 from tests.support.json_schemas import closed
 
+ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((resources.files("petals_eval.bench") / "schemas" / "bench.schema.json").read_text("utf-8"))
 WATCHED = ResourceUse(1.0, {"a": ServerShare(1, 2, 1.0, 3, 4, None, 0.5)}, None, 0.1, 1 << 20, 0)
 RATES = Spread(1.0, 2.0, 3.0)
@@ -70,6 +74,16 @@ def test_simulations_are_as_they_are_published() -> None:
     found["scenarios"][0]["evaluations"][0]["temperature"] = 1
     with pytest.raises(ValidationError):
         check(found)
+
+
+@pytest.mark.soak
+def test_the_script_for_paced_servers_prints_what_is_published() -> None:
+    script = ROOT / "scripts" / "bench_paced.py"
+    arguments = ["near", "--rows", "20", "--pairs", "1", "--simulated", "--json"]
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    check(told)
+    assert [each["name"] for each in told["regimes"]] == ["near"] and told["regimes"][0]["retries"] == 0
 
 
 def test_schedules_of_faults_are_as_they_are_published() -> None:

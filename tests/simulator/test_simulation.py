@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
+from petals_eval.simulator.regimes import regime
 from petals_eval.simulator.scenario import Scenario, Server
 from petals_eval.simulator.simulation import simulate
 from petals_eval.swarm.wire.span import Span
-from tests.simulator.regimes import regime
 
 
 @pytest.fixture(scope="module")
