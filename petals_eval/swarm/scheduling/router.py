@@ -2,12 +2,12 @@
 
 import asyncio
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.directory import Directory
-from petals_eval.swarm.directory.routing import Cost, Hop, hold_all, next_hop, plan_route
+from petals_eval.swarm.directory.routing import Cost, Hop, RouteIndex, hold_all, next_hop, plan_route
 from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.peers.session_cache import CachePolicy, Wait
@@ -126,21 +126,47 @@ class Router:
             pause = self.pause(hop, tokens)
             if pause < PacePolicy.shortest_pause:
                 return hop
-            replica = self.free_replica(hop, activations, {hop.peer_id})
-            if replica is not None and self._serves_all(replica, hop, tokens):
-                return replica
+            other = self._free_hop(rest, activations, admission)
+            if other is not None and self._serves_all(other, hop, tokens):
+                return other
             await self._queues.wait_for_capacity(min(pause, give_up - self._runtime.monotonic()))
 
-    def _serves_all(self, replica: Hop, hop: Hop, tokens: int) -> bool:
-        """Return whether to send to a replica that would be done later than the hop's server, which is busy now.
+    def _free_hop(self, rest: Span, activations: Activations, admission: Admission) -> Hop | None:
+        """Return the first hop of the cheapest way on that begins with a server which could begin at once.
+
+        That need be no replica of one that is busy: another way on may pass it by, or leave it less to do.
+        """
+        snapshot, tokens = self._directory.snapshot, activations.tokens
+        if len(snapshot.servers) > PlanPolicy.few:
+            return self._planned_hop(rest, tokens, admission, lambda server: self._is_free(server, rest, tokens))
+        index = RouteIndex(
+            [
+                server
+                for server in snapshot.servers.values()
+                if self._may_be_called(server)
+                and admission.refusal(server, rest) is None
+                and admission.is_ready(server, rest)
+            ],
+            rest.stop,
+        )
+        cost = self._cost(tokens)
+        index.plan(cost, rest.start)
+        return index.next_hop(rest.start, cost, lambda server: self._is_free(server, rest, tokens))
+
+    def _is_free(self, server: SpanServer, rest: Span, tokens: int) -> bool:
+        hop = Hop(server, Span(rest.start, min(server.span.stop, rest.stop)))
+        return self.pause(hop, tokens) < PacePolicy.shortest_pause
+
+    def _serves_all(self, other: Hop, hop: Hop, tokens: int) -> bool:
+        """Return whether to send to a server that would be done later than the hop's, which is busy now.
 
         This micro-batch would be back sooner if it waited, but those behind it wait as well: with more to come the
-        replica is better used than not, and at the end of a run as long as the others would not be through before it.
+        other is better used than not, and at the end of a run as long as the hop's would not be through before it.
         """
         if self._queues.producing:
             return True
         all_waiting = tokens * self._queues.length(hop.span.start)
-        return self.seconds(replica.server, hop.blocks, tokens) <= self.seconds(hop.server, hop.blocks, all_waiting)
+        return self.seconds(other.server, other.blocks, tokens) <= self.seconds(hop.server, hop.blocks, all_waiting)
 
     async def find(self, rest: Span, tokens: int, give_up: float, admission: Admission) -> Hop:
         """Return the next hop of the cheapest route among servers in good standing; wait for one until `give_up`.
@@ -193,10 +219,17 @@ class Router:
             # Not for longer than a full cache is left alone: somebody else may have come since.
             await asyncio.sleep(min(left, wait.seconds, CachePolicy.longest_wait))
 
-    def _planned_hop(self, rest: Span, tokens: int, admission: Admission) -> Hop | None:
+    def _planned_hop(
+        self,
+        rest: Span,
+        tokens: int,
+        admission: Admission,
+        is_usable: Callable[[SpanServer], bool] | None = None,
+    ) -> Hop | None:
         def fits(server: SpanServer) -> bool:
             return (
                 self._may_be_called(server)
+                and (is_usable is None or is_usable(server))
                 and admission.refusal(server, rest) is None
                 and admission.is_ready(server, rest)
             )
