@@ -54,6 +54,9 @@ pass along the nearest route.
 \b
 A swarm that a file describes (the keys stand in petals_eval/simulator/README.md):
   petals-eval bench simulate swarm.yaml --evaluations 2
+The same, with a picture of how busy each server and link is over time; or a swarm with a name:
+  petals-eval bench simulate swarm.yaml --plot swarm.svg
+  petals-eval bench simulate mixed
 Thirty swarms that are drawn, by the seeds from 300 on:
   petals-eval bench simulate --random 30 --seed 300
 A hundred schedules of faults, each over a swarm of nine servers; it ends with code 1 where a row is lost:
@@ -114,21 +117,30 @@ def inference(out: Out = None, json_output: AsJson = False, compare: Compare = N
 )
 @with_verbose
 def simulate(
-    scenario: Annotated[Path | None, typer.Argument(metavar="[SCENARIO]", help="YAML file of a swarm.")] = None,
+    scenario: Annotated[
+        str | None, typer.Argument(metavar="[SCENARIO]", help="YAML file of a swarm, or the name of a regime.")
+    ] = None,
     random: Annotated[int | None, typer.Option(metavar="N", min=1, help="Draw N swarms instead.")] = None,
     faults: Annotated[int | None, typer.Option(metavar="N", min=1, help="Draw N schedules of faults.")] = None,
     seed: Annotated[int, typer.Option(metavar="S", help="Seed of the first of what is drawn.")] = 0,
     evaluations: Annotated[int, typer.Option(metavar="N", min=1, help="Evaluations over one connection.")] = 1,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.svg", help="Draw how busy each server and link is over time."),
+    ] = None,
     compare: Compare = None,
 ) -> int:
     typer.echo("simulating, in virtual time", err=True)
 
     from petals_eval.bench.compared import Older
-    from petals_eval.bench.simulate import bench_faults, bench_simulate, drawn, read_scenario
+    from petals_eval.bench.simulate import LOOKS, bench_faults, bench_simulate, drawn, read_scenario
+    from petals_eval.runs.disk import blame_the_machine, write_atomically
 
     if [scenario, random, faults].count(None) != 2:
         raise ConfigError("expected one of a file that describes a swarm, --random N and --faults N")
+    if plot is not None and scenario is None:
+        raise ConfigError("expected --plot with a file that describes a swarm: it draws one")
     if compare is not None and faults is not None:
         raise ConfigError("expected --compare with a file or with --random N: schedules of faults are right or wrong")
     older = None if compare is None else Older.read(compare)
@@ -139,7 +151,10 @@ def simulate(
     elif random is not None:
         found = bench_simulate(drawn(random, seed), evaluations, say)
     elif scenario is not None:
-        found = bench_simulate([(scenario.name, read_scenario(scenario))], evaluations, say)
+        found = bench_simulate([read_scenario(scenario)], evaluations, say, looks=LOOKS if plot else None)
+        if plot is not None:
+            with blame_the_machine(plot):
+                write_atomically(plot, [found.plot()])
     told = found.to_json()
     slower = older.compare(told, say) if older is not None else 0
     if json_output:
