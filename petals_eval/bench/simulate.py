@@ -202,4 +202,5 @@ def _parts(scenario: Scenario, last: Evaluated) -> Iterator[str]:
     for index, (server, *busy) in enumerate(zip(scenario.servers, last.busy, last.up, last.down, strict=True)):
         computing, up, down = (f"{each:.0%}" for each in busy)
         yield f"  {index:>6} {server.blocks!s:>9} {computing:>10} {up:>8} {down:>10}"
-    yield f"  the client's processor: {last.processor:.0%}"
+    links = f"link up {last.client_up:.0%}, link down {last.client_down:.0%}"
+    yield f"  the client's {links}, processor {last.processor:.0%}"

@@ -118,7 +118,7 @@ def inference(out: Out = None, json_output: AsJson = False, compare: Compare = N
 @with_verbose
 def simulate(
     scenario: Annotated[
-        str | None, typer.Argument(metavar="[SCENARIO]", help="YAML file of a swarm, or the name of a regime.")
+        str | None, typer.Argument(metavar="SCENARIO", help="YAML file of a swarm, or the name of a regime.")
     ] = None,
     random: Annotated[int | None, typer.Option(metavar="N", min=1, help="Draw N swarms instead.")] = None,
     faults: Annotated[int | None, typer.Option(metavar="N", min=1, help="Draw N schedules of faults.")] = None,

@@ -43,7 +43,8 @@ class Evaluated:
     blocks would have them. late: calls that went on for longer than they may, and pauses without an answer for longer
     than the deadline. retries: calls made again. micro_batches: that came back. stopped: why the evaluation ended
     before it was done, or None. busy: the share of its time that each server computed.
-    up, down: the share of its time that each server's link carried bytes. processor: that of a client's processor.
+    up, down: the share of its time that each server's link carried bytes. client_up, client_down, processor: the same
+    of a client's own link, which all of them share, and of its processor.
     """
 
     seconds: float
@@ -57,6 +58,8 @@ class Evaluated:
     busy: tuple[float, ...]
     up: tuple[float, ...]
     down: tuple[float, ...]
+    client_up: float
+    client_down: float
     processor: float
 
 
@@ -191,7 +194,7 @@ class SimulatedSwarm:
         began, before = self._loop.time(), self._counters()
         done = await together([client.evaluate(resume) for client in self.clients])
         seconds = self._loop.time() - began
-        retries, micro_batches, computing, up, down, processing = (
+        retries, micro_batches, computing, up, down, client = (
             new - old for new, old in zip(self._counters(), before, strict=True)
         )
         return Evaluated(
@@ -206,7 +209,7 @@ class SimulatedSwarm:
             busy=tuple(computing / seconds),
             up=tuple(up / seconds),
             down=tuple(down / seconds),
-            processor=float(processing[0] / seconds / len(self.clients)),
+            **dict(zip(("client_up", "client_down", "processor"), (client / seconds).tolist(), strict=True)),
         )
 
     def watch(self, seconds: float) -> None:
@@ -215,13 +218,19 @@ class SimulatedSwarm:
         self._loop.call_later(seconds, self.watch, seconds)
 
     def _look(self) -> None:
-        now, clients = self._loop.time(), self.clients
+        now = self._loop.time()
         counts = [
             (each.computed, *(link.sent_by(now) for link in (each.up, each.down))) for each in self.servers.values()
         ]
-        links = np.array([[link.sent_by(now) for link in each.transport.links] for each in clients])
-        client = [*links.mean(axis=0), np.mean([each.transport.processing for each in clients])]
-        self._looks.append((now, np.array([*np.ravel(counts), *client])))
+        self._looks.append((now, np.array([*np.ravel(counts), *self._client_busy()])))
+
+    def _client_busy(self) -> np.ndarray:
+        """Return the seconds that a client's link up, its link down and its processor have been busy, on average."""
+        now = self._loop.time()
+        busy = [
+            [*(link.sent_by(now) for link in each.transport.links), each.transport.processing] for each in self.clients
+        ]
+        return np.mean(busy, axis=0)
 
     def timeline(self) -> Timeline:
         """Return what was seen since `watch`."""
@@ -247,7 +256,7 @@ class SimulatedSwarm:
             np.array([each.computing for each in servers]),
             np.array([each.up.busy for each in servers]),
             np.array([each.down.busy for each in servers]),
-            np.array([sum(client.transport.processing for client in self.clients)]),
+            self._client_busy(),
         ]
 
 

@@ -36,7 +36,13 @@ def file_of(folder: Path, text: str) -> Path:
 def test_a_swarm_in_a_file_is_told_of_with_all_its_parts(tmp_path):
     outcome = invoke("bench", "simulate", str(file_of(tmp_path, SWARM)), "--evaluations", "2")
     assert outcome.code == 0, outcome
-    for words in ("4 blocks on 2 servers, 40 rows", "floor 1.", "evaluation 2:", "computing", "the client's processor"):
+    for words in (
+        "4 blocks on 2 servers, 40 rows",
+        "floor 1.",
+        "evaluation 2:",
+        "computing",
+        "the client's link up 0%",
+    ):
         assert words in outcome.out
 
 
