@@ -15,7 +15,8 @@ if ! is_done "$folder/installed" "$wanted"; then
   new_environment "$folder"
   site() { "$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
   site .venv/bin/python >"$(site "$folder/bin/python")/petals-eval.pth"
-  "$folder/bin/python" -m pip install --quiet -c constraints.txt "${packages[@]}" >&2 ||
+  # trackio wants pillow below 13, which is what matplotlib takes beside it.
+  "$folder/bin/python" -m pip install --quiet -c <(grep -v '^pillow==' constraints.txt) "${packages[@]}" >&2 ||
     fail "the packages could not be installed (see pip's message above)." "What was downloaded is kept: run this again."
   printf '%s\n' "$wanted" >"$folder/installed"
 fi

@@ -9,6 +9,7 @@ SCRIPT = """if True:
     import sys
     from petals_eval.data import DataSource, load_rows
     from petals_eval.metrics import DEFAULT_METRICS, compute_metrics
+    from petals_eval.metrics.paired import detectable_share, mcnemar
     from petals_eval.model import LocalModel
     from petals_eval.swarm import SwarmConnection
 
@@ -18,8 +19,9 @@ SCRIPT = """if True:
     rows = load_rows(DataSource(path=data))
     assert [row.index for row in rows.at(__import__("numpy").array([3, 5]))] == [3, 5]
     compute_metrics(DEFAULT_METRICS, [0, 1], [0, 1], [[0.9, 0.1], [0.2, 0.8]], label_names=("a", "b"))
-    heavy = ("datasets", "pandas", "scipy.linalg", "sklearn", "sympy", "torch._dynamo", "torch.distributed.tensor")
-    print([name for name in heavy if name in sys.modules])
+    assert mcnemar(48, 39) > 0.05 and detectable_share(500, 87) and detectable_share(50_000, 8_700)
+    heavy = ("datasets", "pandas", "scipy.linalg", "scipy.stats", "sklearn", "sympy")
+    print([name for name in (*heavy, "torch._dynamo", "torch.distributed.tensor") if name in sys.modules])
 
     # They are there for whoever asks.
     import scipy.optimize

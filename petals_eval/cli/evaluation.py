@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from petals_eval.runs.thresholds import Threshold
     from petals_eval.tracking import Tracker
 
-__all__ = ["execute", "show_group", "show_result"]
+__all__ = ["draw_page", "execute", "show_group", "show_result"]
 
 _FINISHED = "this run is finished in {folder}: nothing is sent, its result is shown"
 
@@ -65,7 +65,7 @@ def execute(read_settings: Callable[[], RunSettings]) -> int:
         with ProgressDisplay(prepared.total) as progress:
             result = evaluate_prepared(prepared, folder, model, progress=progress)
     code = show_result(result, folder.path, prepared.thresholds, settings)
-    _write_page(settings, folder.path, of_group=False)
+    draw_page(settings, folder.path)
     log_results(trackers, [(result, folder.manifest)], say=_say)
     return code
 
@@ -98,7 +98,7 @@ def _execute_group(settings: RunSettings, prepared: "PreparedGroup", trackers: "
             result = evaluate_group(begun, model, progress=progress)
     code = show_group(result, begun.out, thresholds, settings)
     if begun.out is not None:
-        _write_page(settings, begun.out, of_group=True)
+        draw_page(settings, begun.out, of_group=True)
     log_results(trackers, _with_manifests(result, begun), say=_say)
     return code
 
@@ -107,7 +107,7 @@ def _with_manifests(result: "GroupResult", group: "PreparedGroup") -> "list[tupl
     return [(each, member.manifest) for each, member in zip(result.tasks.values(), group.members, strict=True)]
 
 
-def _write_page(settings: RunSettings, folder: Path, *, of_group: bool) -> None:
+def draw_page(settings: ResultSettings, folder: Path, *, of_group: bool = False) -> None:
     """Draw what was shown already, and say where; a disk that takes no more changes no exit code."""
     from petals_eval.report.write import PAGE, write_page, write_pages
 

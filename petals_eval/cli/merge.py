@@ -31,7 +31,7 @@ def merge(
 ) -> int:
     typer.echo(f"joining {plural(len(parts), 'part')}", err=True)
 
-    from petals_eval.cli.evaluation import show_result
+    from petals_eval.cli.evaluation import draw_page, show_result
     from petals_eval.evaluation.merge import merge as merge_parts
     from petals_eval.runs import Manifest
     from petals_eval.runs.thresholds import check_parts, parse_thresholds
@@ -42,4 +42,6 @@ def merge(
     labels = [str(name) for name in names] if isinstance(names, list) else []
     thresholds = parse_thresholds(settings.fail_under, settings.fail_over, labels, kind=first.kind)
     check_parts(thresholds, first.answer_columns)
-    return show_result(merge_parts(parts, out=out), out, thresholds, settings)
+    code = show_result(merge_parts(parts, out=out), out, thresholds, settings)
+    draw_page(settings, out)
+    return code

@@ -240,7 +240,7 @@ def _of_shares(name: str, pair: tuple[str, str], terms: Sequence[Floats | None])
 def _of_clusters(
     name: str, pair: tuple[str, str], terms: Sequence[Floats | None], clusters: NDArray[np.int64]
 ) -> Difference:
-    from scipy.stats import t
+    from scipy.special import stdtr, stdtrit
 
     first, second = terms
     if first is None or second is None:
@@ -266,12 +266,12 @@ def _of_clusters(
         return replace(
             found, note="no interval: the clusters do not differ" if error == 0 else "no interval of one cluster"
         )
-    half = float(t.ppf(1 - LEVEL / 2, count - 1)) * error
+    half = float(stdtrit(count - 1, 1 - LEVEL / 2)) * error
     return replace(
         found,
         ci95=(difference - half, difference + half),
-        p_value=float(2 * t.sf(abs(difference) / error, count - 1)),
-        minimum_detectable=float(t.ppf(1 - LEVEL / 2, count - 1) + t.ppf(POWER, count - 1)) * error,
+        p_value=float(2 * stdtr(count - 1, -abs(difference) / error)),
+        minimum_detectable=float(stdtrit(count - 1, 1 - LEVEL / 2) + stdtrit(count - 1, POWER)) * error,
     )
 
 
@@ -329,7 +329,7 @@ def _of_draws(
     rows: int,
     clusters: NDArray[np.int64] | None,
 ) -> Difference:
-    from scipy.stats import norm
+    from scipy.special import ndtr, ndtri
 
     first, second = [None if each is None or math.isnan(each) else each for each in values]
     resamples = max(len(each) for each in drawn if each is not None)
@@ -350,8 +350,8 @@ def _of_draws(
     return replace(
         found,
         ci95=percentile_interval(defined),
-        p_value=float(2 * norm.sf(abs(found.value) / error)),
-        minimum_detectable=float(norm.ppf(1 - LEVEL / 2) + norm.ppf(POWER)) * error,
+        p_value=float(2 * ndtr(-abs(found.value) / error)),
+        minimum_detectable=float(ndtri(1 - LEVEL / 2) + ndtri(POWER)) * error,
     )
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from petals_eval.metrics.answers import Answers, Metric
 from petals_eval.metrics.intervals import Floats, Tallies, wilson
-from petals_eval.metrics.skewness import cells_influences, fewest_rows, influence_interval
+from petals_eval.metrics.skewness import cells_influences, degrees_of_freedom, fewest_rows, influence_interval
 
 __all__ = [
     "FEW_CLUSTERS",
@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 FEW_ROWS = 1000  # of terms that know no limit: below, their intervals are marked; from there on, left out where skewed
+FEW_DEGREES = 150  # of freedom of their standard error: below, they are marked, too
 HEAVY = 0.3  # skewness of an estimate from where on a few rows weigh too much
 FEW_ERRORS = 5  # that are to be expected of a label
 FEW_OF_ALL = 10  # right or wrong rows
@@ -47,12 +48,14 @@ def estimated(
     note: str | None = None,
     is_rough: bool = False,
     may_be_heavy: bool = False,
+    is_symmetric: bool = False,
     back: Callable[[float], float] = float,
 ) -> Metric:
     """Return a metric with the interval that its influences give.
 
     value, influences: on the scale that `back` leads back from; those of `influence_interval`. limits: of that scale.
     is_rough: whether the interval may cover too little. may_be_heavy: whether a row may weigh any amount.
+    is_symmetric: whether the scale takes the skewness away, and not how unevenly rows weigh.
     """
     sums = influences
     if clusters is not None:
@@ -62,14 +65,16 @@ def estimated(
         sums *= np.sqrt(len(sums) / (len(sums) - 1))
         is_rough = is_rough or are_few_clusters(clusters)
     rows = len(sums) if counts is None else round(float(counts.sum()))
-    low, high, skewness = (float(each) for each in influence_interval(value, sums, counts, rows=rows))
+    degrees = degrees_of_freedom(sums) if may_be_heavy or is_symmetric else rows - 1
+    bounds = influence_interval(value, sums, counts, rows=rows, degrees=degrees, is_skewed=not is_symmetric)
+    low, high, skewness = map(float, bounds)
     if not high > low:
         return Metric(name, back(value), None, _joined(note, "no interval: all rows say the same"))
     if may_be_heavy and rows >= FEW_ROWS and abs(skewness) > HEAVY:
         return Metric(name, back(value), None, _joined(note, "no interval: a few rows weigh too much"))
-    is_rough = is_rough or (may_be_heavy and rows < FEW_ROWS)
-    bounds = back(max(limits[0], low)), back(min(limits[1], high))
-    return Metric(name, back(value), bounds, note, is_rough=is_rough)
+    is_rough = is_rough or (may_be_heavy and (rows < FEW_ROWS or degrees < FEW_DEGREES))
+    ci95 = back(max(limits[0], low)), back(min(limits[1], high))
+    return Metric(name, back(value), ci95, note, is_rough=is_rough)
 
 
 def are_extreme(accuracy: Floats | float, rarest: Floats | float) -> NDArray[np.bool_]:

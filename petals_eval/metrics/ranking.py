@@ -122,6 +122,7 @@ def measure_roc_auc(answers: Answers) -> list[Metric]:
         answers.clusters,
         note=note,
         is_rough=bool(are_extreme(accuracy, fewest)),
+        is_symmetric=True,
         back=lambda odds: 1 / (1 + math.exp(-odds)),
     )
     return [replace(found, value=value)]

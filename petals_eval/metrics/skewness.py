@@ -21,7 +21,7 @@ import numpy as np
 
 from petals_eval.metrics.intervals import Floats, Tallies, student_quantile
 
-__all__ = ["Bounds", "cells_influences", "fewest_rows", "influence_interval"]
+__all__ = ["Bounds", "cells_influences", "degrees_of_freedom", "fewest_rows", "influence_interval"]
 
 _STEP = 1e-4  # rows; small beside one, large beside what rounding does to a metric
 
@@ -35,12 +35,20 @@ class Bounds(NamedTuple):
 
 
 def influence_interval(
-    value: Floats | float, influences: Floats, counts: Floats | None = None, *, rows: Floats | int
+    value: Floats | float,
+    influences: Floats,
+    counts: Floats | None = None,
+    *,
+    rows: Floats | int,
+    degrees: Floats | float | None = None,
+    is_skewed: bool = True,
 ) -> Bounds:
     """Return the bounds of estimates.
 
     value: (...,). influences: (..., m), how much one row of a kind moves the estimate; over all rows they sum to 0.
     counts: (..., m) rows of each kind; None: one of each. rows: how many there are together.
+    degrees: of freedom of the standard error; None: one less than rows. is_skewed: False on a scale that takes the
+    skewness away: the bounds are at equal distances.
 
     >>> terms = np.repeat([0.0, 1.0], [132, 368])  # Wilson's interval of 368 of 500 is 0.6957 to 0.7727
     >>> bounds = influence_interval(0.736, (terms - 0.736) / 500, rows=500)
@@ -51,10 +59,29 @@ def influence_interval(
     error = np.sqrt((weights * influences**2).sum(axis=-1))
     third = (weights * influences**3).sum(axis=-1)
     skewness = np.divide(third, error**3, out=np.zeros_like(error), where=error > 0)
-    quantile = student_quantile(np.maximum(np.asarray(rows) - 1, 1))
-    centre = value + error * skewness * quantile**2 / 2
-    half = quantile * error * np.sqrt(1 + skewness**2 * quantile**2 / 4)
+    quantile = student_quantile(np.maximum(np.asarray(rows) - 1 if degrees is None else degrees, 1))
+    corrected = skewness if is_skewed else np.zeros_like(skewness)
+    centre = value + error * corrected * quantile**2 / 2
+    half = quantile * error * np.sqrt(1 + corrected**2 * quantile**2 / 4)
     return Bounds(centre - half, centre + half, skewness)
+
+
+def degrees_of_freedom(influences: Floats) -> float:
+    """Return the degrees of freedom that the standard error of an estimate has: few where few rows make most of it.
+
+    influences: (n,), one of each row. Of rows that are normal it is n, at most.
+    Source: F. E. Satterthwaite, "An approximate distribution of estimates of variance components" (1946): those of the
+    chi-squared distribution with the mean and the variance of the squared error, this variance by the fourth moment.
+
+    >>> round(degrees_of_freedom(np.array([1.0, -1.0] * 50 + [9.0, -9.0])), 1)
+    10.9
+    """
+    squares = influences**2
+    total = float(squares.sum())
+    if total == 0:
+        return float(len(influences))
+    uneven = float((squares**2).sum()) / total**2 - 1 / len(influences)
+    return min(float(len(influences)), 2 / uneven) if uneven > 0 else float(len(influences))
 
 
 def cells_influences(confusion: Floats, metric: Callable[[Tallies], Floats]) -> tuple[Floats, Floats]:

@@ -6,7 +6,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from petals_eval.report.tables import NAME_WIDTH, text_table
+from petals_eval.report.tables import NAME_WIDTH, fitting_table
 from petals_eval.runs.error_analysis import ErrorAnalysis, ErrorRow, Group
 from petals_eval.text import number_text, p_value_text, plural, printable
 
@@ -55,12 +55,16 @@ def _blocks(found: ErrorAnalysis, console: Console) -> Iterator[list[Text]]:
         ]  # fmt: skip
         more = len(found.confusions) - len(rows)
         heads = ["label", "taken for", "rows", "of label", "confidence"]
-        yield [*text_table(heads, rows), *([Text(f"  and {plural(more, 'other pair')}")] if more else [])]
+        yield [
+            *fitting_table(heads, rows, console.width),
+            *([Text(f"  and {plural(more, 'other pair')}")] if more else []),
+        ]
     for name, groups in found.groups.items():
         if name != "server" or any(group.p_value is not None for group in groups):
-            yield _table(_TITLES[name], groups)
+            yield _table(_TITLES[name], groups, console.width)
     for name, listed in found.lists.items():
-        yield [Text(_title(found, name), style="bold"), *(line for row in listed for line in _row(found, row, console))]
+        title = _sentence(_title(found, name), console, 0, style="bold")
+        yield [*title, *(line for row in listed for line in _row(found, row, console))]
     if any(group.differs for groups in found.groups.values() for group in groups):
         yield [*_sentence(f"* {_TESTED[found.wrong is None]}", console, 0)]
     if found.notes:
@@ -90,7 +94,7 @@ def _headline(found: ErrorAnalysis) -> str:
     return of + "; ".join([said, *more])
 
 
-def _table(title: str, groups: Sequence[Group]) -> list[Text]:
+def _table(title: str, groups: Sequence[Group], width: int) -> list[Text]:
     """Return a table of groups, with the columns that these have."""
     cells: dict[str, list[str]] = {title: [_name(group.name) for group in groups]}
     cells["rows"] = [f"{group.rows:,}" for group in groups]
@@ -110,7 +114,7 @@ def _table(title: str, groups: Sequence[Group]) -> list[Text]:
     ]
     if any(group.p_value is not None for group in groups):
         cells["p"] = [p_value_text(group.p_value) for group in groups]
-    return text_table(list(cells), list(zip(*cells.values(), strict=True)))
+    return fitting_table(list(cells), list(zip(*cells.values(), strict=True)), width)
 
 
 def _title(found: ErrorAnalysis, name: str) -> str:

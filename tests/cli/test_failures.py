@@ -135,7 +135,7 @@ def test_parts_made_by_the_command_are_merged_to_the_numbers_of_the_whole(stage:
     refused(outcome, "Expected all 3 parts; missing: 3/3")
     outcome = invoke("merge", "part-1", "part-2", "part-3", "--out", "whole", "--fail-under", "accuracy=0.74")
     assert outcome.code == 1
-    assert "0.7360" in outcome.out and outcome.out.endswith("run folder: whole\n")
+    assert "0.7360" in outcome.out and outcome.out.endswith("run folder: whole\nreport: whole/report.html\n")
     assert "below the bar: accuracy is 0.7360, --fail-under asks for 0.74" in outcome.err
     metrics = read_json(Path("whole/metrics.json"))
     assert (metrics["n_examples"], metrics["metrics"]["accuracy"]["value"]) == (500, 0.7360)

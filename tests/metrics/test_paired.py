@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 from statsmodels.api import OLS
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -13,6 +14,7 @@ from petals_eval.metrics.paired import (
     detectable_share,
     holm,
     mcnemar,
+    mcnemar_power,
     newcombe_paired,
 )
 
@@ -59,6 +61,17 @@ def test_newcombes_interval_covers_from_few_rows_on() -> None:
         truth = cells[1] - cells[2]
         covered = (bounds[:, 0] <= truth) & (truth <= bounds[:, 1])
         assert (covered * counts).sum() / counts.sum() >= 0.935
+
+
+@pytest.mark.parametrize("rows, discordant", [(20, 12), (100, 6), (500, 87), (2_000, 1_000)])
+def test_the_power_is_that_of_scipys_binomial_distribution(rows: int, discordant: int) -> None:
+    """It sums over how many rows are discordant, and over which of those counts are found significant."""
+    share, difference = discordant / rows, discordant / rows / 2
+    counts = np.arange(rows + 1)
+    least = np.array([(binom.cdf(np.arange(n), n, 0.5) <= 0.025).sum() - 1 for n in counts])
+    chances = [binom.cdf(least, counts, 0.5 + sign * difference / (2 * share)) for sign in (1, -1)]
+    expected = float((binom.pmf(counts, rows, share) * sum(chances)).sum())
+    assert mcnemar_power(rows, share, difference) == pytest.approx(expected, abs=1e-6)
 
 
 def test_holms_values_are_those_of_statsmodels() -> None:

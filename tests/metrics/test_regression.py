@@ -56,7 +56,7 @@ def test_the_formulas_of_the_bootstrap_are_those_of_a_resample_written_out(ties)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_of_many_rows_the_interval_is_scipys_percentile_bootstrap(name):
-    """Another generator and a plain loop: they agree to the noise of 1,000 resamples."""
+    """Another generator and a plain loop: they agree to its noise, and to how unevenly rows weigh."""
     labels, found = numbers(250)
     bootstrap = scipy.stats.bootstrap(
         (labels, found),
@@ -70,7 +70,7 @@ def test_of_many_rows_the_interval_is_scipys_percentile_bootstrap(name):
     expected = bootstrap.confidence_interval
     metric = measure("regression", [name], rows(labels, found))[name]
     width = expected.high - expected.low
-    assert metric.ci95 == pytest.approx((expected.low, expected.high), abs=0.15 * width)
+    assert metric.ci95 == pytest.approx((expected.low, expected.high), abs=0.2 * width)
     assert metric.ci95[0] < metric.value < metric.ci95[1] and metric.note is None
     assert measure("regression", NAMES, rows(labels, found))[name] == metric  # whatever else is asked for
 

@@ -14,7 +14,7 @@ from petals_eval.metrics.correlation import resampled_mcc
 from petals_eval.metrics.fscores import resampled_average
 from petals_eval.metrics.intervals import Tallies, student_quantile
 from petals_eval.metrics.ranking import _Ranking
-from petals_eval.metrics.skewness import cells_influences, influence_interval
+from petals_eval.metrics.skewness import cells_influences, degrees_of_freedom, influence_interval
 from tests.metrics.metric_tester import random_case
 from tests.metrics.test_differences import COLUMNS, LABELS, label_names, names_of, rows_of
 
@@ -101,12 +101,24 @@ def test_what_rests_on_few_rows_is_marked_or_left_out() -> None:
     names = ["f1_macro", "roc_auc", "log_loss", "ece", "mcc"]
     found = compute_metrics(names, labels, predictions, shares, label_names=["a", "b"])
     assert found["f1_macro"].ci95 is None
-    assert found["f1_macro"].note == "no interval: a label has 3 rows, expected 5 at least"
+    assert found["f1_macro"].note == "no interval: a label has 3 rows, expected 6 at least"
     assert found["roc_auc"].note == "no interval: a label has 3 rows, expected 10 at least"
     assert found["ece"].ci95 is None and found["ece"].note.startswith("no interval: chance adds to it")
     assert found["mcc"].ci95 is not None and not found["log_loss"].is_rough
     few = compute_metrics(["log_loss"], labels[50:], predictions[50:], shares[50:], label_names=["a", "b"])["log_loss"]
     assert few.is_rough and few.to_json()["is_rough"] is True
+
+
+def test_degrees_of_freedom_are_those_of_how_evenly_rows_weigh() -> None:
+    """For s^2 with f degrees its relative variance is 2 / f: held against what it is over many samples."""
+    random = np.random.default_rng(3)
+    for draw in (random.normal, random.exponential):
+        samples = draw(size=(2_000, 1_000))
+        squares = samples.var(axis=1)
+        expected = 2 * squares.mean() ** 2 / squares.var()
+        found = [degrees_of_freedom(each - each.mean()) for each in samples[:400]]
+        assert 2 / np.mean(2 / np.array(found)) == pytest.approx(expected, rel=0.2), draw
+    assert degrees_of_freedom(np.tile([1.0, -1.0], 50)) == 100 and degrees_of_freedom(np.zeros(7)) == 7
 
 
 def test_a_few_rows_that_weigh_too_much_have_no_interval() -> None:
