@@ -102,11 +102,13 @@ def plan_route(servers: Iterable[SpanServer], span: Span, cost: Cost) -> tuple[H
     return index.route(span.start, cost)
 
 
-def next_hop(servers: Iterable[SpanServer], span: Span, cost: Cost) -> Hop | None:
-    """Return the first hop of the cheapest route through these blocks; None where there is no route."""
+def next_hop(
+    servers: Iterable[SpanServer], span: Span, cost: Cost, is_usable: Callable[[SpanServer], bool] | None = None
+) -> Hop | None:
+    """Return the first hop, on a usable server, of the cheapest route through these blocks; None without a route."""
     index = RouteIndex(servers, span.stop)
     index.plan(cost, span.start)
-    return index.next_hop(span.start, cost) if span.start < span.stop else None
+    return index.next_hop(span.start, cost, is_usable) if span.start < span.stop else None
 
 
 def hold_all(servers: Iterable[SpanServer], span: Span) -> bool:

@@ -2,12 +2,12 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.directory import Directory
-from petals_eval.swarm.directory.routing import Cost, Hop, RouteIndex, hold_all, next_hop, plan_route
+from petals_eval.swarm.directory.routing import Cost, Hop, hold_all, next_hop, plan_route
 from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.peers.session_cache import CachePolicy, Wait
@@ -126,36 +126,22 @@ class Router:
             pause = self.pause(hop, tokens)
             if pause < PacePolicy.shortest_pause:
                 return hop
-            other = self._free_hop(rest, activations, admission)
+            other = self._free_hop(rest, tokens, admission)
             if other is not None and self._serves_all(other, hop, tokens):
                 return other
             await self._queues.wait_for_capacity(min(pause, give_up - self._runtime.monotonic()))
 
-    def _free_hop(self, rest: Span, activations: Activations, admission: Admission) -> Hop | None:
-        """Return the first hop of the cheapest way on that begins with a server which could begin at once.
+    def _free_hop(self, rest: Span, tokens: int, admission: Admission) -> Hop | None:
+        """Return the first hop of the cheapest way on that begins with a server which could begin at once: that need be
+        no replica of one that is busy, for another way on may pass it by, or leave it less to do."""
 
-        That need be no replica of one that is busy: another way on may pass it by, or leave it less to do.
-        """
-        snapshot, tokens = self._directory.snapshot, activations.tokens
-        if len(snapshot.servers) > PlanPolicy.few:
-            return self._planned_hop(rest, tokens, admission, lambda server: self._is_free(server, rest, tokens))
-        index = RouteIndex(
-            [
-                server
-                for server in snapshot.servers.values()
-                if self._may_be_called(server)
-                and admission.refusal(server, rest) is None
-                and admission.is_ready(server, rest)
-            ],
-            rest.stop,
-        )
-        cost = self._cost(tokens)
-        index.plan(cost, rest.start)
-        return index.next_hop(rest.start, cost, lambda server: self._is_free(server, rest, tokens))
+        def takes(server: SpanServer) -> bool:
+            return self._takes(server, rest, admission)
 
-    def _is_free(self, server: SpanServer, rest: Span, tokens: int) -> bool:
-        hop = Hop(server, Span(rest.start, min(server.span.stop, rest.stop)))
-        return self.pause(hop, tokens) < PacePolicy.shortest_pause
+        def is_free(server: SpanServer) -> bool:
+            return self.pause(Hop(server, server.span.common(rest) or rest), tokens) < PacePolicy.shortest_pause
+
+        return self._planned.free_hop(self._directory.snapshot, rest, self._cost(tokens), takes, is_free)
 
     def _serves_all(self, other: Hop, hop: Hop, tokens: int) -> bool:
         """Return whether to send to a server that would be done later than the hop's, which is busy now.
@@ -219,23 +205,15 @@ class Router:
             # Not for longer than a full cache is left alone: somebody else may have come since.
             await asyncio.sleep(min(left, wait.seconds, CachePolicy.longest_wait))
 
-    def _planned_hop(
-        self,
-        rest: Span,
-        tokens: int,
-        admission: Admission,
-        is_usable: Callable[[SpanServer], bool] | None = None,
-    ) -> Hop | None:
+    def _planned_hop(self, rest: Span, tokens: int, admission: Admission) -> Hop | None:
         def fits(server: SpanServer) -> bool:
-            return (
-                self._may_be_called(server)
-                and (is_usable is None or is_usable(server))
-                and admission.refusal(server, rest) is None
-                and admission.is_ready(server, rest)
-            )
+            return self._takes(server, rest, admission)
 
-        snapshot = self._directory.snapshot
-        return self._planned.next_hop(snapshot, rest, self._cost(tokens), self._may_be_called, fits)
+        return self._planned.next_hop(self._directory.snapshot, rest, self._cost(tokens), self._may_be_called, fits)
+
+    def _takes(self, server: SpanServer, rest: Span, admission: Admission) -> bool:
+        standing = self._may_be_called(server)
+        return standing and admission.refusal(server, rest) is None and admission.is_ready(server, rest)
 
     def _may_be_called(self, server: SpanServer) -> bool:
         return self._peers.of(server.peer_id).may_be_called
@@ -258,9 +236,7 @@ class Router:
             for server in self._planned.holders(self._directory.snapshot, hop.span.start)
             if server.peer_id not in without
             and hop.span.within(server.span)
-            and self._may_be_called(server)
-            and admission.refusal(server, hop.span) is None
-            and admission.is_ready(server, hop.span)
+            and self._takes(server, hop.span, admission)
             and self.pause(other := Hop(server, hop.span), tokens) < PacePolicy.shortest_pause
         ]
         cost = self._cost(tokens)
