@@ -35,6 +35,7 @@ __all__ = [
     "ServerChoice",
     "Settings",
     "SwarmSettings",
+    "TextSettings",
     "checked_peers",
 ]
 
@@ -272,9 +273,9 @@ class CallSettings(ServerChoice, heading=SERVERS):
     )
     deadline: Seconds = option(600.0, "Wait this long for a server, for one hop of a micro-batch with its retries.")
     request_timeout: Seconds = option(180.0, "Time for one call of one hop; Petals servers give up then, too.")
-    window: Positive | None = option(None, "Micro-batches in flight at once.", unset="found out, for each server")
+    window: Positive | None = option(None, "Micro-batches in flight at once.", unset="measured, for each server")
     max_tokens_per_call: Positive | None = option(
-        None, "Tokens (rows x positions) that a server takes in one call.", unset="found out"
+        None, "Tokens (rows x positions) that a server takes in one call.", unset="measured"
     )
     generation_rows: Positive = option(8, "Texts that are generated at once, each in a session of its own.")
     wire: Wire | None = option(
@@ -439,10 +440,10 @@ class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, Resu
         heading=MODEL,
     )
     verify_local: Blocks | None = option(
-        None, "Load these blocks here, and hold their servers against them.", "FIRST:LAST", heading=SERVERS
+        None, "Load these blocks here, and check their servers against them.", "FIRST:LAST", heading=SERVERS
     )
     tokens_per_micro_batch: Positive | None = option(
-        None, "Positions sent together, prompts included.", unset="found out", heading=SERVERS
+        None, "Positions sent together, prompts included.", unset="measured", heading=SERVERS
     )
     out: OwnPlace | None = option(
         None,
@@ -464,11 +465,9 @@ class RunSettings(ModelOnSwarm, PromptSettings, TaskSettings, CallSettings, Resu
     dry_run: bool = option(False, "Show what would be sent, with --json as JSON; send nothing.", heading=OUTPUT)
 
 
-class ErrorSettings(Settings, heading=OUTPUT):
-    """What an analysis of errors shows, and where the texts of the rows are."""
+class TextSettings(Settings, heading=OUTPUT):
+    """Where the texts of a run's rows are: no file of a run has them."""
 
-    adapter: str | None = option(None, "Adapter, or draw of its shots, that is shown.", "NAME", unset="the first")
-    limit: Annotated[int, Field(ge=0)] = option(5, "Rows in each list, and labels that were confused.")
     task: Place | None = option(
         None, "Task that says how the rows are read: a shipped one or its YAML file.", "TASK", unset="that of the run"
     )
@@ -483,4 +482,24 @@ class ErrorSettings(Settings, heading=OUTPUT):
     data_revision: str | None = same_as(TaskSettings, "data_revision", heading=OUTPUT)
     token: SecretStr | None = same_as(ModelSettings, "token", heading=OUTPUT)
     allow_task_code: bool = same_as(PromptSettings, "allow_task_code", heading=OUTPUT)
+
+    @property
+    def as_arguments(self) -> dict[str, Any]:
+        """What `petals_eval.errors_of` and its like take."""
+        return {
+            "task": self.task,
+            "data": self.data,
+            "allow_task_code": self.allow_task_code,
+            "subset": self.subset,
+            "split": self.split,
+            "revision": self.data_revision,
+            "token": self.token,
+        }
+
+
+class ErrorSettings(TextSettings, heading=OUTPUT):
+    """What an analysis of errors shows, and where the texts of the rows are."""
+
+    adapter: str | None = option(None, "Adapter, or draw of its shots, that is shown.", "NAME", unset="the first")
+    limit: Annotated[int, Field(ge=0)] = option(5, "Rows in each list, and labels that were confused.")
     json_output: bool = option(False, "Print the analysis as JSON alone on stdout.", flag="--json", alias="json")

@@ -9,7 +9,7 @@ marked as rough. It takes about half an hour of one processor. The seed is that 
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -274,12 +274,55 @@ def clustered(
     return found
 
 
-def _print_table(heads: Sequence[str], lines: Iterator[tuple[Sequence[object], dict[str, Coverage]]]) -> None:
-    for index, (about, found) in enumerate(lines):
-        if index == 0:
-            print("| " + " | ".join([*heads, *found]) + " |\n|" + "---|" * (len(heads) + len(found)))
-        print("| " + " | ".join(map(str, [*about, *found.values()])) + " |", flush=True)
+def _print_tables(
+    heads: Sequence[str],
+    lines: Iterator[tuple[Sequence[object], dict[str, Coverage]]],
+    *columns: Mapping[str, str],
+) -> None:
+    """Print a table for each group of columns, the first one line by line as it is computed.
+
+    columns: the heading of each, by what it shows; none at all: one table of what there is, under its own names.
+    """
+    known = []
+    for about, found in lines:
+        if not known:
+            columns = columns or ({name: name for name in found},)
+            _print_line([*heads, *columns[0].values()])
+            _print_line(["---"] * (len(heads) + len(columns[0])))
+        known.append((about, found))
+        _print_line([*about, *(found[name] for name in columns[0])])
+    for named in columns[1:]:
+        print()
+        _print_line([*heads, *named.values()])
+        _print_line(["---"] * (len(heads) + len(named)))
+        for about, found in known:
+            _print_line([*about, *(found[name] for name in named)])
     print()
+
+
+def _print_line(cells: Sequence[object]) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+# Headings of the classification tables: macro and weighted averages in the first, the rarest label in the second.
+COUNTS = {
+    "accuracy": "accuracy",
+    "balanced accuracy": "balanced",
+    "precision (macro)": "precision",
+    "recall (macro)": "recall",
+    "f1 (macro)": "F1",
+    "precision (weighted)": "precision",
+    "f1 (weighted)": "F1",
+}
+OTHERS = {
+    "MCC": "MCC",
+    "recall [rarest]": "recall",
+    "precision [rarest]": "precision",
+    "F1 [rarest]": "F1",
+    "log loss": "log loss",
+    "Brier": "Brier",
+    "ROC AUC": "ROC AUC",
+}
 
 
 def main() -> None:
@@ -289,26 +332,27 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     given = parser.parse_args()
     random = np.random.default_rng(given.seed)
-    _print_table(
-        ("rows", "labels", "shares", "accuracy"),
+    _print_tables(
+        ("rows", "labels", "shares", "right"),
         (
             ((n, count, "alike" if balanced else "1:10", accuracy),
              classification(random, given.sets, n, count, accuracy, balanced=balanced))
             for n in given.sizes for count in LABELS for balanced in (True, False) for accuracy in ACCURACIES
         ),
+        COUNTS, OTHERS,
     )  # fmt: skip
-    _print_table(
+    _print_tables(
         ("rows", "correlation", "noise"),
         (
             ((n, correlation, "t(5)" if heavy else "normal"), numbers(random, given.sets, n, correlation, heavy=heavy))
             for n in given.sizes for heavy in (False, True) for correlation in (0.0, 0.3, 0.6, 0.9, 0.98)
         ),
     )  # fmt: skip
-    _print_table(
+    _print_tables(
         ("documents", "spread of lengths"),
         (((n, spread), documents(random, given.sets, n, spread)) for n in given.sizes for spread in (0.5, 1.0)),
     )
-    _print_table(
+    _print_tables(
         ("clusters", "rows of each", "accuracy", "correlation"),
         (
             ((count, "1 to 19" if unequal else "10", accuracy, correlation),

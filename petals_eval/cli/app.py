@@ -25,6 +25,7 @@ COMMANDS = (
     "modes",
     "health",
     "tasks",
+    "guide",
     "bench",
     "lm-eval",
 )

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from petals_eval.cli.demo_texts import text_arguments
 from petals_eval.cli.flags import flags_of
 from petals_eval.cli.streams import json_text
 from petals_eval.config import ErrorSettings
@@ -34,36 +35,9 @@ def errors(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Run fo
     from petals_eval.runs.analysed_runs import errors_of
 
     settings = ErrorSettings(**flags)
-    found = errors_of(
-        folder,
-        adapter=settings.adapter,
-        limit=settings.limit,
-        task=settings.task or _task_of_the_demo(folder, settings),
-        data=settings.data,
-        allow_task_code=settings.allow_task_code,
-        subset=settings.subset,
-        split=settings.split,
-        revision=settings.data_revision,
-        token=settings.token,
-    )
+    found = errors_of(folder, adapter=settings.adapter, limit=settings.limit, **text_arguments([folder], settings))
     if settings.json_output:
         typer.echo(json_text(found.to_json(), indent=2))
     else:
         print_errors(found, console_for(sys.stdout))
     return 0
-
-
-def _task_of_the_demo(folder: Path, settings: ErrorSettings) -> Path | None:
-    """Return the demo's task where this is a run of it, whose data came with the package."""
-    from petals_eval.data import DataSource, load_rows
-    from petals_eval.demo import demo_paths
-    from petals_eval.runs import RunFolder
-
-    if settings.data is not None or not (folder / "manifest.json").is_file():
-        return None
-    paths = demo_paths()
-    with RunFolder.open(folder) as opened:
-        read = opened.manifest.data
-    if read.name != paths.data.name or read.fingerprint != load_rows(DataSource(path=str(paths.data))).fingerprint:
-        return None
-    return paths.task

@@ -47,7 +47,8 @@ def _list_tasks() -> None:
                 typer.echo(f"  {'':<14} data {data}")
     typer.echo(
         "\npetals-eval tasks NAME prints a task as the YAML file that it is, to start your\n"
-        "own from: petals-eval run --task my-task.yaml. README.md shows the keys;\n--metrics lists the metrics."
+        "own from: petals-eval run --task my-task.yaml. petals-eval guide tasks has the\n"
+        "keys; --metrics lists the metrics."
     )
 
 

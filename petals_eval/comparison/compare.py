@@ -100,8 +100,15 @@ class Comparison:
                 self.matched.keys[row], None if change is None else self._named(label), named[0], named[1], change
             )
 
-    def to_json(self, *, changed_rows: int = 0) -> dict[str, object]:
-        """Return what `petals-eval compare --json` prints. changed_rows: shown of each pair, at most."""
+    def to_json(self, *, changed_rows: int = 0, texts: Mapping[str, str] | None = None) -> dict[str, object]:
+        """Return what `petals-eval compare --json` prints.
+
+        changed_rows: shown of each pair, at most. texts: of these rows, by key; None: keys alone.
+        """
+
+        def row(each: ChangedRow) -> dict[str, object]:
+            return each.to_json() | ({} if texts is None else {"text": texts.get(each.key)})
+
         return {
             "schema_version": SCHEMA_VERSION,
             "sides": [{"name": name, "source": source} for name, source in self.sides.items()],
@@ -114,7 +121,7 @@ class Comparison:
             "changed_rows": [
                 {"first": first, "second": second, "rows": rows}
                 for first, second in self.pairs
-                if (rows := [each.to_json() for each in islice(self.changed_rows(first, second), changed_rows)])
+                if (rows := [row(each) for each in islice(self.changed_rows(first, second), changed_rows)])
             ],
         }
 

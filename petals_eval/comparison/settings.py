@@ -26,5 +26,6 @@ class CompareSettings(Settings, heading=OUTPUT):
     )
     data: Place | None = same_as(TaskSettings, "data", heading=OUTPUT)
     changed: Annotated[int, Field(ge=0)] = option(10, "Show so many of the rows whose prediction changed.")
+    with_texts: bool = option(False, "Show the texts of these rows, read again from --data or the task's own.")
     seed: int | None = option(None, "Seed of the bootstrap.", "S", unset="that of the first run")
     json_output: bool = option(False, "Print the comparison as JSON alone on stdout.", flag="--json", alias="json")

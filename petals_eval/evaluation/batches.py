@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from petals_eval.config import Positive, Settings
 from petals_eval.data.batches import BatchRow, read_batches
 from petals_eval.errors import AdapterError, ConfigError, DataError, ExampleError, NotFiniteError
-from petals_eval.evaluation.evaluate import check_progress, is_remote_model
+from petals_eval.evaluation.evaluate import check_progress, display_of, is_remote_model
 from petals_eval.evaluation.scoring import Progress
 from petals_eval.tasks.requests import Request, as_float64
 from petals_eval.validation import closest, shorten
@@ -44,7 +44,7 @@ def evaluate_batches(
     adapter: str | None = None,
     limit_batches: int | None = None,
     tokens_per_micro_batch: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> dict[str, float]:
     """Evaluate a model on the batches that a PyTorch evaluation loop has.
 
@@ -84,8 +84,8 @@ def evaluate_batches(
             f"loader: expected an iterable of batches, such as a torch DataLoader, found {type(loader).__name__}"
         )
     # A DataLoader draws from torch's generator as soon as its iterator is made, and a training around this goes on.
-    with torch.random.fork_rng(devices=[]), _opened(model) as remote:
-        run = _Run(remote, _adapter(remote, adapter), tokens_per_micro_batch, progress)
+    with torch.random.fork_rng(devices=[]), _opened(model) as remote, display_of(progress, None) as told:
+        run = _Run(remote, _adapter(remote, adapter), tokens_per_micro_batch, told)
         rows = read_batches(islice(loader, chosen.limit_batches), remote.local.embeddings.weight.shape[0])
         first = next(rows, None)
         if first is None:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
@@ -68,7 +69,7 @@ class _Options(TypedDict, total=False):
     out: str | Path | None
     tokens_per_micro_batch: int | None
     tokenizer: Any
-    progress: Progress | None
+    progress: Progress | bool | None
 
 
 @overload
@@ -112,7 +113,7 @@ def evaluate(
     log_to: str | Sequence[str] | None = None,
     log_step: int | None = None,
     tokenizer: Any = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> RunResult | GroupResult:
     """Evaluate a model, with each of its adapters, on a task.
 
@@ -140,6 +141,8 @@ def evaluate(
         project, experiment or folder there, at this step of a training (`petals_eval.tracking`). One that fails is told
         of in a line.
     tokenizer: for a Petals model; None: the one that lies with the model its config names.
+    progress: True: say on stderr how far it is; or an object of yours with the methods update(done, retries, servers,
+        message) and waiting(message).
 
     The model is in the mode it was in before when this returns or raises; nothing here computes a gradient.
     The result holds every prediction, too (`RunResult.predictions`).
@@ -213,13 +216,15 @@ def evaluate(
         group = load_group(task)
         if group is not None:
             members = prepare_group(open_side, group, **options).in_folder()
-            found = evaluate_group(members, connected(members.side), progress=progress, keep_predictions=True)
+            told = stack.enter_context(display_of(progress, members.total))
+            found = evaluate_group(members, connected(members.side), progress=told, keep_predictions=True)
             several = zip(found.tasks.values(), (member.manifest for member in members.members), strict=True)
             log_results(trackers, list(several), step=log_step, say=_log.warning)
             return found
         prepared = prepare(open_side, task=task, **options)  # type: ignore[arg-type]
         folder = stack.enter_context(prepared.open_folder())
-        result = evaluate_prepared(prepared, folder, connected(prepared.side), progress=progress, keep_predictions=True)
+        told = stack.enter_context(display_of(progress, prepared.total))
+        result = evaluate_prepared(prepared, folder, connected(prepared.side), progress=told, keep_predictions=True)
         log_results(trackers, [(result, folder.manifest)], step=log_step, say=_log.warning)
         return result
 
@@ -244,12 +249,22 @@ def is_remote_model(model: object) -> bool:
     return all(hasattr(model, name) for name in ("local", "blocks", "compute"))
 
 
+def display_of(progress: Progress | bool | None, total: int | None) -> AbstractContextManager[Progress | None]:
+    """Return what is told how far an evaluation of so many rows is: True stands for lines on stderr."""
+    if progress is True:
+        from petals_eval.report import ProgressDisplay
+
+        return ProgressDisplay(total)
+    return contextlib.nullcontext(progress or None)
+
+
 def check_progress(progress: object) -> None:
     """Raise ConfigError for what does not want to know how far an evaluation is."""
-    if progress is not None and not all(callable(getattr(progress, name, None)) for name in ("update", "waiting")):
+    is_told = all(callable(getattr(progress, name, None)) for name in ("update", "waiting"))
+    if not (progress is None or isinstance(progress, bool) or is_told):
         raise ConfigError(
-            "progress: expected an object with the methods update(done, retries, servers, message) and waiting(message)"
-            f", found {type(progress).__name__}"
+            "progress: expected True, or an object with the methods update(done, retries, servers, message) and"
+            f" waiting(message), found {type(progress).__name__}"
         )
 
 

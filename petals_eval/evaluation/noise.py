@@ -24,7 +24,7 @@ from petals_eval.tasks.requests import Example, Prediction
 if TYPE_CHECKING:
     from petals_eval.remote_model import RemoteModel
 
-__all__ = ["NoisePolicy", "note_noise", "rows_each_way"]
+__all__ = ["Attempt", "NoisePolicy", "another_size", "attempts", "limited", "not_tried", "note_noise", "rows_each_way"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,20 @@ def note_noise(prepared: Prepared, folder: RunFolder, model: "RemoteModel", *, o
     the folder cannot be written.
     """
     names = [name for name, *_ in prepared.variants]
-    took = sum(folder.journal.seconds(name) for name in names)
+    tick = limited(sum(folder.journal.seconds(name) for name in names), on_tick)
+    used = list(dict.fromkeys(server.peer_id for server, _ in folder.journal.servers()))
+    with contextlib.ExitStack() as stack:
+        ways = attempts(used, model, stack)
+        folder.note_noise([_measured(prepared, folder, model, variant, ways, tick) for variant in prepared.variants])
+    with contextlib.suppress(SwarmError):
+        model.blocks.settle(on_tick=on_tick)
+
+
+def limited(took: float, on_tick: Callable[[], object]) -> Callable[[], object]:
+    """Return `on_tick` for what is computed again after so many seconds of a run, from now on.
+
+    It raises SwarmError once that takes too long.
+    """
     policy = NoisePolicy()
     limit = policy.seconds + policy.seconds_share * took
     until = time.monotonic() + limit
@@ -84,26 +97,28 @@ def note_noise(prepared: Prepared, folder: RunFolder, model: "RemoteModel", *, o
         if time.monotonic() > until:
             raise SwarmError(f"it took longer than {limit:.0f} s")
 
-    with contextlib.ExitStack() as stack:
-        ways = _ways(folder, model, stack)
-        folder.note_noise([_measured(prepared, folder, model, variant, ways, tick) for variant in prepared.variants])
-    with contextlib.suppress(SwarmError):
-        model.blocks.settle(on_tick=on_tick)
+    return tick
 
 
 @dataclass(frozen=True, eq=False)
-class _Attempt:
+class Attempt:
     """A way to compute rows again. open: gives the model to compute them with. avoided: servers that must not."""
 
     way: RecomputeWay
     open: "Callable[[], contextlib.AbstractContextManager[RemoteModel]]"
     avoided: tuple[str, ...] = ()
 
+    def failed(self, error: PetalsEvalError) -> str:
+        """Return what is noted where it could not be tried to the end."""
+        return f"{_TITLES[self.way]} not measured: {error}"
 
-def _ways(folder: RunFolder, model: "RemoteModel", stack: contextlib.ExitStack) -> list[_Attempt]:
-    """Return the ways that this run has. A connection that one of them needs is opened once and ends with the stack."""
-    ways = [_Attempt("batching", lambda: contextlib.nullcontext(model))]
-    used = list(dict.fromkeys(server.peer_id for server, _ in folder.journal.servers()))
+
+def attempts(used: Sequence[str], model: "RemoteModel", stack: contextlib.ExitStack) -> list[Attempt]:
+    """Return the ways that there are to compute again what these servers (peer ids) computed.
+
+    A connection that one of them needs is opened once and ends with the stack.
+    """
+    ways = [Attempt("batching", lambda: contextlib.nullcontext(model))]
     if avoided := model.blocks.replaceable(used):
 
         @contextlib.contextmanager
@@ -111,7 +126,7 @@ def _ways(folder: RunFolder, model: "RemoteModel", stack: contextlib.ExitStack) 
             with model.blocks.avoiding(avoided):
                 yield model
 
-        ways.append(_Attempt("replica", elsewhere, avoided))
+        ways.append(Attempt("replica", elsewhere, avoided))
     if model.blocks.settings.wire is not None:
         connected: list[RemoteModel] = []
 
@@ -121,7 +136,7 @@ def _ways(folder: RunFolder, model: "RemoteModel", stack: contextlib.ExitStack) 
                 connected.append(stack.enter_context(lossless(model)))
             yield connected[0]
 
-        ways.append(_Attempt("lossless", exact))
+        ways.append(Attempt("lossless", exact))
     return ways
 
 
@@ -130,7 +145,7 @@ def _measured(
     folder: RunFolder,
     model: "RemoteModel",
     variant: Variant,
-    ways: Sequence[_Attempt],
+    ways: Sequence[Attempt],
     on_tick: Callable[[], object],
 ) -> NoiseRecord:
     name, _, task = variant
@@ -142,22 +157,29 @@ def _measured(
     if count == 0:
         return NoiseRecord(name, notes=(f"not measured: of {scored:,} rows too few can be computed again",))
     found: list[Recomputed] = []
-    notes = [] if any(attempt.way == "replica" for attempt in ways) else [f"on other servers not tried: {_NO_REPLICA}"]
+    notes = not_tried(ways)
     closest = _closest(folder, name, task)
     for attempt in ways:
         try:
             computed = folder.journal.keys_computed_by(name, attempt.avoided) & closest if attempt.avoided else closest
             examples, predictions = _drawn(prepared, folder, model, variant, count, computed)
-            size = _another_size(model, variant, examples)
+            prefix = 0 if variant.adapter is None else variant.adapter.prefix_length
+            requests = (request for example in examples for request in example.requests)
+            size = another_size(model, prefix + max(len(request.input_ids) for request in requests))
             with attempt.open() as other:
                 again = answers_to(other, examples, variant.adapter, on_tick, size)
             found += _moved(task, examples, predictions, again, attempt.way)
         except PetalsEvalError as error:
-            notes.append(f"{_TITLES[attempt.way]} not measured: {error}")
+            notes.append(attempt.failed(error))
     return NoiseRecord(name, tuple(found), tuple(notes))
 
 
 _TITLES = {"batching": "in another batching", "replica": "on other servers", "lossless": "without the lossy wire"}
+
+
+def not_tried(ways: Sequence[Attempt]) -> list[str]:
+    """Return what is noted of ways that there are not."""
+    return [] if any(attempt.way == "replica" for attempt in ways) else [f"on other servers not tried: {_NO_REPLICA}"]
 
 
 def _closest(folder: RunFolder, name: str, task: Task) -> set[str]:
@@ -196,14 +218,14 @@ def _drawn(
     return examples, {key: without_cluster(each, task) for key, each in found.items()}
 
 
-def _another_size(model: "RemoteModel", variant: Variant, examples: Sequence[Example]) -> int:
+def another_size(model: "RemoteModel", longest: int) -> int:
     """Return how many positions to send together so that rows are in other company than before.
+
+    longest: positions of the longest row, prompts included.
 
     Half as many as the run sends now; where those would be less than two rows of the longest, which may have gone
     alone, so many that some go together.
     """
-    prefix = 0 if variant.adapter is None else variant.adapter.prefix_length
-    longest = prefix + max(len(request.input_ids) for example in examples for request in example.requests)
     at_once = model.positions_at_once()
     return at_once // 2 if at_once >= 4 * longest else max(2 * at_once, 2 * longest)
 

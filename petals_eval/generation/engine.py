@@ -16,7 +16,7 @@ import torch
 
 from petals_eval.errors import CallerError, ExampleError, NoSessionError, RequestTooLargeError, SwarmError
 from petals_eval.generation.growing_text import GrowingText
-from petals_eval.generation.next_token import TokenChoice
+from petals_eval.generation.next_token import TokenChoice, token_likelihoods
 from petals_eval.model import evaluating
 from petals_eval.tasks.requests import Request
 
@@ -253,7 +253,11 @@ class _Generation:
         session = row.session
         try:
             with evaluating(self._local):
-                token = row.choice.next(self._local.next_logits(hidden))
+                logits = self._local.next_logits(hidden)
+                token = row.choice.next(logits)
+                decoding = row.request.decoding
+                if decoding is not None and decoding.likeliest:
+                    row.text.likelihoods.append(token_likelihoods(logits, token, decoding.likeliest))
                 is_over = row.text.add(token) is not None
                 following = None
                 if session is not None and not is_over:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from petals_eval.tasks.requests import Decoding, Finish, Generated
+from petals_eval.tasks.requests import Decoding, Finish, Generated, TokenLikelihoods
 
 __all__ = ["GrowingText"]
 
@@ -15,7 +15,7 @@ themselves, and the first of a text may lose its blank."""
 class GrowingText:
     """The new tokens of one text.
 
-    tokens: so far. finish: why it is over; None while it grows.
+    tokens: so far. likelihoods: of each, where the decoding asks for them. finish: why it is over; None while it grows.
 
     A stop sequence counts however its letters are cut into tokens. One that is a single special token of the tokenizer,
     which no decoded text shows, counts as that token.
@@ -24,6 +24,7 @@ class GrowingText:
     def __init__(self, decoding: Decoding, tokenizer: Any, end_tokens: Collection[int]):
         """end_tokens: those after which a text of the model is over."""
         self.tokens: list[int] = []
+        self.likelihoods: list[TokenLikelihoods] = []
         self.finish: Finish | None = None
         self._decoding = decoding
         self._tokenizer = tokenizer
@@ -49,7 +50,7 @@ class GrowingText:
     @property
     def generated(self) -> Generated:
         """The text, once it is over."""
-        return Generated(tuple(self.tokens), self._text, self.finish or "length")
+        return Generated(tuple(self.tokens), self._text, self.finish or "length", tuple(self.likelihoods))
 
     def _end(self, finish: Finish, tokens: Sequence[int]) -> None:
         self.finish, self._text = finish, self._decoded(tokens)

@@ -5,9 +5,9 @@ import hashlib
 import torch
 
 from petals_eval.errors import NotFiniteError
-from petals_eval.tasks.requests import Decoding
+from petals_eval.tasks.requests import Decoding, TokenLikelihoods
 
-__all__ = ["TokenChoice"]
+__all__ = ["TokenChoice", "token_likelihoods"]
 
 
 class TokenChoice:
@@ -46,3 +46,15 @@ class TokenChoice:
         reach = shares.cumsum(0)
         drawn = torch.rand(1, dtype=torch.float64, device="cpu", generator=self._draws) * reach[-1]
         return int(tokens[min(int(torch.searchsorted(reach, drawn, right=True)), len(shares) - 1)])
+
+
+def token_likelihoods(logits: torch.Tensor, token: int, count: int) -> TokenLikelihoods:
+    """Return how likely a token was and the `count` likeliest ones, by logits (vocabulary,).
+
+    >>> found = token_likelihoods(torch.tensor([0.0, 1.0, 2.0]), 1, 2)
+    >>> round(found.log_likelihood, 4), [(token, round(value, 4)) for token, value in found.likeliest]
+    (-1.4076, [(2, -0.4076), (1, -1.4076)])
+    """
+    scores = logits.float().log_softmax(-1)
+    values, tokens = scores.topk(min(count, len(scores)))
+    return TokenLikelihoods(float(scores[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))

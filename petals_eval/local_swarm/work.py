@@ -11,7 +11,7 @@ from petals_eval.swarm.wire.span import Span
 if TYPE_CHECKING:
     from transformers import Cache
 
-__all__ = ["Compute", "Middleware", "Work", "wrapped"]
+__all__ = ["Compute", "ComputeGradients", "Middleware", "Work", "wrapped"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,7 @@ class Work:
 
 
 Compute = Callable[[Work], Awaitable[torch.Tensor]]
+ComputeGradients = Callable[[Work, torch.Tensor], Awaitable[Sequence[torch.Tensor]]]
 Middleware = Callable[[Work, Compute], Awaitable[torch.Tensor]]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from petals_eval.model.families import Family
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig
 
-__all__ = ["DTYPES", "BlockSpan", "check_blocks"]
+__all__ = ["DTYPES", "BlockSpan", "added_prompts", "check_blocks"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED = {*DTYPES.values(), torch.float64}
@@ -28,7 +29,7 @@ _LOADING = threading.Lock()
 
 
 class BlockSpan:
-    """Blocks start:stop of a model, in evaluation mode, without gradients.
+    """Blocks start:stop of a model, in evaluation mode. Their weights take no gradients.
 
     The blocks sit in Hugging Face's own base model with the embeddings and the final norm taken out, so that rotary
     positions, alibi, causal and sliding masks and the key-value cache are Hugging Face's for every family.
@@ -64,6 +65,16 @@ class BlockSpan:
             check_blocks(start, stop, checkpoint.family.num_blocks(checkpoint.config), checkpoint.name)
             dtype = dtype or checkpoint.config.dtype or torch.float32
             return cls(_base_model(checkpoint, start, stop, dtype), checkpoint, start, stop, dtype)
+
+    @property
+    def module(self) -> nn.Module:
+        """Hugging Face's base model around these blocks, for whoever wants gradients or the blocks in training mode."""
+        return self._model
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks within it."""
+        return _blocks_of(self._model, self.family)
 
     @property
     def hidden_size(self) -> int:
@@ -159,6 +170,45 @@ class BlockSpan:
         hidden = hidden.to(self.dtype)
         if hidden.numel() == 0:
             return hidden
+        return self._through(hidden, prompts, start, stop, cache)
+
+    def backward(
+        self,
+        hidden: torch.Tensor,
+        grad_outputs: torch.Tensor,
+        prompts: torch.Tensor | None = None,
+        *,
+        start: int | None = None,
+        stop: int | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the gradients by what enters blocks start:stop, where `grad_outputs` is the one by what leaves them.
+
+        hidden, grad_outputs: (batch, seq, hidden). prompts: as `forward` takes them, for each of the blocks.
+
+        Returns the gradient by the hidden states (batch, seq, hidden), and with prompts that by those, which has all
+        rows (blocks, batch, prefix, hidden), in the span's dtype. The blocks are computed anew for it.
+        Raises ValueError for prompts of more or fewer blocks.
+        """
+        start = self.start if start is None else start
+        stop = self.stop if stop is None else stop
+        if prompts is not None and len(prompts) != stop - start:
+            raise ValueError(f"expected prompts for {stop - start} blocks, found {len(prompts)}")
+        with torch.enable_grad():
+            inputs = [hidden.detach().to(self.dtype, copy=True).requires_grad_()]
+            if prompts is not None:
+                rows = prompts.detach().to(self.dtype).expand(-1, len(hidden), -1, -1)
+                inputs.append(rows.clone().requires_grad_())
+            answer = self._through(inputs[0], inputs[1] if prompts is not None else None, start, stop)
+            return torch.autograd.grad(answer, inputs, grad_outputs.to(self.dtype))
+
+    def _through(
+        self,
+        hidden: torch.Tensor,
+        prompts: torch.Tensor | None,
+        start: int,
+        stop: int,
+        cache: "Cache | None" = None,
+    ) -> torch.Tensor:
         hidden = hidden.to(self._inside)
         # One at a time: prompts come in by hooks on the blocks, which would act on whatever else is computed there.
         with self._computing, isolated_arithmetic(), ExitStack() as hooks:
@@ -169,9 +219,8 @@ class BlockSpan:
                         f"expected at least as many positions as prompt tokens ({prompts.shape[2]}), "
                         f"found {hidden.shape[1]}"
                     )
-                for block, prompt in zip(_blocks_of(model, self.family), prompts.to(self.dtype), strict=False):
-                    prompt = prompt.to(self._inside)
-                    hooks.enter_context(block.register_forward_pre_hook(_adds(prompt)))
+                rounded = prompts.to(self.dtype).to(self._inside)
+                hooks.enter_context(added_prompts(_blocks_of(model, self.family), rounded))
             answer = model(inputs_embeds=hidden, past_key_values=cache, use_cache=cache is not None)
             return answer.last_hidden_state.to(self.dtype)
 
@@ -188,6 +237,17 @@ class BlockSpan:
             setattr(view, self.family.blocks, _blocks_of(self._model, self.family)[begin:end])
             self._views[start, stop] = view
         return self._views[start, stop]
+
+
+def added_prompts(blocks: Iterable[nn.Module], prompts: torch.Tensor) -> ExitStack:
+    """Return a context in which each block adds its prompt to the first positions of what enters it.
+
+    prompts: (blocks, batch or 1, prefix, hidden), in the dtype of the hidden states; blocks beyond them add nothing.
+    """
+    with ExitStack() as hooks:
+        for block, prompt in zip(blocks, prompts, strict=False):
+            hooks.enter_context(block.register_forward_pre_hook(_adds(prompt)))
+        return hooks.pop_all()
 
 
 def check_blocks(start: int, stop: int, num_blocks: int, model: str) -> None:

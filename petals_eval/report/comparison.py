@@ -1,6 +1,6 @@
 """A comparison on the terminal, or as plain text where there is none."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
 from rich.console import Console
@@ -15,11 +15,16 @@ from petals_eval.text import number_text, p_value_text, plural, printable
 
 __all__ = ["methods_of", "print_comparison", "said_of"]
 
+TEXT_CHARACTERS = 300  # of a row's text
 
-def print_comparison(comparison: Comparison, console: Console, *, changed_rows: int = 10) -> None:
+
+def print_comparison(
+    comparison: Comparison, console: Console, *, changed_rows: int = 10, texts: Mapping[str, str] | None = None
+) -> None:
     """Print every difference with its interval, its test and what could be detected.
 
-    changed_rows: of a single pair, how many of the rows whose prediction changed are shown.
+    changed_rows: of a single pair, how many of the rows whose prediction changed are shown. texts: theirs, by key, to
+    be shown below; None: keys alone.
     """
     pairs = comparison.pairs
     heads = ["", "difference", "95% interval", "p", *(["p (Holm)"] if len(pairs) > 1 else []), "detectable"]
@@ -46,6 +51,9 @@ def print_comparison(comparison: Comparison, console: Console, *, changed_rows: 
         console.print(Text(""))
         for line in _changed(comparison, changed_rows, console.width):
             console.print(line, soft_wrap=True)
+        for row in islice(comparison.changed_rows(*pairs[0]), changed_rows if texts else 0):
+            text = printable((texts or {}).get(row.key, ""), longest=TEXT_CHARACTERS)
+            console.print(Padding(Text(f"row {printable(row.key)}: {text}"), (0, 0, 0, 2), expand=False))
 
 
 def _by_metric(found: Iterable[Difference]) -> list[tuple[str, list[Difference]]]:

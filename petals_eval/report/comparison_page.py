@@ -11,7 +11,7 @@ from petals_eval.report.numbers import metric_title
 from petals_eval.report.templating import Plot, template
 from petals_eval.text import printable
 
-__all__ = ["comparison_page"]
+__all__ = ["MOST_CHANGED", "comparison_page"]
 
 MOST_CHANGED = 200  # rows of a pair
 MOST_PAIRS = 6  # whose changed rows are listed

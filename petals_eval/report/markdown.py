@@ -112,14 +112,14 @@ def _origin(manifest: Manifest) -> str:
     sample = "all examples" if data.limit is None else f"{data.limit:,} examples, seed {data.seed}"
     revision = f" at {model.revision}" if model.revision else ""
     rows = [
-        ["begun", manifest.created],
+        ["started", manifest.created],
         ["model", f"{model.name}{revision}, sha256 {model.sha256[:16]}…"],
         *(["adapter", f"{each.name} ({each.kind}), sha256 {each.sha256[:16]}…"] for each in manifest.adapters),
         ["data", f"{data.name}, {sample}, fingerprint {data.fingerprint[:16]}…"],
         *([f"setting {key}", _setting(value)] for key, value in manifest.answer_settings.items() if value is not None),
         ["packages", ", ".join(f"{name} {version}" for name, version in manifest.packages.items())],
     ]
-    return f"## How it came about\n\n{_table(['', ''], rows)}"
+    return f"## Provenance\n\n{_table(['', ''], rows)}"
 
 
 def _setting(value: object) -> str:
@@ -142,7 +142,7 @@ def _servers(servers: Sequence[tuple[ServerUsed, int]]) -> str:
         for each, count in servers
     ]
     heads = ["server", "blocks", "version", "dtype", "quantisation", "examples"]
-    return f"## Servers\n\nWhat servers say about themselves is their own word.\n\n{_table(heads, rows)}"
+    return f"## Servers\n\nDtype and version are the servers' own claims.\n\n{_table(heads, rows)}"
 
 
 def _noise(results: Sequence[AdapterResult]) -> str:

@@ -253,7 +253,7 @@ def _doubts(result: RunResult) -> list[tuple[str, ServerUsed, str]]:
 
 def _origin(manifest: Manifest) -> Iterator[tuple[str, str]]:
     model, data = manifest.model, manifest.data
-    yield "begun", manifest.created
+    yield "started", manifest.created
     yield "model", f"{model.name}{f' at {model.revision}' if model.revision else ''}, sha256 {model.sha256[:16]}…"
     for each in manifest.adapters:
         yield "adapter", f"{each.name} ({each.kind})" + (f", sha256 {each.sha256[:16]}…" if each.sha256 else "")

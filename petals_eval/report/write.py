@@ -1,7 +1,8 @@
 """Pages written where they belong: beside what they show."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from petals_eval.report.page import page
 from petals_eval.runs import GroupResult, RunFolder
@@ -31,10 +32,17 @@ def write_pages(folder: Path) -> list[Path]:
     return [write_page(folder / folder_name(name)) for name in GroupResult.of_folder(folder).tasks]
 
 
-def write_comparison(folders: Sequence[Path], out: Path) -> Path:
-    """Write the page that compares runs and return its path. Raises as `petals_eval.compare` does."""
-    from petals_eval.comparison.compare import compare
-    from petals_eval.report.comparison_page import comparison_page
+def write_comparison(folders: Sequence[Path], out: Path, *, texts: Mapping[str, Any] | None = None) -> Path:
+    """Write the page that compares runs and return its path.
 
-    write_atomically(out, [comparison_page(compare(*folders))])
+    texts: where those of changed rows are, as `texts_of_changed` takes it; None: none are shown. Raises as
+    `petals_eval.compare` and `texts_of_changed` do.
+    """
+    from petals_eval.comparison.compare import compare
+    from petals_eval.comparison.row_texts import texts_of_changed
+    from petals_eval.report.comparison_page import MOST_CHANGED, comparison_page
+
+    comparison = compare(*folders)
+    found = None if texts is None else texts_of_changed(comparison, MOST_CHANGED, **texts)
+    write_atomically(out, [comparison_page(comparison, texts=found)])
     return out

@@ -237,6 +237,10 @@ class RunResult:
         """Return the table of the adapters in Markdown."""
         return as_markdown(self.rows())
 
+    def _repr_markdown_(self) -> str:
+        """Return what a notebook shows of a result that is the last line of a cell."""
+        return self.to_markdown()
+
     def to_latex(self) -> str:
         """Return the table of the adapters as a LaTeX tabular (booktabs)."""
         return as_latex(self.rows())

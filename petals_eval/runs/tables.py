@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from petals_eval.metrics import Metric, title_of
 from petals_eval.text import number_text, printable
 
-__all__ = ["ResultRow", "as_csv", "as_latex", "as_markdown"]
+__all__ = ["ResultRow", "as_csv", "as_latex", "as_markdown", "latex_table", "markdown_table"]
 
 ResultRow = tuple[dict[str, object], Mapping[str, Metric]]
 """What a row says of its run, by column, and its metrics."""
@@ -17,6 +17,8 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
 }
 
 
@@ -38,18 +40,31 @@ def as_csv(rows: Sequence[ResultRow]) -> str:
 
 def as_markdown(rows: Sequence[ResultRow]) -> str:
     """Return a Markdown table, values with their intervals in brackets."""
-    lines = [[re.sub(r"([\\`*_{}\[\]<>|#!~&])", r"\\\1", cell) for cell in line] for line in _cells(rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(_cells(rows))
 
 
 def as_latex(rows: Sequence[ResultRow]) -> str:
     """Return a LaTeX tabular with the rules of booktabs, values with their intervals in brackets."""
-    heads, *lines = [["".join(_LATEX.get(each, each) for each in cell) for cell in line] for line in _cells(rows)]
-    body = "".join(f"{' & '.join(line)} \\\\\n" for line in lines)
-    columns = "l" * len(_shown(rows)) + "r" * (len(heads) - len(_shown(rows)))
+    return latex_table(_cells(rows), left=len(_shown(rows)))
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table of cells, the first line as its head."""
+    escaped = [[re.sub(r"([\\`*_{}\[\]<>|#!~&])", r"\\\1", cell) for cell in line] for line in lines]
+    escaped.insert(1, ["---"] * len(escaped[0]))
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+
+
+def latex_table(lines: Sequence[Sequence[str]], *, left: int) -> str:
+    """Return a LaTeX tabular with the rules of booktabs, the first line as its head.
+
+    left: how many columns from the left are texts; the others are flush right.
+    """
+    heads, *body = [["".join(_LATEX.get(each, each) for each in cell) for cell in line] for line in lines]
+    columns = "l" * left + "r" * (len(heads) - left)
+    rows = "".join(f"{' & '.join(line)} \\\\\n" for line in body)
     return (
-        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{' & '.join(heads)} \\\\\n\\midrule\n{body}"
+        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{' & '.join(heads)} \\\\\n\\midrule\n{rows}"
         "\\bottomrule\n\\end{tabular}\n"
     )
 

@@ -20,6 +20,7 @@ __all__ = [
     "Prediction",
     "Request",
     "RowText",
+    "TokenLikelihoods",
     "Values",
     "as_float64",
 ]
@@ -42,6 +43,8 @@ class Decoding:
     temperature: 0 takes the likeliest token each time; otherwise tokens are drawn, and the others say from which.
     top_k: from the so many likeliest; 0 from all. top_p: from the likeliest that have this probability together.
     seed: of the draws; with the request's key and part it gives the same text whatever else is computed.
+    likeliest: how many of the likeliest tokens are told of at each step, with the likelihood of the chosen one; 0: no
+        likelihoods are.
     """
 
     max_new_tokens: int
@@ -50,6 +53,7 @@ class Decoding:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    likeliest: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +91,29 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLikelihoods:
+    """How likely a new token was, and the likeliest ones in its place, by the model itself: temperature and what tokens
+    are drawn from are not in it.
+
+    log_likelihood: natural log. likeliest: (token, log-likelihood), the likeliest first.
+    """
+
+    log_likelihood: float
+    likeliest: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Generated:
     """A text that was generated.
 
     token_ids: the new tokens, in which a stop sequence may end. text: decoded, without the stop sequence.
+    likelihoods: of each new token, where the decoding asks for them.
     """
 
     token_ids: tuple[int, ...]
     text: str
     finish: Finish
+    likelihoods: tuple[TokenLikelihoods, ...] = ()
 
 
 def as_float64(answer: "torch.Tensor | Generated") -> "np.ndarray":

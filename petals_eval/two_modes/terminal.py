@@ -49,8 +49,8 @@ def lines_of(found: Modes, names: Sequence[str] = ()) -> Iterator[str]:
 def _behaviour_lines(found: Sequence[Behaviour]) -> Iterator[str]:
     active = [each for each in found if each.is_active]
     idle = len(found) - len(active)
-    also = f"; {plural(idle, 'dropout')} of 0 beside" if idle else ""
-    yield f"behave otherwise in training mode: {plural(len(active), 'module')}{also}"
+    also = f" ({plural(idle, 'dropout')} with p=0)" if idle else ""
+    yield f"modules that behave differently in training mode: {len(active) or 'none'}{also}"
     for each in active[:_SHOWN]:
         what = each.kind if each.p is None else f"{each.kind} p={each.p:g}"
         where = f" ({each.attribute})" if each.attribute else ""

@@ -65,3 +65,29 @@ def test_show_prints_tables_of_one_and_of_many(trec: Path) -> None:
     assert invoke("show", trec, trec).out.count("0.7180") == 2
     refused = invoke("show", trec, "--csv", "--json")
     assert refused.code == 2 and "expected --csv alone" in refused.err
+
+
+def test_a_comparison_is_a_table_for_a_paper(trec: Path) -> None:
+    lines = invoke("compare", trec, "--metrics", "accuracy", "--latex").out.splitlines()
+    assert lines[0] == r"\begin{tabular}{lrrrr}"
+    assert lines[2] == r"metric & trec-deep\_ptune & trec-ptune & difference & p \\"
+    assert lines[4] == r"accuracy & 0.7360 & 0.7180 & +0.0180 [-0.019, +0.055] & 0.391 \\"
+    table = invoke("compare", trec, "--metrics", "accuracy", "--csv").out.splitlines()
+    found = dict(zip(table[0].split(","), table[1].split(","), strict=False))
+    assert (found["metric"], found["rows"]) == ("accuracy", "500") and found["p_holm"] == found["p_value"]
+    assert float(found["difference"]) == pytest.approx(0.018)
+    assert (
+        invoke("compare", trec, "--markdown").out.splitlines()[2].startswith("| accuracy | 0.7360 | 0.7180 | +0.0180")
+    )
+    refused = invoke("compare", trec, "--csv", "--json")
+    assert refused.code == 2 and "expected --csv without --json" in refused.error
+
+
+def test_several_pairs_are_named_in_each_line(tmp_path: Path) -> None:
+    for name, predictions in (("a", "xxyy"), ("b", "xyyy"), ("c", "yyyy")):
+        rows = "".join(f"{key},{said},x\n" for key, said in enumerate(predictions))
+        (tmp_path / f"{name}.csv").write_text("key,prediction,label\n" + rows)
+    said = invoke("compare", *(tmp_path / f"{name}.csv" for name in "abc"), "--latex").out.splitlines()
+    assert said[0] == r"\begin{tabular}{lllrrrr}"
+    assert said[2].split(" & ")[:3] == ["metric", "first", "second"]
+    assert [line.split(" & ")[1:3] for line in said[4:7]] == [["a", "b"], ["a", "c"], ["b", "c"]]

@@ -47,7 +47,7 @@ def refused(function, *arguments, **options) -> str:
         ({"shots_data": 7}, "shots_data: expected text .found 7"),
         ({"tokens_per_micro_batch": 0}, "tokens_per_micro_batch: expected more than 0"),
         ({"tokens_per_micro_batch": "big"}, "tokens_per_micro_batch: expected a whole number"),
-        ({"progress": print}, "progress: expected an object with the methods update"),
+        ({"progress": print}, "progress: expected True, or an object with the methods update"),
         ({"tokenizer": object()}, "a RemoteModel has a tokenizer of its own"),
     ],
 )
@@ -146,3 +146,13 @@ def test_a_path_will_do_wherever_there_is_one(tmp_path):
     assert RunSettings(**settings) == RunSettings(
         **{**settings, **{k: str(v) for k, v in settings.items() if k != "local_swarm"}}
     )
+
+
+def test_whether_it_says_how_far_it_is_and_what_a_notebook_shows(capsys):
+    """Somebody in a notebook types `progress=True`, and leaves the result as the last line of a cell."""
+    result = petals_eval.evaluate(FakeModel(), task=TASK, data=RECORDS, progress=True)
+    said = capsys.readouterr()
+    assert f"{len(RECORDS)}/{len(RECORDS)}" in said.err and said.out == ""
+    petals_eval.evaluate(FakeModel(), task=TASK, data=RECORDS, progress=False)
+    assert capsys.readouterr().err == ""
+    assert result._repr_markdown_() == result.to_markdown() and "| accuracy |" in result._repr_markdown_()

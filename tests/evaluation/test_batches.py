@@ -283,7 +283,7 @@ TOKENS = {"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]]}
         (Fake(), [BATCH], {"limit_batches": 0}, ConfigError, "limit_batches: expected more than 0 .found 0"),
         (Fake(), [BATCH], {"limit_batches": "all"}, ConfigError, "limit_batches: expected a whole number"),
         (Fake(), [BATCH], {"tokens_per_micro_batch": -1}, ConfigError, "tokens_per_micro_batch: expected more than 0"),
-        (Fake(), [BATCH], {"progress": 3}, ConfigError, "progress: expected an object with the methods"),
+        (Fake(), [BATCH], {"progress": 3}, ConfigError, "progress: expected True, or an object with the methods"),
         (Fake(), 7, {}, ConfigError, "loader: expected an iterable of batches, .* found int"),
         (Fake(), BATCH, {}, DataError, "batch 0: expected a mapping .* A single batch goes into a list"),
         (Fake(), [], {}, DataError, "expected batches with labels to score, found none"),

@@ -186,7 +186,7 @@ def test_several_draws_are_counted_together():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_servers_of_equal_bits_in_the_same_batching_move_nothing(realdata, tmp_path, monkeypatch, dtype):
     """One row a micro-batch, then and now."""
-    monkeypatch.setattr(noise, "_another_size", lambda *args: 1)
+    monkeypatch.setattr(noise, "another_size", lambda *args: 1)
     with stories_swarm(realdata, [(0, 5), (0, 5)], dtype=dtype) as swarm, trec_model(realdata, swarm) as model:
         result = evaluate_trec(realdata, model, tmp_path / "run", limit=160, tokens_per_micro_batch=1)
     found = result.first.noise

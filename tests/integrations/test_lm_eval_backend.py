@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lm_eval
@@ -115,6 +116,51 @@ def test_requests_that_read_the_same_are_sent_once(lm, monkeypatch):
     lengths = [len(request.input_ids) for request in sent]
     assert len(sent) == 5 and lengths == sorted(lengths, reverse=True)
     assert len({likelihood for likelihood, _ in found}) > 5
+
+
+def test_noise_stands_in_the_manifest(where, lm, monkeypatch):
+    pairs = [(f"There were {count} dogs and", word) for count in range(100) for word in (" in", " a big")]
+    compute = lm.model.compute
+
+    def moved(requests, *given, tokens_per_micro_batch=None, **options):
+        for found in compute(requests, *given, tokens_per_micro_batch=tokens_per_micro_batch, **options):
+            answer = found.answer.clone()
+            if tokens_per_micro_batch is not None:  # what is computed again
+                answer.view(len(answer), -1)[:, 0] += 0.25
+            yield replace(found, answer=answer)
+
+    for is_moved in (False, True):
+        with monkeypatch.context() as patched:
+            over = LM(lm.model)
+            if is_moved:
+                patched.setattr(lm.model, "compute", moved)
+            quiet = over.loglikelihood(likelihoods(*pairs), disable_tqdm=True)
+            documents = [
+                Instance("loglikelihood_rolling", {}, (f"It was day {count}.",), count) for count in range(100)
+            ]
+            over.loglikelihood_rolling(documents, disable_tqdm=True)
+        noise = over.manifest["noise"]
+        assert {each["way"] for each in noise["recomputed"]} >= {"batching"} and noise["adapter"] == "no prompts"
+        for each in noise["recomputed"]:
+            assert each["number"] == "log_likelihood" and each["rows"] >= 4
+            assert each["largest"] >= 0.25 if is_moved else each["largest"] < 1e-4
+    assert len(quiet) == 200 and all(likelihood < 0 for likelihood, _ in quiet)
+
+    over = LM(lm.model)
+    over.loglikelihood(likelihoods(*pairs[:4]), disable_tqdm=True)
+    assert over.manifest["noise"]["recomputed"] == []
+    assert over.manifest["noise"]["notes"] == ["not measured in a call: of 4 requests too few can be computed again"]
+    over = LM(lm.model, no_noise=True)
+    over.loglikelihood(likelihoods(*pairs), disable_tqdm=True)
+    assert over.manifest["noise"] is None
+
+
+def test_a_server_that_noise_catches_ends_the_call(lm, monkeypatch):
+    over = LM(lm.model)
+    answers = over._answers
+    monkeypatch.setattr(over._noise, "measure", lambda *_, **__: answers._recalled.add("key"))
+    with pytest.raises(SwarmError, match="answers that the harness was given before are by servers that were caught"):
+        over.loglikelihood(likelihoods(*PAIRS[:2]), disable_tqdm=True)
 
 
 def test_nothing_asked_is_nothing_answered(lm):

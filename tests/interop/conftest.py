@@ -35,9 +35,9 @@ def own_rows(
     request: pytest.FixtureRequest, realdata: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """The rows of the tasks with templates of our own, by task."""
-    # The first documents are enough for every digit, and all of them take as long as everything else.
-    documents = None if request.config.getoption("--soak") else 12
-    return write_own_rows(realdata, tmp_path_factory.mktemp("rows"), documents=documents)
+    # The first rows are enough for every digit, and all of them take as long as everything else.
+    documents, questions = (None, None) if request.config.getoption("--soak") else (12, 100)
+    return write_own_rows(realdata, tmp_path_factory.mktemp("rows"), documents=documents, questions=questions)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import os
 import random
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +139,14 @@ class Watch:
             "requires_grad": {name: parameter.requires_grad for name, parameter in parameters.items()},
             "grad_fn or inference": {name: (p.is_leaf, p.is_inference()) for name, p in parameters.items()},
             "parameters": {name: parameter.detach().clone() for name, parameter in parameters.items()},
+            "buffers": {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()},
+            "config": self.model.config.to_dict(),
             "gradients": {name: copy.deepcopy(parameter.grad) for name, parameter in parameters.items()},
             "random": random.getstate(),
             "numpy": str(np.random.get_state()),
             "torch": torch.get_rng_state(),
             "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+            "arithmetic": (torch.get_default_dtype(), torch.is_autocast_enabled(), torch.get_num_threads()),
         }
 
     def compare(self, before: dict, when: str) -> None:
@@ -305,9 +309,20 @@ def answers(settings: dict) -> dict:
         likelihoods = [model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in texts]
     scores = torch.stack([each[[token for (token,) in words]] for each in likelihoods])
     found["words"] = {"ours": read_folder(folder)["probabilities"], "own": scores.softmax(-1).tolist()}
+    evaluating = partial(petals_eval.evaluate, model, task=task, data=data, tokenizer=tokenizer)
+    found["session"] = [in_a_session(model, texts[0], between) for between in (lambda: None, evaluating)]
     found["refused"] = refused(model, data, names)
     end(model)
     return found
+
+
+def in_a_session(model, ids: list[int], between) -> list:
+    """What Petals' model writes in two goes in one open session, with something in between."""
+    with torch.no_grad(), model.inference_session(max_length=len(ids) + 20):
+        begun = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)
+        between()
+        position = model.transformer.h.position
+        return [begun.tolist(), position, model.generate(max_new_tokens=4, do_sample=False).tolist()]
 
 
 def padded_batches(texts: list[list[int]], labels: list) -> list[dict[str, torch.Tensor]]:

@@ -192,8 +192,11 @@ def ask_lm_eval(model: Path, own_rows: dict[str, Path], folder: Path) -> dict[st
     return _ask({"tasks": tasks, "model": str(model)}, folder)
 
 
-def write_own_rows(realdata: Path, folder: Path, *, documents: int | None) -> dict[str, Path]:
-    """Write the rows of the tasks of our own as jsonl, of the stories so many documents. Returns the file of each."""
+def write_own_rows(
+    realdata: Path, folder: Path, *, documents: int | None, questions: int | None = None
+) -> dict[str, Path]:
+    """Write the rows of the tasks of our own as jsonl, of the stories so many documents and of each task of choices so
+    many questions. Returns the file of each."""
     copa = [json.loads(line) for name in ("dev", "test") for line in _lines(realdata / "copa" / f"{name}.jsonl")]
     trec = [line.partition(" ") for line in _lines(realdata / "trec" / "TREC.test.all", "latin-1")]
     sst2 = [line.rpartition("\t") for line in _lines(realdata / "sst2" / "dev.tsv")]
@@ -201,9 +204,9 @@ def write_own_rows(realdata: Path, folder: Path, *, documents: int | None) -> di
     stories = ["\n\n".join(paragraphs[at : at + 40]) for at in range(0, len(paragraphs), 40)][:documents]
     words = [paragraph.split(" ") for paragraph in paragraphs[:16]]
     rows: dict[str, list[dict[str, Any]]] = {
-        "copa_questions": copa,
-        "trec_words": [{"text": text, "label": int(label)} for label, _, text in trec],
-        "sst2_words": [{"sentence": sentence, "label": int(label)} for sentence, _, label in sst2],
+        "copa_questions": copa[:questions],
+        "trec_words": [{"text": text, "label": int(label)} for label, _, text in trec[:questions]],
+        "sst2_words": [{"sentence": sentence, "label": int(label)} for sentence, _, label in sst2[:questions]],
         "stories": [{"page": story} for story in stories],
         "stories_continued": [{"beginning": " ".join(each[:9]), "word": each[9]} for each in words if len(each) > 9],
     }

@@ -45,7 +45,7 @@ def petals_environment(folder: Path) -> dict[str, str]:
         "MKL_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": str(HERE),
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parents[1]))),  # and this checkout
         "HOME": str(folder),  # DRIFT keeps a list of servers below it
         **{f"{name}_CACHE": str(folder / "cache") for name in ("PETALS", "DRIFT", "BLOOMBEE")},
         "HF_HUB_OFFLINE": "1",
@@ -353,3 +353,10 @@ def in_own_loop(coroutine: Callable) -> Any:
     if "error" in outcome:
         raise outcome["error"]
     return outcome["value"]
+
+
+def modes_line(path: Path, inputs: dict[str, list[list[int]]]) -> str:
+    """A line for `save` that shows the two modes of the live model, and writes what was found to a file."""
+    tensors = ", ".join(f"{name!r}: torch.tensor({values})" for name, values in inputs.items())
+    made = f"__import__('petals_eval').modes(model, {{{tensors}}}, answers=3).to_json()"
+    return f"open({str(path)!r}, 'w').write(__import__('json').dumps({made}))"

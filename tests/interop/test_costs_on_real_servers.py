@@ -1,8 +1,7 @@
-"""What a run costs the servers, counted at real Petals 2.2.0 servers: the table of the README, each number within its
-bound. `pytest -s` prints the numbers.
+"""What a run costs the servers, counted at real Petals 2.2.0 servers: the guide `costs`, each number within its bound.
 
-Pushing has its bounds in tests/swarm/scheduling/test_push_scheduler.py, on the stub: 2.2.0 does not push. Killed
-clients are in test_harmless_on_real_servers.py.
+`pytest -s` prints the numbers. Pushing has its bounds in tests/swarm/scheduling/test_push_scheduler.py, on the stub:
+2.2.0 does not push. Killed clients are in test_harmless_on_real_servers.py.
 """
 
 import contextlib

@@ -72,6 +72,8 @@ def test_other_families_and_label_words(tiny, tmp_path):
     assert found["batches"] == {"accuracy": 1.0, "f1": 1.0, "n": 12} and found["still training"]
     assert found["token batches"]["loss"] == pytest.approx(found["own loss"], rel=1e-5)
     assert found["window"] == 3
+    alone, evaluated = found["session"]
+    assert evaluated == alone, "an open session goes on where it was"
     assert found["refused"].startswith("AdapterError: class logits were asked for, but a Distributed")
 
 

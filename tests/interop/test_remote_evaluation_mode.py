@@ -9,9 +9,10 @@ import torch
 import petals_eval
 from petals_eval.errors import MissingBlocksError
 from petals_eval.runs import RunFolder
+from tests.cli.invoking import invoke
 from tests.interop.conftest import BOUNDED, STORIES
 from tests.interop.petals_folders import block_states, make_petals_tiny
-from tests.interop.real_petals import RealPetalsSwarm
+from tests.interop.real_petals import RealPetalsSwarm, modes_line, run_petals_loop
 from tests.support.real_swarm import connect
 
 RUNS = 20
@@ -45,16 +46,37 @@ def accused(swarm, blocks: int, hidden: torch.Tensor) -> list:
     return found
 
 
-def test_a_bloom_with_hidden_dropout_is_caught_in_every_run(tmp_path):
-    folder = tiny_bloom(tmp_path / "bloom", dropout=0.1)
+@pytest.fixture(scope="module")
+def dropping(tmp_path_factory):
+    """A server whose model has dropout in its config, as Petals serves it."""
+    folder = tiny_bloom(tmp_path_factory.mktemp("dropping") / "bloom", dropout=0.1)
     with RealPetalsSwarm(folder, [(0, 3)], dht_prefix="tiny-bloom") as swarm:
-        for remote, hidden in runs(swarm, 3, hidden_states(folder)):
-            with pytest.raises(MissingBlocksError, match=r"gave two answers to one question") as caught:
-                remote(hidden)
-            assert caught.value.missing == ((0, 3),)
-            (finding,) = remote.status().findings
-            assert finding.server.peer_id == swarm.servers[0].peer_id
-            assert 0.2 < finding.difference < 1.4
+        yield swarm
+
+
+def test_a_bloom_with_hidden_dropout_is_caught_in_every_run(dropping):
+    for remote, hidden in runs(dropping, 3, hidden_states(dropping.model_dir)):
+        with pytest.raises(MissingBlocksError, match=r"gave two answers to one question") as caught:
+            remote(hidden)
+        assert caught.value.missing == ((0, 3),)
+        (finding,) = remote.status().findings
+        assert finding.server.peer_id == dropping.servers[0].peer_id
+        assert 0.2 < finding.difference < 1.4
+
+
+def test_modes_names_the_server_and_in_a_live_petals_model_its_blocks(dropping, tmp_path):
+    asked = invoke("modes", "--initial-peers", *dropping.initial_peers, "--json")
+    assert asked.code == 1
+    [server] = json.loads(asked.out)["models"][0]["servers"]
+    assert server["peer_id"] == dropping.servers[0].peer_id
+    assert "nondeterministic" in [each["name"] for each in server["findings"]]
+
+    where = {"model": str(dropping.model_dir), "initial_peers": dropping.initial_peers, "dht_prefix": "tiny-bloom"}
+    line = modes_line(tmp_path / "modes.json", {"input_ids": [[1, 5, 9, 2]]})
+    run_petals_loop(where | {"generate": [1, 5], "max_new_tokens": 1, "save": [line]}, tmp_path)
+    found = json.loads((tmp_path / "modes.json").read_text())
+    assert found["differing"] == "transformer.h" and not found["is_deterministic"]
+    assert found["evaluation"][1]["from_first"] > 0.001  # the client's model is in eval mode, and that does not help
 
 
 def test_the_same_bloom_without_dropout_is_never_accused(tmp_path):

@@ -72,6 +72,32 @@ def test_deep_prompts_of_each_row(folder, hidden):
     assert distance(span.forward(hidden, prompts), Reference(folder).forward(hidden, prompts)) < 1e-5
 
 
+def test_gradients_are_those_of_hugging_faces_own_backward(folder, hidden):
+    prompts = torch.randn(BLOCKS, 1, 5, 32, generator=torch.Generator().manual_seed(2))
+    upwards = hidden_states(3, 11, seed=3)
+    expected = Reference(folder).gradients(hidden, prompts.repeat(1, 3, 1, 1), upwards)
+    spans = [BlockSpan.load(str(folder), first, last) for first, last in SPLIT]
+    entering = [hidden]
+    for span in spans:
+        entering.append(span.forward(entering[-1], prompts[span.start : span.stop]))
+    by_prompts = []
+    for span, states in zip(reversed(spans), reversed(entering[:-1]), strict=True):
+        upwards, share = span.backward(states, upwards, prompts[span.start : span.stop])
+        by_prompts.insert(0, share)
+    assert distance(upwards, expected[0]) < 1e-5
+    assert distance(torch.cat(by_prompts), expected[1]) < 1e-5
+
+
+def test_gradients_of_a_part_without_prompts(folder, hidden):
+    span = BlockSpan.load(str(folder), 0, BLOCKS)
+    (alone,) = span.backward(hidden, hidden, start=1, stop=3)
+    (first,) = span.backward(span.forward(hidden, start=1, stop=2), hidden, start=2, stop=3)
+    (found,) = span.backward(hidden, first, start=1, stop=2)
+    assert distance(found, alone) < 1e-5
+    with pytest.raises(ValueError, match="expected prompts for 2 blocks, found 3"):
+        span.backward(hidden, hidden, torch.zeros(3, 1, 2, 32), start=1, stop=3)
+
+
 def test_part_of_a_span(folder, hidden):
     span = BlockSpan.load(str(folder), 0, BLOCKS)
     parts = hidden

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from playwright.sync_api import Browser, sync_playwright
 
+import petals_eval
 from petals_eval.comparison.compare import compare
 from petals_eval.report.comparison_page import comparison_page
 from petals_eval.report.write import write_page
 from petals_eval.runs.manifest import NoisyServer, ServerUsed
+from petals_eval.two_modes.page import modes_page
 from tests.report.pages import HOSTILE, METRICS, run_folder
 
 SIZES = [(390, 844), (1280, 800)]
@@ -50,10 +53,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found["comparison"] = root / "comparison.html"
     texts = {str(key): HOSTILE for key in range(120)}
     found["comparison"].write_text(comparison_page(compare(folders["hostile"]), texts=texts))
+    found["modes"] = root / "modes.html"
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 3))
+    modes = petals_eval.modes(model, torch.ones(1, 4), batches=[(torch.ones(3, 4), torch.ones(3))])
+    found["modes"].write_text(modes_page(HOSTILE, {HOSTILE: modes, "plain": modes}, [HOSTILE] * 3))
     return found
 
 
-NAMES = [*METRICS, "interrupted", "disputed", "hostile", "comparison"]
+NAMES = [*METRICS, "interrupted", "disputed", "hostile", "comparison", "modes"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,6 +18,14 @@ class Reference:
 
     @torch.no_grad()
     def forward(self, hidden, prompts=None):
+        return self.answer(hidden, prompts)
+
+    def gradients(self, hidden, prompts, grad_outputs):
+        """By the hidden states, and by the prompts (blocks, batch, prefix, hidden)."""
+        inputs = [hidden.clone().requires_grad_(), prompts.clone().requires_grad_()]
+        return torch.autograd.grad(self.answer(*inputs), inputs, grad_outputs)
+
+    def answer(self, hidden, prompts=None):
         hooks = []
         for block, prompt in zip(self.blocks, prompts if prompts is not None else (), strict=False):
 

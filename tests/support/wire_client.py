@@ -59,17 +59,15 @@ class WireClient(contextlib.AbstractContextManager):
 
     def forward_stream(self, peer_id, uid, hidden, prompts=None, **metadata):
         whole = request(uid, hidden, prompts, **metadata)
+        return self.run(streamed(self.stub(peer_id).rpc_forward_stream, whole))
 
-        async def call():
-            parts = [
-                runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=whole.metadata)
-                for tensor in whole.tensors
-                for part in split_for_streaming(tensor, DEFAULT_MAX_MSG_SIZE)
-            ]
-            answers = await self.stub(peer_id).rpc_forward_stream(as_aiter(*parts))
-            return await deserialize_tensor_stream(answer.tensors async for answer in answers)
+    def backward(self, peer_id, uid, hidden, grad_outputs, prompts=None, **metadata):
+        call = self.stub(peer_id).rpc_backward(backward_request(uid, hidden, grad_outputs, prompts, **metadata))
+        return [deserialize_torch_tensor(tensor) for tensor in self.run(call).tensors]
 
-        return self.run(call())
+    def backward_stream(self, peer_id, uid, hidden, grad_outputs, prompts=None, **metadata):
+        whole = backward_request(uid, hidden, grad_outputs, prompts, **metadata)
+        return self.run(streamed(self.stub(peer_id).rpc_backward_stream, whole))
 
     def send(self, peer_id, message, method):
         """A request as it is, over rpc_forward or rpc_forward_stream; returns the tensors' messages, whole."""
@@ -102,12 +100,31 @@ class WireClient(contextlib.AbstractContextManager):
         return {subkey: entry.expiration_time - now for subkey, entry in found.value.items()}
 
 
+async def streamed(rpc, whole):
+    """Send a request in parts, as Petals' client sends a large one; returns the tensors of the answer."""
+    parts = [
+        runtime_pb2.ExpertRequest(uid=whole.uid, tensors=[part], metadata=whole.metadata)
+        for tensor in whole.tensors
+        for part in split_for_streaming(tensor, DEFAULT_MAX_MSG_SIZE)
+    ]
+    answers = await rpc(as_aiter(*parts))
+    return await deserialize_tensor_stream(answer.tensors async for answer in answers)
+
+
 def request(uid, hidden, prompts=None, **metadata):
-    prompts = torch.empty(0) if prompts is None else prompts
-    metadata = {"points": 0, "active_adapter": "", "args_structure": ((b"__T0", b"__T1"), {}), **metadata}
+    return _request(uid, [hidden, prompts], metadata)
+
+
+def backward_request(uid, hidden, grad_outputs, prompts=None, **metadata):
+    return _request(uid, [hidden, grad_outputs, prompts], metadata)
+
+
+def _request(uid, tensors, metadata):
+    marks = tuple(f"__T{index}".encode() for index in range(len(tensors)))
+    metadata = {"points": 0, "active_adapter": "", "args_structure": (marks, {}), **metadata}
     return runtime_pb2.ExpertRequest(
         uid=uid,
-        tensors=[serialize_torch_tensor(hidden), serialize_torch_tensor(prompts)],
+        tensors=[serialize_torch_tensor(torch.empty(0) if tensor is None else tensor) for tensor in tensors],
         metadata=MSGPackSerializer.dumps(metadata),
     )
 

@@ -1,15 +1,22 @@
 """What training mode changes, on models whose answer to that is known."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import petals_eval
+from petals_eval.demo import demo_paths, export_demo
 from petals_eval.errors import ConfigError, ModelError
+from petals_eval.two_modes.at_home import on_task
+from petals_eval.two_modes.settings import ModesSettings
+from tests.cli.invoking import invoke
 
 IDS = torch.tensor([[5, 7, 11, 2, 9, 4]])
 
@@ -142,8 +149,6 @@ def test_mistakes_are_said() -> None:
 
 
 def test_the_command_on_a_folder(tmp_path: Path, realdata: Path) -> None:
-    from tests.cli.invoking import invoke
-
     outcome = invoke("modes", "--model", realdata / "stories260K-hf", "--answers", 3)
     assert outcome.code == 0
     assert "eval mode: all 3 answers are equal bit for bit" in outcome.out
@@ -154,3 +159,61 @@ def test_the_command_on_a_folder(tmp_path: Path, realdata: Path) -> None:
     assert wrong.code == 2
     assert "expected a model of transformers" in wrong.error
     assert invoke("modes").code == 2
+
+
+@pytest.fixture
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_demo(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("exported")
+def test_tuned_prompts_give_at_home_what_they_give_over_a_swarm() -> None:
+    settings = {"model": "my-llama", "adapter": ("prompts", "early-prompts"), "task": "reviews.yaml"}
+    asked = on_task(ModesSettings(**settings))
+    expected = json.loads(demo_paths().expected.read_text())
+    for name, key in (("prompts", "accuracy"), ("early-prompts", "accuracy_early")):
+        model = asked.models[name].eval()
+        with torch.no_grad():
+            right = sum(int((model(ids).argmax(-1) == labels).sum()) for ids, labels in asked.batches)
+        assert right / 400 == expected[key]
+        asking = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert asking == {"prompts", "deep_prompts"}
+
+
+@pytest.mark.usefixtures("exported")
+def test_the_command_says_what_forgetting_eval_would_have_done_to_the_accuracy() -> None:
+    asked = ("modes", "--model", "my-llama", "--adapter", "prompts", "--task", "reviews.yaml", "--limit", 60)
+    outcome = invoke(*asked, "--dropout", 0.5, "--out", "modes.html")
+    assert outcome.code == 0
+    assert outcome.out.endswith("report: modes.html\n")
+    page = Path("modes.html").read_text()
+    assert page.count("<figure>") == 3 and "In eval mode all 5 answers are equal bit for bit" in page
+    assert "modules that behave differently in training mode: 6\n" in outcome.out
+    assert "blocks.layers.0.self_attn: LlamaAttention, dropout p=0.5" in outcome.out
+    assert "eval mode: all 5 answers are equal bit for bit" in outcome.out
+    assert re.search(r"had eval\(\) been forgotten: accuracy 0\.\d+ to \d\.\d+ over 10 passes, instead of", outcome.out)
+    found = json.loads(invoke(*asked, "--json").out)["adapters"]["prompts"]
+    assert set(found["forgotten"]["in_training"]) == {found["forgotten"]["in_eval"]}  # the demo's own dropout is 0
+    assert found["gradients"]["bytes_kept"] > 0
+
+
+@pytest.mark.usefixtures("exported")
+def test_prompts_that_were_saved_in_half_precision_are_pointed_out() -> None:
+    file = Path("prompts", "petals_state_dict.safetensors")
+    saved = load_file(file)
+    save_file({name: tensor.bfloat16() if "prompt" in name else tensor for name, tensor in saved.items()}, file)
+    asked = ("--model", "my-llama", "--adapter", "prompts", "early-prompts", "--task", "reviews.yaml", "--limit", 8)
+    found = json.loads(invoke("modes", *asked, "--json").out)["adapters"]
+    assert found["prompts"]["half_precision"] == ["prompts", "deep_prompts"]
+    assert found["early-prompts"]["half_precision"] == []
+
+
+@pytest.mark.usefixtures("exported")
+def test_what_cannot_be_answered_at_home_ends_with_code_2() -> None:
+    assert "expected --task beside --adapter" in invoke("modes", "--model", "my-llama", "--adapter", "prompts").error
+    words = invoke("modes", "--model", "my-llama", "--task", "words.yaml")
+    assert words.code == 2 and "expected a classification by a trained head; words is another kind" in words.error
+    assert "petals-eval health --html" in invoke("modes", "--initial-peers", "/ip4/x", "--out", "x.html").error
+    bare = invoke("modes", "--model", "my-llama", "--task", "reviews.yaml")
+    assert bare.code == 2 and "there is no trained head" in bare.error

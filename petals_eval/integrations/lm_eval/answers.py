@@ -19,7 +19,7 @@ from petals_eval.text import listed
 if TYPE_CHECKING:
     from petals_eval.remote_model import RemoteModel, RequestAnswer
 
-__all__ = ["Answers", "Asked", "Handle"]
+__all__ = ["Answers", "Asked", "Given", "Handle"]
 
 _log = logging.getLogger("petals_eval")
 
@@ -48,7 +48,7 @@ class Answers:
     """What the harness was answered over one model's swarm, and by whom.
 
     model: of whom. hook: of the harness's cache. requests: how many of each kind were answered. servers: how many each
-    took part in.
+    took part in. given: all that was answered, call by call, each in the order of its requests.
 
     An answer counts as long as nobody who took part in it is caught. Of a call under way it is computed again; what
     came of an earlier call is in the harness's hands, so that it is taken out of the cache and the call ends with an
@@ -60,7 +60,7 @@ class Answers:
         self.requests: Counter[str] = Counter()
         self.servers: Counter[ServerUsed] = Counter()
         self.model = model
-        self._given: list[Given] = []
+        self.given: list[Given] = []
         self._caught: frozenset[str] = frozenset()
         self._recalled: set[str] = set()
         self._said: set[str] = set()
@@ -127,13 +127,17 @@ class Answers:
                         self._progress_by(-1 if not missing[index] else 0)
                         missing[index] += 1
         self._note(done())
+        self.check_recalled()
+        return results
+
+    def check_recalled(self) -> None:
+        """Raise SwarmError where the harness was given answers before by servers that were caught since."""
         if self._recalled:
             raise SwarmError(
                 f"{len(self._recalled):,} answers that the harness was given before are by servers that were caught "
                 f"since ({listed(map(short_peer, sorted(self._caught)))}), and its numbers would hold them. Run it "
                 "again: with --use_cache FILE nothing else is computed anew."
             )
-        return results
 
     def tick(self) -> None:
         """Look after the swarm, a few times a second: what it says, and who was caught."""
@@ -148,7 +152,7 @@ class Answers:
         caught = frozenset(each.server.peer_id for each in status.findings if not each.is_used)
         if caught - self._caught:
             self._caught |= caught
-            self._recalled |= self._forget(self._given)
+            self._recalled |= self._forget(self.given)
 
     def say(self, line: str) -> None:
         """Show a person a line, once."""
@@ -159,7 +163,7 @@ class Answers:
     def _note(self, given: Iterable[Given]) -> None:
         for each in given:
             kind, _, servers = each
-            self._given.append(each)
+            self.given.append(each)
             self.requests[kind] += 1
             self.servers.update(servers)
 

@@ -7,11 +7,13 @@ uses for stop sequences, generation settings and what is left of a text are used
 
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from weakref import finalize
@@ -28,11 +30,14 @@ from lm_eval.utils import simple_parse_args_string
 from petals_eval.errors import ConfigError, ExampleError, NotFiniteError, RequestTooLargeError
 from petals_eval.evaluation.evaluate import is_remote_model
 from petals_eval.integrations.lm_eval.answers import Answers, Asked, Handle
+from petals_eval.integrations.lm_eval.cache import check_cache
 from petals_eval.integrations.lm_eval.decoding import answer_text, decoding_of
-from petals_eval.integrations.lm_eval.manifest import BackendManifest, check_cache
-from petals_eval.integrations.lm_eval.open_model import opened_model
+from petals_eval.integrations.lm_eval.noise import LikelihoodNoise
 from petals_eval.integrations.lm_eval.settings import BackendSettings, HarnessSettings
+from petals_eval.integrations.manifest import BackendManifest
+from petals_eval.integrations.swarm_model import opened_model
 from petals_eval.remote_model import RemoteModel
+from petals_eval.runs.manifest import NoiseRecord
 from petals_eval.tasks.likelihood import requests_together
 from petals_eval.tasks.requests import Decoding, Generated, Request, as_float64
 from petals_eval.tasks.tokens import CHUNK_ROWS, start_token
@@ -93,9 +98,18 @@ class LM(TemplateLM):
         self.tokenizer = local.tokenizer
         self._at_hand: dict[str, list[int]] = {}
         self._answers = Answers(self.model)
+        self._noise = LikelihoodNoise(self.model, self._adapter)
         self._max_length = self._longest()
+        told = ("add_bos_token", "max_gen_toks", "think_end_token")
         self._manifest = BackendManifest.of(
-            self.model, self.settings, max_length=self._max_length, prefix_token_id=self.prefix_token_id
+            self.model,
+            {
+                "max_length": self._max_length,
+                "prefix_token_id": self.prefix_token_id,
+                **{name: getattr(self.settings, name) for name in told},
+            },
+            code="integrations/lm_eval",
+            packages={"lm_eval": version("lm_eval")},
         )
 
     def close(self) -> None:
@@ -159,7 +173,14 @@ class LM(TemplateLM):
     @property
     def manifest(self) -> dict[str, Any]:
         """The model, its prompts, settings and versions; who computed how much, and what verification came to."""
-        return self._manifest.now(self._answers).model_dump(mode="json")
+        return self._manifest_now().model_dump(mode="json")
+
+    def _manifest_now(self) -> BackendManifest:
+        now = self._manifest.now(self.model, self._answers.requests, self._answers.servers)
+        if self.settings.no_noise:
+            return now
+        noise = NoiseRecord(now.adapter.name, self._noise.recomputed, tuple(self._noise.notes))
+        return now.model_copy(update={"noise": noise})
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what stands in the harness's results beside the model's arguments: the manifest."""
@@ -365,11 +386,23 @@ class LM(TemplateLM):
                 return self.model.generate(requests, self._adapter, on_tick=tick, on_notice=say)
             return self.model.compute(requests, self._adapter, on_tick=tick)
 
+        before, started = len(self._answers.given), time.monotonic()
         try:
-            return self._answers.answer(kind, asked, stream, handles, value_of, is_quiet=is_quiet)
+            results = self._answers.answer(kind, asked, stream, handles, value_of, is_quiet=is_quiet)
+            if kind != "generate_until" and not self.settings.no_noise:
+                self._noise.measure(
+                    self._answers.given[before:],
+                    results,
+                    request_of,
+                    value_of,
+                    took=time.monotonic() - started,
+                    on_tick=self._answers.tick,
+                )
+                self._answers.check_recalled()
+            return results
         finally:
             if self.settings.manifest is not None:
-                self._manifest.now(self._answers).write(Path(self.settings.manifest))
+                self._manifest_now().write(Path(self.settings.manifest))
 
     def _checked(self, request: Request) -> Request:
         self.model.local.check_request(request, self.prefix_length)

@@ -4,25 +4,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from petals_eval.config import (
-    AdapterPlaces,
-    Blocks,
-    CallSettings,
-    ModelOnSwarm,
-    Place,
-    Positive,
-    RunSettings,
-    Settings,
-    option,
-    same_as,
-)
+from petals_eval.config import Place, Positive, RunSettings, Settings, option, same_as
+from petals_eval.integrations.swarm_model import SwarmModelSettings
 
 __all__ = ["BackendSettings", "HarnessSettings"]
-
-_SEVERAL = ("initial_peers", "allow_servers", "deny_servers", "index_keys")
-_SEPARATOR = "+"
-"""Between several values of one argument: the harness cuts its text at commas, a shell at blanks and semicolons, and no
-multiaddress holds it."""
 
 
 class HarnessSettings(Settings):
@@ -39,6 +24,7 @@ class HarnessSettings(Settings):
     chat_template_args: dict[str, Any] = option({}, "What the chat template is told besides.")
     enable_thinking: bool | None = option(None, "Told to the chat template.")
     think_end_token: str | int | None = option(None, "What ends a model's thinking; only what follows is its answer.")
+    no_noise: bool = same_as(RunSettings, "no_noise")
     manifest: Place | None = option(None, "File for the manifest, written after each call.", "FILE")
 
     @model_validator(mode="before")
@@ -49,29 +35,7 @@ class HarnessSettings(Settings):
         return values
 
 
-class BackendSettings(ModelOnSwarm, CallSettings, HarnessSettings):
-    """All of it: the model, its prompts, the swarm, how it is used, and what the harness wants of a backend.
-
-    Several peers, servers or keys are a list, or one text with `+` between them. `peft`, which `hf` takes, means
-    `adapter`.
-    """
+class BackendSettings(SwarmModelSettings, HarnessSettings):
+    """All of it: the model, its prompts, the swarm, how it is used, and what the harness wants of a backend."""
 
     model: Place = option(..., "Hub name or local folder.", "NAME", alias="pretrained")
-    adapter: AdapterPlaces = same_as(RunSettings, "adapter")
-    adapter_task: Annotated[int, Field(ge=0)] | None = same_as(RunSettings, "adapter_task")
-    dtype: str | None = same_as(RunSettings, "dtype")  # `hf` takes torch's other names for one, too
-    device: str = same_as(RunSettings, "device")
-    verify_local: Blocks | None = same_as(RunSettings, "verify_local")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _separated(cls, values: Any) -> Any:
-        split = {name: values[name].split(_SEPARATOR) for name in _SEVERAL if isinstance(values.get(name), str)}
-        renamed = {"adapter" if name == "peft" and "adapter" not in values else name: values[name] for name in values}
-        return renamed | split
-
-    @model_validator(mode="after")
-    def _one_adapter(self) -> "BackendSettings":
-        if len(self.adapter) > 1:
-            raise ValueError(f"adapter: expected one, for the harness shows one model, found {len(self.adapter)}")
-        return self

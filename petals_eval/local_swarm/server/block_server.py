@@ -47,7 +47,9 @@ class BlockServer:
         self._thread = SpanThread(blocks, settings.max_batch_size, settings.max_chunk_bytes)
         arithmetic = self._thread if settings.pace is None else PacedSpan(settings)
         compute = wrapped(arithmetic, (*middleware, self.faults.middleware(blocks)))
-        self.handler = BlockHandler(ServedSpan(settings, blocks, compute, self.budget, self.faults), peer.p2p)
+        self.handler = BlockHandler(
+            ServedSpan(settings, blocks, compute, self._thread.gradients, self.budget, self.faults), peer.p2p
+        )
         self.on_crash: Callable[[], Awaitable[None]] = self.abort
         self._announcing: asyncio.Task[None] | None = None
 

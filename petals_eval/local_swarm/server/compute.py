@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -30,10 +31,24 @@ class SpanThread:
 
         Raises ValueError above `max_batch_size` tokens, in the words of Petals' servers.
         """
+        self._check_size(work)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
+
+    async def gradients(self, work: Work, grad_outputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return the gradients by the work's hidden states and, where it has any, by its prompts.
+
+        grad_outputs: (batch, seq, hidden), by the hidden states after its blocks. Raises as a call does.
+        """
+        self._check_size(work)
+        backward = functools.partial(self.blocks.backward, start=work.span.start, stop=work.span.stop)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, backward, work.hidden, grad_outputs, work.prompts
+        )
+
+    def _check_size(self, work: Work) -> None:
         batch, seq = work.hidden.shape[:2]
         if batch * seq > self.max_batch_size:
             raise ValueError(f"Task size greater than max_batch_size ({self.max_batch_size}), it can't be processed")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
 
     def _run(self, work: Work) -> torch.Tensor:
         blocks = functools.partial(self.blocks.forward, start=work.span.start, stop=work.span.stop, cache=work.cache)

@@ -80,19 +80,7 @@ class BlockHandler(ServicerBase):
     ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
         """Do what `rpc_forward` does, in messages of at most 4 MiB each way."""
         async with asyncio.timeout(self._served.settings.request_timeout):
-            opening: runtime_pb2.ExpertRequest | None = None
-            parts: list[list[runtime_pb2.Tensor]] = []  # of each tensor; the first of them carries its header
-            async for request in requests:
-                opening = opening or request
-                if request.uid != opening.uid:
-                    raise ValueError("Block uids differ in one request")
-                for part in request.tensors:
-                    if part.dtype or not parts:
-                        parts.append([])
-                    parts[-1].append(part)
-            if opening is None:
-                raise ValueError("expected a request, found an empty stream")
-            tensors = [combine_from_streaming(each) for each in parts]
+            opening, tensors = await _gathered(requests)
             with self._served.faults.call_in_flight():
                 answer = await self._forward("rpc_forward_stream", opening, tensors, context)
                 hangs = self._served.faults.hangs("middle")
@@ -109,18 +97,60 @@ class BlockHandler(ServicerBase):
         context: P2PContext,
     ) -> runtime_pb2.Tensor:
         """Return the answer to a request whose tensors came in `messages`."""
-        served, remote = self._served, str(context.remote_id)
-        tensors = served.read(messages)
+        served = self._served
         metadata = read_metadata(request)
-        span = served.requested(request.uid)
-        active_adapter = served.active_adapter(metadata)
-        hidden, prompts = unpacked(tensors, metadata, 2)
+        hidden, prompts = unpacked(served.read(messages), metadata, 2)
+        work = self._work(method, request.uid, hidden, prompts, metadata, context)
+        return await served.answer(await served.compute(work), metadata, work.remote)
+
+    def _work(
+        self,
+        method: str,
+        uid: str,
+        hidden: torch.Tensor,
+        prompts: torch.Tensor,
+        metadata: dict[str, Any],
+        context: P2PContext,
+    ) -> Work:
+        span, active_adapter = self._served.requested(uid), self._served.active_adapter(metadata)
         if hidden.ndim != 3:
             raise ValueError(f"expected hidden states (batch, seq, hidden), found {tuple(hidden.shape)}")
         if hidden.shape[0] == 0:
             raise RuntimeError("Batch should contain more than 0 samples")
-        work = Work(method, span, hidden, given(prompts), active_adapter, remote)
-        return await served.answer(await served.compute(work), metadata, remote)
+        return Work(method, span, hidden, given(prompts), active_adapter, str(context.remote_id))
+
+    async def rpc_backward(self, request: runtime_pb2.ExpertRequest, context: P2PContext) -> runtime_pb2.ExpertResponse:
+        """Take hidden states, the gradient by those after the blocks and deep prompts; return the gradients by the
+        hidden states and, where there are any, by the prompts."""
+        async with asyncio.timeout(self._served.settings.request_timeout):
+            gradients = await self._backward("rpc_backward", request, request.tensors, context)
+            return runtime_pb2.ExpertResponse(tensors=gradients)
+
+    async def rpc_backward_stream(
+        self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
+    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
+        """Do what `rpc_backward` does, in messages of at most 4 MiB each way."""
+        async with asyncio.timeout(self._served.settings.request_timeout):
+            opening, tensors = await _gathered(requests)
+            for gradient in await self._backward("rpc_backward_stream", opening, tensors, context):
+                for part in split_for_streaming(gradient, DEFAULT_MAX_MSG_SIZE):
+                    yield runtime_pb2.ExpertResponse(tensors=[part])
+
+    async def _backward(
+        self,
+        method: str,
+        request: runtime_pb2.ExpertRequest,
+        messages: Sequence[runtime_pb2.Tensor],
+        context: P2PContext,
+    ) -> list[runtime_pb2.Tensor]:
+        """Return the gradients that a request asks for, whose tensors came in `messages`."""
+        served = self._served
+        metadata = read_metadata(request)
+        hidden, grad_outputs, prompts = unpacked(served.read(messages), metadata, 3)
+        work = self._work(method, request.uid, hidden, prompts, metadata, context)
+        if grad_outputs.shape != hidden.shape:
+            raise ValueError(f"expected gradients {tuple(hidden.shape)}, found {tuple(grad_outputs.shape)}")
+        return served.answer_gradients(await served.compute_gradients(work, grad_outputs), metadata)
 
     async def rpc_inference(
         self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: P2PContext
@@ -134,6 +164,25 @@ class BlockHandler(ServicerBase):
         """Take a step of one of this server's sessions from the server before it."""
         self._sessions.receive(request)
         return runtime_pb2.ExpertResponse()
+
+
+async def _gathered(
+    requests: AsyncIterator[runtime_pb2.ExpertRequest],
+) -> tuple[runtime_pb2.ExpertRequest, list[runtime_pb2.Tensor]]:
+    """Return the first message of a streamed request, and the tensors that all of them hold."""
+    opening: runtime_pb2.ExpertRequest | None = None
+    parts: list[list[runtime_pb2.Tensor]] = []  # of each tensor; the first of them carries its header
+    async for request in requests:
+        opening = opening or request
+        if request.uid != opening.uid:
+            raise ValueError("Block uids differ in one request")
+        for part in request.tensors:
+            if part.dtype or not parts:
+                parts.append([])
+            parts[-1].append(part)
+    if opening is None:
+        raise ValueError("expected a request, found an empty stream")
+    return opening, [combine_from_streaming(each) for each in parts]
 
 
 BlockHandler.__name__ = TransformerConnectionHandler.__name__

@@ -18,7 +18,7 @@ from petals_eval.swarm.wire import codecs
 from petals_eval.swarm.wire.messages import encode_tensor
 from petals_eval.swarm.wire.server_info import dtype_name
 
-__all__ = ["decoded", "encoded", "given", "read_metadata", "unpacked"]
+__all__ = ["decoded", "encoded", "given", "output_codes", "read_metadata", "unpacked"]
 
 _CODES = runtime_pb2.CompressionType
 _NO_BITSANDBYTES = "BlockwiseQuantization requires bitsandbytes to function properly."  # hivemind's words
@@ -34,14 +34,22 @@ def decoded(message: runtime_pb2.Tensor, settings: ServerSettings) -> torch.Tens
     return codecs.decode(message, tuple(message.size)).to(DTYPES[message.dtype])
 
 
-def encoded(output: torch.Tensor, metadata: dict[str, Any], settings: ServerSettings) -> runtime_pb2.Tensor:
-    """Return the message of an answer, under the compression that the request's metadata asks for."""
+def output_codes(metadata: dict[str, Any], count: int) -> Sequence[int]:
+    """Return the compression that a request's metadata asks for, of each of the `count` tensors of its answer.
+
+    Raises ValueError for another number of codes.
+    """
     codes = metadata.get("output_compression")
     if codes is None:
-        codes = (_CODES.NONE,)
-    if not isinstance(codes, (list, tuple)) or len(codes) != 1 or not isinstance(codes[0], int):
-        raise ValueError(f"expected output_compression to be a tuple of one code, found {codes!r}")
-    code: int = codes[0]
+        return (_CODES.NONE,) * count
+    if not isinstance(codes, (list, tuple)) or len(codes) != count or not all(isinstance(code, int) for code in codes):
+        wanted = "one code" if count == 1 else f"{count} codes"
+        raise ValueError(f"expected output_compression to be a tuple of {wanted}, found {codes!r}")
+    return codes
+
+
+def encoded(output: torch.Tensor, code: int, settings: ServerSettings) -> runtime_pb2.Tensor:
+    """Return the message of an answer's tensor under a compression."""
     # Our own encoder writes uncompressed tensors: hivemind's widens bfloat16 unless a global flag is turned.
     if code == _CODES.NONE:
         return encode_tensor(output)

@@ -10,9 +10,9 @@ from hivemind.proto import runtime_pb2
 
 from petals_eval.local_swarm.faults.injector import FaultInjector
 from petals_eval.local_swarm.server.cache_budget import CacheBudget
-from petals_eval.local_swarm.server.messages import decoded, encoded
+from petals_eval.local_swarm.server.messages import decoded, encoded, output_codes
 from petals_eval.local_swarm.server.settings import ServerSettings
-from petals_eval.local_swarm.work import Compute
+from petals_eval.local_swarm.work import Compute, ComputeGradients
 from petals_eval.model.blocks import BlockSpan
 from petals_eval.swarm.wire.messages import block_uid
 from petals_eval.swarm.wire.span import Span
@@ -25,12 +25,14 @@ class ServedSpan:
     """A server's blocks, how they are computed, and what their calls share.
 
     compute: applies blocks to hidden states, behind the server's middleware.
+    compute_gradients: the way back through them, which no middleware sees.
     budget: the room for the caches of sessions.
     """
 
     settings: ServerSettings
     blocks: BlockSpan
     compute: Compute
+    compute_gradients: ComputeGradients
     budget: CacheBudget
     faults: FaultInjector
 
@@ -69,5 +71,11 @@ class ServedSpan:
 
     async def answer(self, output: torch.Tensor, metadata: dict[str, Any], remote: str) -> runtime_pb2.Tensor:
         """Return hidden states as they are sent to a client (peer id, base58), with the faults that hit the message."""
-        message = encoded(output.to(self.blocks.dtype), metadata, self.settings)
+        (code,) = output_codes(metadata, 1)
+        message = encoded(output.to(self.blocks.dtype), code, self.settings)
         return await self.faults.tampered(message, remote)
+
+    def answer_gradients(self, gradients: Sequence[torch.Tensor], metadata: dict[str, Any]) -> list[runtime_pb2.Tensor]:
+        """Return gradients as they are sent to a client. No fault hits them."""
+        codes = output_codes(metadata, len(gradients))
+        return [encoded(each, code, self.settings) for each, code in zip(gradients, codes, strict=True)]

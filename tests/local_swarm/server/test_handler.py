@@ -59,6 +59,44 @@ def test_stream_of_several_messages_each_way(swarm, client, local):
     assert distance(output, local.forward(hidden, prompts, stop=3)) < 1e-6
 
 
+@pytest.mark.parametrize("method", ["backward", "backward_stream"])
+def test_gradients(swarm, client, local, method):
+    backward, server, uid = getattr(client, method), swarm.servers[1].peer_id, chain("tiny-llama", 3, 5)
+    hidden, upwards, prompts = hidden_states(4, 9), hidden_states(4, 9, seed=1), torch.randn(2, 1, 3, HIDDEN)
+    expected = local.backward(hidden, upwards, prompts, start=3, stop=5)
+    for found, right in zip(backward(server, uid, hidden, upwards, prompts), expected, strict=True):
+        assert distance(found, right) < 1e-6
+    (alone,) = backward(server, uid, hidden, upwards)
+    assert distance(alone, *local.backward(hidden, upwards, start=3, stop=5)) < 1e-6
+    small = backward(server, uid, hidden, upwards, prompts, output_compression=(int(CompressionType.FLOAT16),) * 2)
+    assert 0 < distance(small[0], expected[0]) < 1e-2
+
+
+def test_gradients_in_several_messages_each_way(swarm, client, local):
+    hidden = hidden_states(600, 60)
+    prompts = torch.randn(1, 600, 3, HIDDEN)
+    found = client.backward_stream(swarm.servers[0].peer_id, "tiny-llama.0", hidden, hidden, prompts)
+    for one, right in zip(found, local.backward(hidden, hidden, prompts, stop=1), strict=True):
+        assert distance(one, right) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["backward", "backward_stream"])
+def test_refusals_of_gradients(swarm, client, method):
+    call, first, hidden = getattr(client, method), swarm.servers[0].peer_id, hidden_states(2, 7)
+    with pytest.raises(P2PHandlerError, match=r"Remote peer does not serve tiny-llama\.3"):
+        call(first, chain("tiny-llama", 2, 4), hidden, hidden)
+    with pytest.raises(P2PHandlerError, match=r"Task size greater than max_batch_size \(64\), it can't be processed"):
+        call(swarm.servers[2].peer_id, "tiny-llama.0", hidden_states(5, 13), hidden_states(5, 13))
+    with pytest.raises(P2PHandlerError, match=r"expected gradients \(2, 7, 32\), found \(2, 6, 32\)"):
+        call(first, "tiny-llama.0", hidden, hidden[:, :6])
+    with pytest.raises(P2PHandlerError, match="expected prompts for 1 blocks, found 2"):
+        call(first, "tiny-llama.0", hidden, hidden, torch.zeros(2, 1, 3, HIDDEN))
+    with pytest.raises(P2PHandlerError, match="expected output_compression to be a tuple of one code"):
+        call(first, "tiny-llama.0", hidden, hidden, output_compression=(0, 0))
+    with pytest.raises(P2PHandlerError, match="expected 3 tensors, found 2"):
+        call(first, "tiny-llama.0", hidden, hidden, args_structure=((b"__T0", b"__T1"), {}))
+
+
 @pytest.mark.parametrize("method", ["forward", "forward_stream"])
 def test_refusals(swarm, client, method):
     call = getattr(client, method)

@@ -1,15 +1,13 @@
-"""What stands beside the harness's results: on what, by whom and how far verified its requests were computed."""
+"""What stands beside a harness's results: on what, by whom and how far verified its requests were computed."""
 
-import json
-from collections.abc import MutableMapping
+from collections import Counter
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue
 
-from petals_eval.errors import ConfigError
 from petals_eval.evaluation.prepare import (
     NO_ADAPTER,
     adapter_record,
@@ -18,7 +16,6 @@ from petals_eval.evaluation.prepare import (
     model_record,
 )
 from petals_eval.evaluation.scoring import noisy_server
-from petals_eval.integrations.lm_eval.settings import HarnessSettings
 from petals_eval.remote_model import LocalSide
 from petals_eval.runs.code_hash import answering_code
 from petals_eval.runs.disk import blame_the_machine, write_atomically
@@ -26,6 +23,7 @@ from petals_eval.runs.manifest import (
     AdapterRecord,
     LosslessServer,
     ModelRecord,
+    NoiseRecord,
     NoisyServer,
     ServerUsed,
     package_versions,
@@ -34,13 +32,9 @@ from petals_eval.runs.privacy import shareable_settings
 from petals_eval.tasks.tokens import tokenizer_sha256
 
 if TYPE_CHECKING:
-    from petals_eval.integrations.lm_eval.answers import Answers
     from petals_eval.remote_model import RemoteModel
 
-__all__ = ["BackendManifest", "ServerShare", "Verification", "check_cache"]
-
-_FINGERPRINT = "petals-eval"
-"""The key of a cache that names whose answers it holds; the harness's own keys are hashes."""
+__all__ = ["BackendManifest", "ServerShare", "Verification"]
 
 Settings = Annotated[dict[str, JsonValue], AfterValidator(shareable_settings)]
 
@@ -70,7 +64,8 @@ class BackendManifest(BaseModel):
 
     created, updated: UTC, ISO 8601. answer_settings: what changes an answer besides the model and its prompts;
     run_settings: what does not. requests: of the harness, by the call, that were answered here and not by its cache.
-    noisy_servers: as in a run's manifest. lossless_servers: those that did not take a lossy wire.
+    noisy_servers: as in a run's manifest. noise: how far answers moved that were computed again; None where nobody
+    looked. lossless_servers: those that did not take a lossy wire.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -87,13 +82,23 @@ class BackendManifest(BaseModel):
     servers: tuple[ServerShare, ...] = ()
     verification: Verification
     noisy_servers: tuple[NoisyServer, ...] = ()
+    noise: NoiseRecord | None = None
     lossless_servers: tuple[LosslessServer, ...] = ()
 
     @classmethod
     def of(
-        cls, model: "RemoteModel", asked: HarnessSettings, *, max_length: int, prefix_token_id: int
+        cls,
+        model: "RemoteModel",
+        answer_settings: Mapping[str, Any],
+        *,
+        code: str,
+        packages: Mapping[str, str],
     ) -> "BackendManifest":
-        """Return the manifest of a backend that begins now."""
+        """Return the manifest of a backend that begins now.
+
+        answer_settings: what the backend itself was told that changes an answer. code: the folder of its sources, in
+        this package. packages: versions beside those of a run.
+        """
         settings = model.blocks.settings
         side = LocalSide(model.local, model.adapters, settings, model.blocks.dht_prefix)
         adapter = model.adapters[0] if model.adapters else None
@@ -103,29 +108,30 @@ class BackendManifest(BaseModel):
             model=model_record(side),
             adapter=adapter_record(NO_ADAPTER if adapter is None else adapter.name, adapter),
             answer_settings={
-                "code": answering_code("integrations/lm_eval"),
+                "code": answering_code(code),
                 "tokenizer_sha256": tokenizer_sha256(model.local.tokenizer),
                 "end_tokens": [*sorted(model.local.end_tokens())],
                 **answering_settings(side),
-                "max_length": max_length,
-                "prefix_token_id": prefix_token_id,
-                **{name: getattr(asked, name) for name in ("add_bos_token", "max_gen_toks", "think_end_token")},
+                **answer_settings,
             },
             run_settings=call_settings(settings),
-            packages=package_versions() | {"lm_eval": version("lm_eval")},
+            packages=package_versions() | dict(packages),
             verification=Verification(share=settings.verify),
         )
 
-    def now(self, answers: "Answers") -> "BackendManifest":
-        """Return the manifest with what was answered so far."""
-        blocks = answers.model.blocks
+    def now(self, model: "RemoteModel", requests: Mapping[str, int], servers: Counter[ServerUsed]) -> "BackendManifest":
+        """Return the manifest with what was answered so far.
+
+        requests: of the harness, by the call. servers: of how many each computed a part.
+        """
+        blocks = model.blocks
         audits = blocks.audit_progress()
         refusals = [(peer.peer_id, peer.codec_refusal) for peer in list(blocks.peers.values())]
         return self.model_copy(
             update={
                 "updated": _now(),
-                "requests": dict(answers.requests),
-                "servers": tuple(ServerShare(server=each, requests=n) for each, n in answers.servers.most_common()),
+                "requests": dict(requests),
+                "servers": tuple(ServerShare(server=each, requests=n) for each, n in servers.most_common()),
                 "verification": Verification(
                     share=self.verification.share,
                     computed=audits.computed,
@@ -137,38 +143,18 @@ class BackendManifest(BaseModel):
             }
         )
 
+    def whose(self) -> dict[str, JsonValue]:
+        """Return by what the answers of one backend are told from those of another: all but names."""
+        record = self.model_dump(mode="json", include={"model", "adapter", "answer_settings"})
+        return {
+            f"{part}.{key}": value for part, found in record.items() for key, value in found.items() if key != "name"
+        }
+
     def write(self, path: Path) -> None:
         """Write it as JSON, into a folder that is made where there is none. Raises MachineError."""
         with blame_the_machine(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, [self.model_dump_json(indent=2), "\n"])
-
-
-def check_cache(cache: MutableMapping[str, Any] | None, manifest: BackendManifest) -> None:
-    """Put into the harness's cache of answers whose they are.
-
-    The harness knows a request by its text alone, and would hand the answers of one model to another. Raises
-    ConfigError where it holds those of another backend, model or settings.
-    """
-    if cache is None:
-        return
-    record = manifest.model_dump(mode="json", include={"model", "adapter", "answer_settings"})
-    ours: dict[str, JsonValue] = {
-        f"{part}.{key}": value for part, found in record.items() for key, value in found.items() if key != "name"
-    }
-    if len(cache) == 0:
-        cache[_FINGERPRINT] = json.dumps(ours)
-    elif _FINGERPRINT not in cache:
-        raise ConfigError(
-            "--use_cache: expected a cache of this backend, found one with the answers of another. Name another file."
-        )
-    theirs = json.loads(cache[_FINGERPRINT])
-    different = [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
-    if different:
-        shown = "; ".join(f"{key}: was {theirs.get(key)}, now {ours.get(key)}" for key in different)
-        raise ConfigError(
-            f"--use_cache: this cache holds answers of another model or settings ({shown}). Name another file."
-        )
 
 
 def _now() -> str:
