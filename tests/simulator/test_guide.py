@@ -11,7 +11,7 @@ from tests.cli.invoking import invoke
 
 GUIDE = (Path(petals_eval.__file__).parent / "guides" / "simulator.md").read_text(encoding="utf-8")
 SWARM = re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)[0]
-BEFORE, AFTER = re.findall(r"```console\n\$ .*?(?:--plot|--compare) .*?\n(.*?)```", GUIDE, re.DOTALL)
+BEFORE, AFTER = re.findall(r"^\$ [^\n]*(?:--plot|--compare) [^\n]*\n(.*?)```", GUIDE, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.soak
