@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -22,12 +21,12 @@ from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.directory.routing import Hop
 from petals_eval.swarm.lanes.lane_scheduler import LaneScheduler
 from petals_eval.swarm.lanes.prefix import Entering, PrefixedRows
-from petals_eval.swarm.peers.finding import TrustFinding
 from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.scheduling.admission import Admission, AdmissionQueues
 from petals_eval.swarm.scheduling.push_scheduler import PushScheduler
 from petals_eval.swarm.scheduling.router import HopDeadline, PacePolicy, Router
+from petals_eval.swarm.scheduling.swarm_status import SwarmStatus
 from petals_eval.swarm.scheduling.tuning import Delivery, Tuning
 from petals_eval.swarm.sessions.route_session import RouteSession
 from petals_eval.swarm.transport.client import HopClient
@@ -46,21 +45,6 @@ from petals_eval.swarm.wire.span import Span
 __all__ = ["Pipeline", "ServedHop", "SwarmStatus"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class SwarmStatus:
-    """What a progress display shows.
-
-    waiting: why nothing moves, or None. notices: warnings, in order; each is to be shown once.
-    findings: servers whose answers cannot be counted on.
-    """
-
-    retries: int
-    servers: tuple[str, ...]
-    waiting: str | None
-    notices: tuple[str, ...] = ()
-    findings: tuple[TrustFinding, ...] = ()
 
 
 class Pipeline:
@@ -164,19 +148,20 @@ class Pipeline:
                         slow, other = (self.peers.of(each.peer_id).name for each in (hop, replica))
                         _log.debug("blocks %s: nothing from %s in time, %s is asked, too", hop.span, slow, other)
                         under_way[self._start(replica, activations, give_up)] = replica
-                for call in done:
+                answers = []
+                for call in [each for each in under_way if each in done]:  # a set has no order of its own
                     asked = under_way.pop(call)
                     try:
-                        answer = call.result()
+                        answers.append((asked, call.result()))
                     except PeerError as error:
                         if isinstance(error, PeerNotFiniteError):
                             non_finite.append(asked)
                         self._on_failed(asked, error)
                         until_next = 0.0
-                    else:
-                        for slower in under_way.values():
-                            self.peers.of(slower.peer_id).on_overtaken()
-                        return asked, answer
+                if answers:
+                    for slower in under_way.values():
+                        self.peers.of(slower.peer_id).on_overtaken()
+                    return answers[0]
             return None
         finally:
             for call in under_way:

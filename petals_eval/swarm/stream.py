@@ -93,7 +93,7 @@ class MicroBatchStream(Generic[T]):
         self._producer_paused = False
         self.in_flight = 0
         self._loop: asyncio.AbstractEventLoop | None = None  # while `run` does
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}  # in order: what is cancelled is so in the order sent
         pipeline.queues.producing.add(self)
 
     def has_room(self) -> bool:
@@ -162,8 +162,8 @@ class MicroBatchStream(Generic[T]):
         while self._outbox and self._loop is not None:
             task = self._loop.create_task(self._run_one(self._outbox.popleft()))
             self._started += 1
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks[task] = None
+            task.add_done_callback(self._tasks.pop)
 
     async def _run_one(self, queued: _Queued[T]) -> None:
         result: Computed[T] | Failed[T]
