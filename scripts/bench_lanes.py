@@ -42,7 +42,8 @@ class LaneWorkload:
     """What is evaluated, and over what.
 
     link: of each server. client_mbps: up and down of the client's own link, which all share. cache: tokens of each
-    server's cache. settings: of the lanes' side, beside `lanes`.
+    server's cache. pace: tokens a second of servers that wait and compute nothing; None: they compute. settings: of the
+    lanes' side, beside `lanes`.
     """
 
     model: Path
@@ -53,6 +54,7 @@ class LaneWorkload:
     link: LinkProfile | None = HOME
     client_mbps: tuple[float | None, float | None] = (None, None)
     cache: int = 1 << 14
+    pace: float | None = None
     settings: dict = field(default_factory=dict)
 
 
@@ -60,7 +62,7 @@ def few_shot(folder: Path, **changes: object) -> LaneWorkload:
     """400 tokens that all rows begin with, and up to 24 of their own."""
     model, adapter = make_llama(folder / "few", hidden=256, blocks=4)
     task = make_task(folder / "few-letters", rows=6000, tokens=(24, 24), in_front=400)
-    whole = {"cache": 1 << 16, "settings": {"cache_share": 1.0}}
+    whole = {"cache": 1 << 16, "settings": {"cache_share": 1.0}, "pace": 20_000.0}
     return LaneWorkload(model, adapter, *task, spans=FOUR, **{**whole, **changes})
 
 
@@ -130,6 +132,7 @@ def running(workload: LaneWorkload, folder: Path) -> Iterator[tuple[EmulatedNetw
             network=network,
             links=workload.link or LinkProfile(),
             attn_cache_tokens=workload.cache,
+            pace=workload.pace,
         )
         stack.enter_context(swarm)
         environment = os.environ | {"HIVEMIND_LOGLEVEL": "ERROR", "PYTHONPATH": str(ROOT)}
