@@ -262,5 +262,5 @@ def test_a_definition_with_holes():
 
 def test_a_missing_column_of_rows_in_memory_is_told_without_names_that_nobody_gave() -> None:
     rows = rows_of([{"text": "fine", "label": "good"}], name=IN_MEMORY)
-    with pytest.raises(DataError, match="^the rows in memory have no column sentiment, which the task reads"):
+    with pytest.raises(DataError, match=r"^the rows in memory have no column sentiment, which the task reads"):
         rows.check_columns(["sentiment"], "task")
