@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["HELP", "SHORT", "compare"]
 
 SHORT = "Compare runs on the same rows."
-HELP = """Compare runs, or the adapters of one, on the rows that all of them scored: the difference of every metric with
-its 95% interval, a test, and the smallest difference that so many rows could show.
+HELP = """Compare runs, or the adapters of one, on the rows that all of them scored: the difference of every metric (the
+first run minus the second) with its 95% interval, a test, and the smallest difference that so many rows could show.
 
 \b
   petals-eval compare runs/prompts-a runs/prompts-b
@@ -59,9 +59,7 @@ def compare(
         seed=settings.seed,
     )
     if chosen:
-        from petals_eval.report import comparison_tables
-
-        typer.echo(getattr(comparison_tables, f"as_{chosen[0]}")(found.differences), nl=False)
+        typer.echo(getattr(found, f"to_{chosen[0]}")(), nl=False)
         return 0
     texts = _texts(found, runs, settings) if settings.with_texts else None
     if settings.json_output:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petals_eval.comparison.sources import Compared, of_folder, of_predictions, of_result
+from petals_eval.comparison.tables import as_csv, as_latex, as_lines, as_markdown
 from petals_eval.errors import ConfigError, DataError
 from petals_eval.metrics import KINDS, check_metric_names
 from petals_eval.metrics.differences import Difference, Side, differences, pairs_of
@@ -18,20 +19,20 @@ from petals_eval.runs import RunResult
 from petals_eval.runs.matching import MatchedRows, match_rows
 from petals_eval.runs.results import WITHOUT_POSITIONS
 from petals_eval.tasks import Task, load_task
-from petals_eval.text import listed
+from petals_eval.text import listed, plural
 
 __all__ = ["ChangedRow", "Comparison", "compare"]
 
 SCHEMA_VERSION = 1
 
-Change = Literal["to wrong", "to right", "wrong otherwise"]
+Change = Literal["now wrong", "now right", "wrong otherwise"]
 
 
 @dataclass(frozen=True, slots=True)
 class ChangedRow:
     """A row that two sides predict otherwise. label, first, second: names where there are any, else positions.
 
-    change: from the first side to the second, "to wrong", "to right" or "wrong otherwise"; None without a label.
+    change: from the first side to the second, "now wrong", "now right" or "wrong otherwise"; None without a label.
     """
 
     key: str
@@ -50,7 +51,7 @@ class ChangedRow:
         }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
     """What `compare` returns.
 
@@ -92,9 +93,9 @@ class Comparison:
             if label != label:
                 change = None
             elif before == label:
-                change = "to wrong"
+                change = "now wrong"
             elif after == label:
-                change = "to right"
+                change = "now right"
             named = [self._named(each) for each in (before, after)]
             yield ChangedRow(
                 self.matched.keys[row], None if change is None else self._named(label), named[0], named[1], change
@@ -125,6 +126,26 @@ class Comparison:
             ],
         }
 
+    def to_csv(self) -> str:
+        """Return the table of the differences as csv."""
+        return as_csv(self.differences)
+
+    def to_markdown(self) -> str:
+        """Return the table of the differences in Markdown."""
+        return as_markdown(self.differences)
+
+    def _repr_markdown_(self) -> str:
+        """Return what a notebook shows of a comparison that is the last line of a cell."""
+        return self.to_markdown()
+
+    def to_latex(self) -> str:
+        """Return the table of the differences as a LaTeX tabular (booktabs)."""
+        return as_latex(self.differences)
+
+    def __repr__(self) -> str:
+        """Return how many rows were compared, and a line for each metric of each pair."""
+        return "\n".join([f"{plural(self.rows, 'row')} compared", *as_lines(self.differences)])
+
     def _named(self, position: float) -> str | int:
         return self.label_names[int(position)] if self.label_names else int(position)
 
@@ -154,7 +175,7 @@ def compare(
     if len(sides) < 2:
         raise ConfigError(
             "expected two or more to compare: run folders, a folder with several adapters, or files of predictions; "
-            f"found {listed(sides) or 'none'}."
+            f"found {f'one: {runs[0]}' if sides else 'none'}."
         )
     if against is not None and against not in sides:
         raise ConfigError(f"against: expected one of {listed(sides)}; found {against!r}.")

@@ -13,6 +13,7 @@ Pages that are about another program's environment are left to tests of their ow
 """
 
 import contextlib
+import doctest
 import json
 import os
 import re
@@ -204,6 +205,10 @@ def test_the_commands_of_a_page(
             check(command, invoke(*with_peers(command, own_swarm)[1:]))
         else:
             check_set_up(command)
+    # What Python does with the runs that these commands made.
+    for example in page.blocks("pycon"):
+        tried = doctest.DocTestParser().get_doctest(example, {}, page.name, None, None)
+        assert doctest.DocTestRunner().run(tried).failed == 0
 
 
 def with_peers(command: Typed, peers: list[str]) -> tuple[str, ...]:

@@ -113,7 +113,7 @@ def test_sides_that_have_nothing_in_common_are_refused(tmp_path: Path, changes: 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     one = run(tmp_path / "one", "one")
-    with pytest.raises(ConfigError, match=r"expected two or more to compare: .*; found one"):
+    with pytest.raises(ConfigError, match=r"expected two or more to compare: .*; found one: .*/one\."):
         petals_eval.compare(one)
     with pytest.raises(RunFolderError, match=r"Expected the folder of a run at .*nowhere"):
         petals_eval.compare(one, tmp_path / "nowhere")
@@ -139,8 +139,8 @@ def test_rows_that_changed_are_counted_and_named(tmp_path: Path) -> None:
     rows = list(found.changed_rows("a", "b"))
     accuracy = found.of("a", "b")["accuracy"]
     assert len(rows) == found.changed["a", "b"]
-    assert sum(each.change == "to wrong" for each in rows) == accuracy.only_first
-    assert sum(each.change == "to right" for each in rows) == accuracy.only_second
+    assert sum(each.change == "now wrong" for each in rows) == accuracy.only_first
+    assert sum(each.change == "now right" for each in rows) == accuracy.only_second
     for each in rows:
         assert each.label == LABELS[int(each.key) % 3] and each.first != each.second
     report: dict = found.to_json(changed_rows=2)
@@ -149,6 +149,24 @@ def test_rows_that_changed_are_counted_and_named(tmp_path: Path) -> None:
     assert set(report["differences"][0]) >= {
         *("difference", "ci95", "p_value", "method", "rows", "discordant", "changed", "minimum_detectable_difference")
     }
+
+
+def test_a_comparison_prints_itself_as_the_command_does(tmp_path: Path) -> None:
+    found = petals_eval.compare(run(tmp_path / "both", "a", "b", "c"), metrics=["accuracy"])
+    said = str(found).splitlines()
+    assert said[0] == "60 rows compared" and [line.split(":")[0] for line in said[1:]] == ["a - b", "a - c", "b - c"]
+    assert said[1].startswith("a - b: accuracy -0.") and ", p " in said[1] and repr(found) == str(found)
+    assert found._repr_markdown_() == found.to_markdown()
+    assert found.to_markdown().startswith("| metric | first | second | value of first | of second | first - second |")
+    assert (
+        found.to_csv().splitlines()[0].startswith("metric,first,second,first_value,second_value,difference,low,high,")
+    )
+    about, begin = found.to_latex().splitlines()[:2]
+    assert about.startswith(
+        r"% needs \usepackage{booktabs}; brackets: 95% intervals; these and p (corrected for all pairs "
+    )
+    assert about.endswith(": exact McNemar test, Newcombe interval (1998, method 10)")
+    assert begin == r"\begin{tabular}{lllrrrr}" and " & $-$0." in found.to_latex()
 
 
 def test_results_in_memory_are_compared_as_their_folders_are(tmp_path: Path) -> None:
