@@ -63,7 +63,11 @@ def test_show_prints_tables_of_one_and_of_many(trec: Path) -> None:
     latex = invoke("show", trec, "--latex").out
     assert "trec-deep\\_ptune & 0.7360 [0.696, 0.773]" in latex
     assert invoke("show", trec, "--markdown").out.splitlines()[2].startswith("| trec-deep\\_ptune | 0.7360")
-    assert invoke("show", trec, trec).out.count("0.7180") == 2
+    several = invoke("show", trec, trec, "--markdown").out
+    assert several.count("0.7180 \\[") == 2
+    plain = invoke("show", trec, trec).out.splitlines()
+    assert plain[0].split() == ["adapter", *["trec-deep_ptune", "trec-ptune"] * 2]
+    assert plain[1].split()[:7] == ["accuracy", "0.7360", "[0.696,", "0.773]", "0.7180", "[0.677,", "0.756]"]
     refused = invoke("show", trec, "--csv", "--json")
     assert refused.code == 2 and "expected --csv alone" in refused.err
 

@@ -68,6 +68,37 @@ def test_names_that_are_shared_have_their_folder_before_them(tmp_path: Path) -> 
         petals_eval.compare(one, one)
 
 
+def test_a_run_is_shown_by_the_name_that_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(Path("one"), "same"), run(Path("two"), "same"), run(Path("several"), "a", "b"), run(Path("x=y"), "odd")
+    found = petals_eval.compare("old=one", "new=two/", "many=several", "x=y", metrics=["accuracy"])
+    assert found.sides == {"old": "one", "new": "two", "many/a": "several", "many/b": "several", "odd": "x=y"}
+    rows = "".join(f"{key},{LABELS[key % 3]}\n" for key in range(60))
+    Path("other.csv").write_text("key,prediction\n" + rows)
+    assert list(petals_eval.compare("old=one", "tool=other.csv").sides) == ["old", "tool"]
+    with pytest.raises(ConfigError, match="expected a name of its own for each run; found old for one and two"):
+        petals_eval.compare("old=one", "old=two")
+    for asked in ("=one", "old="):
+        with pytest.raises(ConfigError, match=f"expected NAME=RUN, a name and a run folder or file; found '{asked}'"):
+            petals_eval.compare(asked, "two")
+    with pytest.raises(RunFolderError, match=r"Expected the folder of a run at nowhere"):
+        petals_eval.compare("old=nowhere", "two")
+
+
+def test_one_is_held_against_all_by_its_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(Path("one"), "same"), run(Path("two"), "same"), run(Path("several"), "a", "b")
+    for asked in ("two", "two/", "two/same"):
+        found = petals_eval.compare("one", "two", "several", against=asked, metrics=["accuracy"])
+        assert [first for first, _ in found.pairs] == ["two/same"] * 3
+    for asked in ("new", "new=two", "two"):
+        assert petals_eval.compare("one", "new=two", against=asked).pairs == (("new", "same"),)
+    with pytest.raises(ConfigError, match="against: several has several adapters: expected one of a, b"):
+        petals_eval.compare("one", "several", against="several")
+    with pytest.raises(ConfigError, match="against: expected one of same, a, b, or the folder of one; found 'nowhere'"):
+        petals_eval.compare("one", "several", against="nowhere")
+
+
 def test_rows_that_one_side_lacks_are_left_out_and_counted(tmp_path: Path) -> None:
     whole, part = run(tmp_path / "whole", "whole"), run(tmp_path / "part", "part", skip=(3, 17))
     found = petals_eval.compare(part, whole)
@@ -118,7 +149,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"Expected the folder of a run at .*nowhere"):
         petals_eval.compare(one, tmp_path / "nowhere")
     both = run(tmp_path / "both", "a", "b")
-    with pytest.raises(ConfigError, match="against: expected one of a, b; found 'c'"):
+    with pytest.raises(ConfigError, match="against: expected one of a, b, or the folder of one; found 'c'"):
         petals_eval.compare(both, against="c")
     with pytest.raises(ConfigError, match="Expected the name of a metric; found 'f1'"):
         petals_eval.compare(both, metrics=["f1"])
