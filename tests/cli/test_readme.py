@@ -14,6 +14,7 @@ Pages that are about another program's environment are left to tests of their ow
 
 import contextlib
 import doctest
+import html
 import json
 import os
 import re
@@ -237,6 +238,9 @@ def check(command: Typed, outcome: Outcome) -> None:
     if words[1] == "run" and words[-1] in WHAT_PROMPTS_GIVE:
         expected = json.loads(demo_paths().expected.read_text())[WHAT_PROMPTS_GIVE[words[-1]]]
         assert json.loads(Path(words[-1], "metrics.json").read_text())["metrics"]["accuracy"]["value"] == expected
+        repeated = html.unescape(Path(words[-1], "report.html").read_text())
+        assert "--task '<your task file reviews.yaml>' --data reviews.jsonl " in repeated
+        assert "--local-swarm 3</code>" in repeated
     if words[1] == "health" and "--html" in words:
         assert "<!doctype html>" in Path("health.html").read_text()
         assert json.loads(outcome.out)["verdict"] == "healthy"
