@@ -215,6 +215,7 @@ Identities = Annotated[tuple[Annotated[str, AfterValidator(_identity)], ...], Be
 Dtype = Literal["float32", "bfloat16", "float16"]
 Wire = Literal["float16", "blockwise8", "uniform8"]
 Push = Literal["auto", "always", "never"]
+Lanes = Literal["never", "auto", "always"]
 Pool = Literal["auto", "last", "last-not-pad", "before-first-pad", "count-not-pad"]
 
 
@@ -288,6 +289,14 @@ class CallSettings(ServerChoice, heading=SERVERS):
         "auto",
         "Let servers pass hidden states on, so that each leaves here once: auto (where that is faster), always, never.",
         "WHEN",
+    )
+    lanes: Lanes = option(
+        "never",
+        "Keep what rows have in common in the servers' caches, and send the rest alone: never, auto, always.",
+        "WHEN",
+    )
+    cache_share: Share = option(
+        0.25, "Share of a server's cache for sessions that lanes may take, of what was free before them.", "SHARE"
     )
 
 

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from pydantic import Field
 
 from petals_eval.config import AdapterPlaces, Blocks, CallSettings, Place, Pool, Settings, SwarmSettings
-from petals_eval.data.batching import HasTokens, MicroBatch, micro_batches
+from petals_eval.data.batching import HasTokens, MicroBatch, Shared, micro_batches
+from petals_eval.data.shared_prefixes import prefixed_batches
 from petals_eval.environment import local_path
 from petals_eval.errors import ConfigError, ExampleError
 from petals_eval.tasks.requests import Generated, Request
@@ -23,9 +25,12 @@ if TYPE_CHECKING:
     from petals_eval.generation.engine import GrowingRow
     from petals_eval.model import Adapter, Family, LocalModel, LocalPart
     from petals_eval.model.blocks import BlockSpan
-    from petals_eval.swarm import Computed, RemoteSequential, ServedHop, SwarmConnection
+    from petals_eval.swarm import Computed, RemoteSequential, ServedHop, SwarmConnection, Work
+    from petals_eval.swarm.lanes.prefix import Prefix
 
 R = TypeVar("R", bound=HasTokens)
+Batches = Callable[..., Iterator[MicroBatch[Any]]]
+"""Groups requests to micro-batches, as `petals_eval.data.micro_batches` does."""
 
 __all__ = [
     "LocalSide",
@@ -196,6 +201,7 @@ class RemoteModel:
         tokens_per_micro_batch: int | None = None,
         on_tick: Callable[[], object] | None = None,
         on_failed: Callable[[Request, ExampleError], object] | None = None,
+        in_lanes: bool = True,
     ) -> Generator[RequestAnswer]:
         """Answer requests as they come back from the swarm, in any order.
 
@@ -207,8 +213,12 @@ class RemoteModel:
 
         on_failed: told of each request that the swarm cannot compute whoever tries (too long for every server); the
             others go on. None: the first such error is raised.
+        in_lanes: False: by forward calls alone, whatever the settings say of lanes.
         """
-        with closing(self._stream(requests, adapter, tokens_per_micro_batch, on_tick, on_failed)) as stream:
+        batches: Batches = micro_batches
+        if in_lanes and self.blocks.settings.lanes != "never":
+            batches = self._prefixed_batches(adapter)
+        with closing(self._stream(requests, adapter, tokens_per_micro_batch, on_tick, on_failed, batches)) as stream:
             for computed in stream:
                 answers = self._answers(computed, adapter)
                 del computed  # its hidden states are of no more use, and the next may be long in coming
@@ -275,6 +285,7 @@ class RemoteModel:
         tokens_per_micro_batch: int | None,
         on_tick: Callable[[], object] | None,
         on_failed: Callable[[R, ExampleError], object] | None,
+        batches: Batches = micro_batches,
     ) -> "Generator[Computed[MicroBatch[R]]]":
         """Return micro-batches of requests as they come back from the swarm."""
         from petals_eval.swarm import Work
@@ -286,9 +297,13 @@ class RemoteModel:
 
         def outgoing() -> Iterator[Work[MicroBatch[R]]]:
             max_tokens, boundary = tokens_per_micro_batch or self.positions_at_once, self.local.rotary.original_length
-            for batch in micro_batches(requests, max_tokens=max_tokens, prefix=prefix, boundary=boundary):
+            tree = _PrefixTree(self._embed, adapter, deep_prompts)
+            for batch in batches(requests, max_tokens=max_tokens, prefix=prefix, boundary=boundary):
                 self.local.check_length(batch.input_ids.shape[1], prefix)
-                yield Work(batch, self._embed(batch, adapter), deep_prompts)
+                if batch.shared is None:
+                    yield Work(batch, self._embed(batch.input_ids, adapter), deep_prompts)
+                else:
+                    yield tree.work(batch, batch.shared)
 
         def split_into_rows(batch: MicroBatch[R], error: ExampleError) -> Iterator[Work[MicroBatch[R]]]:
             """Send the rows of a micro-batch that nobody can compute one by one: the shorter ones may fit."""
@@ -299,19 +314,31 @@ class RemoteModel:
                 return
             for request in batch.requests:
                 alone = MicroBatch.of([request])
-                yield Work(alone, self._embed(alone, adapter), deep_prompts)
+                yield Work(alone, self._embed(alone.input_ids, adapter), deep_prompts)
 
         return self.blocks.stream(outgoing(), on_tick=on_tick, on_error=split_into_rows)
+
+    def _prefixed_batches(self, adapter: "Adapter | None") -> Batches:
+        """Return what groups requests by what they have in common, for lanes."""
+
+        def asked_from(request: Request) -> int:
+            if request.targets:
+                return min(position for position, _ in request.targets)
+            return self.local.pooled_token(request.input_ids, adapter)
+
+        return partial(
+            prefixed_batches, lane_rows=partial(self.blocks.lanes.rows, self.blocks.span), asked_from=asked_from
+        )
 
     def positions_at_once(self) -> int:
         """Return how many positions (rows x longest, prompts included) are best sent together now."""
         return self.blocks.positions_at_once(self.local.hidden_size, self.local.dtype)
 
-    def _embed(self, batch: MicroBatch[R], adapter: "Adapter | None") -> "torch.Tensor":
+    def _embed(self, input_ids: "torch.Tensor", adapter: "Adapter | None" = None) -> "torch.Tensor":
         from petals_eval.model import evaluating
 
         with evaluating(self.local):
-            return self.local.embed(batch.input_ids, adapter)
+            return self.local.embed(input_ids, adapter)
 
     def _answers(self, computed: "Computed[MicroBatch[Request]]", adapter: "Adapter | None") -> list[RequestAnswer]:
         from petals_eval.model import evaluating
@@ -333,6 +360,44 @@ class RemoteModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _PrefixTree:
+    """What micro-batches have in common, embedded once: what they all begin with, and the contexts of the last rows."""
+
+    def __init__(
+        self,
+        embed: "Callable[[torch.Tensor, Adapter | None], torch.Tensor]",
+        adapter: "Adapter | None",
+        deep_prompts: "torch.Tensor | None",
+    ):
+        self._embed, self._adapter, self._deep_prompts = embed, adapter, deep_prompts
+        self._root: tuple[tuple[int, ...], Prefix] | None = None
+        self._context: tuple[Shared, Prefix] | None = None
+
+    def work(self, batch: MicroBatch[R], shared: "Shared") -> "Work[MicroBatch[R]]":
+        """Return a micro-batch of what comes after the prefix of its rows."""
+        from petals_eval.swarm import Work
+        from petals_eval.swarm.lanes.prefix import LaneSize, Prefix
+
+        root = prefix = self._common(shared.common)
+        if shared.context:
+            if self._context is None or self._context[0] is not shared:
+                tokens = batch.input_ids[:, len(shared.common) : shared.length]
+                self._context = shared, Prefix(self._embed(tokens, None), root)
+            prefix = self._context[1]
+        size = LaneSize(shared.rows, root.end - len(shared.common) + shared.longest)
+        return Work(batch, self._embed(batch.input_ids[:, shared.length :], None), None, prefix, size)
+
+    def _common(self, tokens: tuple[int, ...]) -> "Prefix":
+        import torch
+
+        from petals_eval.swarm.lanes.prefix import Prefix
+
+        if self._root is None or self._root[0] != tokens:
+            input_ids = torch.tensor([tokens], dtype=torch.int64, device="cpu")
+            self._root = tokens, Prefix(self._embed(input_ids, self._adapter), None, self._deep_prompts)
+        return self._root[1]
 
 
 class _LoadSettings(Settings):

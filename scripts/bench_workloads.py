@@ -150,8 +150,10 @@ LABELS = 4
 PREFIX = 8
 
 
-def make_llama(folder: Path, *, hidden: int, blocks: int = 8) -> tuple[Path, Path]:
-    """A random Llama with small blocks, and `ptune` prompts with a head for it.
+def make_llama(
+    folder: Path, *, hidden: int, blocks: int = 8, prefix: int = PREFIX, deep: bool = False
+) -> tuple[Path, Path]:
+    """A random Llama with small blocks, and tuned prompts with a head for it, `deep_ptune` ones where they are deep.
 
     Weights as Hugging Face draws them: tame, so that rounding moves the logits little. The checkpoint is float32: so
     is the client, whatever the servers compute in.
@@ -179,8 +181,11 @@ def make_llama(folder: Path, *, hidden: int, blocks: int = 8) -> tuple[Path, Pat
         write_tokenizer(folder)
         in_old_words(folder)
     adapter = folder.parent / f"{folder.name}-ptune.bin"
-    prompts, head = 0.02 * torch.randn(PREFIX, hidden), 0.2 * torch.randn(LABELS, hidden)
-    torch.save({"model.prompt_embeddings.weight": prompts, "score.weight": head}, adapter)
+    prompts, head = 0.02 * torch.randn(prefix, hidden), 0.2 * torch.randn(LABELS, hidden)
+    tensors = {"model.prompt_embeddings.weight": prompts, "score.weight": head}
+    if deep:
+        tensors["model.intermediate_prompt_embeddings.weight"] = 0.02 * torch.randn(prefix, blocks * hidden)
+    torch.save(tensors, adapter)
     return folder, adapter
 
 
@@ -209,13 +214,14 @@ def make_choices(folder: Path, questions: Path, *, rows: int, choices: int = 4, 
     return str(task), data
 
 
-def make_task(folder: Path, *, rows: int, tokens: tuple[int, int]) -> tuple[str, Path]:
+def make_task(folder: Path, *, rows: int, tokens: tuple[int, int], in_front: int = 0) -> tuple[str, Path]:
     """A task over texts of random letters, a token each: `tokens` at least and at most, with the one put in front.
 
-    Returns its YAML file and its data.
+    in_front: as many more that all rows begin with. Returns its YAML file and its data.
     """
     folder.mkdir(exist_ok=True)
     draw = random.Random(0)
+    alike = "".join(draw.choices(string.ascii_lowercase, k=in_front))
     lines = [
         json.dumps(
             {"text": "".join(draw.choices(string.ascii_lowercase, k=draw.randint(*tokens) - 1)), "label": row % LABELS}
@@ -226,7 +232,7 @@ def make_task(folder: Path, *, rows: int, tokens: tuple[int, int]) -> tuple[str,
     data.write_text("\n".join(lines) + "\n")
     names = ", ".join(f"label{index}" for index in range(LABELS))
     task.write_text(
-        f'name: letters\ntext: "{{text}}"\nlabel_column: label\nlabel_names: [{names}]\n'
-        f"max_length: {tokens[1]}\nmetrics: [accuracy, f1_macro]\n"
+        f'name: letters\ntext: "{alike}{{text}}"\nlabel_column: label\nlabel_names: [{names}]\n'
+        f"max_length: {in_front + tokens[1]}\nmetrics: [accuracy, f1_macro]\n"
     )
     return str(task), data

@@ -13,6 +13,7 @@ what changes, and find the model and the swarm warm:
                     {"requests": [[[ids, targets], ...], ...], "labels": [...]} for a task of choices, or
                     "evaluate" -> {"predictions": [...], "probabilities": [[...]], "accuracy", "seconds", "retries"}, or
                     "lm_eval" -> the same of a task of choices, asked by the backend of lm-evaluation-harness
+    no_noise        whether no rows are computed again at the end
     profile         a file that cProfile writes, or null
 """
 
@@ -55,7 +56,12 @@ def evaluate(model: RemoteModel, settings: dict) -> dict:
         with profile:
             started = time.perf_counter()
             result = petals_eval.evaluate(
-                model, task=settings["task"], data=settings["data"], limit=settings.get("limit"), out=out
+                model,
+                task=settings["task"],
+                data=settings["data"],
+                limit=settings.get("limit"),
+                out=out,
+                no_noise=settings.get("no_noise", False),
             )
             seconds = time.perf_counter() - started
         if settings.get("profile"):

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import cycle
+from itertools import cycle, groupby
 
-__all__ = ["line_plot"]
+__all__ = ["busy_plot", "line_plot"]
 
 Points = Sequence[tuple[float, float]]
 
@@ -50,7 +50,41 @@ def line_plot(title: str, x_label: str, y_label: str, lines: Mapping[str, Points
         y = _TOP + 12 + 18 * row
         parts.append(f'<rect x="{_LEFT + _WIDTH + 16}" y="{y - 9}" width="12" height="12" fill="{colour}"/>')
         parts.append(_text(_LEFT + _WIDTH + 34, y + 2, name, anchor="start"))
-    size = f'width="{_LEFT + _WIDTH + 230}" height="{_TOP + _HEIGHT + 60}"'
+    return _picture(parts, _LEFT + _WIDTH + 230, _TOP + _HEIGHT + 60)
+
+
+def busy_plot(title: str, at: Sequence[float], busy: Mapping[str, Sequence[float]]) -> str:
+    """Return an SVG picture of how busy some things were over time: a line of cells each, the darker the busier.
+
+    at: seconds, in order, between which the shares lie. busy: shares (len(at) - 1,) from 0 to 1, by name.
+
+    >>> busy_plot("swarm", [0, 1, 2], {"link": [0.5, 1.0]}).count("<rect")
+    2
+    """
+    left, height = 210, 13
+    end = max(at[-1], 1e-9)
+    bottom = _TOP + height * len(busy)
+    parts = [_text(left + _WIDTH / 2, 22, title, size=15)]
+    for tick in _ticks(step := _step(end), step * math.floor(end / step)):
+        x = left + _WIDTH * tick / end
+        parts += [_line(x, _TOP, x, bottom), _text(x, bottom + 18, f"{tick:g}")]
+    parts.append(_text(left + _WIDTH / 2, bottom + 40, "seconds"))
+    for row, (name, shares) in enumerate(busy.items()):
+        y = _TOP + height * row
+        parts.append(_text(left - 8, y + 10, name, anchor="end", size=10))
+        start = 0
+        for shade, cells in groupby(round(10 * share) for share in shares):
+            stop = start + len(list(cells))
+            if shade:
+                x, to_x = (left + _WIDTH * at[edge] / end for edge in (start, stop))
+                place = f'x="{x:.1f}" y="{y}" width="{to_x - x:.1f}" height="{height - 1}"'
+                parts.append(f'<rect {place} fill="{_COLOURS[0]}" fill-opacity="{shade / 10:g}"/>')
+            start = stop
+    return _picture(parts, left + _WIDTH + 40, bottom + 60)
+
+
+def _picture(parts: Sequence[str], width: float, height: float) -> str:
+    size = f'width="{width}" height="{height}"'
     style = 'font-family="sans-serif" font-size="12" style="background:white"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"
 

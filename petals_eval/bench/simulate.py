@@ -8,19 +8,24 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from petals_eval.bench.plot import busy_plot
 from petals_eval.bench.statistics import percentile
 from petals_eval.data.yaml_text import read_yaml, resolve_nulls
 from petals_eval.errors import ConfigError
 from petals_eval.simulator.draws import draw_scenario
+from petals_eval.simulator.regimes import REGIMES, regime
 from petals_eval.simulator.scenario import Scenario
 from petals_eval.simulator.schedules import FaultRun, run_schedule
 from petals_eval.simulator.simulation import Evaluated, Simulated, simulate
 from petals_eval.text import plural
 from petals_eval.validation import explain
 
-__all__ = ["FaultsOutcome", "SimulateOutcome", "bench_faults", "bench_simulate", "drawn", "read_scenario"]
+__all__ = ["LOOKS", "FaultsOutcome", "SimulateOutcome", "bench_faults", "bench_simulate", "drawn", "read_scenario"]
 
 SCHEMA = 1
+LOOKS = 150
+"""How often a picture looks at everything, in the time of the floor."""
+_SHOWN = 0.05  # what was never busier is left out of a picture
 
 
 @dataclass(slots=True)
@@ -37,6 +42,15 @@ class SimulateOutcome:
             for name, each in self.found.items()
             if any(one.lost or one.doubled or one.different for one in each.evaluations)
         ]
+
+    def plot(self) -> str:
+        """Return an SVG picture of how busy everything was that was ever busy, in the first scenario, which was looked
+        at."""
+        name, found = next(iter(self.found.items()))
+        if found.timeline is None:
+            raise ValueError("expected a simulation that was looked at")
+        busy = {part: shares.tolist() for part, shares in found.timeline.busy.items() if shares.max() >= _SHOWN}
+        return busy_plot(f"how busy: {name}", found.timeline.at.tolist(), busy)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values. Shares are of the floor; those over all scenarios are of first evaluations."""
@@ -119,15 +133,23 @@ def bench_faults(count: int, seed: int, say: Callable[[str], object]) -> FaultsO
     return outcome
 
 
-def read_scenario(path: Path) -> Scenario:
-    """Return the scenario of a YAML file. Raises ConfigError where it is none."""
+def read_scenario(file: str) -> tuple[str, Scenario]:
+    """Return the scenario of a YAML file, or of a regime's name (`petals_eval.simulator.regimes`), and how to call it.
+
+    Raises ConfigError where it is none.
+    """
+    path = Path(file)
+    if file in REGIMES and not path.exists():
+        return file, regime(file)
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("expected keys and values")
-        return Scenario.model_validate(resolve_nulls(values, Scenario))
+        return path.name, Scenario.model_validate(resolve_nulls(values, Scenario))
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error, Scenario)}") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: expected a YAML file, or one of {', '.join(REGIMES)}; found neither") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -138,12 +160,19 @@ def drawn(count: int, seed: int) -> Iterator[tuple[str, Scenario]]:
 
 
 def bench_simulate(
-    scenarios: Iterable[tuple[str, Scenario]], evaluations: int, say: Callable[[str], object]
+    scenarios: Iterable[tuple[str, Scenario]],
+    evaluations: int,
+    say: Callable[[str], object],
+    *,
+    looks: int | None = None,
 ) -> SimulateOutcome:
-    """Simulate each scenario, and tell of it as it comes. There must be at least one."""
+    """Simulate each scenario, and tell of it as it comes. There must be at least one.
+
+    looks: how often to look at how busy everything is, in the time of the floor, for `SimulateOutcome.plot`.
+    """
     outcome = SimulateOutcome()
     for name, scenario in scenarios:
-        outcome.found[name] = found = simulate(scenario, evaluations)
+        outcome.found[name] = found = simulate(scenario, evaluations, looks=looks)
         servers = plural(len(scenario.servers), "server")
         say(f"{name}: {scenario.blocks} blocks on {servers}, {plural(scenario.rows, 'row')}")
         floor = found.floor
@@ -173,4 +202,5 @@ def _parts(scenario: Scenario, last: Evaluated) -> Iterator[str]:
     for index, (server, *busy) in enumerate(zip(scenario.servers, last.busy, last.up, last.down, strict=True)):
         computing, up, down = (f"{each:.0%}" for each in busy)
         yield f"  {index:>6} {server.blocks!s:>9} {computing:>10} {up:>8} {down:>10}"
-    yield f"  the client's processor: {last.processor:.0%}"
+    links = f"link up {last.client_up:.0%}, link down {last.client_down:.0%}"
+    yield f"  the client's {links}, processor {last.processor:.0%}"

@@ -54,6 +54,9 @@ pass along the nearest route.
 \b
 A swarm that a file describes (the keys stand in petals_eval/simulator/README.md):
   petals-eval bench simulate swarm.yaml --evaluations 2
+The same, with a picture of how busy each server and link is over time; or a swarm with a name:
+  petals-eval bench simulate swarm.yaml --plot swarm.svg
+  petals-eval bench simulate mixed
 Thirty swarms that are drawn, by the seeds from 300 on:
   petals-eval bench simulate --random 30 --seed 300
 A hundred schedules of faults, each over a swarm of nine servers; it ends with code 1 where a row is lost:
@@ -68,6 +71,16 @@ Out = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print bench.json alone on stdout.", rich_help_panel=OUTPUT)]
 
+Compare = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="OLD.json",
+        help="End with code 1 where something got slower than in this JSON of an earlier benchmark, beyond the spread "
+        "of both.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
 app = typer.Typer(name="bench", help=SHORT, no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -76,13 +89,13 @@ app = typer.Typer(name="bench", help=SHORT, no_args_is_help=True, rich_markup_mo
 )
 @with_verbose
 @flags_of(ForwardSettings)
-def forward(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
+def forward(out: Out = None, json_output: AsJson = False, compare: Compare = None, **flags: Any) -> int:
     typer.echo(BEGINS, err=True)
     settings = ForwardSettings(**flags)
 
     from petals_eval.bench.sweep import bench_forward
 
-    return _bench(lambda say: bench_forward(settings, say), settings.public_swarm, out, json_output)
+    return _bench(lambda say: bench_forward(settings, say), settings.public_swarm, out, json_output, compare)
 
 
 @app.command(
@@ -90,13 +103,13 @@ def forward(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
 )
 @with_verbose
 @flags_of(InferenceSettings)
-def inference(out: Out = None, json_output: AsJson = False, **flags: Any) -> int:
+def inference(out: Out = None, json_output: AsJson = False, compare: Compare = None, **flags: Any) -> int:
     typer.echo(BEGINS, err=True)
     settings = InferenceSettings(**flags)
 
     from petals_eval.bench.sweep import bench_inference
 
-    return _bench(lambda say: bench_inference(settings, say), settings.public_swarm, out, json_output)
+    return _bench(lambda say: bench_inference(settings, say), settings.public_swarm, out, json_output, compare)
 
 
 @app.command(
@@ -104,19 +117,33 @@ def inference(out: Out = None, json_output: AsJson = False, **flags: Any) -> int
 )
 @with_verbose
 def simulate(
-    scenario: Annotated[Path | None, typer.Argument(metavar="[SCENARIO]", help="YAML file of a swarm.")] = None,
+    scenario: Annotated[
+        str | None, typer.Argument(metavar="SCENARIO", help="YAML file of a swarm, or the name of a regime.")
+    ] = None,
     random: Annotated[int | None, typer.Option(metavar="N", min=1, help="Draw N swarms instead.")] = None,
     faults: Annotated[int | None, typer.Option(metavar="N", min=1, help="Draw N schedules of faults.")] = None,
     seed: Annotated[int, typer.Option(metavar="S", help="Seed of the first of what is drawn.")] = 0,
     evaluations: Annotated[int, typer.Option(metavar="N", min=1, help="Evaluations over one connection.")] = 1,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.svg", help="Draw how busy each server and link is over time."),
+    ] = None,
+    compare: Compare = None,
 ) -> int:
     typer.echo("simulating, in virtual time", err=True)
 
-    from petals_eval.bench.simulate import bench_faults, bench_simulate, drawn, read_scenario
+    from petals_eval.bench.compared import Older
+    from petals_eval.bench.simulate import LOOKS, bench_faults, bench_simulate, drawn, read_scenario
+    from petals_eval.runs.disk import blame_the_machine, write_atomically
 
     if [scenario, random, faults].count(None) != 2:
         raise ConfigError("expected one of a file that describes a swarm, --random N and --faults N")
+    if plot is not None and scenario is None:
+        raise ConfigError("expected --plot with a file that describes a swarm: it draws one")
+    if compare is not None and faults is not None:
+        raise ConfigError("expected --compare with a file or with --random N: schedules of faults are right or wrong")
+    older = None if compare is None else Older.read(compare)
     say = partial(typer.echo, err=json_output)
     found: FaultsOutcome | SimulateOutcome
     if faults is not None:
@@ -124,10 +151,15 @@ def simulate(
     elif random is not None:
         found = bench_simulate(drawn(random, seed), evaluations, say)
     elif scenario is not None:
-        found = bench_simulate([(scenario.name, read_scenario(scenario))], evaluations, say)
+        found = bench_simulate([read_scenario(scenario)], evaluations, say, looks=LOOKS if plot else None)
+        if plot is not None:
+            with blame_the_machine(plot):
+                write_atomically(plot, [found.plot()])
+    told = found.to_json()
+    slower = older.compare(told, say) if older is not None else 0
     if json_output:
-        typer.echo(json_text(found.to_json(), indent=2))
-    return int(bool(found.failed))
+        typer.echo(json_text(told, indent=2))
+    return int(bool(found.failed or slower))
 
 
 class Folding:
@@ -159,7 +191,14 @@ class Folding:
 _INDENT = "    "  # of the second line of a row
 
 
-def _bench(measure: Callable[[Callable[[str], None]], Any], public: bool, out: Path | None, json_output: bool) -> int:
+def _bench(
+    measure: Callable[[Callable[[str], None]], Any],
+    public: bool,
+    out: Path | None,
+    json_output: bool,
+    compare: Path | None,
+) -> int:
+    from petals_eval.bench.compared import Older
     from petals_eval.runs.disk import blame_the_machine, write_atomically
 
     lines: list[str] = []
@@ -175,12 +214,15 @@ def _bench(measure: Callable[[Callable[[str], None]], Any], public: bool, out: P
     if out is not None:
         with blame_the_machine(out):  # now, and not after minutes of measuring
             out.mkdir(parents=True, exist_ok=True)
+    older = None if compare is None else Older.read(compare)
     found = measure(say)
-    text = json.dumps(found.to_json(), indent=2) + "\n"
+    told = found.to_json()
+    slower = older.compare(told, say) if older is not None else 0
+    text = json.dumps(told, indent=2) + "\n"
     if json_output:
         typer.echo(text, nl=False)
     if out is not None:
         write_atomically(out / "bench.json", [text])
         write_atomically(out / "bench.txt", [line + "\n" for line in lines])
         write_atomically(out / "bench.svg", [found.plot()])
-    return 0
+    return int(bool(slower))

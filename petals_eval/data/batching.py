@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HasTokens", "MicroBatch", "micro_batches"]
+__all__ = ["HasTokens", "MicroBatch", "Shared", "look_ahead", "micro_batches"]
 
 
 class HasTokens(Protocol):
@@ -23,20 +23,42 @@ R = TypeVar("R", bound=HasTokens)
 
 
 @dataclass(frozen=True, eq=False)
+class Shared:
+    """What the rows of a micro-batch have in common with those of others.
+
+    common: tokens with which the rows of all of them begin. context: tokens after these that each row has in common
+        with the same row of every micro-batch that has this very object.
+    rows, longest: rows that a micro-batch has at most, and tokens that a row has.
+    """
+
+    common: tuple[int, ...]
+    context: int
+    rows: int
+    longest: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of each row that are shared."""
+        return len(self.common) + self.context
+
+
+@dataclass(frozen=True, eq=False)
 class MicroBatch(Generic[R]):
     """Requests computed together.
 
     requests: (batch,) in the order of the rows of `input_ids`.
     input_ids: int64 (batch, seq), padded on the right: under a causal mask what is right of a token cannot change it.
     lengths: (batch,) real tokens of each row; whoever pools uses these, never a search for the padding.
+    shared: what its rows begin with, if that is computed apart: its answers are those of the positions after it alone.
     """
 
     requests: tuple[R, ...]
     input_ids: torch.Tensor
     lengths: tuple[int, ...]
+    shared: Shared | None = None
 
     @classmethod
-    def of(cls, requests: Iterable[R]) -> MicroBatch[R]:
+    def of(cls, requests: Iterable[R], shared: Shared | None = None) -> MicroBatch[R]:
         """Pad `requests` on the right to the longest of them. There must be at least one."""
         import torch  # here, because it takes seconds to import and listing tasks needs none of it
 
@@ -44,7 +66,7 @@ class MicroBatch(Generic[R]):
         lengths = tuple(len(request.input_ids) for request in requests)
         longest = max(lengths)
         padded = [[*request.input_ids, *(0,) * (longest - len(request.input_ids))] for request in requests]
-        return cls(requests, torch.tensor(padded, dtype=torch.int64, device="cpu"), lengths)
+        return cls(requests, torch.tensor(padded, dtype=torch.int64, device="cpu"), lengths, shared)
 
 
 def micro_batches(
@@ -65,11 +87,20 @@ def micro_batches(
     boundary: rows of up to so many positions, prefix included, never share a micro-batch with longer ones; None: all
         may.
     max_rows: rows per micro-batch at most.
-    lookahead: requests held back to find others of similar length, as long as they have no more than `tokens_ahead`
-        tokens together; a tenth of both at first, so that the first need not wait for the rest to be made. Memory is
-        bounded by them, not by the data set: a request with a target at every token takes some 130 bytes for each.
+    lookahead, tokens_ahead: as `look_ahead` has them.
 
     Yields the longest of each window first: a size no server takes shows at once, and the time left only gets better.
+    """
+    for window in look_ahead(requests, lookahead, tokens_ahead):
+        yield from _by_length(window, max_tokens, prefix, boundary, max_rows)
+
+
+def look_ahead(requests: Iterable[R], lookahead: int = 2048, tokens_ahead: int = 1 << 18) -> Iterator[list[R]]:
+    """Yield requests some at a time, to be put together.
+
+    lookahead: requests held back to find others that are alike, as long as they have no more than `tokens_ahead` tokens
+        together; a tenth of both at first, so that the first need not wait for the rest to be made. Memory is bounded
+        by them, not by the data set: a request with a target at every token takes some 130 bytes for each.
     """
     window: list[R] = []
     wanted, most_tokens, held = max(1, lookahead // 10), tokens_ahead // 10, 0
@@ -77,9 +108,10 @@ def micro_batches(
         window.append(request)
         held += len(request.input_ids)
         if len(window) >= wanted or held >= most_tokens:
-            yield from _by_length(window, max_tokens, prefix, boundary, max_rows)
+            yield window
             window, wanted, most_tokens, held = [], lookahead, tokens_ahead, 0
-    yield from _by_length(window, max_tokens, prefix, boundary, max_rows)
+    if window:
+        yield window
 
 
 def _by_length(

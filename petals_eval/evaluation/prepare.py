@@ -74,6 +74,7 @@ _AS_THE_TASK_SAYS = PromptSettings()
 
 _NOT_ANSWERING = (
     *("allow_nondeterministic", "window", "deadline", "verify", "request_timeout", "push", "generation_rows"),
+    "cache_share",
 )
 """The settings of calls that change no answer: a run may go on with others."""
 
@@ -511,6 +512,8 @@ def answering_settings(side: LocalSide) -> dict[str, Any]:
         "dht_prefix": side.dht_prefix,
         **{name: getattr(settings, name) for name in ("active_adapter", "require_dtype", "require_quant", "wire")},
     }
+    if settings.lanes != "never":  # steps may round otherwise than calls
+        found["lanes"] = settings.lanes
     if local.logit_cap is not None:
         found["logit_cap"] = local.logit_cap
     adapter_task = next((each.task for each in side.adapters if each.task is not None), None)

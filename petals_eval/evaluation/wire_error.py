@@ -153,11 +153,14 @@ def answers_to(
     on_tick: Callable[[], object],
     tokens_per_micro_batch: int | None = None,
 ) -> Answers:
-    """Return the answers by the key of their example, in the order of its requests.
+    """Return the answers by the key of their example, in the order of its requests: by forward calls, as nothing else
+    is to differ.
 
     Raises SwarmError, ExampleError for the first one that nobody can compute.
     """
     requests = [request for example in examples for request in example.requests]
-    answered = model.compute(requests, adapter, tokens_per_micro_batch=tokens_per_micro_batch, on_tick=on_tick)
+    answered = model.compute(
+        requests, adapter, tokens_per_micro_batch=tokens_per_micro_batch, on_tick=on_tick, in_lanes=False
+    )
     found = {(each.request.key, each.request.part): each.answer for each in answered}
     return {example.key: [found[example.key, request.part] for request in example.requests] for example in examples}

@@ -50,6 +50,10 @@ class Link:
         self.free_at = max(self.free_at, now) + seconds
         return self.free_at
 
+    def sent_by(self, now: float) -> float:
+        """Return the seconds that it has been sending by now: `busy` has what is in its queue, too."""
+        return self.busy - max(0.0, self.free_at - now)
+
     @property
     def chunk(self) -> int:
         """Bytes that are read and handed on at once."""

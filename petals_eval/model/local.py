@@ -307,8 +307,9 @@ class LocalPart(nn.Module, ABC):
     def head(self, hidden: torch.Tensor, batch: MicroBatch[R], adapter: Adapter | None = None) -> list[torch.Tensor]:
         """Return the answers to a micro-batch from the last block's output.
 
-        hidden: (batch, prefix + seq, hidden) of any dtype; it is cast to the model's dtype before the norm, as Petals
-        does. Only the positions wanted go through norm and head.
+        hidden: (batch, prefix + seq, hidden) of any dtype, or without the positions that the rows share with others; it
+        is cast to the model's dtype before the norm, as Petals does. Only the positions wanted go through norm and
+        head.
 
         Returns one float32 tensor on the CPU for each request: (labels,) logits of the class head at the token that
         `pooled_token` says, or (targets,) natural-log likelihoods by the LM head. Of a request that asks whether its
@@ -318,6 +319,8 @@ class LocalPart(nn.Module, ABC):
         Raises AdapterError if there is no class head, ModelError if there is no LM head or a target is out of range.
         """
         prefix = 0 if adapter is None else adapter.prefix_length
+        if batch.shared is not None:  # what is left of the positions begins this far before the text
+            prefix = -batch.shared.length
         expected = (len(batch.requests), prefix + batch.input_ids.shape[1], self.hidden_size)
         if tuple(hidden.shape) != expected:
             raise ModelError(f"hidden states {tuple(hidden.shape)} for this micro-batch; expected {expected}")

@@ -271,8 +271,11 @@ def _origin(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "packages", ", ".join(f"{name} {version}" for name, version in manifest.packages.items())
 
 
-_FLAGS = ("pool", "dtype", "wire", "active_adapter", "require_dtype", "require_quant", "verify", "push", "window")
-_DEFAULTS = {"pool": "auto", "verify": 0.02, "push": "auto"}
+_FLAGS = (
+    *("pool", "dtype", "wire", "active_adapter", "require_dtype", "require_quant", "verify", "push", "window"),
+    *("lanes", "cache_share"),
+)
+_DEFAULTS = {"pool": "auto", "verify": 0.02, "push": "auto", "cache_share": 0.25}
 
 
 def command_of(manifest: Manifest) -> str:

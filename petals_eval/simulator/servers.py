@@ -68,6 +68,11 @@ class SimulatedServer:
         self.pushes = Direction([self.up], link.delay, link.jitter)
 
     @property
+    def computed(self) -> float:
+        """Seconds that it has computed by now: `computing` has those of the calls in its queue, too."""
+        return self.computing - max(0.0, self._free_at - self._loop.time())
+
+    @property
     def version(self) -> str:
         """Its version of petals, as it says."""
         lie = self.faults.active_in_record(f.VersionLie)

@@ -30,7 +30,7 @@ from petals_eval.swarm.stream import MicroBatchStream, Returned
 from petals_eval.swarm.tasks import together
 from petals_eval.swarm.wire.span import Span
 
-__all__ = ["Evaluated", "Simulated", "SimulatedClient", "SimulatedSwarm", "simulate"]
+__all__ = ["Evaluated", "Simulated", "SimulatedClient", "SimulatedSwarm", "Timeline", "simulate"]
 
 _PREFIX = "simulated"
 
@@ -43,7 +43,8 @@ class Evaluated:
     blocks would have them. late: calls that went on for longer than they may, and pauses without an answer for longer
     than the deadline. retries: calls made again. micro_batches: that came back. stopped: why the evaluation ended
     before it was done, or None. busy: the share of its time that each server computed.
-    up, down: the share of its time that each server's link carried bytes. processor: that of a client's processor.
+    up, down: the share of its time that each server's link carried bytes. client_up, client_down, processor: the same
+    of a client's own link, which all of them share, and of its processor.
     """
 
     seconds: float
@@ -57,7 +58,21 @@ class Evaluated:
     busy: tuple[float, ...]
     up: tuple[float, ...]
     down: tuple[float, ...]
+    client_up: float
+    client_down: float
     processor: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Timeline:
+    """How busy everything was over time.
+
+    at: (looks,) seconds from the start. busy: by name, shares (looks - 1,) of the time between two looks: of each
+    server its computing and its link in both directions, then those of the clients' links and processors.
+    """
+
+    at: np.ndarray
+    busy: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +80,14 @@ class Simulated:
     """What came of a scenario: its evaluations in order, the first of them on a new connection.
 
     hop_calls: calls that carried hidden states. processor_seconds: of this machine, that the simulation took.
+    timeline: None where nobody looked.
     """
 
     floor: RunFloor
     evaluations: tuple[Evaluated, ...]
     hop_calls: int
     processor_seconds: float
+    timeline: Timeline | None = None
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -78,17 +95,24 @@ class Simulated:
         return tuple(self.floor.seconds / each.seconds for each in self.evaluations)
 
 
-def simulate(scenario: Scenario, evaluations: int = 1) -> Simulated:
-    """Evaluate a scenario some times over one connection, the same for its seed."""
+def simulate(scenario: Scenario, evaluations: int = 1, *, looks: int | None = None) -> Simulated:
+    """Evaluate a scenario some times over one connection, the same for its seed.
 
-    async def everything(runtime: Runtime) -> tuple[tuple[Evaluated, ...], int]:
+    looks: how often to look at how busy everything is, in the time of the floor; None: never.
+    """
+    floor = run_floor(scenario)
+
+    async def everything(runtime: Runtime) -> tuple[tuple[Evaluated, ...], int, Timeline | None]:
         async with SimulatedSwarm(scenario, runtime).running() as swarm:
+            if looks is not None:
+                swarm.watch(floor.seconds / looks)
             done = tuple([await swarm.evaluate() for _ in range(evaluations)])
-        return done, sum(client.transport.hop_calls for client in swarm.clients)
+            timeline = swarm.timeline() if looks is not None else None
+        return done, sum(client.transport.hop_calls for client in swarm.clients), timeline
 
     began = time.process_time()
-    (done, hop_calls), _ = run_in_virtual_time(everything, seed=scenario.seed)
-    return Simulated(run_floor(scenario), done, hop_calls, time.process_time() - began)
+    (done, hop_calls, timeline), _ = run_in_virtual_time(everything, seed=scenario.seed)
+    return Simulated(floor, done, hop_calls, time.process_time() - began, timeline)
 
 
 class SimulatedSwarm:
@@ -102,6 +126,7 @@ class SimulatedSwarm:
         }
         self._faults: list[list[Fault]] = [[] for _ in scenario.servers]
         self._records = Records(scenario, self.servers, runtime)
+        self._looks: list[tuple[float, np.ndarray]] = []
         self.clients = [
             SimulatedClient(
                 scenario, self.servers, self._records, replace(runtime, random=Random(scenario.seed + number))
@@ -169,7 +194,7 @@ class SimulatedSwarm:
         began, before = self._loop.time(), self._counters()
         done = await together([client.evaluate(resume) for client in self.clients])
         seconds = self._loop.time() - began
-        retries, micro_batches, computing, up, down, processing = (
+        retries, micro_batches, computing, up, down, client = (
             new - old for new, old in zip(self._counters(), before, strict=True)
         )
         return Evaluated(
@@ -184,8 +209,42 @@ class SimulatedSwarm:
             busy=tuple(computing / seconds),
             up=tuple(up / seconds),
             down=tuple(down / seconds),
-            processor=float(processing[0] / seconds / len(self.clients)),
+            **dict(zip(("client_up", "client_down", "processor"), (client / seconds).tolist(), strict=True)),
         )
+
+    def watch(self, seconds: float) -> None:
+        """Look at how busy everything is, every so many seconds from now on."""
+        self._look()
+        self._loop.call_later(seconds, self.watch, seconds)
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        counts = [
+            (each.computed, *(link.sent_by(now) for link in (each.up, each.down))) for each in self.servers.values()
+        ]
+        self._looks.append((now, np.array([*np.ravel(counts), *self._client_busy()])))
+
+    def _client_busy(self) -> np.ndarray:
+        """Return the seconds that a client's link up, its link down and its processor have been busy, on average."""
+        now = self._loop.time()
+        busy = [
+            [*(link.sent_by(now) for link in each.transport.links), each.transport.processing] for each in self.clients
+        ]
+        return np.mean(busy, axis=0)
+
+    def timeline(self) -> Timeline:
+        """Return what was seen since `watch`."""
+        self._look()
+        at = np.array([seconds for seconds, _ in self._looks])
+        elapsed = np.maximum(np.diff(at), 1e-9)
+        shares = np.diff([counts for _, counts in self._looks], axis=0) / elapsed[:, None]
+        names = [
+            f"server {index} ({server.blocks}) {part}"
+            for index, server in enumerate(self.scenario.servers)
+            for part in ("computing", "link up", "link down")
+        ]
+        names += ["the client's link up", "the client's link down", "the client's processor"]
+        return Timeline(at, dict(zip(names, np.clip(shares.T, 0, 1), strict=True)))
 
     def _counters(self) -> Sequence[np.ndarray]:
         """Return what only grows: retries, micro-batches, seconds each server computed and each link was busy, the
@@ -197,7 +256,7 @@ class SimulatedSwarm:
             np.array([each.computing for each in servers]),
             np.array([each.up.busy for each in servers]),
             np.array([each.down.busy for each in servers]),
-            np.array([sum(client.transport.processing for client in self.clients)]),
+            self._client_busy(),
         ]
 
 

@@ -38,7 +38,7 @@ class SimulatedTransport:
 
     hop_calls: calls that carried hidden states. processing: seconds that the client's processor has taken so far.
     answered_at: when the last answer came. longest_pause: the most seconds between two of them.
-    overdue: calls that went on for longer than they may.
+    overdue: calls that went on for longer than they may. links: the client's own, up and down.
     """
 
     def __init__(self, servers: Mapping[str, SimulatedServer], peers: PeerBook, client: Client):
@@ -52,7 +52,7 @@ class SimulatedTransport:
         self._client = client
         self._loop = asyncio.get_running_loop()
         self._connections: dict[str, asyncio.Task[Connection]] = {}
-        self._links = line(client.up_mbps), line(client.down_mbps)
+        self.links = line(client.up_mbps), line(client.down_mbps)
         self._code = None if peers.settings.wire is None else LOSSY_CODES[peers.settings.wire]
         self._processor_free_at = 0.0
         self._sessions: dict[str, SimulatedSession] = {}
@@ -188,7 +188,7 @@ class SimulatedTransport:
         return connecting.result() if connecting.done() else await asyncio.shield(connecting)
 
     async def _connect(self, server: SimulatedServer) -> Connection:
-        connection = Connection(server, *self._links)
+        connection = Connection(server, *self.links)
         for _ in range(_CONNECT_ROUND_TRIPS):
             await _ask(connection)
         return connection

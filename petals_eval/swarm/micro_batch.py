@@ -5,6 +5,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from petals_eval.swarm.lanes.prefix import LaneSize, Prefix
 from petals_eval.swarm.pipeline import ServedHop
 
 __all__ = ["Computed", "Failed", "Work"]
@@ -17,11 +18,15 @@ class Work(Generic[T]):
     """A micro-batch to be computed.
 
     hidden: (rows, positions, hidden size). prompts: (blocks, rows or 1, prefix, hidden size), or None.
+    prefix: what stands before the rows, deep prompts included; the positions of `hidden` come after it, and come back
+        alone. lane: the size of a lane for it.
     """
 
     tag: T
     hidden: torch.Tensor
     prompts: torch.Tensor | None
+    prefix: Prefix | None = None
+    lane: LaneSize | None = None
 
 
 @dataclass(frozen=True, eq=False)

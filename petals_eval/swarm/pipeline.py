@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -20,12 +19,14 @@ from petals_eval.errors import (
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.directory import Directory
 from petals_eval.swarm.directory.routing import Hop
-from petals_eval.swarm.peers.finding import TrustFinding
+from petals_eval.swarm.lanes.lane_scheduler import LaneScheduler
+from petals_eval.swarm.lanes.prefix import Entering, PrefixedRows
 from petals_eval.swarm.peers.limits import USUAL_MAX_TOKENS
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.scheduling.admission import Admission, AdmissionQueues
 from petals_eval.swarm.scheduling.push_scheduler import PushScheduler
 from petals_eval.swarm.scheduling.router import HopDeadline, PacePolicy, Router
+from petals_eval.swarm.scheduling.swarm_status import SwarmStatus
 from petals_eval.swarm.scheduling.tuning import Delivery, Tuning
 from petals_eval.swarm.sessions.route_session import RouteSession
 from petals_eval.swarm.transport.client import HopClient
@@ -44,21 +45,6 @@ from petals_eval.swarm.wire.span import Span
 __all__ = ["Pipeline", "ServedHop", "SwarmStatus"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class SwarmStatus:
-    """What a progress display shows.
-
-    waiting: why nothing moves, or None. notices: warnings, in order; each is to be shown once.
-    findings: servers whose answers cannot be counted on.
-    """
-
-    retries: int
-    servers: tuple[str, ...]
-    waiting: str | None
-    notices: tuple[str, ...] = ()
-    findings: tuple[TrustFinding, ...] = ()
 
 
 class Pipeline:
@@ -80,14 +66,17 @@ class Pipeline:
         self.tuning = Tuning(peers.settings, peers.runtime)
         self._router = router = Router(directory, peers, self.quarantine, queues)
         self._pushes = PushScheduler(client, accept, router, queues, self.tuning.push, peers, self._on_failed)
+        self.lanes = LaneScheduler(client, accept, router, queues, self.quarantine, peers, self._on_failed)
 
-    async def forward(self, activations: Activations, span: Span) -> tuple[Activations, tuple[ServedHop, ...]]:
+    async def forward(self, activations: Entering, span: Span) -> tuple[Activations, tuple[ServedHop, ...]]:
         """Run activations through these blocks, hop by hop; on to another server where one fails.
 
         Returns the hidden states in the last server's dtype, and who computed them.
         Raises MissingBlocksError or DeadlineError when a hop finds no server within the deadline, RequestTooLargeError
         when a single row is longer than the servers take, even in steps, NotFiniteError when it overflows their dtype.
         """
+        if isinstance(activations, PrefixedRows):
+            return await self.lanes.forward(activations, span, self.forward)
         hops: list[ServedHop] = []
         block = span.start
         delivery = self.tuning.choose(activations)
@@ -159,19 +148,20 @@ class Pipeline:
                         slow, other = (self.peers.of(each.peer_id).name for each in (hop, replica))
                         _log.debug("blocks %s: nothing from %s in time, %s is asked, too", hop.span, slow, other)
                         under_way[self._start(replica, activations, give_up)] = replica
-                for call in done:
+                answers = []
+                for call in [each for each in under_way if each in done]:  # a set has no order of its own
                     asked = under_way.pop(call)
                     try:
-                        answer = call.result()
+                        answers.append((asked, call.result()))
                     except PeerError as error:
                         if isinstance(error, PeerNotFiniteError):
                             non_finite.append(asked)
                         self._on_failed(asked, error)
                         until_next = 0.0
-                    else:
-                        for slower in under_way.values():
-                            self.peers.of(slower.peer_id).on_overtaken()
-                        return asked, answer
+                if answers:
+                    for slower in under_way.values():
+                        self.peers.of(slower.peer_id).on_overtaken()
+                    return answers[0]
             return None
         finally:
             for call in under_way:
@@ -260,6 +250,7 @@ class Pipeline:
             for task in meeting:
                 task.cancel()
             self.tuning.push.pause()
+            await self.lanes.close_unused()
 
     def status(self) -> SwarmStatus:
         """Return what a progress display shows."""

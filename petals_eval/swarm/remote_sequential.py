@@ -39,7 +39,7 @@ class RemoteSequential(nn.Module):
 
     No autograd: a hidden state that requires grad under enabled grad is refused with GradientError.
 
-    span: the blocks. settings: of the connection.
+    span: the blocks. settings, lanes: of the connection.
     """
 
     def __init__(self, loop: EventLoop, pipeline: Pipeline, directory: Directory, span: Span) -> None:
@@ -49,6 +49,7 @@ class RemoteSequential(nn.Module):
         self._directory = directory
         self.span = span
         self.settings: SwarmSettings = pipeline.peers.settings
+        self.lanes = pipeline.lanes
 
     def __len__(self) -> int:
         return len(self.span)

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.event_loop import EventLoop
+from petals_eval.swarm.lanes.prefix import Entering, PrefixedRows
 from petals_eval.swarm.micro_batch import Computed, Failed, Work
 from petals_eval.swarm.pipeline import Pipeline
 from petals_eval.swarm.wire.span import Span
@@ -55,7 +56,7 @@ class _Queued(Generic[T]):
     """A micro-batch for the event loop. hidden_box: holds its activations, to be taken out."""
 
     tag: T
-    hidden_box: list[Activations]
+    hidden_box: list[Entering]
     nbytes: int
 
 
@@ -92,7 +93,7 @@ class MicroBatchStream(Generic[T]):
         self._producer_paused = False
         self.in_flight = 0
         self._loop: asyncio.AbstractEventLoop | None = None  # while `run` does
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}  # in order: what is cancelled is so in the order sent
         pipeline.queues.producing.add(self)
 
     def has_room(self) -> bool:
@@ -119,7 +120,9 @@ class MicroBatchStream(Generic[T]):
         """Start a micro-batch on its way. Its hidden states are handed over: whoever waits for the answer would
         otherwise keep them until it is there."""
         prompts = None if work.prompts is None else work.prompts.detach()
-        activations = Activations(work.hidden.detach(), prompts, self._span.start)
+        activations: Entering = Activations(work.hidden.detach(), prompts, self._span.start)
+        if work.prefix is not None:
+            activations = PrefixedRows(work.hidden.detach(), work.prefix, work.lane)
         nbytes = activations.nbytes
         self._outbox.append(_Queued(work.tag, [activations], nbytes))
         self.in_flight += 1
@@ -159,8 +162,8 @@ class MicroBatchStream(Generic[T]):
         while self._outbox and self._loop is not None:
             task = self._loop.create_task(self._run_one(self._outbox.popleft()))
             self._started += 1
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks[task] = None
+            task.add_done_callback(self._tasks.pop)
 
     async def _run_one(self, queued: _Queued[T]) -> None:
         result: Computed[T] | Failed[T]

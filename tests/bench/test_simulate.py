@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from petals_eval.bench.simulate import bench_simulate, drawn, read_scenario
 from petals_eval.errors import ConfigError
 from petals_eval.simulator.draws import draw_scenario
 from petals_eval.simulator.floor import run_floor
+from petals_eval.simulator.regimes import regime
+from petals_eval.simulator.simulation import simulate
 from tests.cli.invoking import invoke
 
 SWARM = """
@@ -32,8 +36,40 @@ def file_of(folder: Path, text: str) -> Path:
 def test_a_swarm_in_a_file_is_told_of_with_all_its_parts(tmp_path):
     outcome = invoke("bench", "simulate", str(file_of(tmp_path, SWARM)), "--evaluations", "2")
     assert outcome.code == 0, outcome
-    for words in ("4 blocks on 2 servers, 40 rows", "floor 1.", "evaluation 2:", "computing", "the client's processor"):
+    for words in (
+        "4 blocks on 2 servers, 40 rows",
+        "floor 1.",
+        "evaluation 2:",
+        "computing",
+        "the client's link up 0%",
+    ):
         assert words in outcome.out
+
+
+def test_a_swarm_with_a_name_needs_no_file():
+    assert read_scenario("mixed") == ("mixed", regime("mixed"))
+    with pytest.raises(ConfigError, match="one of link, link16"):
+        read_scenario("mixd")
+
+
+def test_a_picture_shows_what_is_busy_and_when(tmp_path):
+    picture = tmp_path / "swarm.svg"
+    outcome = invoke("bench", "simulate", str(file_of(tmp_path, SWARM)), "--plot", str(picture))
+    assert outcome.code == 0, outcome
+    words = [each.text for each in ElementTree.parse(picture).iter() if each.text and each.text.strip()]
+    assert {"server 0 (0:2) computing", "server 0 (0:2) link up", "server 1 (2:4) computing"} <= set(words)
+    assert "server 1 (2:4) link up" not in words, "it is free"
+    assert invoke("bench", "simulate", "--random", "1", "--plot", str(picture)).code == 2
+
+
+def test_looking_changes_nothing_and_adds_up():
+    scenario = regime("near", rows=40)
+    looked_at, not_looked_at = simulate(scenario, looks=20), simulate(scenario)
+    assert looked_at.evaluations == not_looked_at.evaluations and not_looked_at.timeline is None
+    timeline = looked_at.timeline
+    computing = (timeline.busy["server 0 (0:4) computing"] * np.diff(timeline.at)).sum()
+    each = looked_at.evaluations[0]
+    assert computing == pytest.approx(each.busy[0] * timeline.at[-1], rel=0.02)
 
 
 def test_what_is_drawn_is_told_of_as_json(tmp_path):
@@ -45,7 +81,7 @@ def test_what_is_drawn_is_told_of_as_json(tmp_path):
 
 def test_several_are_summed_up(tmp_path):
     lines = []
-    scenario = read_scenario(file_of(tmp_path, SWARM))
+    _, scenario = read_scenario(str(file_of(tmp_path, SWARM)))
     found = bench_simulate([("one", scenario), ("other", scenario)], 1, lines.append)
     assert "median" in lines[-1] and len(found.to_json()["scenarios"]) == 2
 
@@ -77,7 +113,7 @@ def test_drawn_swarms_are_what_they_should_be(seed):
 )
 def test_a_file_that_describes_none_is_refused(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
-        read_scenario(file_of(tmp_path, text))
+        read_scenario(str(file_of(tmp_path, text)))
 
 
 def test_schedules_of_faults_are_told_of(tmp_path):

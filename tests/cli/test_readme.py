@@ -32,6 +32,7 @@ import torch
 
 import petals_eval
 import petals_eval.local_swarm
+from petals_eval.bench.simulate import read_scenario
 from petals_eval.cli.app import COMMANDS
 from petals_eval.demo import demo_paths, export_demo
 from petals_eval.guides import example_files, guide_titles
@@ -368,7 +369,9 @@ def test_the_files_that_pages_show_are_exported_and_read(own_folder: Path) -> No
     blocks = {block for page in PAGES for block in page.blocks("yaml")}
     assert blocks == set(exported.values()), "two pages show two files of one name"
     for name, text in exported.items():
-        if not re.search(r"^(model|task|group): ", text, re.MULTILINE):
+        if re.search(r"^servers:$", text, re.MULTILINE):
+            assert read_scenario(str(Path("trial", name)))[0] == name
+        elif not re.search(r"^(model|task|group): ", text, re.MULTILINE):
             assert load_task(Path("trial", name)).name == Path(name).stem
     again = invoke("demo", "--export", "trial")
     assert again.code == 2 and "expected a new or an empty folder" in again.error

@@ -28,6 +28,7 @@ def test_deep_prompts_are_rounded_to_the_dtype_at_home_as_petals_does():
     sent = []
     blocks = SimpleNamespace(
         stream=lambda work, **options: (nothing for nothing in sent.extend(work) or ()),
+        settings=SimpleNamespace(lanes="never"),
         warn_of_dropout=lambda found: 0,
         limit_steps=lambda positions: 0,
         positions_at_once=lambda hidden_size, dtype: 100,

@@ -1,5 +1,9 @@
 """Schedules of faults in virtual time: whatever happens, no row is lost, doubled or different, and no wait too long."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from petals_eval.local_swarm.faults import catalog as f
@@ -16,6 +20,8 @@ TOGETHER = 80
         pytest.param(110, id="a server that was overtaken ten times is not waited for ten times as long"),
         pytest.param(140, id="where no replica is free one is looked for again before long"),
         pytest.param(311, id="what is pushed in vain takes the time of the first hop"),
+        pytest.param(1607, id="a probe that an audit began and that hangs holds up no work"),
+        pytest.param(1614, id="what only servers hold that are left alone for a moment is audited when they are not"),
         pytest.param(612, id="a probe that hangs holds up no push for as long as a call may take"),
     ],
 )
@@ -37,6 +43,23 @@ def test_an_evaluation_through_faults_ends_as_if_there_were_none_or_says_why_not
 def test_a_schedule_is_the_same_for_its_seed():
     assert draw_schedule(5) == draw_schedule(5) != draw_schedule(5, 1)
     assert run_schedule(5) == run_schedule(5)
+
+
+def test_a_schedule_is_the_same_in_every_process():
+    """Whatever the hashes of texts are, and wherever objects lie in memory: of those the hashes of tasks are made."""
+    program = (
+        "litter = [bytearray(size % 700) for size in range(5003)]\n"
+        "from petals_eval.simulator.schedules import run_schedule\n"
+        "print(run_schedule(1614))"
+    )
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONHASHSEED": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert elsewhere.stdout.strip() == str(run_schedule(1614))
 
 
 def test_schedules_have_every_fault_and_leave_a_majority_that_is_right():

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
+from petals_eval.local_swarm.network import LinkProfile
+from petals_eval.simulator.regimes import regime
 from petals_eval.simulator.scenario import Scenario, Server
 from petals_eval.simulator.simulation import simulate
 from petals_eval.swarm.wire.span import Span
-from tests.simulator.regimes import regime
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,18 @@ def test_pushing_is_found_where_all_hops_share_an_uplink():
     never, auto, always = (simulate(regime("uplink", push=push)).evaluations[0] for push in ("never", "auto", "always"))
     assert always.seconds < 0.5 * never.seconds
     assert auto.seconds < 0.6 * never.seconds
+
+
+def test_a_way_that_leaves_less_to_a_busy_server_is_taken_while_that_is_busy():
+    """The second server of blocks 4:7 is no replica of the one of 4:10, which all must pass. Without it: 0.65."""
+    link = LinkProfile(0.01, 0.0, 100, 100)
+    servers = [
+        Server(blocks=Span(start, stop), link=link, tokens_per_second=pace, claimed_pace=pace * (stop - start))
+        for start, stop, pace in ((0, 4, 10_000), (4, 10, 1_000), (4, 7, 1_000))
+    ]
+    scenario = Scenario(blocks=10, hidden_size=64, rows=150, tokens=(24, 136), servers=tuple(servers))
+    first, warm = simulate(scenario, evaluations=2).shares
+    assert (first > 0.85, warm > 0.92) == (True, True), (first, warm)
 
 
 @pytest.mark.parametrize(

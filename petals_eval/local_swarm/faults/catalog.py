@@ -37,6 +37,7 @@ __all__ = [
     "Truncated",
     "VersionLie",
     "WrongDtype",
+    "WrongRollBack",
     "WrongShape",
 ]
 
@@ -135,6 +136,15 @@ class LockedCache(Fault):
     """
 
     name: Literal["locked_cache"] = "locked_cache"
+
+
+class WrongRollBack(Fault):
+    """A session that is told to go back to a position goes back one further, and says nothing.
+
+    A call, to this fault, is a step of a session that is told to go back.
+    """
+
+    name: Literal["wrong_roll_back"] = "wrong_roll_back"
 
 
 class BrokenDecoder(Fault):
@@ -285,13 +295,13 @@ class JoiningForEver(Fault):
 
 AnyFault = Annotated[
     Crash | Hang | Slow | Reset | InfoOnly | Refuse | LockedCache | BrokenDecoder | Truncated | Oversized | WrongShape
-    | WrongDtype | NotFinite | FlippedBit | Noise | OtherWeights | Swapped | TrainingMode | StaleRecord
+    | WrongRollBack | WrongDtype | NotFinite | FlippedBit | Noise | OtherWeights | Swapped | TrainingMode | StaleRecord
     | RecordWithoutServer | ClaimsSpan | ClaimsDtype | VersionLie | OtherLayout | ClockSkew | JoiningForEver,
     Field(discriminator="name"),
 ]  # fmt: skip
 
 FAULTS: tuple[type[Fault], ...] = get_args(get_args(AnyFault)[0])
-SESSION_FAULTS: tuple[type[Fault], ...] = (LockedCache, OtherLayout)
+SESSION_FAULTS: tuple[type[Fault], ...] = (LockedCache, OtherLayout, WrongRollBack)
 """The faults that only clients meet who open sessions."""
 
 LOSSY_WIRE_FAULTS: tuple[type[Fault], ...] = (BrokenDecoder,)

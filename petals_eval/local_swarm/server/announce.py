@@ -72,6 +72,7 @@ async def announce(
         quant_type="none",
         using_relay=False,
         cache_tokens_left=cache_tokens_left,
+        forward_rps=None if settings.pace is None else settings.pace * len(settings.span),
     )
     extra = record.model_dump()
     uids = [block_uid(settings.dht_prefix, block) for block in range(span.start, span.stop)]

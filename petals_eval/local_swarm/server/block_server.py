@@ -18,6 +18,7 @@ from petals_eval.local_swarm.server.announce import announce
 from petals_eval.local_swarm.server.cache_budget import CacheBudget
 from petals_eval.local_swarm.server.compute import SpanThread
 from petals_eval.local_swarm.server.handler import BlockHandler
+from petals_eval.local_swarm.server.paced_span import PacedSpan
 from petals_eval.local_swarm.server.served_span import ServedSpan
 from petals_eval.local_swarm.server.settings import ServerSettings
 from petals_eval.local_swarm.work import Middleware, wrapped
@@ -44,7 +45,8 @@ class BlockServer:
         self.faults = FaultInjector(self._crash, self._reset)
         self.faults.switch(settings.initial_faults)
         self._thread = SpanThread(blocks, settings.max_batch_size, settings.max_chunk_bytes)
-        compute = wrapped(self._thread, (*middleware, self.faults.middleware(blocks)))
+        arithmetic = self._thread if settings.pace is None else PacedSpan(settings)
+        compute = wrapped(arithmetic, (*middleware, self.faults.middleware(blocks)))
         self.handler = BlockHandler(
             ServedSpan(settings, blocks, compute, self._thread.gradients, self.budget, self.faults), peer.p2p
         )
@@ -85,7 +87,8 @@ class BlockServer:
             await announce(peer.node, settings, ServerState.JOINING)
             blocks = await loading
             if settings.throughput is None:
-                settings = settings.model_copy(update={"throughput": await asyncio.to_thread(_measured, blocks)})
+                pace = settings.pace or await asyncio.to_thread(_measured, blocks)
+                settings = settings.model_copy(update={"throughput": pace})
             server = cls(settings, peer, blocks, middleware)
             await server.handler.add_p2p_handlers(peer.p2p)
             await server.announce(ServerState.ONLINE)

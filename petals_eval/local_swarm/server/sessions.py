@@ -15,7 +15,7 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 
-from petals_eval.local_swarm.faults.catalog import LockedCache, OtherLayout
+from petals_eval.local_swarm.faults.catalog import LockedCache, OtherLayout, WrongRollBack
 from petals_eval.local_swarm.faults.injector import wait_forever
 from petals_eval.local_swarm.server.messages import given, read_metadata, unpacked
 from petals_eval.local_swarm.server.served_span import ServedSpan
@@ -221,6 +221,8 @@ class _Session:
             return
         if not isinstance(position, int) or not 0 <= position <= self._cache.length:
             raise ValueError(f"expected start_from_position within 0:{self._cache.length}, found {position!r}")
+        if position and self._served.faults.hits_call(WrongRollBack):
+            position -= 1
         self._cache.roll_back(position)
 
     def _reorder(self, hypo_ids: torch.Tensor | None) -> None:

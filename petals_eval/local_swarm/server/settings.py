@@ -31,6 +31,11 @@ class ServerSettings(BaseModel):
     # float32 with the matrix products of TF32.
     arithmetic: Literal["plain", "fused", "tf32"] = "plain"
 
+    # Tokens a second through all of its blocks, which are then no arithmetic but a wait (`paced_span`), and seconds
+    # that a call takes beside them; None: it computes.
+    pace: float | None = Field(default=None, gt=0)
+    call_seconds: float = Field(default=0.002, ge=0)
+
     throughput: float | None = Field(default=None, ge=0)  # tokens per second, as announced; None: as measured
     public_name: str | None = None
     version: str = "2.3.0.dev2"  # the line of Petals whose wire this server speaks

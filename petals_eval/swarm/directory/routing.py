@@ -46,7 +46,9 @@ class RouteIndex:
     def __init__(self, servers: Iterable[SpanServer], stop: int):
         self.stop = stop
         self._holders: list[list[SpanServer]] = [[] for _ in range(stop)]
+        self._stops = set[int]()
         for server in servers:
+            self._stops.add(server.span.stop)
             for holders in self._holders[server.span.start : server.span.stop]:
                 holders.append(server)
         self._rest: list[float] = [math.inf] * stop + [0.0]
@@ -56,9 +58,9 @@ class RouteIndex:
         return self._holders[block]
 
     def plan(self, cost: Cost, start: int = 0) -> None:
-        """Reckon the cheapest way on from each block from `start` on."""
+        """Reckon the cheapest way on from each block after `start` at which some server stops: nobody enters others."""
         self._rest = [math.inf] * self.stop + [0.0]
-        for block in range(self.stop - 1, start - 1, -1):
+        for block in sorted((each for each in self._stops if start < each < self.stop), reverse=True):
             hop = self.next_hop(block, cost)
             if hop is not None:
                 self._rest[block] = cost(hop.server, hop.blocks) + self._rest[hop.span.stop]
@@ -100,11 +102,13 @@ def plan_route(servers: Iterable[SpanServer], span: Span, cost: Cost) -> tuple[H
     return index.route(span.start, cost)
 
 
-def next_hop(servers: Iterable[SpanServer], span: Span, cost: Cost) -> Hop | None:
-    """Return the first hop of the cheapest route through these blocks; None where there is no route."""
+def next_hop(
+    servers: Iterable[SpanServer], span: Span, cost: Cost, is_usable: Callable[[SpanServer], bool] | None = None
+) -> Hop | None:
+    """Return the first hop, on a usable server, of the cheapest route through these blocks; None without a route."""
     index = RouteIndex(servers, span.stop)
     index.plan(cost, span.start)
-    return index.next_hop(span.start, cost) if span.start < span.stop else None
+    return index.next_hop(span.start, cost, is_usable) if span.start < span.stop else None
 
 
 def hold_all(servers: Iterable[SpanServer], span: Span) -> bool:

@@ -12,7 +12,8 @@ Status = Literal["wrong", "nondeterministic", "disputed"]
 """nondeterministic: two answers to one question. wrong: another answer than two others, than blocks at home, or than
 its own when it was asked again. disputed: another answer than others, and nobody to settle who is right."""
 
-Witness = Literal["others", "home", "itself"]
+Witness = Literal["others", "home", "itself", "call"]
+"""call: what the same server answers in one call, where its session had gone back."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 from petals_eval.config import SwarmSettings
 from petals_eval.errors import PeerDistrustedError
 from petals_eval.swarm.peers.finding import TrustFinding
+from petals_eval.swarm.peers.lane_standing import LaneStanding
 from petals_eval.swarm.peers.limits import ModelLimits, TokenLimits
 from petals_eval.swarm.peers.peer_text import error_text, short_peer
 from petals_eval.swarm.peers.sampling import Sampler
@@ -54,7 +55,7 @@ class Peer:
     stepping: held while rows go to it in steps: it may have no room for a second session of their length.
     blocked_until: until when it is left alone, on the runtime's clock.
     tokens_in_flight: what it is working on for us. overtaken: calls that another server, asked later, answered first.
-    push_rest: seconds it was last left without pushes, and push_rest_until: until when.
+    push_rest: seconds it was last left without pushes, and push_rest_until: until when. lanes: how they fare there.
     is_avoided: whether others are to do the work, for they are to be compared with it.
     """
 
@@ -87,6 +88,7 @@ class Peer:
         self.first_error_in_a_row = ""
         self.spans: set[Span] = set()
         self.push_rest = self.push_rest_until = 0.0
+        self.lanes = LaneStanding()
         self.is_avoided = False
 
     def ask_anew(self) -> None:
@@ -94,7 +96,7 @@ class Peer:
 
         Failures, back-off, limits, the window and a quarantine stay.
         """
-        for once in (self.info, self.codec, self.rolls_back):
+        for once in (self.info, self.codec, self.rolls_back, self.lanes.goes_back):
             once.ask_anew()
         for state in self.probes.values():
             state.probes.clear()

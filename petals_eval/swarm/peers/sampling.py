@@ -25,6 +25,11 @@ class Sampler(Generic[T]):
         self._seen = self._chosen = self._left = 0  # left: while fewer than two were chosen
         self._kept: T | None = None
 
+    @property
+    def keeps(self) -> bool:
+        """Whether it may keep an answer that it does not choose."""
+        return self._chosen < self.MINIMUM
+
     def chooses(self, item: T, is_possible: Callable[[], bool] = lambda: True) -> bool:
         """Return whether to check this one. is_possible: whether anybody could; if not, the next one takes its turn."""
         self._seen += 1

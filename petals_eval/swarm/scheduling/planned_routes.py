@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from petals_eval.swarm.directory.routing import Cost, Hop, RouteIndex
+from petals_eval.swarm.directory.routing import Cost, Hop, RouteIndex, next_hop
 from petals_eval.swarm.runtime import Runtime
 from petals_eval.swarm.wire.records import Snapshot, SpanServer
 from petals_eval.swarm.wire.span import Span
@@ -52,6 +52,25 @@ class PlannedRoutes:
             ended = self._runtime.monotonic()
             self._until = ended + (ended - now) / PlanPolicy.max_share
         return self._index.next_hop(rest.start, cost, is_usable=fits)
+
+    def free_hop(
+        self,
+        snapshot: Snapshot,
+        rest: Span,
+        cost: Cost,
+        takes: Callable[[SpanServer], bool],
+        is_free: Callable[[SpanServer], bool],
+    ) -> Hop | None:
+        """Return the hop that begins the cheapest way on with a server that is free; by a plan of now, or where servers
+        are many by the last one of their next hops.
+
+        takes: asked of all servers, or where they are many of those of the next block.
+        """
+        if len(snapshot.servers) <= PlanPolicy.few:
+            return next_hop([each for each in snapshot.servers.values() if takes(each)], rest, cost, is_free)
+        if self._snapshot is not snapshot or self._index.stop != rest.stop:
+            return None  # planned by whoever looks for the best one
+        return self._index.next_hop(rest.start, cost, lambda server: takes(server) and is_free(server))
 
     def holders(self, snapshot: Snapshot, block: int) -> Iterable[SpanServer]:
         """Return the servers that may hold a block: of many those that do, once there is a plan of the snapshot."""

@@ -126,21 +126,33 @@ class Router:
             pause = self.pause(hop, tokens)
             if pause < PacePolicy.shortest_pause:
                 return hop
-            replica = self.free_replica(hop, activations, {hop.peer_id})
-            if replica is not None and self._serves_all(replica, hop, tokens):
-                return replica
+            other = self._free_hop(rest, tokens, admission)
+            if other is not None and self._serves_all(other, hop, tokens):
+                return other
             await self._queues.wait_for_capacity(min(pause, give_up - self._runtime.monotonic()))
 
-    def _serves_all(self, replica: Hop, hop: Hop, tokens: int) -> bool:
-        """Return whether to send to a replica that would be done later than the hop's server, which is busy now.
+    def _free_hop(self, rest: Span, tokens: int, admission: Admission) -> Hop | None:
+        """Return the first hop of the cheapest way on that begins with a server which could begin at once: that need be
+        no replica of one that is busy, for another way on may pass it by, or leave it less to do."""
+
+        def takes(server: SpanServer) -> bool:
+            return self._takes(server, rest, admission)
+
+        def is_free(server: SpanServer) -> bool:
+            return self.pause(Hop(server, server.span.common(rest) or rest), tokens) < PacePolicy.shortest_pause
+
+        return self._planned.free_hop(self._directory.snapshot, rest, self._cost(tokens), takes, is_free)
+
+    def _serves_all(self, other: Hop, hop: Hop, tokens: int) -> bool:
+        """Return whether to send to a server that would be done later than the hop's, which is busy now.
 
         This micro-batch would be back sooner if it waited, but those behind it wait as well: with more to come the
-        replica is better used than not, and at the end of a run as long as the others would not be through before it.
+        other is better used than not, and at the end of a run as long as the hop's would not be through before it.
         """
         if self._queues.producing:
             return True
         all_waiting = tokens * self._queues.length(hop.span.start)
-        return self.seconds(replica.server, hop.blocks, tokens) <= self.seconds(hop.server, hop.blocks, all_waiting)
+        return self.seconds(other.server, other.blocks, tokens) <= self.seconds(hop.server, hop.blocks, all_waiting)
 
     async def find(self, rest: Span, tokens: int, give_up: float, admission: Admission) -> Hop:
         """Return the next hop of the cheapest route among servers in good standing; wait for one until `give_up`.
@@ -195,14 +207,13 @@ class Router:
 
     def _planned_hop(self, rest: Span, tokens: int, admission: Admission) -> Hop | None:
         def fits(server: SpanServer) -> bool:
-            return (
-                self._may_be_called(server)
-                and admission.refusal(server, rest) is None
-                and admission.is_ready(server, rest)
-            )
+            return self._takes(server, rest, admission)
 
-        snapshot = self._directory.snapshot
-        return self._planned.next_hop(snapshot, rest, self._cost(tokens), self._may_be_called, fits)
+        return self._planned.next_hop(self._directory.snapshot, rest, self._cost(tokens), self._may_be_called, fits)
+
+    def _takes(self, server: SpanServer, rest: Span, admission: Admission) -> bool:
+        standing = self._may_be_called(server)
+        return standing and admission.refusal(server, rest) is None and admission.is_ready(server, rest)
 
     def _may_be_called(self, server: SpanServer) -> bool:
         return self._peers.of(server.peer_id).may_be_called
@@ -225,9 +236,7 @@ class Router:
             for server in self._planned.holders(self._directory.snapshot, hop.span.start)
             if server.peer_id not in without
             and hop.span.within(server.span)
-            and self._may_be_called(server)
-            and admission.refusal(server, hop.span) is None
-            and admission.is_ready(server, hop.span)
+            and self._takes(server, hop.span, admission)
             and self.pause(other := Hop(server, hop.span), tokens) < PacePolicy.shortest_pause
         ]
         cost = self._cost(tokens)

@@ -19,7 +19,6 @@ from petals_eval.errors import (
     PeerError,
     PeerLimitError,
     PeerNotFiniteError,
-    PeerRefusedError,
     RequestTooLargeError,
 )
 from petals_eval.swarm.activations import Activations
@@ -29,15 +28,14 @@ from petals_eval.swarm.peers.peer import Peer, PeerBook
 from petals_eval.swarm.transport.client import HopClient
 from petals_eval.swarm.transport.hop_session import HopSession
 from petals_eval.swarm.transport.opening import all_or_none
-from petals_eval.swarm.transport.rolling_back import PROOF_TOKENS, proves_rolling_back
+from petals_eval.swarm.transport.rolling_back import rolls_back
 from petals_eval.swarm.transport.rpc import ServedHop
 from petals_eval.swarm.trust.acceptance import Acceptance
 from petals_eval.swarm.trust.non_finite import raise_if_input_overflows
 from petals_eval.swarm.trust.recorded_call import RecordedCall
-from petals_eval.swarm.wire.server_info import may_roll_back
 from petals_eval.swarm.wire.span import Span
 
-__all__ = ["MAX_HELD_SECONDS", "RouteSession"]
+__all__ = ["MAX_HELD_SECONDS", "FindHop", "RouteSession"]
 
 _log = logging.getLogger(__name__)
 
@@ -179,16 +177,16 @@ class RouteSession:
         may_audit: let a share of what its servers computed be computed elsewhere, too, as of ordinary calls.
         """
         async with self._stepping:
-            calls = list(self._recorded()) if may_audit else []
+            calls = list(self.recorded()) if may_audit else []
             await self._end_sessions()
             self._inputs.clear()
         for call in calls:
             with suppress(PeerError):  # caught meanwhile: whoever counts its answers hears of that elsewhere
                 await self._acceptance.offer(call)
 
-    def _recorded(self) -> Iterator[RecordedCall]:
-        """Yield what each server computed from the first position to the last, as one call. What one that was replaced
-        began is nobody's alone, and is left out."""
+    def recorded(self) -> Iterator[RecordedCall]:
+        """Yield what each server computed from the first position to the last, as one call, until the next step changes
+        it. What one that was replaced began is nobody's alone, and is left out."""
         for leg in self._legs:
             inputs, answers = (self._inputs.get(block) for block in (leg.hop.span.start, leg.hop.span.stop))
             if leg.since != 0 or leg.dtype is None or inputs is None or answers is None or not self._position:
@@ -336,7 +334,8 @@ class RouteSession:
         """Return the hop's session with no more than `position` positions in its cache."""
         session = leg.session
         if session is not None and session.position > position:
-            if await self._rolls_back(leg.hop, session, self._inputs[leg.hop.span.start].hidden_size):
+            peer, size = self._peers.of(leg.hop.peer_id), self._inputs[leg.hop.span.start].hidden_size
+            if await rolls_back(self._client, peer, leg.hop, size):
                 session.roll_back(position)
             else:
                 await leg.close()
@@ -345,20 +344,6 @@ class RouteSession:
             leg.session = session = await self._client.open_session(leg.hop, self.rows, self.max_length)
             leg.reorder = None  # what was kept is in the new order already
         return session
-
-    async def _rolls_back(self, hop: Hop, session: HopSession, hidden_size: int) -> bool:
-        """Return whether the server's sessions go back to a position, asked once and kept. Raises PeerError."""
-
-        async def ask() -> bool:
-            if not may_roll_back(session.info.version):
-                return False
-            proof = await self._client.open_session(hop, 1, PROOF_TOKENS)
-            return await proves_rolling_back(proof, hidden_size)
-
-        try:
-            return await self._peers.of(hop.peer_id).rolls_back.get(ask)
-        except PeerRefusedError:
-            return False  # no room in its cache now; asked again another time
 
     def _positions_per_step(self, peer: Peer) -> int:
         limit = peer.limits.per_call or USUAL_MAX_TOKENS

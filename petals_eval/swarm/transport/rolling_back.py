@@ -3,12 +3,30 @@
 import torch
 
 from petals_eval.errors import PeerRefusedError
+from petals_eval.swarm.directory.routing import Hop
+from petals_eval.swarm.peers.peer import Peer
+from petals_eval.swarm.transport.client import HopClient
 from petals_eval.swarm.transport.hop_session import HopSession
+from petals_eval.swarm.wire.server_info import may_roll_back
 
-__all__ = ["PROOF_TOKENS", "proves_rolling_back"]
+__all__ = ["PROOF_TOKENS", "proves_rolling_back", "rolls_back"]
 
 PROOF_TOKENS = 18
 """Tokens of cache that `proves_rolling_back` needs."""
+
+
+async def rolls_back(client: HopClient, peer: Peer, hop: Hop, hidden_size: int) -> bool:
+    """Return whether the sessions of the hop's server go back to a position, asked once and kept. Raises PeerError."""
+
+    async def ask() -> bool:
+        if not may_roll_back(hop.server.record.version):
+            return False
+        return await proves_rolling_back(await client.open_session(hop, 1, PROOF_TOKENS), hidden_size)
+
+    try:
+        return await peer.rolls_back.get(ask)
+    except PeerRefusedError:
+        return False  # no room in its cache now; asked again another time
 
 
 async def proves_rolling_back(session: HopSession, hidden_size: int) -> bool:

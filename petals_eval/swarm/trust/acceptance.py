@@ -74,15 +74,17 @@ class Acceptance:
         if may_audit and tokens:
             await self.offer(call)
 
-    async def offer(self, call: RecordedCall) -> None:
-        """Choose whether to audit what was accepted: an answer, or what a session's steps came to. Raises PeerError."""
+    async def offer(self, call: RecordedCall, *, is_lent: bool = False) -> None:
+        """Choose whether to audit what was accepted (`is_lent`: its tensors will change). Raises PeerError."""
         if self._audit is None:
             return
         self._audit.computed += 1
         peer, span = self._peers.of(call.hop.peer_id), call.hop.server.span
         sampler = peer.samplers.get(span) or self._audit.new_sampler(peer, span)
-        if sampler.chooses(call, partial(self._audit.can_check, call.hop)):
-            await self._audit.start(peer, call)
+        if sampler.chooses(
+            call.copied() if is_lent and sampler.keeps else call, partial(self._audit.can_check, call.hop)
+        ):
+            await self._audit.start(peer, call.copied() if is_lent else call)
             self.refuse_distrusted(peer)
 
     def refuse_distrusted(self, peer: Peer) -> None:

@@ -10,7 +10,7 @@ import torch
 from petals_eval.errors import PeerError, PeerTimeoutError
 from petals_eval.swarm.activations import Activations
 from petals_eval.swarm.directory.directory import Directory
-from petals_eval.swarm.directory.routing import Hop, plan_route
+from petals_eval.swarm.directory.routing import Hop, hold_all, plan_route
 from petals_eval.swarm.peers.finding import TrustFinding, Witness
 from petals_eval.swarm.peers.peer import PeerBook
 from petals_eval.swarm.transport.rpc import Answer
@@ -30,10 +30,12 @@ class ArbiterPolicy:
     patience: seconds that a call of an audit may take besides ten times what the call took that is audited: nobody
         waits for an audit but the end of a run, and a server that hangs must not hold that up for as long as a call of
         the run may take.
+    longest_wait: seconds that an audit waits for servers that are left alone after a failure, where nobody else is.
     """
 
     max_thirds: int = 4
     patience: float = 20.0
+    longest_wait: float = 5.0
 
 
 class BlocksAtHome(Protocol):
@@ -70,8 +72,25 @@ class Arbiter:
         self.home: BlocksAtHome | None = None
 
     def can_check(self, hop: Hop) -> bool:
-        """Return whether anybody else holds these blocks now, or home some of them."""
-        return self._home_part(hop) is not None or self._others(hop, {hop.peer_id}) is not None
+        """Return whether anybody else holds these blocks, now or in a moment, or home some of them."""
+        others = self._home_part(hop) or self._others(hop, {hop.peer_id}) or self.until_others(hop)
+        return others is not None
+
+    def until_others(self, hop: Hop) -> float | None:
+        """Return the seconds until others may be asked who hold these blocks; None: nobody before long."""
+        until = self._runtime.monotonic() + ArbiterPolicy.longest_wait
+        servers = [
+            server
+            for server in self._directory.snapshot.servers.values()
+            if server.peer_id != hop.peer_id
+            and not (peer := self._peers.of(server.peer_id)).is_quarantined
+            and peer.blocked_until <= until
+        ]
+        if not hold_all(servers, hop.span):
+            return None
+        waits = (self._peers.of(server.peer_id).blocked_until for server in servers if hop.span.overlaps(server.span))
+        wait = max(0.0, *waits) - self._runtime.monotonic()
+        return wait if wait > 0 else None
 
     async def check(self, call: RecordedCall) -> tuple[TrustFinding, ...] | None:
         """Return what came of computing the call again; nothing found means that they agree, None that nobody could."""
@@ -178,6 +197,8 @@ class Arbiter:
             async with asyncio.timeout(timeout):
                 answer = await self._run(call.hop, call.activations, call.positions_per_step)
         except TimeoutError as error:
+            # What the work asks next need not wait for a question that hangs, such as a probe that this call began.
+            self._peers.of(call.hop.peer_id).ask_anew()
             raise PeerTimeoutError(f"no answer to a check within {timeout:g} s") from error
         return replace(call, answer=answer.hidden)
 

@@ -58,7 +58,7 @@ class ReplicaAudit:
         self._peers = peers
         self._quarantine = quarantine
         self._settings, self._runtime = peers.settings, peers.runtime
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}  # in order
         self._turns = asyncio.Semaphore(AuditPolicy.at_once)
         self._done = self._impossible = 0
         self.computed = 0
@@ -76,7 +76,7 @@ class ReplicaAudit:
         return peer.samplers.setdefault(span, Sampler(self._settings.verify, self._runtime.random))
 
     def can_check(self, hop: Hop) -> bool:
-        """Return whether anybody else holds these blocks now, or home some of them."""
+        """Return whether anybody else holds these blocks, now or in a moment, or home some of them."""
         return self._arbiter.can_check(hop)
 
     async def start(self, peer: Peer, call: RecordedCall) -> None:
@@ -97,21 +97,27 @@ class ReplicaAudit:
                     self._start(peer, cast(RecordedCall, call))
         if not self._tasks:
             return
-        _, late = await asyncio.wait(self._tasks, timeout=self._settings.deadline)
-        for task in late:
-            task.cancel()
+        tasks = list(self._tasks)
+        _, late = await asyncio.wait(tasks, timeout=self._settings.deadline)
+        for task in tasks:
+            if task in late:
+                task.cancel()
         self._impossible += len(late)
 
     def _start(self, peer: Peer, call: RecordedCall) -> None:
         task = asyncio.create_task(self._check(peer, call))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(self._tasks.pop)
 
     async def _check(self, peer: Peer, call: RecordedCall) -> None:
         async with self._turns:
             if peer.is_quarantined:
                 return
             found = await self._arbiter.check(call)
+        if found is None and (seconds := self._arbiter.until_others(call.hop)) is not None:
+            await asyncio.sleep(seconds)  # out of turn: those who hold the blocks are left alone for a moment
+            async with self._turns:
+                found = await self._arbiter.check(call)
         outcome = "nobody could compute it again" if found is None else "differs" if found else "agrees"
         _log.debug("%s: audit of blocks %s: %s", peer.name, call.hop.span, outcome)
         if found is None:

@@ -68,6 +68,7 @@ _WITNESSES: Mapping[Witness, str] = {
     "others": "answered otherwise than others that hold the same blocks",
     "home": "answered otherwise than the same blocks at home",
     "itself": "answered otherwise than another server, and otherwise again when it was asked once more",
+    "call": "answered otherwise after it went back in a session than in one call of all positions",
 }
 
 

@@ -37,6 +37,10 @@ class Quarantine:
         """Warnings, in order."""
         return tuple(self._notices)
 
+    def tell(self, notice: str) -> None:
+        """Warn of a server that is used all the same, in another way."""
+        self._notices.append(notice)
+
     @property
     def findings(self) -> tuple[TrustFinding, ...]:
         """What is held against servers, in the order in which it was found."""

@@ -1,6 +1,6 @@
 """A call as it was made and answered: what an audit computes again."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,3 +29,8 @@ class RecordedCall:
     def kind(self) -> Kind:
         """What the server computes with: the dtype of its answer, and its own word on quantisation."""
         return Kind.of(self.answer.dtype, self.hop.server.record.quant_type)
+
+    def copied(self) -> "RecordedCall":
+        """Return the same with tensors of its own."""
+        entered = replace(self.activations, hidden=self.activations.hidden.clone())
+        return replace(self, activations=entered, answer=self.answer.clone())

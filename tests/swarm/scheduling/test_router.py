@@ -127,11 +127,12 @@ def test_a_search_looks_at_the_servers_of_one_block_and_plans_now_and_then():
     searches = 200
     for _ in range(searches):
         find(pipe)
-    assert reckoned - searches * FEW <= searches * len(MANY) * 3 * 0.3, "as many as if each search had planned anew"
+    behind = len(MANY) - FEW  # those that a plan looks at: all but the ones to pick from
+    assert reckoned - searches * FEW <= searches * behind * 0.3, "as many as if each search had planned anew"
     pipe._router._planned = PlannedRoutes(pipe.peers.runtime)
     before = reckoned
     find(pipe)
-    assert reckoned - before > FEW + len(MANY)
+    assert reckoned - before >= FEW + behind
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_whether_a_server_rolls_back_is_found_out_once(swarm, line, monkeypatch)
         proofs.append(await proves_rolling_back(session, hidden_size))
         return proofs[-1]
 
-    monkeypatch.setattr("petals_eval.swarm.sessions.route_session.proves_rolling_back", prove)
+    monkeypatch.setattr("petals_eval.swarm.transport.rolling_back.proves_rolling_back", prove)
     with connect(swarm) as connection:
         blocks = connection.remote_sequential(swarm.dht_prefix, BLOCKS)
         for _ in range(2):

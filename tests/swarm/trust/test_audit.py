@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from petals_eval.errors import PeerTimeoutError
 from petals_eval.swarm.trust.audit import catch_probability
 from tests.support.audited_run import BLOCKS, SIZE, AuditedRun, PassesProbes, float32, states
 from tests.support.fake_swarm import FakeTransport, forward, noise, set_pace
@@ -95,6 +96,22 @@ def test_a_checker_that_is_gone_or_hangs_is_passed_over():
     run.go(5)
     progress = run.pipe.audit.progress()
     assert progress.done == 0 and progress.impossible >= 1 and run.statuses == {}
+
+
+def test_what_only_servers_hold_that_are_left_alone_for_a_moment_is_checked_afterwards():
+    run = AuditedRun(float32("a"), float32("b"), float32("c"), verify=1.0, min_backoff=0.2)
+    run.blocks.spoil["a"] = noise()
+    for peer in "bc":
+        run.peers.of(peer).on_failed(PeerTimeoutError("no answer"))
+    run.go(3)
+    assert run.statuses == {"a": "wrong"}
+
+
+def test_a_check_does_not_wait_long_for_a_server_that_is_left_alone():
+    run = AuditedRun(float32("a"), float32("b"), verify=1.0, min_backoff=60.0, max_backoff=60.0)
+    run.peers.of("b").on_failed(PeerTimeoutError("no answer"))
+    run.go(3)
+    assert run.pipe.audit.progress().done == 0
 
 
 def test_no_answer_waits_for_a_check():
