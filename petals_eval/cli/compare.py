@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 __all__ = ["HELP", "SHORT", "compare"]
 
 SHORT = "Compare runs on the same rows."
-HELP = """Compare runs, or the adapters of one, on the rows that all of them scored: the difference of every metric with
-its 95% interval, a test, and the smallest difference that so many rows could show.
+HELP = """Compare runs, or the adapters of one, on the rows that all of them scored: the difference of every metric (the
+first run minus the second) with its 95% interval, a test, and the smallest difference that so many rows could show.
 
 \b
   petals-eval compare runs/prompts-a runs/prompts-b
   petals-eval compare runs/prompts-a runs/prompts-b --latex
+  petals-eval compare old=runs/prompts-a new=runs/prompts-b
   petals-eval compare runs/several-adapters --against baseline
   petals-eval compare runs/prompts-a other-tool.csv
 
@@ -34,7 +35,13 @@ data, from 0), prediction, and label unless a run or --task says what is right.
 
 @flags_of(CompareSettings)
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, and files of predictions.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]RUN...",
+            help="Run folders, and files of predictions, each with a name to show if you give one.",
+        ),
+    ],
     latex: Annotated[bool, typer.Option("--latex", help="Print a LaTeX tabular (booktabs).")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print a csv.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
@@ -59,11 +66,9 @@ def compare(
         seed=settings.seed,
     )
     if chosen:
-        from petals_eval.report import comparison_tables
-
-        typer.echo(getattr(comparison_tables, f"as_{chosen[0]}")(found.differences), nl=False)
+        typer.echo(getattr(found, f"to_{chosen[0]}")(), nl=False)
         return 0
-    texts = _texts(found, runs, settings) if settings.with_texts else None
+    texts = _texts(found, settings) if settings.with_texts else None
     if settings.json_output:
         report = found.to_json(changed_rows=settings.changed, texts=texts)
         typer.echo(json_text(report, indent=2))
@@ -72,8 +77,8 @@ def compare(
     return 0
 
 
-def _texts(found: "Comparison", runs: list[str], settings: CompareSettings) -> dict[str, str]:
+def _texts(found: "Comparison", settings: CompareSettings) -> dict[str, str]:
     from petals_eval.comparison.row_texts import texts_of_changed
 
     where = TextSettings(task=settings.task, data=settings.data)
-    return texts_of_changed(found, settings.changed, **text_arguments(runs, where))
+    return texts_of_changed(found, settings.changed, **text_arguments(found.sides.values(), where))

@@ -39,15 +39,17 @@ def report(
 ) -> int:
     typer.echo(f"reading {', '.join(map(str, folders))}", err=True)
 
-    from petals_eval.report.write import write_comparison, write_page, write_pages
+    from petals_eval.report.write import COMPARISON, PAGE, write_comparison, write_page, write_pages
 
     if with_texts and len(folders) == 1:
         raise ConfigError("--with-texts: expected several runs, for the page of one holds no texts; found one.")
     if flags and not with_texts:
         raise ConfigError("expected --with-texts beside --data, --task and the other flags that say where texts are")
+    if out is not None:
+        _check_out(out, PAGE if len(folders) == 1 else COMPARISON)
     if len(folders) > 1:
         texts = text_arguments(folders, TextSettings(**flags)) if with_texts else None
-        typer.echo(f"report: {write_comparison(folders, out or Path('comparison.html'), texts=texts)}")
+        typer.echo(f"report: {write_comparison(folders, out or Path(COMPARISON), texts=texts)}")
     elif (folders[0] / "group.json").is_file():
         if out is not None:
             raise ConfigError("--out: expected one run, for a page is one file; found a group of tasks. Leave it out.")
@@ -56,3 +58,13 @@ def report(
     else:
         typer.echo(f"report: {write_page(folders[0], out)}")
     return 0
+
+
+def _check_out(out: Path, usual: str) -> None:
+    """Raise ConfigError where no page can be written to `out`. usual: the name of such a page."""
+    if out.is_dir():
+        raise ConfigError(
+            f"--out: expected the name of an HTML file; {out} is a folder. Write for example --out {out / usual}"
+        )
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out: there is no folder {out.parent}: make it, or name another file.")

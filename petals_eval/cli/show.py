@@ -1,5 +1,7 @@
 """`petals-eval show`: the result of a run folder, computed anew from what its journal holds."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,14 +52,27 @@ def show(
         return 0
     if not chosen and len(folders) > 1 and flags:
         raise ConfigError("expected one run folder beside these flags; several are shown as a table")
-    if chosen or len(folders) > 1:
+    if chosen:
         from petals_eval.runs import tables
         from petals_eval.runs.overview import rows_of_folders
 
-        form = chosen[0] if chosen else "markdown"
-        typer.echo(getattr(tables, f"as_{form}")(rows_of_folders(folders)), nl=False)
+        typer.echo(getattr(tables, f"as_{chosen[0]}")(rows_of_folders(folders)), nl=False)
         return 0
-    return _show_run(folders[0], flags)
+    return _show_runs(folders) if len(folders) > 1 else _show_run(folders[0], flags)
+
+
+def _show_runs(folders: Sequence[Path]) -> int:
+    from petals_eval.report import console_for
+    from petals_eval.report.tables import fitting_table
+    from petals_eval.runs.overview import rows_of_folders
+    from petals_eval.runs.tables import result_cells
+
+    # Metrics below each other: of these there are more than of runs.
+    heads, *rows = zip(*result_cells(rows_of_folders(folders)), strict=True)
+    console = console_for(sys.stdout)
+    for line in fitting_table(heads, rows, console.width):
+        console.print(line, soft_wrap=True)
+    return 0
 
 
 def _show_run(folder: Path, flags: dict[str, Any]) -> int:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petals_eval.comparison.sources import Compared, of_folder, of_predictions, of_result
+from petals_eval.comparison.tables import as_csv, as_latex, as_lines, as_markdown
 from petals_eval.errors import ConfigError, DataError
 from petals_eval.metrics import KINDS, check_metric_names
 from petals_eval.metrics.differences import Difference, Side, differences, pairs_of
@@ -18,20 +19,20 @@ from petals_eval.runs import RunResult
 from petals_eval.runs.matching import MatchedRows, match_rows
 from petals_eval.runs.results import WITHOUT_POSITIONS
 from petals_eval.tasks import Task, load_task
-from petals_eval.text import listed
+from petals_eval.text import listed, plural
 
 __all__ = ["ChangedRow", "Comparison", "compare"]
 
 SCHEMA_VERSION = 1
 
-Change = Literal["to wrong", "to right", "wrong otherwise"]
+Change = Literal["now wrong", "now right", "wrong otherwise"]
 
 
 @dataclass(frozen=True, slots=True)
 class ChangedRow:
     """A row that two sides predict otherwise. label, first, second: names where there are any, else positions.
 
-    change: from the first side to the second, "to wrong", "to right" or "wrong otherwise"; None without a label.
+    change: from the first side to the second, "now wrong", "now right" or "wrong otherwise"; None without a label.
     """
 
     key: str
@@ -50,7 +51,7 @@ class ChangedRow:
         }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
     """What `compare` returns.
 
@@ -92,9 +93,9 @@ class Comparison:
             if label != label:
                 change = None
             elif before == label:
-                change = "to wrong"
+                change = "now wrong"
             elif after == label:
-                change = "to right"
+                change = "now right"
             named = [self._named(each) for each in (before, after)]
             yield ChangedRow(
                 self.matched.keys[row], None if change is None else self._named(label), named[0], named[1], change
@@ -125,6 +126,26 @@ class Comparison:
             ],
         }
 
+    def to_csv(self) -> str:
+        """Return the table of the differences as csv."""
+        return as_csv(self.differences)
+
+    def to_markdown(self) -> str:
+        """Return the table of the differences in Markdown."""
+        return as_markdown(self.differences)
+
+    def _repr_markdown_(self) -> str:
+        """Return what a notebook shows of a comparison that is the last line of a cell."""
+        return self.to_markdown()
+
+    def to_latex(self) -> str:
+        """Return the table of the differences as a LaTeX tabular (booktabs)."""
+        return as_latex(self.differences)
+
+    def __repr__(self) -> str:
+        """Return how many rows were compared, and a line for each metric of each pair."""
+        return "\n".join([f"{plural(self.rows, 'row')} compared", *as_lines(self.differences)])
+
     def _named(self, position: float) -> str | int:
         return self.label_names[int(position)] if self.label_names else int(position)
 
@@ -142,8 +163,9 @@ def compare(
     runs: run folders, results that hold their predictions, and files of predictions of other tools (columns `key`,
         `prediction` and `label`; csv, tsv, JSONL or Parquet). Of a folder with several adapters each one is a side; of
         a single folder what was evaluated without prompts, too.
+        "NAME=PATH" gives a run the name under which it is a side, or NAME/adapter of several.
     metrics: to be compared; by default all that the sides have in common and that have intervals.
-    against: the name of a side: it is compared with each other one; otherwise all pairs are.
+    against: the name of a side, or its folder or file: it is compared with each other one; otherwise all pairs are.
     task, data: say what is right and what predictions mean, for files without a run beside them.
     seed: of the bootstrap; None: that of the first side.
 
@@ -154,10 +176,10 @@ def compare(
     if len(sides) < 2:
         raise ConfigError(
             "expected two or more to compare: run folders, a folder with several adapters, or files of predictions; "
-            f"found {listed(sides) or 'none'}."
+            f"found {f'one: {runs[0]}' if sides else 'none'}."
         )
-    if against is not None and against not in sides:
-        raise ConfigError(f"against: expected one of {listed(sides)}; found {against!r}.")
+    if against is not None:
+        against = _of_source(sides, against)
     found = list(sides.values())
     label_names = _common_label_names(sides)
     chosen = _common_metrics(found, metrics)
@@ -186,23 +208,61 @@ def compare(
     )
 
 
+def _of_source(sides: Mapping[str, Compared], asked: str) -> str:
+    """Return the side that is asked for by its name, or by the run folder or file as it was given."""
+    if asked in sides:
+        return asked
+    _, place = _split_name(asked)
+    found = [name for name, side in sides.items() if side.source == str(place)]
+    if len(found) > 1:
+        raise ConfigError(f"against: {asked} has several adapters: expected one of {listed(found)}.")
+    if not found:
+        raise ConfigError(f"against: expected one of {listed(sides)}, or the folder of one; found {asked!r}.")
+    return found[0]
+
+
+def _split_name(run: str | Path) -> tuple[str | None, Path]:
+    """Return the name that a run is given by NAME=RUN and its place; None where it is given without one."""
+    name, equals, place = str(run).partition("=")
+    if isinstance(run, Path) or not equals or Path(run).exists():
+        return None, Path(run)
+    if not name or not place:
+        raise ConfigError(f"expected NAME=RUN, a name and a run folder or file; found {run!r}.")
+    return name, Path(place)
+
+
+def _named(sides: Sequence[Compared], name: str | None) -> list[Compared]:
+    """Return the sides of a run under the name that it was given, of several with the adapter's behind it."""
+    if name is None:
+        return [*sides]
+    return [replace(side, name=name if len(sides) == 1 else f"{name}/{side.name}") for side in sides]
+
+
 def _sides(runs: Sequence[str | Path | RunResult], task: Any, data: str | Path | None) -> list[Compared]:
     known = None if task is None else load_task(task)
     found: dict[int, list[Compared]] = {}
-    files: dict[int, Path] = {}
+    files: dict[int, tuple[str | None, Path]] = {}
+    given: dict[str, Path] = {}
     for number, run in enumerate(runs):
         if isinstance(run, RunResult):
             found[number] = of_result(run, number + 1, bare_too=len(runs) == 1)
         elif not isinstance(run, str | Path):
             raise ConfigError(f"expected run folders, results or files of predictions; found {type(run).__name__}.")
-        elif Path(run).is_file():
-            files[number] = Path(run)
         else:
-            found[number] = of_folder(Path(run), bare_too=len(runs) == 1)
+            name, place = _split_name(run)
+            if name is not None and name in given:
+                raise ConfigError(
+                    f"expected a name of its own for each run; found {name} for {given[name]} and {place}."
+                )
+            given |= {} if name is None else {name: place}
+            if place.is_file():
+                files[number] = name, place
+            else:
+                found[number] = _named(of_folder(place, bare_too=len(runs) == 1), name)
     # What is right is said by a run, wherever it stands among the files.
     beside = next((sides[0] for sides in found.values()), None)
-    for number, path in files.items():
-        found[number] = [of_predictions(path, beside if known is None else None, known, data)]
+    for number, (name, path) in files.items():
+        found[number] = _named([of_predictions(path, beside if known is None else None, known, data)], name)
     return [side for number in sorted(found) for side in found[number]]
 
 

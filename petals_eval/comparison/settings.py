@@ -20,7 +20,7 @@ class CompareSettings(Settings, heading=OUTPUT):
     metrics: Annotated[Names, BeforeValidator(_split)] = option(
         (), "Compare in these metrics.", "NAME,NAME", unset="those that all runs have"
     )
-    against: str | None = option(None, "Compare this one with each other one, and not all pairs.", "NAME")
+    against: str | None = option(None, "Compare this run or adapter with each other one, and not all pairs.", "NAME")
     task: Place | None = option(
         None, "Task that says what predictions of another tool mean.", "TASK", unset="that of the runs beside them"
     )

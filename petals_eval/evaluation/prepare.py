@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pydantic import BaseModel
 
-from petals_eval.config import CallSettings, PromptSettings, RunSettings
+from petals_eval.config import CallSettings, ModelOnSwarm, PromptSettings, RunSettings
 from petals_eval.data import DataSource, Rows, is_local, load_rows, rows_of
 from petals_eval.data.rows import IN_MEMORY
 from petals_eval.errors import ConfigError, ModelError
@@ -526,6 +526,13 @@ def call_settings(settings: CallSettings) -> dict[str, Any]:
     return servers | {name: getattr(settings, name) for name in _NOT_ANSWERING}
 
 
+def _swarm_of(settings: CallSettings) -> dict[str, Any]:
+    """Return which swarm the command was told of, without an address: a run folder keeps none."""
+    if not isinstance(settings, ModelOnSwarm):
+        return {}
+    return {"local_swarm": settings.local_swarm, "public_swarm": settings.public_swarm}
+
+
 def _manifest(
     side: LocalSide,
     task: Task,
@@ -552,6 +559,7 @@ def _manifest(
             "metrics": list(task.metrics),
             "label_names": list(task.label_names),
             **call_settings(side.settings),
+            **_swarm_of(side.settings),
             **running,
         },
         seeds={"sample": data.seed, "bootstrap": data.seed},

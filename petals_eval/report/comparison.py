@@ -1,6 +1,6 @@
 """A comparison on the terminal, or as plain text where there is none."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import islice
 
 from rich.console import Console
@@ -8,12 +8,13 @@ from rich.padding import Padding
 from rich.text import Text
 
 from petals_eval.comparison.compare import Comparison
-from petals_eval.metrics.differences import EXACT, Difference
-from petals_eval.report.numbers import metric_title, signed_interval_text, signed_text
+from petals_eval.comparison.tables import DETECTABLE, methods_of, pair_text, signed_interval_text, signed_text
+from petals_eval.metrics.differences import Difference
+from petals_eval.report.numbers import metric_title
 from petals_eval.report.tables import NAME_WIDTH, fitting_table
 from petals_eval.text import number_text, p_value_text, plural, printable
 
-__all__ = ["methods_of", "print_comparison", "said_of"]
+__all__ = ["print_comparison", "said_of"]
 
 TEXT_CHARACTERS = 300  # of a row's text
 
@@ -27,17 +28,18 @@ def print_comparison(
     be shown below; None: keys alone.
     """
     pairs = comparison.pairs
-    heads = ["", "difference", "95% interval", "p", *(["p (Holm)"] if len(pairs) > 1 else []), "detectable"]
+    heads = ["difference", "95% interval", "p", *(["p (Holm)"] if len(pairs) > 1 else []), "detectable"]
     if len(pairs) == 1:
         names = [printable(name, longest=NAME_WIDTH) for name in pairs[0]]
         rows = [
             [metric_title(each.metric), *_values(each), *_cells(each, several=False)] for each in comparison.differences
         ]
-        tables = [fitting_table(["", *names, *heads[1:]], rows, console.width)]
+        heads[0] = " - ".join(names)
+        tables = [fitting_table(["", *names, *heads], rows, console.width)]
     else:
         tables = [
             fitting_table(
-                [metric_title(metric), *heads[1:]],
+                [metric_title(metric), *heads],
                 [[_pair(each), *_cells(each, several=True)] for each in alike],
                 console.width,
             )
@@ -64,7 +66,7 @@ def _by_metric(found: Iterable[Difference]) -> list[tuple[str, list[Difference]]
 
 
 def _pair(each: Difference) -> str:
-    return " - ".join(printable(name, longest=NAME_WIDTH) for name in (each.first, each.second))
+    return pair_text(each.first, each.second, longest=NAME_WIDTH)
 
 
 def _values(each: Difference) -> list[str]:
@@ -87,7 +89,7 @@ def _below(comparison: Comparison) -> list[str]:
         if found and len(comparison.pairs) <= 3:
             lines.append(whose + " · ".join(found))
     lines += methods_of(comparison.differences)
-    lines.append("detectable: the smallest difference that so many rows show in four of five such data sets, at 5%")
+    lines.append(f"detectable: {DETECTABLE}")
     notes: dict[str, dict[str, None]] = {}
     for each in comparison.differences:
         if each.note is not None:
@@ -104,29 +106,10 @@ def said_of(comparison: Comparison, pair: tuple[str, str]) -> list[str]:
     for each in comparison.of(*pair).values():
         if each.only_first is not None and "[" not in each.metric:
             found.append(
-                f"{metric_title(each.metric)}: right in {each.only_first:,} rows only {pair[0]}, in "
-                f"{each.only_second:,} only {pair[1]}"
+                f"{metric_title(each.metric)}: only {pair[0]} is right in {plural(each.only_first, 'row')}, "
+                f"only {pair[1]} in {each.only_second:,}"
             )
     return found
-
-
-def methods_of(found: Sequence[Difference]) -> list[str]:
-    """Return by which method the intervals and tests of which metrics are."""
-    methods = _methods(found)
-    lines = []
-    for method, metrics in methods.items():
-        whose = "the others: " if method == list(methods)[-1] else f"{', '.join(map(metric_title, metrics))}: "
-        lines.append(method if len(methods) == 1 else f"{whose}{method}")
-    return lines
-
-
-def _methods(found: Sequence[Difference]) -> dict[str, list[str]]:
-    by_method: dict[str, list[str]] = {}
-    for each in found:
-        metrics = by_method.setdefault(each.method, [])
-        if each.metric not in metrics:
-            metrics.append(each.metric)
-    return dict(sorted(by_method.items(), key=lambda item: item[0] != EXACT))
 
 
 def _changed(comparison: Comparison, most: int, width: int) -> list[Text]:
@@ -138,5 +121,5 @@ def _changed(comparison: Comparison, most: int, width: int) -> list[Text]:
     ]
     total = comparison.changed[first, second] or 0
     title = "row" if total <= most else f"row (first {most} of {total:,})"
-    heads = [title, "label", printable(first, longest=NAME_WIDTH), printable(second, longest=NAME_WIDTH), ""]
+    heads = [title, "label", printable(first, longest=NAME_WIDTH), printable(second, longest=NAME_WIDTH), "change"]
     return fitting_table(heads, rows, width)

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from itertools import islice
 
 from petals_eval.comparison.compare import Comparison
+from petals_eval.comparison.tables import methods_of, pair_text
 from petals_eval.report import charts
-from petals_eval.report.comparison import methods_of, said_of
+from petals_eval.report.comparison import said_of
 from petals_eval.report.numbers import metric_title
 from petals_eval.report.templating import Plot, template
 from petals_eval.text import printable
@@ -43,7 +44,7 @@ def comparison_page(comparison: Comparison, *, texts: Mapping[str, str] | None =
 
 def _plot(comparison: Comparison, metric: str) -> Plot:
     found = [
-        (f"{each.first} - {each.second}" if len(comparison.pairs) > 1 else "difference", each.value, each.ci95)
+        (pair_text(each.first, each.second), each.value, each.ci95)
         for each in comparison.differences
         if each.metric == metric and each.value is not None
     ]

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
+from petals_eval.comparison.tables import DETECTABLE, signed_interval_text, signed_text
 from petals_eval.metrics.differences import Difference
 from petals_eval.metrics.noise import FACTOR
 from petals_eval.report.noise import noise_lines, noise_range_text
@@ -12,8 +13,6 @@ from petals_eval.report.numbers import (
     metric_names,
     metric_title,
     notes,
-    signed_interval_text,
-    signed_text,
     swarm_line,
     value_text,
     wire_lines,
@@ -80,8 +79,8 @@ def _differences(found: Sequence[Difference]) -> str:
     methods = "; ".join(dict.fromkeys(each.method for each in found))
     about = (
         f"On the {found[0].rows:,} rows that all of them scored. Shares, then the others: {methods}. Holm's correction "
-        "is over the pairs of a metric. Detectable is the smallest difference that so many rows show in four of five "
-        "such data sets, at 5%."
+        "is over the pairs of a metric. Detectable is "
+        f"{DETECTABLE}."
     )
     return f"## Differences\n\n{_table(heads, rows)}\n\n{about}"
 

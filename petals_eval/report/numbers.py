@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
-from petals_eval.metrics import Metric, title_of
-from petals_eval.metrics.differences import Difference
+from petals_eval.metrics import Metric
 from petals_eval.runs import AdapterResult, ComputedIn, RunResult, WireRecord
-from petals_eval.text import number_text, p_value_text, plural, printable
+from petals_eval.runs.tables import metric_title
+from petals_eval.text import number_text, plural, printable
 
 __all__ = [
     "counts_line",
@@ -17,10 +17,7 @@ __all__ = [
     "noise_line",
     "notes",
     "rate_text",
-    "signed_interval_text",
-    "signed_text",
     "swarm_line",
-    "tested_text",
     "value_text",
     "wire_lines",
 ]
@@ -48,39 +45,6 @@ def interval_text(metric: Metric | None) -> str:
         return ""
     bounds = " - ".join(number_text(bound, 3, beside=metric.value) for bound in metric.ci95)
     return f"~{bounds}" if metric.is_rough else bounds
-
-
-def signed_text(difference: Difference) -> str:
-    """Return a difference with its sign, in the digits of the two values; "-" where there is none."""
-    if difference.value is None:
-        return "-"
-    beside = max(abs(difference.first_value or 0.0), abs(difference.second_value or 0.0))
-    return _signed(difference.value, 4, beside)
-
-
-def signed_interval_text(difference: Difference) -> str:
-    """Return the interval of a difference with signs, one digit shorter; an empty text where there is none."""
-    if difference.ci95 is None:
-        return ""
-    beside = max(abs(difference.first_value or 0.0), abs(difference.second_value or 0.0))
-    return " to ".join(_signed(bound, 3, beside) for bound in difference.ci95)
-
-
-def tested_text(difference: Difference) -> str:
-    """Return a difference's interval and p-value, the corrected one where several were tested."""
-    p_value = difference.p_value if difference.p_holm is None else difference.p_holm
-    parts = [signed_interval_text(difference), "" if p_value is None else f"p {p_value_text(p_value)}"]
-    return ", ".join(filter(None, parts))
-
-
-def _signed(value: float, decimals: int, beside: float) -> str:
-    text = number_text(value, decimals, beside=beside)
-    return text if text.startswith("-") else f"+{text}"
-
-
-def metric_title(name: str) -> str:
-    """Return "F1 (macro)" for "f1_macro", "recall [human]" for "recall[human]"."""
-    return printable(title_of(name), longest=60)
 
 
 def interval_title(results: Iterable[AdapterResult]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from petals_eval.data.rows import name_of
 from petals_eval.metrics import Metric, ScoredRows, measure
 from petals_eval.metrics.answers import Answers
 from petals_eval.metrics.calibration import Bins, confidence_bins
@@ -20,6 +21,7 @@ from petals_eval.report.numbers import (
 )
 from petals_eval.report.templating import Plot, template
 from petals_eval.runs import AdapterResult, Manifest, RunFolder, RunResult, ServerUsed
+from petals_eval.tasks import list_tasks
 from petals_eval.text import plural, printable
 
 __all__ = ["page"]
@@ -277,7 +279,8 @@ _DEFAULTS = {"pool": "auto", "verify": 0.02, "push": "auto", "cache_share": 0.25
 
 
 def command_of(manifest: Manifest) -> str:
-    """Return the command that repeats a run. Names stand for the paths and addresses, which a run does not keep."""
+    """Return the command that repeats a run. Names stand for paths, which a run does not keep, and a placeholder in
+    <> for what it does not know."""
     words = ["petals-eval", "run", "--model", manifest.model.name]
     if manifest.model.revision:
         words += ["--revision", manifest.model.revision]
@@ -285,7 +288,7 @@ def command_of(manifest: Manifest) -> str:
         words += ["--adapter", name]
     if len(manifest.adapters) > 1 and any(each.kind == "none" for each in manifest.adapters):
         words.append("--without-prompts")
-    words += ["--task", str(manifest.task.get("name", "task")), "--data", manifest.data.name]
+    words += _task_and_data(manifest)
     if manifest.data.limit is not None:
         words += ["--limit", str(manifest.data.limit)]
     if manifest.data.seed:
@@ -300,7 +303,27 @@ def command_of(manifest: Manifest) -> str:
             words += [f"--{name.replace('_', '-')}", str(value)]
     prefix = settings.get("dht_prefix")
     words += ["--dht-prefix", str(prefix)] if prefix else []
-    return f"{shlex.join(map(printable, words))} --initial-peers ..."
+    if settings.get("local_swarm"):
+        words += ["--local-swarm", str(settings["local_swarm"])]
+    elif settings.get("public_swarm"):
+        words.append("--public-swarm")
+    else:
+        words += ["--initial-peers", "<address of a peer>"]
+    return shlex.join(map(printable, words))
+
+
+def _task_and_data(manifest: Manifest) -> list[str]:
+    """Return the flags that say what was evaluated: a task that ships by its name, any other as a file's."""
+    name, data = str(manifest.task.get("name", "task")), manifest.data.name
+    shipped = next((task for task in list_tasks() if task.name == name), None)
+    if shipped is None:
+        words = ["--task", f"<your task file {name}.yaml>"]
+    elif shipped.data is not None and name_of(shipped.data) == data:
+        return ["--task", name]
+    else:
+        words = ["--task", name]
+    # A blank stands between a data set of the hub, its subset and its split, and in what came from memory.
+    return [*words, "--data", f"<your data {data}>" if " " in data else data]
 
 
 def _heat(matrix: Sequence[Sequence[int]]) -> list[list[tuple[int, int]]]:

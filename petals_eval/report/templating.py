@@ -6,20 +6,18 @@ from dataclasses import dataclass
 from jinja2 import Template
 from markupsafe import Markup
 
+from petals_eval.comparison.tables import DETECTABLE, signed_interval_text, signed_text
 from petals_eval.pages import page_environment
 from petals_eval.report.noise import noise_lines, noise_range_text
 from petals_eval.report.numbers import (
     counts_line,
     interval_text,
     metric_title,
-    p_value_text,
-    signed_interval_text,
-    signed_text,
     swarm_line,
     value_text,
     wire_lines,
 )
-from petals_eval.text import number_text, plural
+from petals_eval.text import number_text, p_value_text, plural
 
 __all__ = ["Plot", "template"]
 
@@ -54,4 +52,4 @@ _HELPERS: Mapping[str, Callable[..., object]] = {
     "value_text": value_text,
     "wire_lines": wire_lines,
 }
-_ENVIRONMENT.globals.update(_HELPERS)
+_ENVIRONMENT.globals.update(_HELPERS, DETECTABLE=DETECTABLE)

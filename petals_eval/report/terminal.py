@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from petals_eval.comparison.tables import pair_text, signed_interval_text, signed_text, tested_text
 from petals_eval.metrics import Metric
 from petals_eval.metrics.differences import Difference
 from petals_eval.report.noise import NOISE_TITLE, noise_lines, noise_range_text
@@ -22,10 +23,7 @@ from petals_eval.report.numbers import (
     metric_title,
     noise_line,
     notes,
-    signed_interval_text,
-    signed_text,
     swarm_line,
-    tested_text,
     value_text,
     wire_lines,
 )
@@ -144,11 +142,13 @@ def _of_differences(result: RunResult, names: Sequence[str]) -> list[_Column]:
     others = [name for name in result.adapters if name != result.first.adapter]
     found = []
     for other in others:
-        pair = {each.metric: each for each in result.differences if each.second == other}
-        values = {name: (signed_text(pair[name]), tested_text(pair[name])) for name in names if name in pair}
-        first, second = (printable(name, longest=NAME_WIDTH // 2) for name in (result.first.adapter, other))
+        by_metric = {each.metric: each for each in result.differences if each.second == other}
+        shared = [by_metric[name] for name in names if name in by_metric]
+        values = {each.metric: (signed_text(each), tested_text(each)) for each in shared}
         if values:
-            found.append(_Column("difference" if len(others) == 1 else f"{first} - {second}", values, {}))
+            # Names so short that their pair is no wider than the cells below.
+            pair = pair_text(result.first.adapter, other, longest=NAME_WIDTH * 2 // 3)
+            found.append(_Column(pair, values, {}))
     return found
 
 

@@ -9,10 +9,13 @@ from petals_eval.runs import GroupResult, RunFolder
 from petals_eval.runs.disk import write_atomically
 from petals_eval.tasks.group import folder_name
 
-__all__ = ["PAGE", "write_comparison", "write_page", "write_pages"]
+__all__ = ["COMPARISON", "PAGE", "write_comparison", "write_page", "write_pages"]
 
 PAGE = "report.html"
 """The name of a run's page in its folder."""
+
+COMPARISON = "comparison.html"
+"""The name of a page that compares runs."""
 
 
 def write_page(folder: Path, out: Path | None = None) -> Path:

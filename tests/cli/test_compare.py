@@ -37,14 +37,15 @@ def test_the_two_runs_of_trec_differ_by_what_was_computed_elsewhere(trec: Path) 
 
 def test_a_person_reads_what_differs_and_how_sure_it_is(trec: Path) -> None:
     outcome = invoke("compare", trec, "--changed", 2)
-    lines = outcome.out.splitlines()
-    assert lines[0].split() == ["trec-deep_ptune", "trec-ptune", "difference", "95%", "interval", "p", "detectable"]
+    lines, pair = outcome.out.splitlines(), ["trec-deep_ptune", "-", "trec-ptune"]
+    assert lines[0].split() == ["trec-deep_ptune", "trec-ptune", *pair, "95%", "interval", "p", "detectable"]
     assert lines[1].split() == ["accuracy", "0.7360", "0.7180", "+0.0180", "-0.019", "to", "+0.055", "0.391", "0.054"]
     assert "  500 rows, matched by key and content" in lines
-    assert "accuracy: right in 48 rows only trec-deep_ptune, in 39 only trec-ptune" in outcome.out
-    assert lines[-3].split()[:7] == ["row", "(first", "2", "of", "117)", "label", "trec-deep_ptune"]
+    assert "accuracy: only trec-deep_ptune is right in 48 rows, only trec-ptune in 39" in outcome.out
+    assert lines[-3].split() == ["row", "(first", "2", "of", "117)", "label", "trec-deep_ptune", "trec-ptune", "change"]
+    assert {" ".join(line.split()[-2:]) for line in lines[-2:]} <= {"now right", "now wrong", "wrong otherwise"}
     shown = invoke("show", trec).out.splitlines()
-    assert shown[0].split() == ["trec-deep_ptune", "trec-ptune", "difference"]
+    assert shown[0].split() == ["trec-deep_ptune", "trec-ptune", *pair]
     assert shown[1].endswith("+0.0180 (-0.019 to +0.055, p 0.391)")
     report = (trec / "report.md").read_text()
     assert "## Differences" in report and "+0.0180 | -0.019 to +0.055 | 0.391" in report
@@ -62,16 +63,21 @@ def test_show_prints_tables_of_one_and_of_many(trec: Path) -> None:
     latex = invoke("show", trec, "--latex").out
     assert "trec-deep\\_ptune & 0.7360 [0.696, 0.773]" in latex
     assert invoke("show", trec, "--markdown").out.splitlines()[2].startswith("| trec-deep\\_ptune | 0.7360")
-    assert invoke("show", trec, trec).out.count("0.7180") == 2
+    several = invoke("show", trec, trec, "--markdown").out
+    assert several.count("0.7180 \\[") == 2
+    plain = invoke("show", trec, trec).out.splitlines()
+    assert plain[0].split() == ["adapter", *["trec-deep_ptune", "trec-ptune"] * 2]
+    assert plain[1].split()[:7] == ["accuracy", "0.7360", "[0.696,", "0.773]", "0.7180", "[0.677,", "0.756]"]
     refused = invoke("show", trec, "--csv", "--json")
     assert refused.code == 2 and "expected --csv alone" in refused.err
 
 
 def test_a_comparison_is_a_table_for_a_paper(trec: Path) -> None:
     lines = invoke("compare", trec, "--metrics", "accuracy", "--latex").out.splitlines()
-    assert lines[0] == r"\begin{tabular}{lrrrr}"
-    assert lines[2] == r"metric & trec-deep\_ptune & trec-ptune & difference & p \\"
-    assert lines[4] == r"accuracy & 0.7360 & 0.7180 & +0.0180 [-0.019, +0.055] & 0.391 \\"
+    about = "brackets: 95% intervals; these and p: exact McNemar test, Newcombe interval (1998, method 10)"
+    assert lines[:2] == [rf"% needs \usepackage{{booktabs}}; {about}", r"\begin{tabular}{lrrrr}"]
+    assert lines[3] == r"metric & trec-deep\_ptune & trec-ptune & trec-deep\_ptune $-$ trec-ptune & p \\"
+    assert lines[5] == r"accuracy & 0.7360 & 0.7180 & $+$0.0180 [$-$0.019, $+$0.055] & 0.391 \\"
     table = invoke("compare", trec, "--metrics", "accuracy", "--csv").out.splitlines()
     found = dict(zip(table[0].split(","), table[1].split(","), strict=False))
     assert (found["metric"], found["rows"]) == ("accuracy", "500") and found["p_holm"] == found["p_value"]
@@ -88,6 +94,6 @@ def test_several_pairs_are_named_in_each_line(tmp_path: Path) -> None:
         rows = "".join(f"{key},{said},x\n" for key, said in enumerate(predictions))
         (tmp_path / f"{name}.csv").write_text("key,prediction,label\n" + rows)
     said = invoke("compare", *(tmp_path / f"{name}.csv" for name in "abc"), "--latex").out.splitlines()
-    assert said[0] == r"\begin{tabular}{lllrrrr}"
-    assert said[2].split(" & ")[:3] == ["metric", "first", "second"]
-    assert [line.split(" & ")[1:3] for line in said[4:7]] == [["a", "b"], ["a", "c"], ["b", "c"]]
+    assert said[1] == r"\begin{tabular}{lllrrrr}"
+    assert said[3].split(" & ")[:3] == ["metric", "first", "second"]
+    assert [line.split(" & ")[1:3] for line in said[5:8]] == [["a", "b"], ["a", "c"], ["b", "c"]]

@@ -13,6 +13,8 @@ Pages that are about another program's environment are left to tests of their ow
 """
 
 import contextlib
+import doctest
+import html
 import json
 import os
 import re
@@ -205,6 +207,10 @@ def test_the_commands_of_a_page(
             check(command, invoke(*with_peers(command, own_swarm)[1:]))
         else:
             check_set_up(command)
+    # What Python does with the runs that these commands made.
+    for example in page.blocks("pycon"):
+        tried = doctest.DocTestParser().get_doctest(example, {}, page.name, None, None)
+        assert doctest.DocTestRunner().run(tried).failed == 0
 
 
 def with_peers(command: Typed, peers: list[str]) -> tuple[str, ...]:
@@ -233,6 +239,9 @@ def check(command: Typed, outcome: Outcome) -> None:
     if words[1] == "run" and words[-1] in WHAT_PROMPTS_GIVE:
         expected = json.loads(demo_paths().expected.read_text())[WHAT_PROMPTS_GIVE[words[-1]]]
         assert json.loads(Path(words[-1], "metrics.json").read_text())["metrics"]["accuracy"]["value"] == expected
+        repeated = html.unescape(Path(words[-1], "report.html").read_text())
+        assert "--task '<your task file reviews.yaml>' --data reviews.jsonl " in repeated
+        assert "--local-swarm 3</code>" in repeated
     if words[1] == "health" and "--html" in words:
         assert "<!doctype html>" in Path("health.html").read_text()
         assert json.loads(outcome.out)["verdict"] == "healthy"

@@ -27,6 +27,20 @@ def test_several_runs_are_compared(tmp_path: Path, monkeypatch) -> None:
     assert "a and b compared" in Path("comparison.html").read_text()
 
 
+def test_a_page_that_cannot_be_where_it_is_asked_for_ends_with_code_2(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [run_folder(Path(name), adapters=(name,)) for name in ("a", "b")]
+    Path("prompts").mkdir()
+    for asked, usual in ((folders, "comparison.html"), (folders[:1], "report.html")):
+        refused = invoke("report", *asked, "--out", "prompts")
+        assert refused.code == 2
+        assert "--out: expected the name of an HTML file; prompts is a folder." in refused.error
+        assert f"Write for example --out prompts/{usual}" in refused.error
+        refused = invoke("report", *asked, "--out", "nodir/page.html")
+        assert refused.code == 2
+        assert "--out: there is no folder nodir: make it, or name another file." in refused.error
+
+
 def test_what_is_no_run_is_said_so(tmp_path: Path) -> None:
     outcome = invoke("report", tmp_path)
     assert outcome.code == 2

@@ -68,6 +68,37 @@ def test_names_that_are_shared_have_their_folder_before_them(tmp_path: Path) -> 
         petals_eval.compare(one, one)
 
 
+def test_a_run_is_shown_by_the_name_that_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(Path("one"), "same"), run(Path("two"), "same"), run(Path("several"), "a", "b"), run(Path("x=y"), "odd")
+    found = petals_eval.compare("old=one", "new=two/", "many=several", "x=y", metrics=["accuracy"])
+    assert found.sides == {"old": "one", "new": "two", "many/a": "several", "many/b": "several", "odd": "x=y"}
+    rows = "".join(f"{key},{LABELS[key % 3]}\n" for key in range(60))
+    Path("other.csv").write_text("key,prediction\n" + rows)
+    assert list(petals_eval.compare("old=one", "tool=other.csv").sides) == ["old", "tool"]
+    with pytest.raises(ConfigError, match="expected a name of its own for each run; found old for one and two"):
+        petals_eval.compare("old=one", "old=two")
+    for asked in ("=one", "old="):
+        with pytest.raises(ConfigError, match=f"expected NAME=RUN, a name and a run folder or file; found '{asked}'"):
+            petals_eval.compare(asked, "two")
+    with pytest.raises(RunFolderError, match=r"Expected the folder of a run at nowhere"):
+        petals_eval.compare("old=nowhere", "two")
+
+
+def test_one_is_held_against_all_by_its_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(Path("one"), "same"), run(Path("two"), "same"), run(Path("several"), "a", "b")
+    for asked in ("two", "two/", "two/same"):
+        found = petals_eval.compare("one", "two", "several", against=asked, metrics=["accuracy"])
+        assert [first for first, _ in found.pairs] == ["two/same"] * 3
+    for asked in ("new", "new=two", "two"):
+        assert petals_eval.compare("one", "new=two", against=asked).pairs == (("new", "same"),)
+    with pytest.raises(ConfigError, match="against: several has several adapters: expected one of a, b"):
+        petals_eval.compare("one", "several", against="several")
+    with pytest.raises(ConfigError, match="against: expected one of same, a, b, or the folder of one; found 'nowhere'"):
+        petals_eval.compare("one", "several", against="nowhere")
+
+
 def test_rows_that_one_side_lacks_are_left_out_and_counted(tmp_path: Path) -> None:
     whole, part = run(tmp_path / "whole", "whole"), run(tmp_path / "part", "part", skip=(3, 17))
     found = petals_eval.compare(part, whole)
@@ -113,12 +144,12 @@ def test_sides_that_have_nothing_in_common_are_refused(tmp_path: Path, changes: 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     one = run(tmp_path / "one", "one")
-    with pytest.raises(ConfigError, match=r"expected two or more to compare: .*; found one"):
+    with pytest.raises(ConfigError, match=r"expected two or more to compare: .*; found one: .*/one\."):
         petals_eval.compare(one)
     with pytest.raises(RunFolderError, match=r"there is no folder .*nowhere"):
         petals_eval.compare(one, tmp_path / "nowhere")
     both = run(tmp_path / "both", "a", "b")
-    with pytest.raises(ConfigError, match="against: expected one of a, b; found 'c'"):
+    with pytest.raises(ConfigError, match="against: expected one of a, b, or the folder of one; found 'c'"):
         petals_eval.compare(both, against="c")
     with pytest.raises(ConfigError, match="Expected the name of a metric; found 'f1'"):
         petals_eval.compare(both, metrics=["f1"])
@@ -139,8 +170,8 @@ def test_rows_that_changed_are_counted_and_named(tmp_path: Path) -> None:
     rows = list(found.changed_rows("a", "b"))
     accuracy = found.of("a", "b")["accuracy"]
     assert len(rows) == found.changed["a", "b"]
-    assert sum(each.change == "to wrong" for each in rows) == accuracy.only_first
-    assert sum(each.change == "to right" for each in rows) == accuracy.only_second
+    assert sum(each.change == "now wrong" for each in rows) == accuracy.only_first
+    assert sum(each.change == "now right" for each in rows) == accuracy.only_second
     for each in rows:
         assert each.label == LABELS[int(each.key) % 3] and each.first != each.second
     report: dict = found.to_json(changed_rows=2)
@@ -149,6 +180,24 @@ def test_rows_that_changed_are_counted_and_named(tmp_path: Path) -> None:
     assert set(report["differences"][0]) >= {
         *("difference", "ci95", "p_value", "method", "rows", "discordant", "changed", "minimum_detectable_difference")
     }
+
+
+def test_a_comparison_prints_itself_as_the_command_does(tmp_path: Path) -> None:
+    found = petals_eval.compare(run(tmp_path / "both", "a", "b", "c"), metrics=["accuracy"])
+    said = str(found).splitlines()
+    assert said[0] == "60 rows compared" and [line.split(":")[0] for line in said[1:]] == ["a - b", "a - c", "b - c"]
+    assert said[1].startswith("a - b: accuracy -0.") and ", p " in said[1] and repr(found) == str(found)
+    assert found._repr_markdown_() == found.to_markdown()
+    assert found.to_markdown().startswith("| metric | first | second | value of first | of second | first - second |")
+    assert (
+        found.to_csv().splitlines()[0].startswith("metric,first,second,first_value,second_value,difference,low,high,")
+    )
+    about, begin = found.to_latex().splitlines()[:2]
+    assert about.startswith(
+        r"% needs \usepackage{booktabs}; brackets: 95% intervals; these and p (corrected for all pairs "
+    )
+    assert about.endswith(": exact McNemar test, Newcombe interval (1998, method 10)")
+    assert begin == r"\begin{tabular}{lllrrrr}" and " & $-$0." in found.to_latex()
 
 
 def test_results_in_memory_are_compared_as_their_folders_are(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The page of a run: complete for each kind of task, true to its state, and strangers' words are text alone."""
 
+import html
 import re
 import time
 from html.parser import HTMLParser
@@ -9,10 +10,12 @@ import pytest
 
 from petals_eval.comparison.compare import compare
 from petals_eval.report.comparison_page import comparison_page
+from petals_eval.report.page import command_of
 from petals_eval.report.write import write_comparison, write_page
 from petals_eval.runs import RunFolder
-from petals_eval.runs.manifest import NoisyServer, ServerUsed
+from petals_eval.runs.manifest import DataRecord, NoisyServer, ServerUsed
 from tests.report.pages import HOSTILE, METRICS, run_folder
+from tests.runs.samples import manifest
 
 PLOTS = {
     "classification": ["accuracy", "Calibration", "By label", "By length", "Margin"],
@@ -114,11 +117,31 @@ def test_a_run_without_a_scored_example_has_a_page(tmp_path: Path) -> None:
 
 
 def test_the_command_repeats_the_run_by_the_names_that_it_keeps(tmp_path: Path) -> None:
-    found = page_of(run_folder(tmp_path / "run", adapters=("first", "second; rm -rf")))
+    found = html.unescape(page_of(run_folder(tmp_path / "run", adapters=("first", "second; rm -rf"))))
     assert (
-        "petals-eval run --model stories260K-hf --adapter first --adapter &#39;second; rm -rf&#39; --task "
-        "classification --data test.txt --dtype float32 --initial-peers ..." in found
+        "petals-eval run --model stories260K-hf --adapter first --adapter 'second; rm -rf' --task "
+        "'<your task file classification.yaml>' --data test.txt --dtype float32 --initial-peers '<address of a peer>'"
+        in found
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "swarm", "said"),
+    [
+        ("sst2", "nyu-mll/glue sst2 validation", {"local_swarm": 3}, "--task sst2 --dtype float32 --local-swarm 3"),
+        ("sst2", "my.csv", {"public_swarm": True}, "--task sst2 --data my.csv --dtype float32 --public-swarm"),
+        (
+            "mine",
+            "nyu-mll/glue sst2 validation",
+            {"local_swarm": None, "public_swarm": False},
+            "--task '<your task file mine.yaml>' --data '<your data nyu-mll/glue sst2 validation>' --dtype float32 "
+            "--initial-peers '<address of a peer>'",
+        ),
+    ],
+)
+def test_the_command_says_what_the_run_knows(task: str, data: str, swarm: dict, said: str) -> None:
+    made = manifest(task={"name": task}, data=DataRecord(name=data, fingerprint="cc" * 32), run_settings=swarm)
+    assert command_of(made).endswith(f"--adapter trec-ptune {said}")
 
 
 def test_a_comparison_shows_differences_and_changed_rows_by_key(tmp_path: Path) -> None:

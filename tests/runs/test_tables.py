@@ -8,6 +8,7 @@ import pytest
 import petals_eval
 from petals_eval.errors import RunFolderError
 from petals_eval.runs import RunFolder
+from petals_eval.runs.tables import latex_table
 from tests.comparison.test_compare import run
 
 
@@ -26,6 +27,13 @@ def test_many_runs_are_one_table(tmp_path: Path) -> None:
         petals_eval.load_runs(tmp_path / "nowhere")
 
 
+def test_signs_and_exponents_of_a_latex_table_are_set_as_mathematics() -> None:
+    table = latex_table([["run-1", "a - b"], ["x-2", "-0.0475 [-1.2e-05, +0.1]"], ["e-3", "-"]], left=1, about="none")
+    assert table.splitlines()[3] == r"run-1 & a $-$ b \\"
+    assert table.splitlines()[5] == r"x-2 & $-$0.0475 [$-$1.2$\times 10^{-5}$, $+$0.1] \\"
+    assert table.splitlines()[6] == r"e-3 & - \\"
+
+
 def test_a_result_prints_itself_as_the_command_does(tmp_path: Path) -> None:
     result = RunFolder.open(run(tmp_path / "one", "a_1", "b")).result()
     lines = list(csv.DictReader(result.to_csv().splitlines()))
@@ -34,5 +42,7 @@ def test_a_result_prints_itself_as_the_command_does(tmp_path: Path) -> None:
     assert lines[0]["ece_low"] == ""
     assert result.to_markdown().splitlines()[0].startswith("| adapter | accuracy | majority baseline |")
     latex = result.to_latex()
-    assert latex.startswith("\\begin{tabular}{lrrrrr}\n\\toprule\nadapter & accuracy") and "a\\_1 & 0." in latex
+    about, table = latex.split("\n", 1)
+    assert about == "% needs \\usepackage{booktabs}; brackets: 95% intervals"
+    assert table.startswith("\\begin{tabular}{lrrrrr}\n\\toprule\nadapter & accuracy") and "a\\_1 & 0." in latex
     assert latex.endswith("\\bottomrule\n\\end{tabular}\n")
