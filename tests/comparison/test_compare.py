@@ -81,7 +81,7 @@ def test_a_run_is_shown_by_the_name_that_it_is_given(tmp_path: Path, monkeypatch
     for asked in ("=one", "old="):
         with pytest.raises(ConfigError, match=f"expected NAME=RUN, a name and a run folder or file; found '{asked}'"):
             petals_eval.compare(asked, "two")
-    with pytest.raises(RunFolderError, match=r"Expected the folder of a run at nowhere"):
+    with pytest.raises(RunFolderError, match=r"there is no folder nowhere"):
         petals_eval.compare("old=nowhere", "two")
 
 
