@@ -44,7 +44,7 @@ def test_a_page_that_cannot_be_where_it_is_asked_for_ends_with_code_2(tmp_path: 
 def test_what_is_no_run_is_said_so(tmp_path: Path) -> None:
     outcome = invoke("report", tmp_path)
     assert outcome.code == 2
-    assert "found no manifest.json there" in outcome.error
+    assert "is a folder, but not one of a run (no manifest.json)" in outcome.error
 
 
 class Says(FakeModel):
