@@ -114,9 +114,9 @@ def test_rolling_back_never_changes_an_answer(swarm, folder, is_believed_newer, 
         proofs.append(await proves_rolling_back(session, hidden_size))
         return proofs[-1]
 
-    monkeypatch.setattr("petals_eval.swarm.sessions.route_session.proves_rolling_back", prove)
+    monkeypatch.setattr("petals_eval.swarm.transport.rolling_back.proves_rolling_back", prove)
     if is_believed_newer:
-        monkeypatch.setattr("petals_eval.swarm.sessions.route_session.may_roll_back", lambda version: True)
+        monkeypatch.setattr("petals_eval.swarm.transport.rolling_back.may_roll_back", lambda version: True)
     input_ids, others = some_tokens(2, 12), some_tokens(2, 12, seed=1)
     prompts = deep_prompts()
     with connect(swarm, deadline=60) as connection:
