@@ -59,7 +59,7 @@ def test_a_row_that_does_not_say_its_cluster_is_named(missing: object) -> None:
     rows = rows_of([{"text": "a", "label": "bad", "of": each} for each in (first, missing)])
     with pytest.raises(DataError, match=r"row [01]: column of should say of which cluster the row is"):
         check_clusters(task, rows)
-    with pytest.raises(DataError, match="ha(s|ve) no column off, which the task"):
+    with pytest.raises(DataError, match=r"ha(s|ve) no column off, which the task"):
         check_clusters(load_task({**TASK, "cluster_column": "off"}), rows)
     pages = {"kind": "perplexity", "text": "{text}", "rows_per_document": 2, "cluster_column": "of"}
     with pytest.raises(TaskError, match="cluster_column: documents of several rows have none"):
