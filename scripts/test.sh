@@ -10,8 +10,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unhurried=(
   tests/bench tests/comparison tests/data tests/demo tests/docker tests/evaluation tests/faults tests/generation
   tests/hostile tests/integrations tests/metrics tests/model tests/remote_model tests/report tests/runs tests/simulator
-  tests/tasks tests/tracking tests/two_modes tests/cli/test_readme.py tests/interop/test_lm_eval.py
-  tests/interop/test_lm_eval_texts.py tests/test_packages.py petals_eval
+  tests/tasks tests/tracking tests/two_modes tests/cli/test_readme.py tests/cli/test_run.py
+  tests/interop/test_bench_vs_petals.py tests/interop/test_epoch_loop.py tests/interop/test_lm_eval.py
+  tests/interop/test_lm_eval_texts.py tests/interop/test_petals_client_on_our_stub.py tests/test_packages.py petals_eval
 )
 
 # run_all OPTIONS: all tests, in two processes.
